@@ -1,0 +1,277 @@
+"""The packed weight: how mixed-width codes lie in memory.
+
+This is the only file that knows the layout; kernels, solvers and checkpoints ask it.
+It knows nothing of models or of how codes were chosen.
+
+A linear layer computes ``y[M, N] = x[M, K] @ W[K, N]``. Input channels are cut into ``G`` groups
+of ``g``; all output channels of a group share one bit width ``b`` and
+
+    W[k, n] = scale[G(k), n] * (code[k, n] - zero[G(k), n]).
+
+*Planes.* A ``b``-bit code is the sum of planes of 4, 2 and 1 bits, low bits first
+(``3 = 2 + 1``: ``code = plane2 + 4 * plane1``). A plane of width ``n`` of one group is
+``uint32[g * n / 32, N]`` and *planar*: slot ``s`` (bits ``n*s .. n*s + n``) of word row ``j`` holds
+channel ``s * (g * n / 32) + j`` of the group, so that one shift and mask of a tile of words gives a
+contiguous run of channels.
+
+*Order.* Groups are stored by ascending width; a group's planes are adjacent rows of one flat buffer.
+
+*Zero points* are stored in ``z`` bits (4, or 8 where a width above 4 occurs) as
+``zero = zero_code * 2**(b - z)``: whole numbers are exact for every width, and the narrow widths,
+which need it, get a fraction.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+WORD_BITS = 32
+MAX_BITS = 8
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths of the planes of a ``bits``-bit code, low bits first: 3 -> (2, 1), 8 -> (4, 4).
+
+    Raises:
+      ValueError: ``bits`` is not in 1..8.
+    """
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits is {bits}, expected 1 to {MAX_BITS}")
+    widths = [4] * (bits // 4)
+    return (*widths, *(n for n in (2, 1) if bits % 4 & n))
+
+
+def zero_bits(widths: tuple[int, ...]) -> int:
+    """Bits of a stored zero point in a tensor whose groups have these widths: 4, or 8 above 4 bits."""
+    return 4 if max(widths) <= 4 else 8
+
+
+def zero_step(bits: int, widths: tuple[int, ...]) -> float:
+    """Value of one unit of the zero code of a ``bits``-wide group, in units of the scale: ``2**(b - z)``."""
+    return 2.0 ** (bits - zero_bits(widths))
+
+
+def group_count(k: int, group_size: int) -> int:
+    """Number of groups of ``k`` input channels, a shorter last one included."""
+    return -(-k // group_size)
+
+
+def pack_plane(codes: np.ndarray, bits: int, word: type = np.uint32) -> np.ndarray:
+    """Packs codes ``[R * s, N]`` of ``bits`` (1, 2, 4 or 8) into words ``[R, N]``, planar, ``s`` slots a word."""
+    slots = np.dtype(word).itemsize * 8 // bits
+    planar = codes.reshape(slots, -1, codes.shape[-1]).astype(word)
+    shifts = (np.arange(slots) * bits).astype(word)[:, None, None]
+    return np.bitwise_or.reduce(planar << shifts, axis=0)
+
+
+def unpack_plane(words: jax.Array, bits: int) -> jax.Array:
+    """The inverse of :func:`pack_plane`: words ``[R, N]`` -> codes ``[R * s, N]`` of the words' dtype."""
+    slots = words.dtype.itemsize * 8 // bits
+    if slots == 1:
+        return words
+    mask = words.dtype.type((1 << bits) - 1)
+    return jnp.concatenate([(words >> words.dtype.type(s * bits)) & mask for s in range(slots)], axis=0)
+
+
+def pack_group(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Packs one group's codes ``[g, N]`` into its planes, ``uint32[g * bits / 32, N]``."""
+    planes, shift = [], 0
+    for n in plane_widths(bits):
+        planes.append(pack_plane((codes >> shift) & ((1 << n) - 1), n))
+        shift += n
+    return np.concatenate(planes, axis=0)
+
+
+def unpack_group(words: jax.Array, bits: int) -> jax.Array:
+    """The inverse of :func:`pack_group`: ``uint32[g * bits / 32, N]`` -> codes ``uint32[g, N]``."""
+    row, shift, code = 0, 0, None
+    for n in plane_widths(bits):
+        rows = words.shape[0] * n // bits
+        plane = unpack_plane(words[row : row + rows], n) << np.uint32(shift)
+        code = plane if code is None else code | plane
+        row, shift = row + rows, shift + n
+    assert code is not None
+    return code
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scale", "zero", "order", "segments"],
+    meta_fields=["shape", "group_size", "widths", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class MixedTensor:
+    """A weight ``[K, N]`` in packed codes whose bit width changes from group to group.
+
+    Invariants, with ``G = ceil(K / group_size)`` and ``position`` a group's place in storage:
+
+    * ``order[position]`` is the original index of that group; groups are sorted by width;
+    * ``segments[i]`` groups have width ``widths[i]``; ``sum(segments) == G``;
+    * group ``position`` of width ``b`` fills ``group_size * b / 32`` rows of ``words``;
+    * ``scale[position]``, and the ``position``-th zero code, belong to it;
+    * channels past ``K`` in a short last group have code 0 and are never read back.
+
+    Sizes of segments are data, not metadata: all layers of one shape and mean width share one
+    compiled program, and their leaves can be stacked on a leading axis and scanned over.
+
+    Attributes:
+      words: ``uint32[R, N]``, the planes of all groups.
+      scale: ``bfloat16[G, N]``, in storage order.
+      zero: ``uint8[ceil(G / 2), N]`` (two 4-bit codes a byte, planar) or ``uint8[G, N]``.
+      order: ``int32[G]``.
+      segments: ``int32[len(widths)]``.
+      shape: ``(K, N)``, static.
+      group_size: input channels per group, a multiple of 32, static.
+      widths: the bit widths that may occur, ascending, static.
+      dtype: what :meth:`dequantize` returns and products are taken in, static.
+    """
+
+    words: jax.Array
+    scale: jax.Array
+    zero: jax.Array
+    order: jax.Array
+    segments: jax.Array
+    shape: tuple[int, int]
+    group_size: int
+    widths: tuple[int, ...]
+    dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
+
+    @property
+    def groups(self) -> int:
+        """``G``, the number of groups."""
+        return group_count(self.shape[0], self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored: codes, scales, zeros, order and segments."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``8 * nbytes`` over the number of weights (of all layers, if leaves are stacked)."""
+        layers = math.prod(self.words.shape[:-2])
+        return 8.0 * self.nbytes / (layers * self.shape[0] * self.shape[1])
+
+    def zero_codes(self) -> jax.Array:
+        """Zero codes ``uint8[G, N]`` in storage order."""
+        return unpack_plane(self.zero, zero_bits(self.widths))[: self.groups]
+
+    def zero_points(self) -> jax.Array:
+        """Zero points ``float32[G, N]`` in storage order, in units of the scale."""
+        steps = jnp.asarray([zero_step(b, self.widths) for b in self.widths], jnp.float32)
+        step_of_group = jnp.repeat(steps, self.segments, total_repeat_length=self.groups)
+        return self.zero_codes().astype(jnp.float32) * step_of_group[:, None]
+
+    def segment_starts(self) -> tuple[jax.Array, jax.Array]:
+        """First group and first row of ``words`` of each segment, both ``int32[len(widths)]``."""
+        rows = self.segments * jnp.asarray([self.group_size * b // WORD_BITS for b in self.widths], jnp.int32)
+        return jnp.cumsum(self.segments) - self.segments, jnp.cumsum(rows) - rows
+
+    def bits(self) -> np.ndarray:
+        """Bit width of every group in the original order, ``int[G]``; needs concrete leaves."""
+        bits = np.empty(self.groups, np.int64)
+        bits[np.asarray(self.order)] = np.repeat(self.widths, np.asarray(self.segments))
+        return bits
+
+    def dequantize(self, dtype: jnp.dtype | None = None) -> jax.Array:
+        """The dense weight ``[K, N]``, computed in float32 and cast to ``dtype`` (default ``self.dtype``)."""
+        g, n = self.group_size, self.shape[1]
+        out_dtype = self.dtype if dtype is None else dtype
+        zero = self.zero_points()
+        first_group, first_row = self.segment_starts()
+        dense = jnp.zeros((self.groups * g, n), out_dtype)
+
+        for i, b in enumerate(self.widths):
+            rows = g * b // WORD_BITS
+
+            def body(position, dense, i=i, b=b, rows=rows):
+                row = first_row[i] + (position - first_group[i]) * rows
+                words = lax.dynamic_slice_in_dim(self.words, row, rows)
+                code = unpack_group(words, b).astype(jnp.float32)
+                weight = self.scale[position].astype(jnp.float32) * (code - zero[position])
+                return lax.dynamic_update_slice_in_dim(
+                    dense, weight.astype(out_dtype), self.order[position] * g, axis=0
+                )
+
+            dense = lax.fori_loop(first_group[i], first_group[i] + self.segments[i], body, dense)
+        return dense[: self.shape[0]]
+
+
+def pack(
+    codes: np.ndarray,
+    scale: np.ndarray,
+    zero_code: np.ndarray,
+    bits: np.ndarray,
+    *,
+    group_size: int,
+    widths: tuple[int, ...] | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> MixedTensor:
+    """Packs codes that a solver chose; ``pack(...).dequantize()`` is ``scale * (codes - zero)`` bit for bit.
+
+    Args:
+      codes: ``uint[K, N]``, each below ``2**b`` of its group.
+      scale: ``[G, N]``, rounded to bfloat16 if it is not.
+      zero_code: ``uint[G, N]``, below 16 (below 256 where a width above 4 may occur).
+      bits: ``int[G]``, the width of every group.
+      group_size: input channels per group, a multiple of 32.
+      widths: the widths that may occur, a superset of ``bits``; those that do occur by default.
+      dtype: of the dequantized weight.
+
+    Raises:
+      ValueError: shapes, widths, the group size, a code or a zero code are not as above.
+    """
+    codes, zero_code, bits = np.asarray(codes), np.asarray(zero_code), np.asarray(bits)
+    k, n = codes.shape
+    groups = group_count(k, group_size)
+    widths = tuple(sorted({int(b) for b in bits})) if widths is None else tuple(sorted(set(widths)))
+    _check_pack(codes, np.shape(scale), zero_code, bits, group_size, widths)
+
+    order = np.argsort(bits, kind="stable")
+    padded = np.zeros((groups * group_size, n), np.uint32)
+    padded[:k] = codes
+    words = [pack_group(padded[i * group_size : (i + 1) * group_size], int(bits[i])) for i in order]
+
+    z = zero_bits(widths)
+    zeros = zero_code[order].astype(np.uint8)
+    if z == 4:
+        zeros = pack_plane(np.pad(zeros, ((0, groups % 2), (0, 0))), 4, np.uint8)
+    return MixedTensor(
+        words=jnp.asarray(np.concatenate(words)),
+        scale=jnp.asarray(np.asarray(scale)[order], jnp.bfloat16),
+        zero=jnp.asarray(zeros),
+        order=jnp.asarray(order, jnp.int32),
+        segments=jnp.asarray([np.sum(bits == b) for b in widths], jnp.int32),
+        shape=(k, n),
+        group_size=group_size,
+        widths=widths,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def _check_pack(codes, scale_shape, zero_code, bits, group_size, widths) -> None:
+    k, n = codes.shape
+    groups = group_count(k, group_size)
+    if group_size < WORD_BITS or group_size % WORD_BITS:
+        raise ValueError(f"group_size is {group_size}, expected a positive multiple of {WORD_BITS}")
+    if not set(bits.tolist()) <= set(widths) or not set(widths) <= set(range(1, MAX_BITS + 1)):
+        raise ValueError(
+            f"bits {sorted(set(bits.tolist()))} are not all in widths {widths}, a subset of 1..{MAX_BITS}"
+        )
+    expected = {"scale": (scale_shape, (groups, n)), "zero_code": (zero_code.shape, (groups, n))}
+    expected["bits"] = (bits.shape, (groups,))
+    for name, (found, wanted) in expected.items():
+        if found != wanted:
+            raise ValueError(
+                f"{name} has shape {found}, expected {wanted} for codes {codes.shape} in groups of {group_size}"
+            )
+    if zero_code.size and (zero_code.min() < 0 or zero_code.max() >= 1 << zero_bits(widths)):
+        raise ValueError(f"zero_code goes up to {zero_code.max()}, expected below {1 << zero_bits(widths)}")
+    limit = np.repeat(1 << bits.astype(np.int64), group_size)[:k, None]
+    if np.any(codes < 0) or np.any(codes >= limit):
+        raise ValueError("a code does not fit the bit width of its group")
