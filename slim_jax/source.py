@@ -1,0 +1,42 @@
+"""Where a model's weights come from, one block at a time."""
+
+from typing import Any, Protocol
+
+from slim_jax.decoder import Decoder, DecoderConfig, Params, split_params
+
+
+class Source(Protocol):
+    """A model that can be read block by block, so that it need not fit in memory.
+
+    Attributes:
+      config: the decoder that the parameters are for.
+      origin: where they come from, as JSON values: kind, path, a fingerprint. Goes into the manifest.
+    """
+
+    config: DecoderConfig
+    origin: dict[str, Any]
+
+    def outer(self) -> Params:
+        """Parameters outside the blocks, named as in :func:`slim_jax.decoder.outer_params`."""
+        ...
+
+    def block(self, index: int) -> Params:
+        """Parameters of block ``index``, named as in :func:`slim_jax.decoder.block_params`."""
+        ...
+
+
+class DecoderSource:
+    """A :class:`Source` that reads a decoder in memory."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.config: DecoderConfig = decoder.config
+        self.origin: dict[str, Any] = {"kind": "memory"}
+        self._outer, self._blocks = split_params(decoder)
+
+    def outer(self) -> Params:
+        """See :class:`Source`."""
+        return self._outer
+
+    def block(self, index: int) -> Params:
+        """See :class:`Source`."""
+        return self._blocks[index]
