@@ -1,0 +1,49 @@
+"""The families that can be read and written. A new one is a file here and a line in ``FAMILIES``."""
+
+from convert.errors import ConvertError
+from convert.families import llama, opt
+from convert.families.family import Family, GGUFFormat, HFFormat, Names
+
+__all__ = ["FAMILIES", "Family", "GGUFFormat", "HFFormat", "Names", "by_architecture", "by_gguf", "by_name"]
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, opt.FAMILY)
+
+
+def by_architecture(architecture: str) -> Family:
+    """The family that serves one of config.json's ``architectures``.
+
+    Raises:
+      ConvertError: none does.
+    """
+    known = {name: family for family in FAMILIES for name in family.hf.architectures}
+    if architecture not in known:
+        raise ConvertError(
+            f"architecture {architecture!r} is not supported, expected one of {', '.join(known)}"
+        )
+    return known[architecture]
+
+
+def by_gguf(architecture: str) -> GGUFFormat:
+    """The GGUF format of the family that serves a GGUF's ``general.architecture``.
+
+    Raises:
+      ConvertError: none does.
+    """
+    known = {name: f.gguf for f in FAMILIES if f.gguf for name in f.gguf.architectures}
+    if architecture not in known:
+        raise ConvertError(
+            f"general.architecture {architecture!r} is not supported, expected one of {', '.join(known)}"
+        )
+    return known[architecture]
+
+
+def by_name(name: str) -> Family:
+    """The family that a :class:`DecoderConfig` names.
+
+    Raises:
+      ConvertError: it is not known.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ConvertError(f"family {name!r} is not known, expected one of {', '.join(f.name for f in FAMILIES)}")

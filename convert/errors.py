@@ -1,0 +1,16 @@
+"""The one error of this package."""
+
+
+class ConvertError(ValueError):
+    """A model cannot be read or written. The message is one line that names the culprit."""
+
+
+def listed(names: list[str], limit: int = 6) -> str:
+    """``names`` as "a, b, c", cut after ``limit`` with the number of those left out."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its type where it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

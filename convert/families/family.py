@@ -1,0 +1,162 @@
+"""What a family file fills in: how other people's configs and tensor names map to ours.
+
+It knows no family and reads no file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from convert.errors import ConvertError
+from slim_jax.decoder import DecoderConfig
+
+REQUIRED: Any = object()
+"""Default of :func:`field` for a key that must be there."""
+
+HF_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How a format names the modules of the decoder.
+
+    Our parameter ``attn.q.weight`` of block 3 is called ``blocks.format(3) + block["attn.q"] + ".weight"``
+    there. A norm's ``scale`` is a ``weight`` everywhere but here.
+
+    Attributes:
+      outer: our modules outside the blocks -> theirs, such as ``"norm" -> "norm"``.
+      blocks: the prefix of a block, with ``{}`` for its index.
+      block: our modules inside a block -> theirs.
+    """
+
+    outer: Mapping[str, str]
+    blocks: str
+    block: Mapping[str, str]
+
+    def of(self, ours: str, index: int | None = None) -> str:
+        """Their name of our parameter ``ours``, outside the blocks or in block ``index``."""
+        module, _, leaf = ours.rpartition(".")
+        if not module:  # embeddings are bare parameters
+            module = leaf
+        suffix = "bias" if leaf == "bias" else "weight"
+        if index is None:
+            return f"{self.outer[module]}.{suffix}"
+        return f"{self.blocks.format(index)}{self.block[module]}.{suffix}"
+
+
+@dataclasses.dataclass(frozen=True)
+class HFFormat:
+    """A family as Hugging Face stores it.
+
+    Attributes:
+      architectures: the values of ``architectures`` in config.json that it serves.
+      read_config: config.json as a dictionary -> our config.
+      write_config: the inverse; the result names the architecture.
+      names: tensor names without prefix.
+      prefix: what is put before every name but the head's on writing.
+      prefixes: what may stand before a name on reading, longest first.
+      ignored: patterns of names that carry no parameter.
+    """
+
+    architectures: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    write_config: Callable[[DecoderConfig], dict[str, Any]]
+    names: Names
+    prefix: str
+    prefixes: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFormat:
+    """A family as llama.cpp stores it.
+
+    Attributes:
+      architectures: the values of ``general.architecture`` that it serves.
+      read_config: metadata without the ``architecture.`` prefix, and the shapes of the tensors ``[N, K]``
+        with a reader for the small ones -> our config.
+      names: tensor names.
+      interleaved: our modules whose output rows are interleaved for llama.cpp's rotary embedding.
+      ignored: patterns of names that carry no parameter.
+    """
+
+    architectures: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any], Any], DecoderConfig]
+    names: Names
+    interleaved: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of decoders; ``name`` is what :class:`DecoderConfig` calls it."""
+
+    name: str
+    hf: HFFormat
+    gguf: GGUFFormat | None = None
+
+
+def field(config: Mapping[str, Any], key: str, kind: type, default: Any = REQUIRED) -> Any:
+    """The value of ``key``, checked to be a ``kind``; null and absence give the default.
+
+    Raises:
+      ConvertError: the key is missing and has no default, or holds another type.
+    """
+    value = config.get(key)
+    if value is None:
+        if default is REQUIRED:
+            raise ConvertError(f"{key} is missing, expected {kind.__name__}")
+        return default
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConvertError(f"{key} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def require(config: Mapping[str, Any], key: str, expected: Any, default: Any) -> None:
+    """Refuses a model whose ``key`` is not the only value that the decoder implements.
+
+    Raises:
+      ConvertError: it is not.
+    """
+    value = config.get(key, default)
+    if value != expected:
+        raise ConvertError(f"{key} is {value!r}, only {expected!r} is supported")
+
+
+def activation(config: Mapping[str, Any], key: str, default: str) -> Any:
+    """Our name of the activation function that Hugging Face's config names under ``key``.
+
+    Raises:
+      ConvertError: it is none that the decoder knows.
+    """
+    name = field(config, key, str, default)
+    if name not in HF_ACTIVATIONS:
+        raise ConvertError(f"{key} is {name!r}, expected one of {', '.join(HF_ACTIVATIONS)}")
+    return HF_ACTIVATIONS[name]
+
+
+def hf_activation(config: DecoderConfig) -> str:
+    """The inverse of :func:`activation`."""
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """Hugging Face's ``eos_token_id``: one, several or none."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    """The inverse of :func:`token_ids`."""
+    return ids[0] if len(ids) == 1 else list(ids) or None

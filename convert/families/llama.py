@@ -1,0 +1,241 @@
+"""Llama 1, 2 and 3, SmolLM2 and Mistral: RMSNorm, rotary positions, gated MLP, grouped-query attention."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.errors import ConvertError
+from convert.families.family import (
+    Family,
+    GGUFFormat,
+    HFFormat,
+    Names,
+    activation,
+    field,
+    hf_activation,
+    one_or_list,
+    require,
+    token_ids,
+)
+from slim_jax.decoder import DecoderConfig, RopeScaling, rotary_frequencies
+
+HF_NAMES = Names(
+    outer={"embed": "embed_tokens", "norm": "norm", "head": "lm_head"},
+    blocks="layers.{}.",
+    block={
+        "attn_norm": "input_layernorm",
+        "attn.q": "self_attn.q_proj",
+        "attn.k": "self_attn.k_proj",
+        "attn.v": "self_attn.v_proj",
+        "attn.o": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.gate": "mlp.gate_proj",
+        "mlp.up": "mlp.up_proj",
+        "mlp.down": "mlp.down_proj",
+    },
+)
+
+GGUF_NAMES = Names(
+    outer={"embed": "token_embd", "norm": "output_norm", "head": "output"},
+    blocks="blk.{}.",
+    block={
+        "attn_norm": "attn_norm",
+        "attn.q": "attn_q",
+        "attn.k": "attn_k",
+        "attn.v": "attn_v",
+        "attn.o": "attn_output",
+        "mlp_norm": "ffn_norm",
+        "mlp.gate": "ffn_gate",
+        "mlp.up": "ffn_up",
+        "mlp.down": "ffn_down",
+    },
+)
+
+
+def read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embedding, from ``rope_parameters`` or the two older keys.
+
+    Raises:
+      ConvertError: a kind of scaling that the decoder does not know.
+    """
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    theta = field(rope, "rope_theta", float, field(hf, "rope_theta", float, 10000.0))
+    require({**hf, **rope}, "partial_rotary_factor", 1.0, 1.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", field(rope, "factor", float))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            "llama3",
+            field(rope, "factor", float),
+            field(rope, "low_freq_factor", float),
+            field(rope, "high_freq_factor", float),
+            field(rope, "original_max_position_embeddings", int),
+        )
+    raise ConvertError(f"rope_scaling type is {kind!r}, expected default, linear or llama3")
+
+
+def write_rope(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of :func:`read_rope`, in the keys that transformers 4 and 5 both read."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    rope: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        rope["low_freq_factor"] = scaling.low_freq_factor
+        rope["high_freq_factor"] = scaling.high_freq_factor
+        rope["original_max_position_embeddings"] = scaling.original_max_positions
+    return {"rope_theta": config.rope_theta, "rope_scaling": rope}
+
+
+def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    mistral = "MistralForCausalLM" in hf["architectures"]
+    heads, hidden = field(hf, "num_attention_heads", int), field(hf, "hidden_size", int)
+    theta, scaling = read_rope(hf)
+    biased = not mistral and field(hf, "attention_bias", bool, False)
+    window = hf.get("sliding_window", 4096) if mistral else None
+    return DecoderConfig(
+        family="llama",
+        vocab_size=field(hf, "vocab_size", int),
+        hidden_size=hidden,
+        intermediate_size=field(hf, "intermediate_size", int),
+        num_layers=field(hf, "num_hidden_layers", int),
+        num_heads=heads,
+        num_kv_heads=field(hf, "num_key_value_heads", int, 8 if mistral else heads),
+        head_dim=field(hf, "head_dim", int, hidden // max(heads, 1)),
+        max_positions=field(hf, "max_position_embeddings", int, 131072 if mistral else 2048),
+        norm_eps=field(hf, "rms_norm_eps", float, 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        activation=activation(hf, "hidden_act", "silu"),
+        qkv_bias=biased,
+        o_bias=biased,
+        mlp_bias=not mistral and field(hf, "mlp_bias", bool, False),
+        sliding_window=window,
+        tied_head=field(hf, "tie_word_embeddings", bool, False),
+        bos_token_id=hf.get("bos_token_id"),
+        eos_token_ids=token_ids(hf.get("eos_token_id")),
+    )
+
+
+def write_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of :func:`read_hf`: a Mistral where there is a window, a Llama otherwise.
+
+    Raises:
+      ConvertError: neither class of transformers has these biases.
+    """
+    mistral = config.sliding_window is not None
+    if config.qkv_bias != config.o_bias or (mistral and (config.qkv_bias or config.mlp_bias)):
+        raise ConvertError("this combination of biases and sliding window exists in no class of transformers")
+    only = {"sliding_window": config.sliding_window}
+    if not mistral:
+        only = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return {
+        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
+        "model_type": "mistral" if mistral else "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": hf_activation(config),
+        "tie_word_embeddings": config.tied_head,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": one_or_list(config.eos_token_ids),
+        **write_rope(config),
+        **only,
+    }
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def read_gguf_rope(meta: Mapping[str, Any], tensors: Any, head_dim: int, theta: float) -> RopeScaling | None:
+    """The scaling of a GGUF: by its metadata, or the factors of Llama 3 spelt out in ``rope_freqs``.
+
+    Raises:
+      ConvertError: another kind of scaling, or factors that Llama 3's formula does not give.
+    """
+    kind = meta.get("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ConvertError(f"rope.scaling.type is {kind!r}, expected none or linear")
+    if "rope_freqs.weight" not in tensors.shapes:
+        return RopeScaling("linear", field(meta, "rope.scaling.factor", float)) if kind == "linear" else None
+    divisors = np.asarray(tensors.read(["rope_freqs.weight"])["rope_freqs.weight"], np.float32)
+    original = field(meta, "rope.scaling.original_context_length", int, 8192)
+    scaling = RopeScaling("llama3", float(divisors.max()), original_max_positions=original)
+    plain = DecoderConfig("llama", 1, head_dim, 1, 1, 1, 1, head_dim, 1, rope_theta=theta)
+    scaled = dataclasses.replace(plain, rope_scaling=scaling)
+    formula = np.asarray(rotary_frequencies(plain)) / np.asarray(rotary_frequencies(scaled))
+    if divisors.shape != formula.shape or not np.allclose(divisors, formula, rtol=1e-3):
+        raise ConvertError("rope_freqs.weight holds other factors than Llama 3's, which are not supported")
+    return scaling
+
+
+def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
+    """Our config from a GGUF's metadata; biases and a tied head show in the tensors that are there.
+
+    Raises:
+      ConvertError: a feature of llama.cpp's "llama" that the decoder lacks, such as experts.
+    """
+    require(meta, "expert_count", 0, 0)
+    heads, hidden = field(meta, "attention.head_count", int), field(meta, "embedding_length", int)
+    head_dim = field(meta, "attention.key_length", int, hidden // max(heads, 1))
+    require(meta, "attention.value_length", head_dim, head_dim)
+    require(meta, "rope.dimension_count", head_dim, head_dim)
+    theta = field(meta, "rope.freq_base", float, 10000.0)
+    eos = token_ids(meta.get("tokenizer.ggml.eos_token_id"))
+    eot = token_ids(meta.get("tokenizer.ggml.eot_token_id"))
+    return DecoderConfig(
+        family="llama",
+        vocab_size=tensors.shapes.get("token_embd.weight", (0,))[0],
+        hidden_size=hidden,
+        intermediate_size=field(meta, "feed_forward_length", int),
+        num_layers=field(meta, "block_count", int),
+        num_heads=heads,
+        num_kv_heads=field(meta, "attention.head_count_kv", int, heads),
+        head_dim=head_dim,
+        max_positions=field(meta, "context_length", int),
+        norm_eps=_shortest(field(meta, "attention.layer_norm_rms_epsilon", float)),
+        rope_theta=theta,
+        rope_scaling=read_gguf_rope(meta, tensors, head_dim, theta),
+        qkv_bias="blk.0.attn_q.bias" in tensors.shapes,
+        o_bias="blk.0.attn_output.bias" in tensors.shapes,
+        mlp_bias="blk.0.ffn_up.bias" in tensors.shapes,
+        sliding_window=field(meta, "attention.sliding_window", int, None),
+        tied_head="output.weight" not in tensors.shapes,
+        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=tuple(dict.fromkeys(eos + eot)),
+    )
+
+
+FAMILY = Family(
+    name="llama",
+    hf=HFFormat(
+        architectures=("LlamaForCausalLM", "MistralForCausalLM"),
+        read_config=read_hf,
+        write_config=write_hf,
+        names=HF_NAMES,
+        prefix="model.",
+        prefixes=("model.",),
+        ignored=(r".*rotary_emb\.inv_freq",),
+    ),
+    gguf=GGUFFormat(
+        architectures=("llama",),
+        read_config=read_gguf,
+        names=GGUF_NAMES,
+        interleaved=("attn.q", "attn.k"),
+        ignored=(r"rope_freqs\.weight",),
+    ),
+)

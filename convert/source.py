@@ -1,0 +1,174 @@
+"""A model on disk as a :class:`slim_jax.source.Source`: reads, renames and transposes block by block.
+
+Where tensors lie in which file is the business of a :class:`TensorStore`; names, of the family's table.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.errors import ConvertError, listed
+from convert.families.family import Names
+from slim_jax.decoder import DecoderConfig, Params, block_params, outer_params
+
+DTYPES = ("float32", "bfloat16")
+
+
+class TensorStore(Protocol):
+    """Tensors of a checkpoint by name, in its own orientation (linear weights ``[N, K]``).
+
+    Attributes:
+      path: the file or directory, for messages.
+      shapes: of every tensor.
+    """
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The tensors of these names, float32 or bfloat16; nothing else is read."""
+        ...
+
+
+def parse_dtype(dtype: Any, allowed: tuple[str, ...] = DTYPES) -> np.dtype | None:
+    """``dtype`` as NumPy's, None for None.
+
+    Raises:
+      ConvertError: it is not one of ``allowed``.
+    """
+    if dtype is None:
+        return None
+    try:
+        parsed = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        parsed = None
+    if parsed is None or parsed.name not in allowed:
+        raise ConvertError(f"dtype is {dtype!r}, expected one of {', '.join(allowed)}")
+    return parsed
+
+
+class ModelSource:
+    """A checkpoint on disk, read one block at a time. See :class:`slim_jax.source.Source`.
+
+    Attributes:
+      config: the decoder that the parameters are for.
+      origin: kind, path and fingerprint of the checkpoint, as JSON values.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        origin: dict[str, Any],
+        store: TensorStore,
+        names: Names,
+        make_tokenizer: Callable[[], Any],
+        *,
+        dtype: np.dtype | None = None,
+        ignored: tuple[str, ...] = (),
+        interleaved: tuple[str, ...] = (),
+    ) -> None:
+        """Checks every name and shape against the config; reads no weights.
+
+        Raises:
+          ConvertError: tensors are missing, unexpected or of the wrong shape; the message names them all.
+        """
+        self.config = config
+        self.origin = origin
+        self._store, self._names, self._dtype = store, names, dtype
+        self._interleaved = interleaved
+        self._make_tokenizer = make_tokenizer
+        self._outer_names = {name: names.of(name) for name in outer_params(config)}
+        self._block_names = tuple(block_params(config))
+        self._check(ignored)
+
+    def _check(self, ignored: tuple[str, ...]) -> None:
+        config, names = self.config, self._names
+        expected = {names.of(p): _file_shape(p, s.shape) for p, s in outer_params(config).items()}
+        for p, s in block_params(config).items():
+            expected |= {names.of(p, i): _file_shape(p, s.shape) for i in range(config.num_layers)}
+        found = self._store.shapes
+        patterns = [re.compile(pattern) for pattern in ignored]
+        head = names.of("head.weight")
+        if config.tied_head and head in found:
+            if not self._tied_copy():
+                raise ConvertError(
+                    f"{self._store.path}: {head} differs from the embedding that the config ties it to; "
+                    "set tie_word_embeddings to false"
+                )
+            patterns.append(re.compile(re.escape(head)))
+        missing = [name for name in expected if name not in found]
+        unexpected = [n for n in found if n not in expected and not any(p.fullmatch(n) for p in patterns)]
+        wrong = [
+            f"{name} is {list(found[name])}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ]
+        lists = [("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong)]
+        problems = [f"{len(rows)} {what}: {listed(rows)}" for what, rows in lists if rows]
+        if problems:
+            raise ConvertError(f"{self._store.path}: tensors do not fit the config; " + "; ".join(problems))
+
+    def _tied_copy(self) -> bool:
+        """Whether a head that is stored although it is tied equals the embedding."""
+        head, embed = self._names.of("head.weight"), self._names.of("embed")
+        if embed not in self._store.shapes:
+            return True  # reported as missing
+        pair = self._store.read([head, embed])
+        return bool(np.array_equal(pair[head], pair[embed]))
+
+    def outer(self) -> Params:
+        """See :class:`slim_jax.source.Source`; NumPy arrays, linear weights ``[K, N]``."""
+        return self._read(self._outer_names)
+
+    def block(self, index: int) -> Params:
+        """See :class:`slim_jax.source.Source`; NumPy arrays, linear weights ``[K, N]``.
+
+        Raises:
+          IndexError: there is no such block.
+        """
+        if not 0 <= index < self.config.num_layers:
+            raise IndexError(f"block {index} of a model of {self.config.num_layers}")
+        return self._read({name: self._names.of(name, index) for name in self._block_names})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's ``PreTrainedTokenizerFast``, built on first use.
+
+        Raises:
+          ConvertError: the checkpoint has no tokenizer, or one that cannot be read.
+        """
+        return self._make_tokenizer()
+
+    def _read(self, wanted: Mapping[str, str]) -> dict[str, np.ndarray]:
+        raw = self._store.read(wanted.values())
+        return {ours: self._ours(ours, raw.pop(theirs)) for ours, theirs in wanted.items()}
+
+    def _ours(self, name: str, value: np.ndarray) -> np.ndarray:
+        if name.rpartition(".")[0] in self._interleaved:
+            value = _uninterleave(value, self.config.head_dim)
+        return np.ascontiguousarray(file_layout(name, value), dtype=self._dtype or value.dtype)
+
+
+def _transposed(name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer, ``[K, N]`` here and ``[N, K]`` in files."""
+    return name.endswith(".weight")
+
+
+def file_layout(name: str, value: np.ndarray) -> np.ndarray:
+    """Our parameter ``name`` as files have it, and back: the weight of a linear layer is transposed."""
+    return value.T if _transposed(name) else value
+
+
+def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if _transposed(name) else shape
+
+
+def _uninterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows ``[heads * head_dim, ...]``, feature pairs ``(2i, 2i + 1)`` -> pairs ``(i, i + head_dim / 2)``."""
+    paired = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return paired.swapaxes(1, 2).reshape(rows.shape)

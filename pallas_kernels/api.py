@@ -1,0 +1,120 @@
+"""The one public matmul: checks its arguments, picks a back end, and knows the gradient.
+
+It knows nothing of how any back end works; each is a function ``(x[M, K], w) -> float32[M, N]``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import xla
+from pallas_kernels.layout import MixedTensor
+
+Kernel = Callable[[jax.Array, MixedTensor], jax.Array]
+
+
+def _missing(name: str) -> Kernel:
+    def kernel(x: jax.Array, w: MixedTensor) -> jax.Array:
+        raise NotImplementedError(f"implementation {name!r} is not written yet; use 'xla' or None")
+
+    return kernel
+
+
+IMPLEMENTATIONS: dict[str, Kernel] = {
+    "xla": xla.mixed_matmul,
+    "mosaic_gpu": _missing("mosaic_gpu"),
+    "mosaic_tpu": _missing("mosaic_tpu"),
+}
+
+
+def mixed_matmul(
+    x: Float[Array, "*batch K"],
+    w: MixedTensor,
+    *,
+    bias: Float[Array, "N"] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*batch N"]:
+    """``x @ w.dequantize() + bias``, accumulated in float32.
+
+    Differentiable in ``x`` and ``bias``; ``w`` is a constant. With more than a few rows of ``x`` the
+    result is that of a dense product in ``w.dtype``; with few, products are taken in float32.
+
+    Args:
+      x: bfloat16 or float32 ``[..., K]``.
+      w: the packed weight ``[K, N]``; index or scan over stacked leaves first.
+      bias: ``[N]``, added in float32.
+      implementation: ``"xla"``, ``"mosaic_gpu"``, ``"mosaic_tpu"``, or several to try in order;
+        by platform if None.
+
+    Returns:
+      float32 ``[..., N]``.
+
+    Raises:
+      ValueError: a shape does not fit, or an implementation has no such name.
+      NotImplementedError: none of the implementations asked for can do this product.
+    """
+    names = _names(implementation)
+    _check(x, w, bias)
+    k, n = w.shape
+    batch = x.shape[:-1]
+    y = _matmul(names, x.reshape(math.prod(batch), k), w).reshape(*batch, n)
+    if bias is None:
+        return y
+    return y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+
+
+def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    if implementation is None:
+        return ("xla",)
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    if not names or not set(names) <= set(IMPLEMENTATIONS):
+        raise ValueError(f"implementation is {implementation!r}, expected one or more of {list(IMPLEMENTATIONS)}")
+    return names
+
+
+def _check(x: jax.Array, w: MixedTensor, bias: jax.Array | None) -> None:
+    k, n = w.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {x.shape}, expected [..., {k}] for a weight of shape {w.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}, expected a floating type")
+    if w.words.ndim != 2:
+        raise ValueError(f"w.words has shape {w.words.shape}, expected [rows, {n}]: scan over stacked weights")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(names: tuple[str, ...], x: jax.Array, w: MixedTensor) -> jax.Array:
+    """``x[M, K] @ w`` by the first of the named back ends that can."""
+    for name in names[:-1]:
+        try:
+            return IMPLEMENTATIONS[name](x, w)
+        except NotImplementedError:
+            continue
+    return IMPLEMENTATIONS[names[-1]](x, w)
+
+
+def _forward(names: tuple[str, ...], x: jax.Array, w: MixedTensor):
+    # A slice without elements hands x's dtype to the backward pass: residuals must be arrays.
+    return _matmul(names, x, w), (x[:0], w)
+
+
+def _backward(names: tuple[str, ...], residuals: tuple[jax.Array, MixedTensor], dy: jax.Array):
+    x, w = residuals
+    dx = jnp.dot(dy, w.dequantize().T, preferred_element_type=jnp.float32).astype(x.dtype)
+    return dx, jax.tree.map(_no_gradient, w)
+
+
+def _no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+_matmul.defvjp(_forward, _backward)

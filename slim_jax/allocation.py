@@ -1,0 +1,176 @@
+"""SBA: which groups get one bit more, and which one bit less, so that the average stays.
+
+Groups are ranked by salience. For ``p = 0, 1, ...`` the ``p`` least salient groups get ``N - 1``
+bits and the ``p`` most salient ``N + 1``; the ``p`` whose outputs diverge least from the full-precision
+ones wins. ``p = 0``, no mixing, is a candidate.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from slim_jax.calibration import FITS
+
+Allocation = dict[str, list[int]]
+"""Bit width of every group, by the layer's name (``"blocks.3.attn.q"``)."""
+
+
+def group_salience(
+    w: Float[Array, "k n"], importance: Float[Array, " k"], group_size: int
+) -> Float[Array, " groups"]:
+    """Salience ``delta_ij = w_ij^2 / u_j^2`` summed over each group (paper eq. 4, as its code has it).
+
+    ``importance`` is ``1 / u_j^2``, with ``u`` the diagonal of the inverse Hessian's Cholesky factor:
+    the exact error of removing column ``j`` in GPTQ's order. ``K`` must be a multiple of ``group_size``.
+    """
+    salience = jnp.sum(w * w, axis=1) * importance
+    return salience.reshape(-1, group_size).sum(axis=1)
+
+
+def quantized_at(
+    w: Float[Array, "k n"],
+    importance: Float[Array, " k"],
+    bits: int,
+    *,
+    group_size: int,
+    zero_bits: int,
+    sqc: str,
+) -> Float[Array, "k n"]:
+    """``w`` with every group rounded to nearest at one width, on the grid that ``sqc`` fits to it."""
+    k, n = w.shape
+    fit = FITS[sqc]
+
+    def group(_: None, block: tuple[jax.Array, jax.Array]):
+        w_group, importance_group = block
+        grid = fit(w_group, importance_group, jnp.full(n, bits, jnp.float32), zero_bits)
+        return None, grid.value(grid.code(w_group))
+
+    blocks = w.reshape(-1, group_size, n), importance.reshape(-1, group_size)
+    return lax.scan(group, None, blocks)[1].reshape(k, n)
+
+
+def divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Float[Array, ""]:
+    """``KL(softmax(y) || softmax(y_hat))``, averaged over tokens."""
+    p = jax.nn.softmax(y)
+    constant = jnp.sum(p * y, axis=1) - jax.nn.logsumexp(y, axis=1)
+    return jnp.mean(constant + _cross_entropy(p, y_hat))
+
+
+def _cross_entropy(p: jax.Array, y_hat: jax.Array) -> jax.Array:
+    """``-sum p log softmax(y_hat)`` of each token: the part of the divergence that depends on ``y_hat``."""
+    return jax.nn.logsumexp(y_hat, axis=1) - jnp.sum(p * y_hat, axis=1)
+
+
+def paper_divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Float[Array, ""]:
+    """The authors' score: ``KL(softmax(y_hat) || softmax(y))`` with both clamped at 1e-6."""
+    p = jnp.maximum(jax.nn.softmax(y_hat), 1e-6)
+    q = jnp.maximum(jax.nn.softmax(y), 1e-6)
+    return jnp.mean(jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=1))
+
+
+@partial(jax.jit, static_argnames=("bits", "group_size", "zero_bits", "sqc", "criterion"))
+def scores(
+    w: Float[Array, "k n"],
+    x: Float[Array, "t k"],
+    importance: Float[Array, " k"],
+    *,
+    bits: int,
+    group_size: int,
+    zero_bits: int,
+    sqc: str,
+    criterion: str,
+) -> tuple[Float[Array, " candidates"], Int[Array, " groups"]]:
+    """Divergence of every candidate ``p = 0 ... (G - 1) // 2``, and the groups by ascending salience.
+
+    From ``p`` to ``p + 1`` two groups change their width, so the outputs change by two
+    ``[T, g] @ [g, N]`` products: the search costs about three dense products, not one per candidate.
+
+    Args:
+      w: weights; ``K`` a multiple of ``group_size``.
+      x: calibration inputs.
+      importance: ``1 / u_j^2``, 0 for padding.
+      bits: the mean width ``N``.
+      group_size: channels per group.
+      zero_bits: bits of a stored zero point.
+      sqc: the calibration that candidates are rounded with, a name of `slim_jax.calibration.FITS`.
+      criterion: "kl"; "paper" for the authors' variant; "error" for ``sum (w - w_hat)^2 / u^2``.
+    """
+    order = jnp.argsort(group_salience(w, importance, group_size))
+    groups = order.shape[0]
+    candidates = (groups - 1) // 2 + 1
+    at = partial(quantized_at, w, importance, group_size=group_size, zero_bits=zero_bits, sqc=sqc)
+    low, middle, high = at(bits - 1), at(bits), at(bits + 1)
+    # Step p turns group `down[p]` to N - 1 bits and group `up[p]` to N + 1.
+    down, up = order[: candidates - 1], order[::-1][: candidates - 1]
+
+    if criterion == "error":
+        def group_error(w_hat: jax.Array) -> jax.Array:
+            error = jnp.sum((w - w_hat) ** 2, axis=1) * importance
+            return error.reshape(groups, group_size).sum(axis=1)
+
+        error = group_error(middle)
+        change = (group_error(low) - error)[down] + (group_error(high) - error)[up]
+        total = jnp.sum(error) + jnp.concatenate([jnp.zeros(1), jnp.cumsum(change)])
+        return total, order
+
+    y = x @ w
+    by_group = x.reshape(x.shape[0], groups, group_size)
+
+    def product(group: jax.Array, w_hat: jax.Array) -> jax.Array:
+        change = (w_hat - middle).reshape(groups, group_size, -1)[group]
+        return by_group[:, group] @ change
+
+    p = jax.nn.softmax(y)
+    entropy = jnp.sum(p * y, axis=1) - jax.nn.logsumexp(y, axis=1)
+
+    def score(y_hat: jax.Array) -> jax.Array:
+        if criterion == "paper":
+            return paper_divergence(y, y_hat)
+        return jnp.mean(entropy + _cross_entropy(p, y_hat))
+
+    def step(y_hat: jax.Array, change: tuple[jax.Array, jax.Array]):
+        y_hat = y_hat + product(change[0], low) + product(change[1], high)
+        return y_hat, score(y_hat)
+
+    start = x @ middle
+    _, rest = lax.scan(step, start, (down, up))
+    return jnp.concatenate([score(start)[None], rest]), order
+
+
+def allocate(order: np.ndarray, p: int, bits: int) -> np.ndarray:
+    """Bit width of every group, ``int[G]``: the first ``p`` of ``order`` one bit less, the last ``p`` one more."""
+    allocation = np.full(len(order), bits)
+    allocation[order[:p]] -= 1
+    allocation[order[len(order) - p :]] += 1
+    return allocation
+
+
+def save_allocation(allocation: Mapping[str, list[int]], path: Path) -> None:
+    """Writes an allocation as JSON, one layer a line."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(bits)}" for name, bits in allocation.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def load_allocation(path: Path) -> Allocation:
+    """Reads :func:`save_allocation`'s file.
+
+    Raises:
+      ValueError: the file is not a JSON object of lists of whole numbers from 1 to 8.
+    """
+    try:
+        allocation = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read the allocation {path}: {error}") from None
+    if not isinstance(allocation, dict):
+        raise ValueError(f"{path} holds a {type(allocation).__name__}, expected an object of layers")
+    for name, bits in allocation.items():
+        if not isinstance(bits, list) or not all(type(b) is int and 1 <= b <= 8 for b in bits):
+            raise ValueError(f"{path}: {name} is not a list of bit widths from 1 to 8")
+    return allocation

@@ -1,0 +1,148 @@
+"""SQC: the scale and zero point of each group, searched so that salient weights keep their value.
+
+Every function fits one group ``w [g, N]`` at once, for all output channels; the bit width is data
+(``[N]``), so one compiled program serves every allocation. What a fit returns is what will be
+stored: a bfloat16 scale and a zero point on the grid of its code (`pallas_kernels.layout`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+CLIP_FACTORS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
+"""Fractions of the group's range that the default search tries."""
+
+REFINEMENTS = 2
+"""Rounds of re-rounding and refitting after the default search."""
+
+
+class Grid(NamedTuple):
+    """The quantization grid of one group: ``w_hat = scale * (code - zero)``.
+
+    Attributes:
+      scale: ``float32[N]``, exactly representable in bfloat16.
+      zero: ``float32[N]``, a multiple of ``2**(b - zero_bits)``.
+      levels: ``float32[N]``, the largest code, ``2**b - 1``.
+    """
+
+    scale: jax.Array
+    zero: jax.Array
+    levels: jax.Array
+
+    def code(self, w: Float[Array, "*g n"]) -> Float[Array, "*g n"]:
+        """The nearest code of each weight, as whole float32 numbers."""
+        return jnp.clip(jnp.round(w / self.scale + self.zero), 0.0, self.levels)
+
+    def value(self, code: Float[Array, "*g n"]) -> Float[Array, "*g n"]:
+        """The weight that a code stands for."""
+        return self.scale * (code - self.zero)
+
+
+Fit = Callable[[jax.Array, jax.Array, jax.Array, int], Grid]
+"""``fit(w [g, N], importance [g], bits [N], zero_bits) -> Grid``."""
+
+
+def _stored(scale: jax.Array, zero: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+    """The grid nearest to ``(scale, zero)`` that can be stored."""
+    step = jnp.exp2(bits - zero_bits)
+    code = jnp.clip(jnp.round(zero / step), 0.0, 2.0**zero_bits - 1)
+    scale = jnp.maximum(scale, 1e-30).astype(jnp.bfloat16).astype(jnp.float32)
+    return Grid(scale, code * step, jnp.exp2(bits) - 1)
+
+
+def _range(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Smallest and largest weight of each channel, 0 included; -1 and 1 where all are 0."""
+    low, high = jnp.minimum(w.min(axis=0), 0.0), jnp.maximum(w.max(axis=0), 0.0)
+    empty = (low == 0) & (high == 0)
+    return jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)
+
+
+def _min_max(w: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    low, high = _range(w)
+    scale = (high - low) / (jnp.exp2(bits) - 1)
+    return scale, -low / scale
+
+
+def _better(error: jax.Array, grid: Grid, best: tuple[jax.Array, Grid]) -> tuple[jax.Array, Grid]:
+    best_error, best_grid = best
+    keep = error < best_error
+    chosen = jax.tree.map(lambda new, old: jnp.where(keep, new, old), grid, best_grid)
+    return jnp.where(keep, error, best_error), chosen
+
+
+def fit_min_max(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+    """The range of the weights with a whole zero point: GPTQ's and round-to-nearest's usual grid."""
+    scale, zero = _min_max(w, bits)
+    return _stored(scale, jnp.round(zero), bits, zero_bits)
+
+
+def _refit(w: jax.Array, importance: jax.Array, code: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero that minimize ``sum_j importance_j (w_j - scale (code_j - zero))^2``, codes fixed."""
+    weight = (importance / jnp.sum(importance))[:, None]
+    mean_code, mean_w = jnp.sum(weight * code, axis=0), jnp.sum(weight * w, axis=0)
+    centred = weight * (code - mean_code)
+    variance = jnp.sum(centred * (code - mean_code), axis=0)
+    scale = jnp.sum(centred * (w - mean_w), axis=0) / jnp.maximum(variance, 1e-12)
+    usable = (variance > 1e-12) & (scale > 0)
+    scale = jnp.where(usable, scale, grid.scale)
+    return scale, jnp.where(usable, mean_code - mean_w / scale, grid.zero)
+
+
+def fit_search(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+    """Minimizes ``sum_j importance_j (w_j - w_hat_j)^2`` over clip factors, scale and zero.
+
+    From each clip factor, the codes are fixed and scale and zero solved for by weighted least
+    squares (the zero may be fractional); the best of all candidates, as stored, is refined further.
+    """
+    scale, zero = _min_max(w, bits)
+
+    def error(grid: Grid, code: jax.Array) -> jax.Array:
+        return jnp.sum(importance[:, None] * (w - grid.value(code)) ** 2, axis=0)
+
+    def refine(grid: Grid, best: tuple[jax.Array, Grid]) -> tuple[jax.Array, Grid]:
+        refined = _stored(*_refit(w, importance, grid.code(w), grid), bits, zero_bits)
+        return _better(error(refined, refined.code(w)), refined, best)
+
+    def try_clip(best: tuple[jax.Array, Grid], factor: jax.Array) -> tuple[tuple[jax.Array, Grid], None]:
+        grid = _stored(factor * scale, zero, bits, zero_bits)
+        return refine(grid, best), None
+
+    start = _stored(scale, zero, bits, zero_bits)
+    best = (error(start, start.code(w)), start)
+    best, _ = jax.lax.scan(try_clip, best, jnp.asarray(CLIP_FACTORS, jnp.float32))
+    return jax.lax.fori_loop(0, REFINEMENTS, lambda _, best: refine(best[1], best), best)[1]
+
+
+def fit_paper(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+    """The authors' calibration, choice for choice (their repository's settings, not the paper's text).
+
+    101 clip factors in [0.9, 1.1], ``sum |w - w_hat|^2.4`` without weights, a whole zero point; a
+    1-bit group stands for ``mean(w) +- mean(|w|)``.
+    """
+    real = importance > 0
+    low, high = _range(w)
+    levels = jnp.exp2(bits) - 1
+
+    def try_clip(best: tuple[jax.Array, Grid], factor: jax.Array) -> tuple[tuple[jax.Array, Grid], None]:
+        scale = (factor * high - factor * low) / levels
+        grid = _stored(scale, jnp.round(-factor * low / scale), bits, zero_bits)
+        miss = jnp.abs(w - grid.value(grid.code(w)))
+        return _better(jnp.sum(jnp.where(real[:, None], miss**2.4, 0.0), axis=0), grid, best), None
+
+    up, down = jnp.linspace(1.0, 1.1, 51)[1:], jnp.linspace(1.0, 0.9, 51)[1:]
+    start = (jnp.full(w.shape[1:], jnp.inf), fit_min_max(w, importance, bits, zero_bits))
+    (_, grid), _ = jax.lax.scan(try_clip, start, jnp.concatenate([jnp.ones(1), up, down]))
+
+    mean = jnp.sum(jnp.where(real[:, None], w, 0.0), axis=0) / jnp.sum(real)
+    alpha = jnp.maximum(jnp.sum(jnp.abs(w) * real[:, None], axis=0) / jnp.sum(real), 1e-30)
+    binary = _stored(2 * alpha, 0.5 - mean / (2 * alpha), bits, zero_bits)
+    return jax.tree.map(lambda one, many: jnp.where(bits == 1, one, many), binary, grid)
+
+
+FITS: dict[str, Fit] = {"search": fit_search, "paper": fit_paper, "minmax": fit_min_max}
+"""The calibrations by the name that :class:`slim_jax.config.SlimConfig` takes as ``sqc``."""
+

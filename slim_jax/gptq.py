@@ -1,0 +1,97 @@
+"""GPTQ: rounding column by column, with each column's error fed forward to the columns after it.
+
+Arrays in, arrays out; models and files are the pipeline's. In the paper's notation the weight is
+``[N, K]`` and columns are rounded; here it is ``[K, N]`` as layers use it, so that a "column" (an
+input channel) is a row in memory, and the layers that share an input lie side by side in ``N``.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from slim_jax.calibration import FITS, Grid
+
+
+class Solution(NamedTuple):
+    """A quantized weight in the terms of `pallas_kernels.layout.pack`.
+
+    Attributes:
+      code: ``uint8[K, N]``.
+      scale: ``bfloat16[G, N]``.
+      zero: ``float32[G, N]``, in units of the scale.
+      error: ``float32[N]``, ``sum_j ((w_j - w_hat_j) / u_j)^2``: half the growth of the layer's mean
+        squared error, exactly, where the Hessian is undamped.
+    """
+
+    code: jax.Array
+    scale: jax.Array
+    zero: jax.Array
+    error: jax.Array
+
+
+def _round_group(w: jax.Array, u: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """Rounds one group ``w [g, N]`` with its ``U`` block ``[g, g]``; codes and scaled errors, both ``[g, N]``."""
+
+    def column(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+        w, codes, errors = state
+        row = w[j]
+        code = grid.code(row)
+        error = (row - grid.value(code)) / u[j, j]  # OBS error of column j
+        return w - u[j][:, None] * error[None, :], codes.at[j].set(code), errors.at[j].set(error)
+
+    _, codes, errors = lax.fori_loop(0, w.shape[0], column, (w, jnp.zeros_like(w), jnp.zeros_like(w)))
+    return codes, errors
+
+
+@partial(jax.jit, static_argnames=("group_size", "zero_bits", "sqc", "feedback"))
+def solve(
+    w: Float[Array, "k n"],
+    u: Float[Array, "k k"],
+    importance: Float[Array, " k"],
+    bits: Float[Array, "g n"],
+    *,
+    group_size: int,
+    zero_bits: int,
+    sqc: str,
+    feedback: bool = True,
+) -> Solution:
+    """Quantizes a weight, or several side by side, group by group.
+
+    Each group's grid is fitted to the weights as they stand once the groups before it have passed on
+    their errors. ``K`` must be a multiple of ``group_size`` (pad ``w`` with zeros, ``u`` with ones on
+    the diagonal).
+
+    Args:
+      w: weights.
+      u: upper Cholesky factor of the inverse Hessian (`slim_jax.hessian.inverse_cholesky`).
+      importance: weight of each channel's squared error in the fit, ``1 / u_j^2``; 0 for padding.
+      bits: bit width of every group and output channel.
+      group_size: channels per group.
+      zero_bits: bits of a stored zero point.
+      sqc: a name of `slim_jax.calibration.FITS`.
+      feedback: False rounds to nearest, the error stays where it is.
+    """
+    k, n = w.shape
+    fit = FITS[sqc]
+
+    def group(w: jax.Array, index: jax.Array):
+        start = index * group_size
+        block = lax.dynamic_slice_in_dim(w, start, group_size)
+        rows = lax.dynamic_slice_in_dim(u, start, group_size)
+        diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
+        grid = fit(block, lax.dynamic_slice_in_dim(importance, start, group_size), bits[index], zero_bits)
+        if feedback:
+            codes, errors = _round_group(block, diagonal_block, grid)
+            w = w - rows.T @ errors
+        else:
+            codes = grid.code(block)
+            errors = (block - grid.value(codes)) / jnp.diagonal(diagonal_block)[:, None]
+        out = codes.astype(jnp.uint8), grid.scale.astype(jnp.bfloat16), grid.zero, jnp.sum(errors**2, axis=0)
+        return w, out
+
+    _, (codes, scale, zero, error) = lax.scan(group, w, jnp.arange(k // group_size))
+    return Solution(codes.reshape(k, n), scale, zero, jnp.sum(error, axis=0))

@@ -1,0 +1,17 @@
+"""Strictness for every test: shapes never broadcast by rank, annotations are checked as the code runs."""
+
+import jax
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+install_import_hook(["pallas_kernels", "slim_jax", "convert"], "beartype.beartype")
+
+# Examples compile; a time limit on one would measure the machine, not the code.
+settings.register_profile("slim", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("slim")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_rank_promotion():
+    jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,154 @@
+"""Makes the golden models: tiny random ones, run by PyTorch's transformers, one `.npz` each.
+
+    /path/to/python-with-torch-and-transformers tests/goldens/make_goldens.py
+
+Each file holds ``config`` (config.json as bytes), ``tokens [B, T]``, ``logits [B, T, vocab]``,
+``hidden [layers + 1, B, T, hidden]`` (the input of the first block, then each block's output) and
+``weight:NAME`` for the state dict. Everything is float32. Made with torch 2.13.0, transformers 5.23.0.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+HERE = Path(__file__).parent
+SEED, BATCH, TIME = 0, 2, 24
+
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OPT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "word_embed_proj_dim": 32,
+    "dropout": 0.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
+}
+
+# The wavelengths of head_dim 8 and theta 100 lie on both sides of the two limits of LLAMA3, and between.
+CASES = {
+    "llama_gqa_tied": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "llama_untied": (LlamaForCausalLM, LlamaConfig, {**LLAMA, "num_hidden_layers": 3}),
+    "llama_rope_llama3": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {**LLAMA, "rope_theta": 100.0, "rope_scaling": LLAMA3, "num_key_value_heads": 1},
+    ),
+    "llama_rope_linear": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    ),
+    "llama_head_dim": (LlamaForCausalLM, LlamaConfig, {**LLAMA, "head_dim": 12, "num_key_value_heads": 2}),
+    "llama_biases": (LlamaForCausalLM, LlamaConfig, {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "mistral_window": (
+        MistralForCausalLM,
+        MistralConfig,
+        {**LLAMA, "num_key_value_heads": 2, "sliding_window": 7, "head_dim": 16},
+    ),
+    "opt_pre_norm": (OPTForCausalLM, OPTConfig, OPT),
+    "opt_post_norm_projected": (
+        OPTForCausalLM,
+        OPTConfig,
+        {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    ),
+    "opt_no_bias": (OPTForCausalLM, OPTConfig, {**OPT, "enable_bias": False, "activation_function": "gelu"}),
+}
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Weights large enough that a wrong bias, norm or rotation shows in the logits.
+
+    They are rounded to bfloat16, which loses nothing in tests of float32 and halves the files.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.data = (1 + 0.3 * noise) if name.endswith("weight") else 0.3 * noise
+        elif name.endswith("bias"):
+            parameter.data = 0.3 * noise
+        elif "embed" in name:
+            parameter.data = noise
+        else:
+            parameter.data = noise * 1.5 * parameter.shape[-1] ** -0.5
+        parameter.data = parameter.data.bfloat16().float()
+
+
+def run(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, and what enters the first block and leaves each, before any last norm."""
+    hidden = []
+    decoder = model.model.decoder if hasattr(model.model, "decoder") else model.model
+    for i, layer in enumerate(decoder.layers):
+        if i == 0:
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+        layer.register_forward_hook(
+            lambda _, args, out: hidden.append(out[0] if isinstance(out, tuple) else out)
+        )
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+    return logits.numpy(), torch.stack(hidden).detach().numpy()
+
+
+def main() -> None:
+    """Writes every case beside this file."""
+    for name, (model_class, config_class, fields) in CASES.items():
+        model = model_class._from_config(config_class(**fields), attn_implementation="eager").eval()
+        randomize(model)
+        generator = torch.Generator().manual_seed(SEED + 1)
+        tokens = torch.randint(3, fields["vocab_size"], (BATCH, TIME), generator=generator)
+        logits, hidden = run(model, tokens)
+        config = {**model.config.to_dict(), "architectures": [model_class.__name__]}
+        weights = {k: v.numpy() for k, v in model.state_dict().items()}
+        if fields.get("tie_word_embeddings", model_class is OPTForCausalLM):
+            weights.pop("lm_head.weight", None)
+        np.savez_compressed(
+            HERE / f"{name}.npz",
+            config=np.frombuffer(json.dumps(config, sort_keys=True).encode(), np.uint8),
+            tokens=tokens.numpy().astype(np.int32),
+            logits=logits,
+            hidden=hidden,
+            **{f"weight:{k}": v for k, v in weights.items()},
+        )
+        print(f"{name}: {(HERE / f'{name}.npz').stat().st_size} bytes, logits up to {abs(logits).max():.2f}")
+
+
+if __name__ == "__main__":
+    main()
