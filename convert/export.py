@@ -64,7 +64,9 @@ def export_hf(
         _write_json(temporary / "generation_config.json", ids)
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp and save_file keep theirs to the owner
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if out.exists():
             out.rmdir()
         temporary.rename(out)

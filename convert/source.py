@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from slim_jax.decoder import DecoderConfig, Params, block_params, outer_params
 DTYPES = ("float32", "bfloat16")
 
 
+@runtime_checkable
 class TensorStore(Protocol):
     """Tensors of a checkpoint by name, in its own orientation (linear weights ``[N, K]``).
 
@@ -77,6 +78,8 @@ class ModelSource:
         Raises:
           ConvertError: tensors are missing, unexpected or of the wrong shape; the message names them all.
         """
+        if config.num_layers < 1:
+            raise ConvertError(f"{store.path}: num_layers is {config.num_layers}, expected a positive number")
         self.config = config
         self.origin = origin
         self._store, self._names, self._dtype = store, names, dtype

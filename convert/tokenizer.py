@@ -1,5 +1,6 @@
 """Tokenizers, always as transformers' ``PreTrainedTokenizerFast``: from directories, rebuilt from GGUF."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,11 @@ def load_tokenizer(directory: str | Path) -> Any:
     directory = Path(directory)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise ConvertError(f"{directory} has no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}")
+    only_model = not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    if only_model and importlib.util.find_spec("sentencepiece") is None:
+        raise ConvertError(f"{directory} has only tokenizer.model, which needs: pip install sentencepiece")
     try:
-        if (directory / "tokenizer.json").is_file():
+        if (directory / "tokenizer.json").is_file():  # it says everything; a tokenizer class may differ
             return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
@@ -129,7 +133,11 @@ def _byte_level(own: Mapping[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece(own: Mapping[str, Any]) -> Tokenizer:
-    """SentencePiece's BPE with byte fallback; merges are ranked by the scores of what they make."""
+    """SentencePiece's BPE with byte fallback; merges are ranked by the scores of what they make.
+
+    As in transformers' Llama tokenizer, and unlike SentencePiece, ``<unk>`` or ``<s>`` in a text is that
+    token, and text after a special token begins with a space of its own.
+    """
     tokens, types = own["tokens"], own.get("token_type") or [NORMAL] * len(own["tokens"])
     vocab = {token: i for i, token in enumerate(tokens)}
     pieces = {t: i for t, i in vocab.items() if types[i] in (NORMAL, UNUSED)}

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 WORD_BITS = 32
 MAX_BITS = 8
@@ -178,7 +179,7 @@ class MixedTensor:
         bits[np.asarray(self.order)] = np.repeat(self.widths, np.asarray(self.segments))
         return bits
 
-    def dequantize(self, dtype: jnp.dtype | None = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The dense weight ``[K, N]``, computed in float32 and cast to ``dtype`` (default ``self.dtype``)."""
         g, n = self.group_size, self.shape[1]
         out_dtype = self.dtype if dtype is None else dtype
@@ -193,7 +194,7 @@ class MixedTensor:
                 row = first_row[i] + (position - first_group[i]) * rows
                 words = lax.dynamic_slice_in_dim(self.words, row, rows)
                 code = unpack_group(words, b).astype(jnp.float32)
-                weight = self.scale[position].astype(jnp.float32) * (code - zero[position])
+                weight = self.scale[position].astype(jnp.float32)[None] * (code - zero[position][None])
                 return lax.dynamic_update_slice_in_dim(
                     dense, weight.astype(out_dtype), self.order[position] * g, axis=0
                 )
@@ -210,7 +211,7 @@ def pack(
     *,
     group_size: int,
     widths: tuple[int, ...] | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> MixedTensor:
     """Packs codes that a solver chose; ``pack(...).dequantize()`` is ``scale * (codes - zero)`` bit for bit.
 

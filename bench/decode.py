@@ -1,0 +1,114 @@
+"""Tokens per second of one sequence, dense in float32 against packed, in one process, taking turns.
+
+``python -m bench.decode [--source smollm2] [--bits 2] [--packed PATH] [--tokens 64] [--json]``
+"""
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from convert import load_source
+from pallas_kernels import MixedTensor, pack
+from slim_jax.decoder import Decoder, block_params, linear_groups, make_decoder
+from slim_jax.generate import Generator
+from slim_jax.source import Source
+
+
+def dense_decoder(source: Source) -> Decoder:
+    """The source's model in memory."""
+    blocks = [source.block(i) for i in range(source.config.num_layers)]
+    return make_decoder(source.config, source.outer(), blocks)
+
+
+def random_packed(k: int, n: int, bits: int, group_size: int, rng: np.random.Generator) -> MixedTensor:
+    """A packed weight ``[k, n]`` of random codes: a quarter of groups at ``bits ± 1``, half at ``bits``."""
+    groups = -(-k // group_size)
+    widths = np.full(groups, bits)
+    order = rng.permutation(groups)
+    widths[order[: groups // 4]] -= 1
+    widths[order[groups // 4 : 2 * (groups // 4)]] += 1
+    limit = np.repeat(1 << widths, group_size)[:k, None]
+    codes = (rng.integers(0, 1 << (bits + 1), (k, n)) % limit).astype(np.uint8)
+    scale = (rng.random((groups, n)) + 0.5) * 0.01
+    zero = rng.integers(0, 16, (groups, n), dtype=np.uint8)
+    return pack(codes, scale, zero, widths, group_size=group_size, widths=(bits - 1, bits, bits + 1))
+
+
+def random_decoder(source: Source, bits: int, group_size: int, seed: int = 0) -> Decoder:
+    """The source's model with every linear layer of its blocks in random codes."""
+    config, rng = source.config, np.random.default_rng(seed)
+    shapes = block_params(config)
+    names = [f"{name}.weight" for group in linear_groups(config).values() for name in group]
+    blocks: list[dict[str, Any]] = []
+    for i in range(config.num_layers):
+        packed = {name: random_packed(*shapes[name].shape, bits, group_size, rng) for name in names}
+        blocks.append({**source.block(i), **packed})
+    return make_decoder(config, source.outer(), blocks)
+
+
+def load_packed(path: str) -> Decoder:
+    """A quantized checkpoint."""
+    from slim_jax.checkpoint import load  # not needed for random codes
+
+    return load(path)
+
+
+def seconds(generator: Generator, prompt: list[int], tokens: int) -> float:
+    """Time between the first and the last of ``tokens + 1`` tokens: prefill is not in it."""
+    times: list[float] = []
+    generator.generate(
+        [prompt],
+        max_tokens=tokens + 1,
+        stop=[],
+        on_token=lambda row, token: times.append(time.perf_counter()),
+    )
+    return times[-1] - times[0]
+
+
+def measure(generators: dict[str, Generator], tokens: int, rounds: int) -> dict[str, float]:
+    """Median tokens per second of each, taking turns."""
+    prompt = list(range(2, 18))
+    for generator in generators.values():
+        seconds(generator, prompt, tokens)
+    taken: dict[str, list[float]] = {name: [] for name in generators}
+    for _ in range(rounds):
+        for name, generator in generators.items():
+            taken[name].append(seconds(generator, prompt, tokens))
+    return {name: tokens / float(np.median(times)) for name, times in taken.items()}
+
+
+def main() -> None:
+    """Prints tokens per second of both and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", default="smollm2")
+    parser.add_argument("--bits", type=int, default=2, help="mean width of random codes, 2 to 7")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--packed", help="a quantized checkpoint instead of random codes")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+
+    source = load_source(args.source, dtype="float32")
+    packed = load_packed(args.packed) if args.packed else random_decoder(source, args.bits, args.group_size)
+    generators = {"dense": Generator(dense_decoder(source)), "packed": Generator(packed)}
+    speed = measure(generators, args.tokens, args.rounds)
+    ratio = speed["packed"] / speed["dense"]
+    if args.json:
+        result = {"source": args.source, "bits": args.bits, "packed_checkpoint": args.packed}
+        result |= {"tokens": args.tokens, "rounds": args.rounds, "cores": os.cpu_count()}
+        print(
+            json.dumps(result | {f"{name}_tokens_per_s": s for name, s in speed.items()} | {"ratio": ratio})
+        )
+        return
+    print(f"dense float32  {speed['dense']:7.1f} tokens/s")
+    print(f"packed         {speed['packed']:7.1f} tokens/s")
+    print(f"packed / dense {ratio:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,654 @@
+"""The command line: ``slim-jax convert | quantize | eval | generate | inspect | export``.
+
+It checks options, finds models and texts, and shows progress; the work is done elsewhere. What the
+user got wrong ends in one line on standard error and exit status 2. Heavy imports stay inside the
+commands, so that ``--help`` is instant.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from slim_jax.decoder import Decoder
+    from slim_jax.source import Source
+
+OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+# click's ClickException. Newer typer brings its own click, so there is no one place to import it from.
+ClickException: Any = typer.BadParameter.__bases__[0].__bases__[0]
+
+app = typer.Typer(
+    name="slim-jax",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclasses.dataclass
+class Session:
+    """What the commands tell :func:`run`.
+
+    Attributes:
+      debug: let tracebacks through.
+      on_interrupt: the line to print on Ctrl-C.
+    """
+
+    debug: bool = False
+    on_interrupt: str = "interrupted"
+
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        show_default=False,
+        help="A Hugging Face directory, a .gguf file, a slim-jax checkpoint, owner/model on the hub, or smollm2.",
+    ),
+]
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", show_default=False, help="Directory to write; new or empty.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE", help="Of dense weights: float32 or bfloat16. [dim]Default: as they are.[/]"
+    ),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"slim-jax {version('slim-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def slim_jax_options(
+    ctx: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="SLIM_JAX_DEBUG", help="Show tracebacks and library logs.")
+    ] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantize a language model to an average of 2, 3 or 4 bits per weight, and run it packed.
+
+    [bold]Try it[/] on the built-in model, with calibration text that it writes itself:
+
+      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --calibration self --samples 64 --length 512
+
+      slim-jax inspect out/q3
+
+      slim-jax generate out/q3 --prompt "The capital of France is"
+    """
+    ctx.obj.debug = debug
+
+
+@app.command()
+def convert(
+    source: SourceArgument, out: OutArgument, dtype: DtypeOption = None, as_json: JsonOption = False
+) -> None:
+    """Convert a model to a slim-jax checkpoint, without quantizing it.
+
+    Blocks are read and written one by one, so the model need not fit in memory.
+
+      slim-jax convert models/Llama-3.2-1B out/llama
+
+      slim-jax convert model.gguf out/model --dtype bfloat16
+    """
+    _require_new(out)
+    from slim_jax import checkpoint
+
+    model = _open(source, dtype)
+    tokenizer = _optional_tokenizer(source, model)
+    with _progress("converting", model.config.num_layers) as on_block:
+        checkpoint.write_dense(model, out, on_block=on_block)
+    _keep_tokenizer(tokenizer, out)
+    result = {"path": str(out), "blocks": model.config.num_layers}
+    _print(result, f"{out}: {result['blocks']} blocks, not quantized", as_json)
+
+
+@app.command()
+def quantize(
+    ctx: typer.Context,
+    source: SourceArgument,
+    out: OutArgument,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|self",
+            show_default=False,
+            help="A UTF-8 text to calibrate on, or [bold]self[/]: the model writes its own.",
+        ),
+    ],
+    bits: Annotated[int, typer.Option(help="Average bits per weight: 2, 3 or 4.")] = 2,
+    group_size: Annotated[
+        int, typer.Option(help="Input channels that share a bit width: 32, 64 or 128.")
+    ] = 128,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="slim|gptq|rtn",
+            help="slim mixes bit widths by salience; gptq and rtn (round to nearest) are uniform.",
+        ),
+    ] = "slim",
+    sqc: Annotated[
+        str,
+        typer.Option(metavar="search|paper|minmax", help="How the scale and zero of a group are found."),
+    ] = "search",
+    criterion: Annotated[
+        str, typer.Option(metavar="kl|error|paper", help="What decides how many groups get other widths.")
+    ] = "kl",
+    damping: Annotated[
+        float, typer.Option(help="Added to the Hessian, as a part of its mean diagonal.")
+    ] = 0.01,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of windows.")] = 0,
+    allocation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Bits per layer and group from this JSON file; nothing is searched."
+        ),
+    ] = None,
+    save_allocation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the bits that were chosen to this JSON file.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last finished block of an interrupted run.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model with SliM-LLM and store it packed.
+
+    Block after block; each finished one is on disk before the next starts, so a run that was
+    interrupted goes on with --resume and ends with the same bits.
+
+      slim-jax quantize smollm2 out/q2 --bits 2 --group-size 64 --calibration text.txt --samples 64 --length 512
+
+      slim-jax quantize models/Llama-3.2-1B out/q3 --bits 3 --calibration self
+
+      slim-jax quantize smollm2 out/gptq --bits 3 --method gptq --calibration text.txt
+    """
+    import slim_jax
+    from slim_jax.checkpoint import is_checkpoint
+
+    config = slim_jax.SlimConfig(
+        bits=bits, group_size=group_size, method=method, sqc=sqc, criterion=criterion, damping=damping
+    )
+    text = None if calibration == "self" else _read_text(Path(calibration))
+    chosen = None if allocation is None else slim_jax.load_allocation(allocation)
+    if save_allocation is not None and not save_allocation.resolve().parent.is_dir():
+        raise ValueError(f"--save-allocation: {save_allocation.parent} is not a directory")
+    if not resume:
+        _require_new(out, "; --resume goes on with an interrupted run")
+    if is_checkpoint(out) and Path(source).resolve() == out.resolve():
+        raise ValueError(f"SOURCE and OUT are both {out}")
+    model = _open(source)
+    _require_positions("--length", length, model)
+    if text is None:
+        tokenizer = _optional_tokenizer(source, model)
+        tokens = _own_text(source, model, samples, length, seed)
+    else:
+        tokenizer = _tokenizer(source, model)
+        tokens = _windows(tokenizer, text, calibration, samples, length, seed)
+    ctx.obj.on_interrupt = (
+        f"interrupted; the same command with --resume goes on after {out}'s last whole block"
+    )
+    with _progress("quantizing", model.config.num_layers) as on_block:
+        _, report = slim_jax.quantize(
+            model, tokens, config, out=out, resume=resume, allocation=chosen, on_block=on_block
+        )
+    _keep_tokenizer(tokenizer, out)
+    if save_allocation is not None:
+        slim_jax.save_allocation(report.allocation, save_allocation)
+    found = report.to_json()
+    _print(found, f"{out}: {found['bits_per_weight']:.3f} bits per weight", as_json)
+
+
+@app.command("eval")
+def evaluate(
+    source: SourceArgument,
+    text: Annotated[
+        Path,
+        typer.Option(metavar="FILE", show_default=False, help="UTF-8 text that calibration did not see."),
+    ],
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    max_windows: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Take every ceil(total / N)-th window. [dim]Default: all.[/]"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity on a text, in windows that do not overlap. Packed weights are used as they are.
+
+    slim-jax eval smollm2 --text test.txt
+
+    slim-jax eval out/q2 --text test.txt --window 2048 --max-windows 38 --json
+    """
+    content = _read_text(text)
+    import numpy as np
+
+    from slim_jax import perplexity
+
+    opened = _open(source)
+    _require_positions("--window", window, opened)
+    tokens = np.asarray(_encode(_tokenizer(source, opened), content), np.int32)
+    if len(tokens) < window:
+        raise ValueError(f"{text} has {len(tokens)} tokens, expected at least {window} (--window)")
+    total = len(tokens) // window
+    if max_windows is not None:
+        total = math.ceil(total / math.ceil(total / max_windows))
+    model = _decoder(source, opened)
+    with _progress("evaluating", total) as on_window:
+        found = perplexity(model, tokens, window=window, max_windows=max_windows, on_window=on_window)
+    result = {"perplexity": found.perplexity, "tokens": found.tokens, "windows": found.windows}
+    _print(
+        result, f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, {found.windows} windows)", as_json
+    )
+
+
+@app.command()
+def generate(
+    source: SourceArgument,
+    prompt: Annotated[
+        list[str], typer.Option(show_default=False, metavar="TEXT", help="May be given several times.")
+    ],
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most this many new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(max=1.0, help="Draw from the likeliest tokens that make up this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+) -> None:
+    """Continue a prompt, token by token to the terminal.
+
+    slim-jax generate out/q2 --prompt "The capital of France is" --max-tokens 32
+
+    slim-jax generate out/q3 --prompt "Once" --prompt "Never" --temperature 0.8 --top-p 0.95
+    """
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"--top-p is {top_p}, expected more than 0 and at most 1")
+    from slim_jax.generate import generate as run_generate
+
+    opened = _open(source)
+    tokenizer = _tokenizer(source, opened)
+    prompts = [_encode(tokenizer, text) for text in prompt]
+    for text, ids in zip(prompt, prompts):
+        if not ids:
+            raise ValueError(f"--prompt {text!r} has no tokens, expected some text")
+        _require_positions("prompt and --max-tokens together", len(ids) + max_tokens, opened)
+    model = _decoder(source, opened)
+    stream = _Stream(tokenizer, prompt) if len(prompt) == 1 else None
+    texts = run_generate(
+        model,
+        prompts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=list(opened.config.eos_token_ids),
+        on_token=None if stream is None else stream.take,
+    )
+    if stream is not None:
+        stream.close()
+        return
+    for text, ids in zip(prompt, texts):
+        typer.echo(text + tokenizer.decode(ids, skip_special_tokens=True))
+        typer.echo("")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", show_default=False, help="A slim-jax checkpoint.")],
+    as_json: JsonOption = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with a row per layer.")
+    ] = None,
+) -> None:
+    """Show what a checkpoint stores: sizes, bits per weight, and where the bits went.
+
+    slim-jax inspect out/q2
+
+    slim-jax inspect out/q2 --json | jq .bits_per_weight
+
+    slim-jax inspect out/q2 --html layers.html
+    """
+    if html is not None and not html.resolve().parent.is_dir():
+        raise ValueError(f"--html: {html.parent} is not a directory")
+    from slim_jax import checkpoint
+
+    found = checkpoint.inspect(path)
+    if html is not None:
+        from convert.page import layers_page
+
+        html.write_text(layers_page(str(path), found), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _print_layers(str(path), found)
+
+
+@app.command()
+def export(
+    source: SourceArgument,
+    out: OutArgument,
+    format: Annotated[
+        str, typer.Option(metavar="hf", help="hf: safetensors that transformers loads.")
+    ] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16. [dim]Default: as they are.[/]"),
+    ] = None,
+) -> None:
+    """Write a model with dequantized weights, for other tools to load.
+
+    slim-jax export out/q2 out/q2-hf --format hf --dtype bfloat16
+    """
+    if format != "hf":
+        raise ValueError(f"--format is {format!r}, expected hf")
+    _require_new(out)
+    from convert.export import export_hf
+
+    model = _open(source)
+    export_hf(model, out, dtype, tokenizer=_optional_tokenizer(source, model))
+    typer.echo(f"{out}: {model.config.num_layers} blocks, dequantized")
+
+
+def _open(spec: str, dtype: str | None = None) -> "Source":
+    """The model that a SOURCE argument names; no weights are read yet."""
+    from convert.load import load_source
+    from slim_jax.checkpoint import CheckpointSource, is_checkpoint
+
+    if is_checkpoint(Path(spec)):
+        return CheckpointSource(Path(spec))
+    return load_source(spec, dtype)
+
+
+def _decoder(spec: str, source: "Source") -> "Decoder":
+    """The whole model in memory."""
+    from slim_jax import checkpoint
+    from slim_jax.decoder import make_decoder
+
+    if checkpoint.is_checkpoint(Path(spec)):
+        return checkpoint.load(Path(spec))
+    blocks = [source.block(i) for i in range(source.config.num_layers)]
+    return make_decoder(source.config, source.outer(), blocks)
+
+
+def _tokenizer(spec: str, source: "Source") -> Any:
+    from convert.tokenizer import load_tokenizer
+    from slim_jax.checkpoint import is_checkpoint
+
+    if is_checkpoint(Path(spec)):
+        return load_tokenizer(Path(spec) / "tokenizer")
+    return source.tokenizer  # type: ignore[attr-defined]
+
+
+def _optional_tokenizer(spec: str, source: "Source") -> Any:
+    """The tokenizer, or None and a note where the model has none."""
+    try:
+        return _tokenizer(spec, source)
+    except ValueError as error:
+        _say(f"note: going on without a tokenizer: {error}")
+        return None
+
+
+def _keep_tokenizer(tokenizer: Any, out: Path) -> None:
+    from convert.tokenizer import save_tokenizer
+
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, out / "tokenizer")
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids, with what the model's own tokenizer puts before a text."""
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def _windows(
+    tokenizer: Any, text: str, name: str, samples: int, length: int, seed: int
+) -> "np.ndarray":  # int32 [samples, length]
+    """Windows of a text at random places, which may overlap."""
+    import numpy as np
+
+    tokens = np.asarray(_encode(tokenizer, text), np.int32)
+    if len(tokens) < length:
+        raise ValueError(f"{name} has {len(tokens)} tokens, expected at least {length} (--length)")
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, samples)
+    return tokens[starts[:, None] + np.arange(length)]
+
+
+def _own_text(
+    spec: str, source: "Source", samples: int, length: int, seed: int
+) -> "np.ndarray":  # int32 [samples, length]
+    """Calibration text that the model writes itself."""
+    import numpy as np
+
+    from slim_jax.generate import sample_text
+
+    _say(f"the model writes {samples} windows of {length} tokens to calibrate on")
+    tokens = sample_text(_decoder(spec, source), samples=samples, length=length, seed=seed)
+    return np.asarray(tokens, np.int32)
+
+
+def _require_new(out: Path, hint: str = "") -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise ValueError(f"{out} exists and is not an empty directory{hint}")
+
+
+def _require_positions(name: str, tokens: int, source: "Source") -> None:
+    if tokens > source.config.max_positions:
+        raise ValueError(f"{name} is {tokens}, but the model has {source.config.max_positions} positions")
+
+
+def _print(result: dict[str, Any], line: str, as_json: bool) -> None:
+    typer.echo(json.dumps(result, indent=2) if as_json else line)
+
+
+def _say(line: str) -> None:
+    """One line on standard error."""
+    typer.echo(f"slim-jax: {' '.join(line.split())}", err=True)
+
+
+def _error_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, ClickException):
+        return error.format_message()  # type: ignore[attr-defined, no-any-return]
+    return str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Any]:
+    """Yields a callback for each finished block or window: a bar on a terminal, else a line each tenth."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    done = 0
+
+    def figures(step: Any) -> str:
+        values = ("error", "{:.4g}"), ("bits_per_weight", "{:.3f} bits"), ("perplexity", "ppl {:.3f}")
+        known = [(getattr(step, name, None), form) for name, form in values]
+        return "  ".join(form.format(value) for value, form in known if value is not None)
+
+    if not console.is_terminal:
+
+        def line(step: Any = None, *_: Any) -> None:
+            nonlocal done
+            done = done + 1 if not hasattr(step, "index") else step.index + 1
+            if done == total or done % max(1, total // 10) == 0:
+                typer.echo(f"{what} {done}/{total}  {figures(step)}".rstrip(), err=True)
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, figures="")
+
+        def move(step: Any = None, *_: Any) -> None:
+            nonlocal done
+            done = done + 1 if not hasattr(step, "index") else step.index + 1
+            bar.update(task, completed=done, figures=figures(step))
+
+        yield move
+
+
+class _Stream:
+    """Prints a continuation as it grows, never half a character."""
+
+    def __init__(self, tokenizer: Any, prompt: list[str]) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = 0
+        typer.echo(prompt[0], nl=False)
+
+    def take(self, *tokens: Any) -> None:
+        """The next token; the last argument is it, alone or as the only one of its batch."""
+        import numpy as np
+
+        self.ids.append(int(np.asarray(tokens[-1]).reshape(-1)[0]))
+        self._show(final=False)
+
+    def close(self) -> None:
+        """Prints what was held back."""
+        self._show(final=True)
+        typer.echo("")
+
+    def _show(self, *, final: bool) -> None:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if final or not text.endswith("\ufffd"):
+            typer.echo(text[self.shown :], nl=False)
+            sys.stdout.flush()
+            self.shown = len(text)
+
+
+def layer_kinds(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Layers by what they are: ``blocks.7.attn.q`` is an ``attn.q``."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        parts = [part for part in layer["name"].split(".") if part != "blocks" and not part.isdigit()]
+        kinds.setdefault(".".join(parts), []).append(layer)
+    return kinds
+
+
+def _print_layers(name: str, found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=name, title_justify="left")
+    table.add_column("layer")
+    for column in ("count", "shape", "groups by bits", "bits per weight", "error"):
+        table.add_column(column, justify="right")
+    for kind, layers in layer_kinds(found["layers"]).items():
+        groups: dict[str, int] = {}
+        for layer in layers:
+            for bits, count in layer["bits"].items():
+                groups[bits] = groups.get(bits, 0) + count
+        errors = [layer["error"] for layer in layers if layer.get("error") is not None]
+        weights = [math.prod(layer["shape"]) for layer in layers]
+        stored = sum(layer["bits_per_weight"] * size for layer, size in zip(layers, weights))
+        table.add_row(
+            kind,
+            str(len(layers)),
+            " x ".join(map(str, layers[0]["shape"])),
+            "  ".join(f"{bits}: {count}" for bits, count in sorted(groups.items()) if count),
+            f"{stored / sum(weights):.3f}",
+            f"{sum(errors) / len(errors):.4g}" if errors else "",
+        )
+    console = Console()
+    if found["layers"]:
+        console.print(table)
+    packed = found["packed_bytes"] / 1e6
+    console.print(
+        f"{found['parameters']:,} parameters; "
+        + (
+            f"{packed:.1f} MB packed at {found['bits_per_weight']:.3f} bits per weight"
+            if found["layers"]
+            else "not quantized"
+        ),
+        highlight=False,
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: what the user typed after ``slim-jax``.
+
+    Returns:
+      The exit status: 0, or 2 for the user's mistake, 130 for Ctrl-C, 1 for a mistake of ours.
+    """
+    session = Session()
+    try:
+        status = app(list(arguments) or ["--help"], prog_name="slim-jax", standalone_mode=False, obj=session)
+    except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
+    except (ValueError, OSError, ClickException) as error:
+        if session.debug:
+            raise
+        _say(f"error: {_error_line(error)}")
+        return USER_ERROR
+    except Exception as error:
+        if session.debug:
+            raise
+        _say(f"internal error: {type(error).__name__}: {error}; slim-jax --debug shows where")
+        return BUG
+    if status == INTERRUPTED:
+        _say(session.on_interrupt)
+    return status if isinstance(status, int) else OK
+
+
+def main() -> None:
+    """The ``slim-jax`` program: :func:`run` without other libraries' logs and warnings."""
+    if os.environ.get("SLIM_JAX_DEBUG") is None and "--debug" not in sys.argv:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for name in ("absl", "jax", "orbax", "transformers", "flax"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Checkpoints on disk: Orbax folders, one per block, and a manifest `slim.json` that vouches for them.
+
+    out/slim.json      what is here, how it was made, a digest of every file
+    out/outer/         embeddings, last norm, head
+    out/blocks/007/    one block
+    out/tokenizer/     the tokenizer's own files
+
+The manifest is rewritten, whole, after every block, so a folder whose manifest says
+``"complete": false`` is a run that can be resumed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from pallas_kernels import MixedTensor
+from slim_jax.decoder import Decoder, DecoderConfig, Params, make_decoder
+from slim_jax.report import BlockReport, Report
+from slim_jax.source import DecoderSource, Source
+
+FORMAT = "slim-jax"
+VERSION = 1
+MANIFEST = "slim.json"
+LEAVES = ("words", "scale", "zero", "order", "segments")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or a folder that must not be written to."""
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder has a manifest."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes whole, then renames: a reader sees the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _save_params(folder: Path, params: Params) -> dict[str, Any]:
+    """Writes one Orbax folder; what the manifest needs to read it back."""
+    arrays, tensors = {}, {}
+    for name, value in params.items():
+        if isinstance(value, MixedTensor):
+            tensors[name] = {"shape": value.shape, "group_size": value.group_size, "widths": value.widths}
+            arrays.update({f"{name}.{leaf}": getattr(value, leaf) for leaf in LEAVES})
+        else:
+            arrays[name] = jnp.asarray(value)
+    if folder.exists():
+        shutil.rmtree(folder)  # of a run that died between this folder and its manifest
+    ocp.save(folder.absolute(), arrays)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "arrays": {name: [list(value.shape), str(value.dtype)] for name, value in arrays.items()},
+        "packed": tensors,
+        "files": {str(path.relative_to(folder)): _digest(path) for path in files},
+    }
+
+
+def _load_params(folder: Path, entry: dict[str, Any], dtype: jnp.dtype | None) -> dict[str, Any]:
+    """Reads what :func:`_save_params` wrote, every file's digest compared first."""
+    for name, digest in entry["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {MANIFEST} lists it")
+        if _digest(path) != digest:
+            raise CheckpointError(f"{path} is damaged: its content is not what {MANIFEST} vouches for")
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(kind), sharding=where)
+        for name, (shape, kind) in entry["arrays"].items()
+    }
+    arrays = dict(ocp.load(folder.absolute(), abstract))
+    params: dict[str, Any] = {}
+    for name, static in entry["packed"].items():
+        leaves = {leaf: arrays.pop(f"{name}.{leaf}") for leaf in LEAVES}
+        params[name] = MixedTensor(
+            **leaves,
+            shape=tuple(static["shape"]),
+            group_size=static["group_size"],
+            widths=tuple(static["widths"]),
+            dtype=jnp.dtype(dtype or _product_dtype()),
+        )
+    params.update({name: value if dtype is None else value.astype(dtype) for name, value in arrays.items()})
+    return params
+
+
+def _product_dtype() -> jnp.dtype:
+    """Dtype of products with packed weights: float32 on CPUs, bfloat16 where there is a matrix unit for it."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+class CheckpointWriter:
+    """Writes a checkpoint block by block; a killed run leaves all finished blocks readable.
+
+    Args:
+      path: the folder; must not exist or be empty, unless ``resume``.
+      config: the decoder's.
+      origin: of the source.
+      quantization: settings that a resumed run must share, as JSON values; None for dense weights.
+      resume: continue in a folder that an interrupted run left.
+
+    Raises:
+      CheckpointError: the folder holds something else, or a run with other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: DecoderConfig,
+        origin: dict[str, Any],
+        quantization: dict[str, Any] | None,
+        *,
+        resume: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": False,
+            "decoder": json.loads(json.dumps(config.to_json())),
+            "origin": json.loads(json.dumps(origin)),
+            "quantization": json.loads(json.dumps(quantization)),
+            "outer": None,
+            "blocks": [],
+        }
+        if resume and is_checkpoint(self.path):
+            found = read_manifest(self.path, complete=False)
+            _check_same(self.path, found, manifest)
+            manifest = found
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            hint = ": --resume continues an interrupted run" if is_checkpoint(self.path) else ""
+            raise CheckpointError(f"{self.path} exists and is not an empty folder{hint}")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self.path / MANIFEST, manifest)
+        self._manifest = manifest
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """The manifest's entries of the blocks written so far; ``["report"]`` is a `BlockReport` or None."""
+        return self._manifest["blocks"]
+
+    def write_outer(self, params: Params) -> None:
+        """Writes the parameters outside the blocks."""
+        self._manifest["outer"] = _save_params(self.path / "outer", params)
+        _write_json(self.path / MANIFEST, self._manifest)
+
+    def write_block(self, params: Params, report: BlockReport | None = None) -> None:
+        """Writes the next block."""
+        entry = _save_params(self._folder(len(self.blocks)), params)
+        entry["report"] = None if report is None else dataclasses.asdict(report)
+        self._manifest["blocks"].append(entry)
+        _write_json(self.path / MANIFEST, self._manifest)
+
+    def read_block(self, index: int) -> dict[str, Any]:
+        """Reads a finished block back."""
+        return _load_params(self._folder(index), self.blocks[index], None)
+
+    def finish(self) -> None:
+        """Declares the checkpoint complete."""
+        self._manifest["complete"] = True
+        _write_json(self.path / MANIFEST, self._manifest)
+
+    def _folder(self, index: int) -> Path:
+        return self.path / "blocks" / f"{index:03d}"
+
+
+def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for part in ("decoder", "origin", "quantization"):
+        old, new = found[part] or {}, wanted[part] or {}
+        differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if differing:
+            changes = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing)
+            raise CheckpointError(f"{path} cannot be resumed with other settings: {changes}")
+
+
+def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+      CheckpointError: it is missing, damaged, of a newer format, or of an unfinished run though
+        ``complete`` asks for a whole one.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except OSError:
+        raise CheckpointError(f"{path} is no slim-jax checkpoint: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not a slim-jax manifest")
+    if manifest.get("version", 0) > VERSION:
+        raise CheckpointError(
+            f"{file} has format version {manifest['version']}, this slim-jax reads up to {VERSION}: upgrade it"
+        )
+    if complete and not manifest.get("complete"):
+        done, total = len(manifest["blocks"]), manifest["decoder"]["num_layers"]
+        raise CheckpointError(f"{path} is unfinished, {done} of {total} blocks are done: quantize with --resume")
+    return manifest
+
+
+class CheckpointSource:
+    """A `slim_jax.source.Source` that reads a checkpoint block by block, every file verified.
+
+    Args:
+      path: the checkpoint's folder.
+      dtype: of dense parameters and of products with packed ones; by default dense ones as they are
+        stored, products in float32 on CPUs and bfloat16 elsewhere.
+
+    Raises:
+      CheckpointError: on construction as :func:`read_manifest`; on reading, where a file is damaged.
+    """
+
+    def __init__(self, path: str | Path, dtype: jnp.dtype | None = None) -> None:
+        self.path, self._dtype = Path(path), dtype
+        self._manifest = read_manifest(path)
+        self.config = DecoderConfig.from_json(self._manifest["decoder"])
+        digest = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
+        self.origin = {"kind": "checkpoint", "path": str(self.path.absolute()), "fingerprint": digest}
+
+    def outer(self) -> Params:
+        """See `Source`."""
+        return _load_params(self.path / "outer", self._manifest["outer"], self._dtype)
+
+    def block(self, index: int) -> Params:
+        """See `Source`."""
+        entry = self._manifest["blocks"][index]
+        return _load_params(self.path / "blocks" / f"{index:03d}", entry, self._dtype)
+
+
+def load(path: str | Path, dtype: jnp.dtype | None = None) -> Decoder:
+    """Loads a checkpoint, dense or packed; arguments and errors are those of :class:`CheckpointSource`."""
+    source = CheckpointSource(path, dtype)
+    blocks = [source.block(index) for index in range(source.config.num_layers)]
+    return make_decoder(source.config, source.outer(), blocks)
+
+
+def save_source(
+    source: Source, path: str | Path, on_block: Callable[[int, int], None] | None = None
+) -> None:
+    """Writes any source as a checkpoint, one block in memory at a time.
+
+    Raises:
+      CheckpointError: ``path`` exists and is not an empty folder.
+    """
+    writer = CheckpointWriter(Path(path), source.config, source.origin, None)
+    writer.write_outer(source.outer())
+    for index in range(source.config.num_layers):
+        writer.write_block(source.block(index))
+        if on_block is not None:
+            on_block(index + 1, source.config.num_layers)
+    writer.finish()
+
+
+def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> None:
+    """Writes a decoder, dense or packed, and the report of its quantization.
+
+    Raises:
+      CheckpointError: ``path`` exists and is not an empty folder.
+    """
+    source = DecoderSource(decoder)
+    writer = CheckpointWriter(Path(path), source.config, source.origin, None)
+    writer.write_outer(source.outer())
+    for index in range(source.config.num_layers):
+        writer.write_block(source.block(index), None if report is None else report.blocks[index])
+    writer.finish()
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Sizes and bits of a checkpoint, from its manifest alone.
+
+    Returns:
+      ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
+      layers (None where there are none), ``quantization``, and a row per packed layer: ``name``,
+      ``shape``, ``group_size``, ``bits`` (groups of each width), ``bits_per_weight``, ``error``.
+
+    Raises:
+      CheckpointError: see :func:`read_manifest`.
+    """
+    manifest = read_manifest(path)
+    layers, weights, packed_bytes, total_bytes, parameters = [], 0, 0, 0, 0
+    for index, entry in [(-1, manifest["outer"]), *enumerate(manifest["blocks"])]:
+        sizes = {name: _size(*array) for name, array in entry["arrays"].items()}
+        total_bytes += sum(size for _, size in sizes.values())
+        reports = {layer["name"]: layer for layer in (entry.get("report") or {"layers": []})["layers"]}
+        for name, static in entry["packed"].items():
+            stored = sum(sizes.pop(f"{name}.{leaf}")[1] for leaf in LEAVES)
+            k, n = static["shape"]
+            weights, packed_bytes, parameters = weights + k * n, packed_bytes + stored, parameters + k * n
+            layer = f"blocks.{index}.{name.removesuffix('.weight')}"
+            row = reports.get(layer, {})
+            layers.append(
+                {
+                    "name": layer,
+                    "shape": static["shape"],
+                    "group_size": static["group_size"],
+                    "bits": row.get("bits"),
+                    "bits_per_weight": 8 * stored / (k * n),
+                    "error": row.get("error"),
+                    "mixed": row.get("mixed"),
+                }
+            )
+        parameters += sum(count for count, _ in sizes.values())
+    return {
+        "format_version": manifest["version"],
+        "family": manifest["decoder"]["family"],
+        "origin": manifest["origin"],
+        "quantization": manifest["quantization"],
+        "parameters": parameters,
+        "bytes": total_bytes,
+        "packed_bytes": packed_bytes,
+        "bits_per_weight": 8 * packed_bytes / weights if weights else None,
+        "layers": layers,
+    }
+
+
+def _size(shape: list[int], dtype: str) -> tuple[int, int]:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count, count * jnp.dtype(dtype).itemsize

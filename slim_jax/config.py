@@ -1,0 +1,76 @@
+"""How to quantize: one frozen record that the Python API, the command line and the manifest share."""
+
+import dataclasses
+from typing import Any
+
+METHODS = ("slim", "gptq", "rtn")
+SQC = ("search", "paper", "minmax")
+CRITERIA = ("kl", "error", "paper")
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimConfig:
+    """Settings of a quantization. ``None`` stands for the choice that goes with the other settings.
+
+    Attributes:
+      bits: the mean width ``N`` of the codes, 2 to 7 for "slim" (which also uses ``N - 1`` and
+        ``N + 1``), 1 to 8 for uniform bits.
+      group_size: input channels that share scale, zero point and width; a multiple of 32.
+      method: "slim" allocates bits by salience and solves by GPTQ; "gptq" gives all groups ``bits``;
+        "rtn" rounds to nearest, without calibration of the rounding.
+      sqc: how scales and zero points are found, a name of `slim_jax.calibration.FITS`. "paper" repeats
+        the choices of the authors' code, in the allocation and the order of work too. By default
+        "search" for "slim", "minmax" for the two baselines.
+      criterion: what the bit search minimizes: "kl", "error" (see `slim_jax.allocation.scores`) or
+        "paper". By default "paper" where ``sqc`` is, "kl" elsewhere.
+      sequential: True calibrates each layer on what the quantized layers before it in its block give,
+        False on the outputs of the unquantized block. By default False where ``sqc`` is "paper".
+      damping: fraction of the mean of the Hessian's diagonal that is added to it.
+      search_tokens: calibration tokens, evenly spread, that the bit search looks at.
+
+    Raises:
+      ValueError: a setting is out of its range.
+    """
+
+    bits: int = 2
+    group_size: int = 128
+    method: str = "slim"
+    sqc: str | None = None
+    criterion: str | None = None
+    sequential: bool | None = None
+    damping: float = 0.01
+    search_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        if self.sqc is None:
+            object.__setattr__(self, "sqc", "search" if self.method == "slim" else "minmax")
+        _one_of("sqc", self.sqc, SQC)
+        if self.criterion is None:
+            object.__setattr__(self, "criterion", "paper" if self.sqc == "paper" else "kl")
+        _one_of("criterion", self.criterion, CRITERIA)
+        if self.sequential is None:
+            object.__setattr__(self, "sequential", self.sqc != "paper")
+        low, high = (2, 7) if self.method == "slim" else (1, 8)
+        if not isinstance(self.bits, int) or not low <= self.bits <= high:
+            raise ValueError(f"bits is {self.bits}, expected {low} to {high} for method {self.method}")
+        if not isinstance(self.group_size, int) or self.group_size < 32 or self.group_size % 32:
+            raise ValueError(f"group_size is {self.group_size}, expected a positive multiple of 32")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping is {self.damping}, expected above 0 and at most 1")
+        if self.search_tokens < 1:
+            raise ValueError(f"search_tokens is {self.search_tokens}, expected at least 1")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bit widths that a layer may hold."""
+        return (self.bits - 1, self.bits, self.bits + 1) if self.method == "slim" else (self.bits,)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""
+        return dataclasses.asdict(self)
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")

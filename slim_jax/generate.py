@@ -1,0 +1,407 @@
+"""Text from a decoder: prefill once, then one token at a time against a cache of keys and values.
+
+One jitted function serves both. It is shared by all generators, so that a second generator of the same
+shapes compiles nothing. Blocks that are packed alike are stacked and scanned over, which compiles one
+body; dense blocks run unrolled, because XLA copies each slice of a weight that it scans over.
+Chat templates and text are not this file's business: it knows token ids.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import MixedTensor
+from slim_jax.decoder import Block, Decoder, DecoderConfig
+
+# Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
+LENGTH_STEP = 128
+SAMPLE_ROWS = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What a batch has seen. Slots ``>= length`` are empty.
+
+    Attributes:
+      kv: keys and values, each ``float32[L, B, S, num_kv_heads, head_dim]`` where blocks are scanned
+        over, else one such pair without ``L`` a block: each is then updated where it lies.
+      positions: ``int32[B, S]``, position of the token in each slot, -1 where a slot holds none.
+      length: ``int32[]``, slots in use.
+    """
+
+    kv: Any
+    positions: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, batch: int, size: int, *, stacked: bool) -> "_State":
+        shape = (batch, size, config.num_kv_heads, config.head_dim)
+        layers = config.num_layers
+        # Every buffer is its own: all of them are donated.
+        kv: Any = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(0 if stacked else layers)]
+        if stacked:
+            kv = (jnp.zeros((layers, *shape)), jnp.zeros((layers, *shape)))
+        return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+    def grown(self, size: int) -> "_State":
+        """The same with room for ``size`` tokens; only where blocks are unrolled or scanned alike."""
+        more = size - self.positions.shape[1]
+
+        def pad(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, [(0, more if axis == x.ndim - 3 else 0) for axis in range(x.ndim)])
+
+        positions = jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1)
+        return _State(jax.tree.map(pad, self.kv), positions, self.length)
+
+
+def _stackable(blocks: Sequence[Block]) -> bool:
+    """Whether blocks are packed, and alike in everything but the values of their leaves."""
+    leaves = jax.tree.leaves(blocks[0], is_leaf=lambda x: isinstance(x, MixedTensor))
+    if not any(isinstance(leaf, MixedTensor) for leaf in leaves):
+        return False
+    kinds = [
+        (jax.tree.structure(block), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(block)])
+        for block in blocks
+    ]
+    return all(kind == kinds[0] for kind in kinds)
+
+
+def _forward(
+    outer: Decoder, blocks: Any, state: _State, tokens: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, _State]:
+    """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them."""
+    start = state.length
+    slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
+    h = outer.embed_tokens(tokens, positions)
+    kv: Any
+    if isinstance(blocks, list):
+        kv = []
+        for block, (k, v) in zip(blocks, state.kv):
+            h, layer_kv = block(h, positions, (k, v, slots, start))
+            kv.append(layer_kv)
+    else:
+
+        def layer(carry: tuple, x: tuple[Block, jax.Array]) -> tuple[tuple, None]:
+            h, *all_kv = carry
+            block, i = x
+            k, v = (lax.dynamic_index_in_dim(a, i, keepdims=False) for a in all_kv)
+            h, layer_kv = block(h, positions, (k, v, slots, start))
+            # Only the new slots go back, so that the cache is written where it lies.
+            new = [lax.dynamic_slice_in_dim(a, start, tokens.shape[1], axis=1)[None] for a in layer_kv]
+            all_kv = [lax.dynamic_update_slice(a, b, (i, 0, start, 0, 0)) for a, b in zip(all_kv, new)]
+            return (h, *all_kv), None
+
+        indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)
+        (h, *all_kv), _ = lax.scan(layer, (h, *state.kv), (blocks, indices))
+        kv = tuple(all_kv)
+    return outer.logits(h[:, -1]), _State(kv, slots, start + tokens.shape[1])
+
+
+def nucleus(logits: Float[Array, "b vocab"], top_p: Float[Array, ""]) -> Float[Array, "b vocab"]:
+    """Logits with -inf outside the fewest tokens whose probabilities sum to ``top_p``; ties stay in."""
+    p = jax.nn.softmax(logits)
+    descending = -jnp.sort(-p, axis=-1)
+    before = jnp.cumsum(descending, axis=-1) - descending
+    count = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    smallest = jnp.take_along_axis(descending, jnp.maximum(count, 1) - 1, axis=-1)
+    return jnp.where(p >= smallest, logits, -jnp.inf)
+
+
+def _sample(logits: jax.Array, key: jax.Array) -> jax.Array:
+    """One token a row; what a row draws depends on its place in the batch, not on the other rows."""
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0], dtype=jnp.uint32))
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _advance(
+    treedef: Any,
+    leaves: list[jax.Array],
+    state: _State,
+    tokens: jax.Array,
+    positions: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> tuple[jax.Array, _State]:
+    """Reads ``tokens[B, T]`` and chooses the next of each row, ``int32[B]``."""
+    outer, blocks = jax.tree.unflatten(treedef, leaves)
+    logits, state = _forward(outer, blocks, state, tokens, positions)
+    key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
+    # One program for all ways to choose: only the branch taken runs, and only nucleus sorts.
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    how = jnp.where(temperature > 0, jnp.where(top_p < 1, 2, 1), 0)
+    chosen = lax.switch(
+        how,
+        [
+            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            lambda: _sample(scaled, key),
+            lambda: _sample(nucleus(scaled, top_p), key),
+        ],
+    )
+    return chosen, state
+
+
+@partial(jax.jit, static_argnums=0)
+def _next_logits(treedef: Any, leaves: list[jax.Array], state: _State, tokens: jax.Array) -> jax.Array:
+    outer, blocks = jax.tree.unflatten(treedef, leaves)
+    return _forward(outer, blocks, state, tokens, jnp.zeros_like(tokens))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def _write(
+    treedef: Any, leaves: list[jax.Array], state: _State, token: jax.Array, steps: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array, _State]:
+    """``steps`` tokens a row at temperature 1: the last ``[B]``, all ``[steps, B]`` and the state."""
+    outer, blocks = jax.tree.unflatten(treedef, leaves)
+
+    def step(carry: tuple[jax.Array, _State], _: None) -> tuple[tuple[jax.Array, _State], jax.Array]:
+        token, state = carry
+        positions = jnp.broadcast_to(state.length, (token.shape[0], 1))
+        step_key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
+        logits, state = _forward(outer, blocks, state, token[:, None], positions)
+        token = _sample(logits, step_key)
+        return (token, state), token
+
+    (token, state), tokens = lax.scan(step, (token, state), None, length=steps)
+    return token, tokens, state
+
+
+def _round_up(length: int) -> int:
+    """``length`` rounded up to a size that is compiled for."""
+    if length <= LENGTH_STEP:
+        return max(16, 1 << (length - 1).bit_length())
+    return math.ceil(length / LENGTH_STEP) * LENGTH_STEP
+
+
+class Generator:
+    """A decoder made ready to generate: its weights as they are now, stacked once where they can be.
+
+    Packed blocks are copied, so a caller short of memory drops the model after making a generator.
+
+    Attributes:
+      config: the model's.
+      stacked: whether blocks are scanned over.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self.config: DecoderConfig = model.config
+        blocks: Any = list(model.blocks)
+        self.stacked: bool = _stackable(blocks)
+        if self.stacked:
+            blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
+        outer.blocks = nnx.List([])
+        # Flat, since flattening hundreds of variables in Python at every token would show.
+        self._leaves, self._treedef = jax.tree.flatten((outer, blocks))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """See :func:`generate`."""
+        config = self.config
+        _check(config, prompts, max_tokens, temperature, top_p)
+        stops = set(config.eos_token_ids if stop is None else stop)
+        batch = len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        width = _round_up(int(lengths.max()))
+        tokens = np.zeros((batch, width), np.int32)
+        positions = np.full((batch, width), -1, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt) :] = prompt
+            positions[row, width - len(prompt) :] = np.arange(len(prompt))
+
+        state = _State.empty(config, batch, _round_up(width + max_tokens - 1), stacked=self.stacked)
+        choice = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
+        results: list[list[int]] = [[] for _ in prompts]
+        active = set(range(batch))
+        for step in range(max_tokens):
+            chosen, state = _advance(self._treedef, self._leaves, state, tokens, positions, *choice)
+            tokens = np.asarray(chosen)[:, None]
+            positions = (lengths + step)[:, None]
+            for row in sorted(active):
+                token = int(tokens[row, 0])
+                if token in stops:
+                    active.remove(row)
+                    continue
+                results[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+            if not active:
+                break
+        return results
+
+    def sample_text(self, *, samples: int, length: int, seed: int) -> Int32[np.ndarray, "samples length"]:
+        """See :func:`sample_text`."""
+        config = self.config
+        if samples < 1 or not 1 <= length <= config.max_positions:
+            raise ValueError(
+                f"cannot write {samples} samples of {length} tokens: expected at least one sample"
+                f" of 1 to {config.max_positions} tokens"
+            )
+        key = jax.random.key(seed)
+        start = config.bos_token_id
+        column = [] if start is None else [np.full((samples, 1), start, np.int32)]
+        first = self._first_tokens(samples, key)
+        if length == len(column):
+            return column[0]
+        rows = [
+            self._continue(column, first[i : i + SAMPLE_ROWS], length, jax.random.fold_in(key, i + 1))
+            for i in range(0, samples, SAMPLE_ROWS)
+        ]
+        return np.concatenate([*column, np.concatenate(rows)], axis=1)
+
+    def _first_tokens(self, samples: int, key: jax.Array) -> np.ndarray:
+        """Likely first tokens, all different while the vocabulary lasts: drawn without replacement."""
+        config = self.config
+        starts = [*([] if config.bos_token_id is None else [config.bos_token_id]), *config.eos_token_ids]
+        logits = jnp.zeros(config.vocab_size)
+        if starts:
+            state = _State.empty(config, 1, 1, stacked=self.stacked)
+            token = jnp.full((1, 1), starts[0], jnp.int32)
+            logits = _next_logits(self._treedef, self._leaves, state, token)[0]
+        # Gumbel top-k: the order of perturbed logits is that of draws without replacement.
+        order = np.argsort(-np.asarray(logits + jax.random.gumbel(key, logits.shape)), kind="stable")
+        return np.resize(order, samples).astype(np.int32)
+
+    def _continue(
+        self, column: list[np.ndarray], first: np.ndarray, length: int, key: jax.Array
+    ) -> np.ndarray:
+        """``int32[B, length - len(column)]``: ``first`` and what the model writes after it."""
+        batch, before = len(first), len(column)
+        sizes = _sizes(length)
+        state = _State.empty(self.config, batch, sizes[0], stacked=self.stacked)
+        written = [first[None]]
+        token, done = jnp.asarray(first), before
+        if before:
+            start = np.ascontiguousarray(column[0][:batch])
+            zero = jnp.float32(0.0)
+            _, state = _advance(
+                self._treedef, self._leaves, state, start, np.zeros((batch, 1), np.int32), key, zero, zero
+            )
+        for size in sizes:
+            state = state.grown(size)
+            steps = min(size, length - 1) - done
+            if steps > 0:
+                token, tokens, state = _write(self._treedef, self._leaves, state, token, steps, key)
+                written.append(np.asarray(tokens))
+                done += steps
+        return np.concatenate(written).T
+
+
+def _sizes(length: int) -> list[int]:
+    """Sizes of the growing cache of a text of ``length``: attention reads all slots, empty ones too."""
+    sizes = [min(LENGTH_STEP, length)]
+    while sizes[-1] < length:
+        sizes.append(min(2 * sizes[-1], length))
+    return sizes
+
+
+def _check(
+    config: DecoderConfig, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float
+) -> None:
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty, expected at least one prompt")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    if not temperature >= 0 or math.isinf(temperature):
+        raise ValueError(f"temperature is {temperature}, expected 0 or a positive number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, expected a number above 0 and up to 1")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} is empty, expected at least one token")
+        if len(prompt) + max_tokens > config.max_positions:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens, which with max_tokens = {max_tokens}"
+                f" is more than the model's {config.max_positions} positions"
+            )
+        outside = [int(token) for token in prompt if not 0 <= token < config.vocab_size]
+        if outside:
+            raise ValueError(
+                f"prompt {row} has token {outside[0]}, outside the vocabulary of {config.vocab_size}"
+            )
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[int] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continues prompts, all in one batch. To call it often, make one :class:`Generator` and keep it.
+
+    Args:
+      model: dense or packed.
+      prompts: token ids, one or more of each prompt; lengths may differ.
+      max_tokens: tokens to write at most for each prompt.
+      temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled from.
+      top_p: sampling is from the fewest tokens whose probabilities sum to this.
+      seed: of sampling; equal seeds and equal calls give equal results.
+      stop: tokens that end a row, not returned; the config's ``eos_token_ids`` if None.
+      on_token: called with ``(row, token)`` as tokens appear.
+
+    Returns:
+      The new tokens of each prompt, without the prompt.
+
+    Raises:
+      ValueError: there are no prompts or an empty one, ``max_tokens < 1``, ``temperature < 0``, ``top_p``
+        is not in (0, 1], a prompt and ``max_tokens`` exceed the config's ``max_positions``, or a token
+        is not in the vocabulary.
+    """
+    return Generator(model).generate(
+        prompts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        on_token=on_token,
+    )
+
+
+def sample_text(
+    model: Decoder, *, samples: int, length: int, seed: int
+) -> Int32[np.ndarray, "samples length"]:
+    """Text that the model writes itself at temperature 1, for calibration without any data.
+
+    Rows begin with the config's BOS token, if it has one, then a first token that is drawn from what the
+    model expects after BOS (else after its end-of-text token; else uniformly), without replacement, so
+    that no two rows begin alike. Stop tokens do not end a row.
+
+    Args:
+      model: dense or packed.
+      samples: rows to write.
+      length: tokens of each row, BOS included.
+      seed: equal seeds give equal text.
+
+    Returns:
+      ``int32[samples, length]``.
+
+    Raises:
+      ValueError: ``samples < 1``, or ``length`` is not in 1 to the config's ``max_positions``.
+    """
+    return Generator(model).sample_text(samples=samples, length=length, seed=seed)

@@ -1,0 +1,91 @@
+"""What a quantization did, layer by layer."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from pallas_kernels import MixedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+      name: such as ``"blocks.3.attn.q"``.
+      shape: ``(K, N)``.
+      group_size: input channels per group.
+      bits: number of groups of each width.
+      bits_per_weight: stored bits over weights, everything counted.
+      error: growth of the layer's squared output error over the squared output, on the calibration text.
+      mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
+        None where the bits were given.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    group_size: int
+    bits: dict[str, int]
+    bits_per_weight: float
+    error: float
+    mixed: int | None = None
+
+    @classmethod
+    def of(cls, name: str, tensor: MixedTensor, error: float, mixed: int | None) -> "LayerReport":
+        """Reads shape and bits off the packed weight."""
+        counts = {str(width): n for width, n in sorted(Counter(tensor.bits().tolist()).items())}
+        return cls(name, tensor.shape, tensor.group_size, counts, tensor.bits_per_weight, error, mixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """One finished block: its index of ``total``, its layers and the wall seconds that it took."""
+
+    index: int
+    total: int
+    layers: list[LayerReport]
+    seconds: float
+    allocation: dict[str, list[int]]
+
+    @property
+    def error(self) -> float:
+        """Mean of the layers' errors."""
+        return sum(layer.error for layer in self.layers) / len(self.layers)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "BlockReport":
+        """The inverse of `dataclasses.asdict`."""
+        layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in fields["layers"]]
+        return cls(**{**fields, "layers": layers})
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A finished quantization."""
+
+    blocks: list[BlockReport]
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """All layers in order."""
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over all quantized layers."""
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        stored = sum(layer.bits_per_weight * size for layer, size in zip(self.layers, sizes))
+        return stored / sum(sizes)
+
+    @property
+    def allocation(self) -> dict[str, list[int]]:
+        """Bit width of every group of every layer."""
+        return {name: bits for block in self.blocks for name, bits in block.allocation.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "bits_per_weight": self.bits_per_weight,
+            "seconds": sum(block.seconds for block in self.blocks),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+        }

@@ -1,0 +1,228 @@
+"""Generation on tiny random decoders, against a full forward pass without a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import MixedTensor, pack
+from slim_jax import generate as generation
+from slim_jax.decoder import Decoder, DecoderConfig, linear_groups, make_decoder, split_params
+from slim_jax.generate import Generator, generate, nucleus, sample_text
+
+from flax import nnx  # isort: skip
+
+PROMPTS = [[5, 9, 2, 11, 7, 3], [4], [8, 1, 30]]
+
+
+def tiny(**changes) -> Decoder:
+    fields = {
+        "family": "tiny",
+        "vocab_size": 61,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "max_positions": 96,
+    }
+    decoder = Decoder(DecoderConfig(**{**fields, **changes}), rngs=nnx.Rngs(3))
+    # Logits far apart, so that rounding never decides which is the greatest.
+    decoder.embed.set_value(decoder.embed[...] * 20)
+    return decoder
+
+
+def packed(decoder: Decoder, bits: tuple[int, ...] = (1, 2, 3), alike: bool = True) -> Decoder:
+    """The decoder with random codes of mixed widths, in an order that differs from layer to layer."""
+    rng = np.random.default_rng(0)
+    outer, blocks = split_params(decoder)
+    names = [f"{name}.weight" for group in linear_groups(decoder.config).values() for name in group]
+    for i, block in enumerate(blocks):
+        for name in names:
+            k, n = block[name].shape
+            groups = k // 32
+            widths = rng.permutation(np.resize(bits[1:] if groups == 2 else bits, groups))
+            if not alike and i == 0:
+                widths[:] = bits[-1]
+            codes = rng.integers(0, 256, (k, n)) % np.repeat(1 << widths, 32)[:, None]
+            zero = rng.integers(0, 16, (groups, n))
+            scale = rng.random((groups, n)) * 0.2 + 0.05
+            block[name] = pack(codes, scale, zero, widths, group_size=32, widths=bits)
+    return make_decoder(decoder.config, outer, blocks)
+
+
+def dequantized(decoder: Decoder) -> Decoder:
+    outer, blocks = split_params(decoder)
+    blocks = [
+        {name: v.dequantize() if isinstance(v, MixedTensor) else v for name, v in block.items()}
+        for block in blocks
+    ]
+    return make_decoder(decoder.config, outer, blocks)
+
+
+def oracle(model: Decoder, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens by a full forward pass for each; what lies behind a causal position is no matter."""
+    forward = nnx.jit(lambda model, tokens: model(tokens))
+    tokens = np.zeros((1, len(prompt) + count), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for i in range(len(prompt), tokens.shape[1]):
+        tokens[0, i] = np.argmax(np.asarray(forward(model, jnp.asarray(tokens)))[0, i - 1])
+    return tokens[0, len(prompt) :].tolist()
+
+
+VARIANTS = {
+    "rotary": {},
+    "window": {"sliding_window": 4},
+    "learned": {
+        "positions": "learned",
+        "position_offset": 2,
+        "norm": "layer",
+        "gated": False,
+        "activation": "relu",
+    },
+    "untied": {"tied_head": False, "embed_size": 32, "qkv_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_batch_equals_full_forward_of_each_row(name):
+    model = tiny(**VARIANTS[name])
+    found = generate(model, PROMPTS, max_tokens=10)
+    assert found == [oracle(model, prompt, 10) for prompt in PROMPTS]
+
+
+def test_batch_equals_single_rows():
+    generator = Generator(tiny())
+    batch = generator.generate(PROMPTS, max_tokens=12)
+    assert batch == [generator.generate([prompt], max_tokens=12)[0] for prompt in PROMPTS]
+
+
+def test_prompt_may_fill_all_positions_but_one():
+    model = tiny(positions="learned", max_positions=24)
+    prompt = [int(i) for i in np.arange(23) * 7 % 61]
+    assert generate(model, [prompt], max_tokens=1) == [oracle(model, prompt, 1)]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_packed_equals_dequantized(alike):
+    model = packed(tiny(), alike=alike)
+    generator = Generator(model)
+    assert generator.stacked == alike
+    assert not Generator(dequantized(model)).stacked
+    expected = generate(dequantized(model), PROMPTS, max_tokens=12)
+    assert generator.generate(PROMPTS, max_tokens=12) == expected
+
+
+def test_sampling_repeats_with_its_seed_only():
+    generator = Generator(tiny())
+
+    def run(**changes):
+        return generator.generate(PROMPTS, max_tokens=12, **{"temperature": 5.0, "seed": 1, **changes})
+
+    assert run() == run()
+    assert run() != run(seed=2)
+    assert run(top_p=0.9) == run(top_p=0.9)
+    greedy = generator.generate(PROMPTS, max_tokens=12)
+    assert run(top_p=1e-6) == greedy
+    assert run() != greedy
+
+
+def test_nucleus_keeps_the_fewest_tokens_that_reach_top_p():
+    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]))
+    kept = np.isfinite(np.asarray(nucleus(logits, jnp.float32(0.7))))
+    assert kept.tolist() == [[False, True, False, True], [True, False, False, False]]
+    assert np.isfinite(np.asarray(nucleus(logits, jnp.float32(1.0)))).all()
+
+
+def test_sampling_follows_the_distribution():
+    logits = jnp.log(jnp.tile(jnp.asarray([[0.1, 0.2, 0.7]]), (4000, 1)))
+    drawn = np.asarray(generation._sample(logits, jax.random.key(0)))
+    assert np.bincount(drawn) / 4000 == pytest.approx([0.1, 0.2, 0.7], abs=0.03)
+
+
+def test_stop_token_ends_its_row_only_and_is_not_returned():
+    model = tiny()
+    full = generate(model, PROMPTS, max_tokens=10)
+    stop = full[0][4]
+    cut = [row[: row.index(stop)] if stop in row else row for row in full]
+    seen: list[tuple[int, int]] = []
+    found = generate(model, PROMPTS, max_tokens=10, stop=[stop], on_token=lambda *pair: seen.append(pair))
+    assert found == cut
+    assert [[t for row, t in seen if row == i] for i in range(3)] == cut
+    assert generate(tiny(eos_token_ids=(stop,)), PROMPTS, max_tokens=10) == cut
+    assert generate(tiny(eos_token_ids=(stop,)), PROMPTS, max_tokens=10, stop=[]) == full
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([], {}, "prompts is empty"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1]], {"max_tokens": 0}, "max_tokens is 0"),
+        ([[1]], {"temperature": -0.5}, "temperature is -0.5"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1]], {"top_p": 1.5}, "top_p is 1.5"),
+        ([[1] * 90], {"max_tokens": 7}, "more than the model's 96 positions"),
+        ([[1, 61]], {}, "token 61, outside the vocabulary of 61"),
+        ([[-1]], {}, "token -1, outside the vocabulary"),
+    ],
+)
+def test_errors(prompts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(), prompts, **{"max_tokens": 4, **changes})
+
+
+@pytest.mark.parametrize("pack_it", [False, True])
+def test_compiles_once_for_each_batch_and_cache_size(monkeypatch, pack_it):
+    traces = []
+    logits = Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda self, h: traces.append(h.shape) or logits(self, h))
+    model = tiny(vocab_size=67 + pack_it)  # shapes that no other test has compiled
+    model = packed(model) if pack_it else model
+    generate(model, [[1, 2, 3]], max_tokens=9)
+    assert len(traces) == 2  # prefill, step
+    generate(model, [[4, 5, 6, 7, 8]], max_tokens=16, temperature=0.7, top_p=0.8, seed=3)
+    assert len(traces) == 2
+    generate(model, [[1], [2, 3]], max_tokens=9)
+    assert len(traces) == 4
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_sample_text(bos, monkeypatch):
+    monkeypatch.setattr(generation, "LENGTH_STEP", 8)
+    monkeypatch.setattr(generation, "SAMPLE_ROWS", 4)
+    model = tiny(bos_token_id=bos, eos_token_ids=(2,))
+    text = sample_text(model, samples=6, length=21, seed=0)
+    assert text.shape == (6, 21)
+    assert text.dtype == np.int32
+    assert text.min() >= 0
+    assert text.max() < 61
+    assert np.array_equal(text, sample_text(model, samples=6, length=21, seed=0))
+    assert not np.array_equal(text, sample_text(model, samples=6, length=21, seed=1))
+    assert len(set(text[:, 0 if bos is None else 1].tolist())) == 6
+    assert bos is None or (text[:, 0] == bos).all()
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_sample_text_follows_the_model(bos, monkeypatch):
+    """Where the model is certain, what it writes is its greedy continuation."""
+    monkeypatch.setattr(generation, "LENGTH_STEP", 8)
+    model = tiny(bos_token_id=bos)
+    model.embed.set_value(model.embed[...] * 40)
+    text = sample_text(model, samples=3, length=20, seed=0).tolist()
+    head = 1 if bos is None else 2
+    assert [row[head:] for row in text] == [oracle(model, row[:head], 20 - head) for row in text]
+
+
+@pytest.mark.parametrize(("samples", "length"), [(0, 4), (2, 0), (2, 97)])
+def test_sample_text_errors(samples, length):
+    with pytest.raises(ValueError, match="cannot write"):
+        sample_text(tiny(), samples=samples, length=length, seed=0)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_shortest_text(length):
+    assert sample_text(tiny(bos_token_id=1), samples=2, length=length, seed=0).shape == (2, length)
+    assert sample_text(tiny(), samples=2, length=length, seed=0).shape == (2, length)

