@@ -7,13 +7,12 @@ import argparse
 import json
 import os
 import time
-from typing import Any
 
 import numpy as np
 
 from convert import load_source
 from pallas_kernels import MixedTensor, pack
-from slim_jax.decoder import Decoder, block_params, linear_groups, make_decoder
+from slim_jax.decoder import Decoder, Params, block_params, linear_groups, make_decoder
 from slim_jax.generate import Generator
 from slim_jax.source import Source
 
@@ -24,8 +23,11 @@ def dense_decoder(source: Source) -> Decoder:
     return make_decoder(source.config, source.outer(), blocks)
 
 
-def random_packed(k: int, n: int, bits: int, group_size: int, rng: np.random.Generator) -> MixedTensor:
-    """A packed weight ``[k, n]`` of random codes: a quarter of groups at ``bits ± 1``, half at ``bits``."""
+def random_packed(
+    shape: tuple[int, ...], bits: int, group_size: int, rng: np.random.Generator
+) -> MixedTensor:
+    """A packed weight ``[K, N]`` of random codes: a quarter of groups at ``bits ± 1``, half at ``bits``."""
+    k, n = shape
     groups = -(-k // group_size)
     widths = np.full(groups, bits)
     order = rng.permutation(groups)
@@ -43,9 +45,9 @@ def random_decoder(source: Source, bits: int, group_size: int, seed: int = 0) ->
     config, rng = source.config, np.random.default_rng(seed)
     shapes = block_params(config)
     names = [f"{name}.weight" for group in linear_groups(config).values() for name in group]
-    blocks: list[dict[str, Any]] = []
+    blocks: list[Params] = []
     for i in range(config.num_layers):
-        packed = {name: random_packed(*shapes[name].shape, bits, group_size, rng) for name in names}
+        packed = {name: random_packed(shapes[name].shape, bits, group_size, rng) for name in names}
         blocks.append({**source.block(i), **packed})
     return make_decoder(config, source.outer(), blocks)
 

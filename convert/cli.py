@@ -7,13 +7,14 @@ commands, so that ``--help`` is instant.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,7 +59,7 @@ SourceArgument = Annotated[
     typer.Argument(
         metavar="SOURCE",
         show_default=False,
-        help="A Hugging Face directory, a .gguf file, a slim-jax checkpoint, owner/model on the hub, or smollm2.",
+        help="A Hugging Face directory, .gguf file, slim-jax checkpoint, owner/model on the hub, or smollm2.",
     ),
 ]
 OutArgument = Annotated[
@@ -121,8 +122,8 @@ def convert(
 
     model = _open(source, dtype)
     tokenizer = _optional_tokenizer(source, model)
-    with _progress("converting", model.config.num_layers) as on_block:
-        checkpoint.write_dense(model, out, on_block=on_block)
+    with _progress("converting", model.config.num_layers) as advance:
+        checkpoint.save_source(model, out, on_block=lambda *_: advance())
     _keep_tokenizer(tokenizer, out)
     result = {"path": str(out), "blocks": model.config.num_layers}
     _print(result, f"{out}: {result['blocks']} blocks, not quantized", as_json)
@@ -141,9 +142,9 @@ def quantize(
             help="A UTF-8 text to calibrate on, or [bold]self[/]: the model writes its own.",
         ),
     ],
-    bits: Annotated[int, typer.Option(help="Average bits per weight: 2, 3 or 4.")] = 2,
+    bits: Annotated[int, typer.Option(help="Mean bits of a code; slim mixes N - 1, N and N + 1.")] = 2,
     group_size: Annotated[
-        int, typer.Option(help="Input channels that share a bit width: 32, 64 or 128.")
+        int, typer.Option(help="Input channels that share a width and a scale: 32, 64, 128 …")
     ] = 128,
     method: Annotated[
         str,
@@ -153,12 +154,19 @@ def quantize(
         ),
     ] = "slim",
     sqc: Annotated[
-        str,
-        typer.Option(metavar="search|paper|minmax", help="How the scale and zero of a group are found."),
-    ] = "search",
+        str | None,
+        typer.Option(
+            metavar="search|paper|minmax",
+            help="How scales and zeros are found. [dim]Default: search for slim, else minmax.[/]",
+        ),
+    ] = None,
     criterion: Annotated[
-        str, typer.Option(metavar="kl|error|paper", help="What decides how many groups get other widths.")
-    ] = "kl",
+        str | None,
+        typer.Option(
+            metavar="kl|error|paper",
+            help="What the bit search minimizes. [dim]Default: kl, with --sqc paper: paper.[/]",
+        ),
+    ] = None,
     damping: Annotated[
         float, typer.Option(help="Added to the Hessian, as a part of its mean diagonal.")
     ] = 0.01,
@@ -184,26 +192,27 @@ def quantize(
     Block after block; each finished one is on disk before the next starts, so a run that was
     interrupted goes on with --resume and ends with the same bits.
 
-      slim-jax quantize smollm2 out/q2 --bits 2 --group-size 64 --calibration text.txt --samples 64 --length 512
+      slim-jax quantize smollm2 out/q2 --group-size 64 --calibration text.txt --samples 64 --length 512
 
       slim-jax quantize models/Llama-3.2-1B out/q3 --bits 3 --calibration self
 
       slim-jax quantize smollm2 out/gptq --bits 3 --method gptq --calibration text.txt
     """
-    import slim_jax
-    from slim_jax.checkpoint import is_checkpoint
+    from slim_jax.config import SlimConfig
 
-    config = slim_jax.SlimConfig(
+    config = SlimConfig(
         bits=bits, group_size=group_size, method=method, sqc=sqc, criterion=criterion, damping=damping
     )
     text = None if calibration == "self" else _read_text(Path(calibration))
-    chosen = None if allocation is None else slim_jax.load_allocation(allocation)
+    from slim_jax.allocation import load_allocation
+    from slim_jax.allocation import save_allocation as write_allocation
+    from slim_jax.pipeline import quantize_to_checkpoint
+
+    chosen = None if allocation is None else load_allocation(allocation)
     if save_allocation is not None and not save_allocation.resolve().parent.is_dir():
         raise ValueError(f"--save-allocation: {save_allocation.parent} is not a directory")
     if not resume:
         _require_new(out, "; --resume goes on with an interrupted run")
-    if is_checkpoint(out) and Path(source).resolve() == out.resolve():
-        raise ValueError(f"SOURCE and OUT are both {out}")
     model = _open(source)
     _require_positions("--length", length, model)
     if text is None:
@@ -215,13 +224,19 @@ def quantize(
     ctx.obj.on_interrupt = (
         f"interrupted; the same command with --resume goes on after {out}'s last whole block"
     )
-    with _progress("quantizing", model.config.num_layers) as on_block:
-        _, report = slim_jax.quantize(
-            model, tokens, config, out=out, resume=resume, allocation=chosen, on_block=on_block
+    with _progress("quantizing", model.config.num_layers) as advance:
+        report = quantize_to_checkpoint(
+            model,
+            tokens,
+            config,
+            out,
+            allocation=chosen,
+            resume=resume,
+            on_block=lambda block: advance(f"error {block.error:.3g}"),
         )
     _keep_tokenizer(tokenizer, out)
     if save_allocation is not None:
-        slim_jax.save_allocation(report.allocation, save_allocation)
+        write_allocation(report.allocation, save_allocation)
     found = report.to_json()
     _print(found, f"{out}: {found['bits_per_weight']:.3f} bits per weight", as_json)
 
@@ -249,7 +264,7 @@ def evaluate(
     content = _read_text(text)
     import numpy as np
 
-    from slim_jax import perplexity
+    from slim_jax.perplexity import perplexity
 
     opened = _open(source)
     _require_positions("--window", window, opened)
@@ -260,8 +275,14 @@ def evaluate(
     if max_windows is not None:
         total = math.ceil(total / math.ceil(total / max_windows))
     model = _decoder(source, opened)
-    with _progress("evaluating", total) as on_window:
-        found = perplexity(model, tokens, window=window, max_windows=max_windows, on_window=on_window)
+    with _progress("evaluating", total) as advance:
+        found = perplexity(
+            model,
+            tokens,
+            window=window,
+            max_windows=max_windows,
+            on_window=lambda done, of, so_far: advance(f"perplexity {so_far:.3f}"),
+        )
     result = {"perplexity": found.perplexity, "tokens": found.tokens, "windows": found.windows}
     _print(
         result, f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, {found.windows} windows)", as_json
@@ -489,26 +510,19 @@ def _error_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Any]:
-    """Yields a callback for each finished block or window: a bar on a terminal, else a line each tenth."""
+def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Yields a function to call, with figures to show, at every step: a bar on a terminal, else lines."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    done = 0
-
-    def figures(step: Any) -> str:
-        values = ("error", "{:.4g}"), ("bits_per_weight", "{:.3f} bits"), ("perplexity", "ppl {:.3f}")
-        known = [(getattr(step, name, None), form) for name, form in values]
-        return "  ".join(form.format(value) for value, form in known if value is not None)
-
+    steps = itertools.count(1)
     if not console.is_terminal:
 
-        def line(step: Any = None, *_: Any) -> None:
-            nonlocal done
-            done = done + 1 if not hasattr(step, "index") else step.index + 1
+        def line(figures: str = "") -> None:
+            done = next(steps)
             if done == total or done % max(1, total // 10) == 0:
-                typer.echo(f"{what} {done}/{total}  {figures(step)}".rstrip(), err=True)
+                typer.echo(f"{what} {done}/{total}  {figures}".rstrip(), err=True)
 
         yield line
         return
@@ -522,10 +536,8 @@ def _progress(what: str, total: int) -> Iterator[Any]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total, figures="")
 
-        def move(step: Any = None, *_: Any) -> None:
-            nonlocal done
-            done = done + 1 if not hasattr(step, "index") else step.index + 1
-            bar.update(task, completed=done, figures=figures(step))
+        def move(figures: str = "") -> None:
+            bar.update(task, completed=next(steps), figures=figures)
 
         yield move
 
@@ -539,11 +551,9 @@ class _Stream:
         self.shown = 0
         typer.echo(prompt[0], nl=False)
 
-    def take(self, *tokens: Any) -> None:
-        """The next token; the last argument is it, alone or as the only one of its batch."""
-        import numpy as np
-
-        self.ids.append(int(np.asarray(tokens[-1]).reshape(-1)[0]))
+    def take(self, row: int, token: int) -> None:
+        """The next token of the one prompt, row 0."""
+        self.ids.append(token)
         self._show(final=False)
 
     def close(self) -> None:

@@ -78,8 +78,6 @@ class ModelSource:
         Raises:
           ConvertError: tensors are missing, unexpected or of the wrong shape; the message names them all.
         """
-        if config.num_layers < 1:
-            raise ConvertError(f"{store.path}: num_layers is {config.num_layers}, expected a positive number")
         self.config = config
         self.origin = origin
         self._store, self._names, self._dtype = store, names, dtype

@@ -73,7 +73,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
         else:
             raise ConvertError(f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
         special = _special_tokens(own)
-    except (ValueError, IndexError) as error:
+    except Exception as error:  # the tokenizers package raises no narrower type
         raise ConvertError(f"{name}: {first_line(error)}") from None
     types = own.get("token_type") or [NORMAL] * len(tokens)
     tokenizer.add_tokens(

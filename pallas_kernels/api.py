@@ -73,7 +73,9 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
         return ("xla",)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names or not set(names) <= set(IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}, expected one or more of {list(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"implementation is {implementation!r}, expected one or more of {list(IMPLEMENTATIONS)}"
+        )
     return names
 
 
@@ -84,7 +86,9 @@ def _check(x: jax.Array, w: MixedTensor, bias: jax.Array | None) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}, expected a floating type")
     if w.words.ndim != 2:
-        raise ValueError(f"w.words has shape {w.words.shape}, expected [rows, {n}]: scan over stacked weights")
+        raise ValueError(
+            f"w.words has shape {w.words.shape}, expected [rows, {n}]: scan over stacked weights"
+        )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")
 

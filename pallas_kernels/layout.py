@@ -63,10 +63,10 @@ def group_count(k: int, group_size: int) -> int:
 
 
 def pack_plane(codes: np.ndarray, bits: int, word: type = np.uint32) -> np.ndarray:
-    """Packs codes ``[R * s, N]`` of ``bits`` (1, 2, 4 or 8) into words ``[R, N]``, planar, ``s`` slots a word."""
+    """Packs codes ``[R * s, N]`` of 1, 2, 4 or 8 bits into words ``[R, N]``, planar, ``s`` slots a word."""
     slots = np.dtype(word).itemsize * 8 // bits
-    planar = codes.reshape(slots, -1, codes.shape[-1]).astype(word)
-    shifts = (np.arange(slots) * bits).astype(word)[:, None, None]
+    planar: np.ndarray = codes.reshape(slots, -1, codes.shape[-1]).astype(word)
+    shifts: np.ndarray = (np.arange(slots) * bits).astype(word)[:, None, None]
     return np.bitwise_or.reduce(planar << shifts, axis=0)
 
 
@@ -264,12 +264,15 @@ def _check_pack(codes, scale_shape, zero_code, bits, group_size, widths) -> None
         raise ValueError(
             f"bits {sorted(set(bits.tolist()))} are not all in widths {widths}, a subset of 1..{MAX_BITS}"
         )
-    expected = {"scale": (scale_shape, (groups, n)), "zero_code": (zero_code.shape, (groups, n))}
-    expected["bits"] = (bits.shape, (groups,))
+    expected: dict[str, tuple[tuple, tuple]] = {
+        "scale": (scale_shape, (groups, n)),
+        "zero_code": (zero_code.shape, (groups, n)),
+        "bits": (bits.shape, (groups,)),
+    }
     for name, (found, wanted) in expected.items():
         if found != wanted:
             raise ValueError(
-                f"{name} has shape {found}, expected {wanted} for codes {codes.shape} in groups of {group_size}"
+                f"{name} has shape {found}, expected {wanted}: codes {codes.shape}, groups of {group_size}"
             )
     if zero_code.size and (zero_code.min() < 0 or zero_code.max() >= 1 << zero_bits(widths)):
         raise ValueError(f"zero_code goes up to {zero_code.max()}, expected below {1 << zero_bits(widths)}")

@@ -12,6 +12,7 @@ with a dot or a sort in it, or outside a loop, runs five times slower. So there 
 width, with a dynamic trip count; what differs between groups is scalars computed in its body.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -87,10 +88,11 @@ def _add_planes(y: jax.Array, x_MxGxg: jax.Array, w: MixedTensor, zero_code: jax
     def body(t: jax.Array, y: jax.Array) -> jax.Array:
         run = runs[0]
         for later in runs[1:]:
-            run = _Run(*(jnp.where(t >= later.start, new, old) for new, old in zip(later, run)))
+            run = jax.tree.map(partial(jnp.where, t >= later.start), later, run)
         position = run.position + t - run.start
         group = w.order[position]
-        words = lax.dynamic_slice_in_dim(w.words, run.row + (t - run.start) * run.stride, w.group_size * n // 32)
+        row = run.row + (t - run.start) * run.stride
+        words = lax.dynamic_slice_in_dim(w.words, row, w.group_size * n // WORD_BITS)
         dot = run.factor * _plane_dot(x_slots[:, group], words, n)
         zero = (run.zero_step * x_sum[:, group])[:, None] * zero_code[position].astype(jnp.float32)[None]
         return y + w.scale[position].astype(jnp.float32)[None] * (dot - zero)

@@ -54,7 +54,7 @@ class _State:
         return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def grown(self, size: int) -> "_State":
-        """The same with room for ``size`` tokens; only where blocks are unrolled or scanned alike."""
+        """The same with room for ``size`` tokens; whether blocks are scanned over or not."""
         more = size - self.positions.shape[1]
 
         def pad(x: jax.Array) -> jax.Array:
@@ -309,10 +309,7 @@ class Generator:
 
 def _sizes(length: int) -> list[int]:
     """Sizes of the growing cache of a text of ``length``: attention reads all slots, empty ones too."""
-    sizes = [min(LENGTH_STEP, length)]
-    while sizes[-1] < length:
-        sizes.append(min(2 * sizes[-1], length))
-    return sizes
+    return [*range(LENGTH_STEP, length, LENGTH_STEP), length]
 
 
 def _check(

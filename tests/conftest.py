@@ -5,9 +5,10 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Not pallas_kernels.layout: JAX rebuilds a MixedTensor with whatever stands for its leaves (shardings,
-# shapes, gradients without a type), which the annotations of its fields would refuse.
-CHECKED = ["pallas_kernels.api", "pallas_kernels.xla", "slim_jax", "convert"]
+# The modules that name shapes. Not pallas_kernels.layout: JAX rebuilds a MixedTensor with whatever stands
+# for its leaves (shardings, shapes, gradients without a type), which its fields' annotations would refuse.
+CHECKED = ["pallas_kernels.api", "pallas_kernels.xla"]
+CHECKED += [f"slim_jax.{m}" for m in "allocation calibration decoder generate gptq hessian".split()]
 install_import_hook(CHECKED, "beartype.beartype")
 
 # Examples compile; a time limit on one would measure the machine, not the code.

@@ -16,12 +16,13 @@ from test_tokenizer import byte_level
 
 from convert import ConvertError, ModelSource, export_hf, load_source
 from convert.tokenizer import gguf_tokenizer
+from pallas_kernels.layout import pack
 
 
 def golden_source(name: str, directory: Path) -> Any:
     """A golden as a source without a tokenizer."""
     source = load_source(write_hf(load_golden(name), directory))
-    return SimpleNamespace(config=source.config, outer=source.outer, block=source.block)
+    return SimpleNamespace(config=source.config, origin={}, outer=source.outer, block=source.block)
 
 
 @pytest.mark.parametrize("name", golden_models.NAMES)
@@ -47,6 +48,23 @@ def test_shards_and_dtype(tmp_path: Path) -> None:
     assert again.block(0)["attn.q.weight"].dtype == jnp.bfloat16
     assert same_parameters(source, again)  # the goldens are exact in bfloat16
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_packed_weights_are_dequantized(tmp_path: Path) -> None:
+    source = golden_source("llama_untied", tmp_path / "in")
+    rng = np.random.default_rng(0)
+    packed = pack(
+        rng.integers(0, 4, (32, 48), np.uint32),
+        rng.random((1, 48), np.float32),
+        rng.integers(0, 16, (1, 48), np.uint32),
+        np.array([2]),
+        group_size=32,
+    )
+    blocks = [{**source.block(i), "mlp.up.weight": packed} for i in range(source.config.num_layers)]
+    source.block = blocks.__getitem__
+    again = load_source(export_hf(source, tmp_path / "out"))
+    np.testing.assert_array_equal(again.block(2)["mlp.up.weight"], packed.dequantize())
+    np.testing.assert_array_equal(again.block(2)["mlp.gate.weight"], blocks[2]["mlp.gate.weight"])
 
 
 def test_tokenizer_goes_along(tmp_path: Path) -> None:

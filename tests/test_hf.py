@@ -153,7 +153,8 @@ LLAMA_CHANGES = [
     ({"hidden_act": "xielu"}, ("hidden_act", "xielu", "silu")),
     ({"hidden_size": None}, ("hidden_size",)),
     ({"hidden_size": "32"}, ("hidden_size", "'32'")),
-    ({"num_hidden_layers": 0}, ("num_layers",)),
+    ({"num_hidden_layers": 0}, ("num_hidden_layers is 0",)),
+    ({"num_attention_heads": 0}, ("num_attention_heads is 0",)),
     ({"num_key_value_heads": 3}, ("num_heads", "num_kv_heads")),
     ({"quantization_config": {"quant_method": "gptq"}}, ("gptq",)),
 ]

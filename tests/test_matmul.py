@@ -130,7 +130,9 @@ class TestXla:
         layers = [random_weight(96, 96, 32, bits, i, widths=(1, 2, 3)) for i, bits in enumerate(allocations)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(w for w, _ in layers))
         x = random_x(m, 96)
-        found, _ = jax.jit(lambda x, ws: jax.lax.scan(lambda x, w: (self.matmul(x, w), None), x, ws))(x, stacked)
+        found, _ = jax.jit(lambda x, ws: jax.lax.scan(lambda x, w: (self.matmul(x, w), None), x, ws))(
+            x, stacked
+        )
         expected = np.asarray(x, np.float64)
         for _, dense in layers:
             expected = expected @ dense

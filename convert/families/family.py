@@ -122,6 +122,18 @@ def field(config: Mapping[str, Any], key: str, kind: type, default: Any = REQUIR
     return value
 
 
+def count(config: Mapping[str, Any], key: str) -> int:
+    """The value of ``key``, a positive number.
+
+    Raises:
+      ConvertError: it is missing or something else.
+    """
+    value: int = field(config, key, int)
+    if value < 1:
+        raise ConvertError(f"{key} is {value}, expected a positive number")
+    return value
+
+
 def require(config: Mapping[str, Any], key: str, expected: Any, default: Any) -> None:
     """Refuses a model whose ``key`` is not the only value that the decoder implements.
 

@@ -13,6 +13,7 @@ from convert.families.family import (
     HFFormat,
     Names,
     activation,
+    count,
     field,
     hf_activation,
     one_or_list,
@@ -95,7 +96,7 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Our config from config.json, with transformers' defaults for the keys that may be left out."""
     mistral = "MistralForCausalLM" in hf["architectures"]
-    heads, hidden = field(hf, "num_attention_heads", int), field(hf, "hidden_size", int)
+    heads, hidden = count(hf, "num_attention_heads"), count(hf, "hidden_size")
     theta, scaling = read_rope(hf)
     biased = not mistral and field(hf, "attention_bias", bool, False)
     window = hf.get("sliding_window", 4096) if mistral else None
@@ -104,10 +105,10 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         vocab_size=field(hf, "vocab_size", int),
         hidden_size=hidden,
         intermediate_size=field(hf, "intermediate_size", int),
-        num_layers=field(hf, "num_hidden_layers", int),
+        num_layers=count(hf, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=field(hf, "num_key_value_heads", int, 8 if mistral else heads),
-        head_dim=field(hf, "head_dim", int, hidden // max(heads, 1)),
+        head_dim=field(hf, "head_dim", int, hidden // heads),
         max_positions=field(hf, "max_position_embeddings", int, 131072 if mistral else 2048),
         norm_eps=field(hf, "rms_norm_eps", float, 1e-6),
         rope_theta=theta,
@@ -190,8 +191,8 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
       ConvertError: a feature of llama.cpp's "llama" that the decoder lacks, such as experts.
     """
     require(meta, "expert_count", 0, 0)
-    heads, hidden = field(meta, "attention.head_count", int), field(meta, "embedding_length", int)
-    head_dim = field(meta, "attention.key_length", int, hidden // max(heads, 1))
+    heads, hidden = count(meta, "attention.head_count"), count(meta, "embedding_length")
+    head_dim = field(meta, "attention.key_length", int, hidden // heads)
     require(meta, "attention.value_length", head_dim, head_dim)
     require(meta, "rope.dimension_count", head_dim, head_dim)
     theta = field(meta, "rope.freq_base", float, 10000.0)
@@ -202,7 +203,7 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         vocab_size=tensors.shapes.get("token_embd.weight", (0,))[0],
         hidden_size=hidden,
         intermediate_size=field(meta, "feed_forward_length", int),
-        num_layers=field(meta, "block_count", int),
+        num_layers=count(meta, "block_count"),
         num_heads=heads,
         num_kv_heads=field(meta, "attention.head_count_kv", int, heads),
         head_dim=head_dim,

@@ -9,6 +9,7 @@ from convert.families.family import (
     HFFormat,
     Names,
     activation,
+    count,
     field,
     hf_activation,
     one_or_list,
@@ -46,7 +47,7 @@ NAMES = Names(
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Our config from config.json, with transformers' defaults for the keys that may be left out."""
     require(hf, "layer_norm_elementwise_affine", True, True)
-    heads, hidden = field(hf, "num_attention_heads", int), field(hf, "hidden_size", int)
+    heads, hidden = count(hf, "num_attention_heads"), count(hf, "hidden_size")
     embed, biased = field(hf, "word_embed_proj_dim", int, hidden), field(hf, "enable_bias", bool, True)
     pre_norm = field(hf, "do_layer_norm_before", bool, True)
     return DecoderConfig(
@@ -54,10 +55,10 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         vocab_size=field(hf, "vocab_size", int),
         hidden_size=hidden,
         intermediate_size=field(hf, "ffn_dim", int),
-        num_layers=field(hf, "num_hidden_layers", int),
+        num_layers=count(hf, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=hidden // max(heads, 1),
+        head_dim=hidden // heads,
         max_positions=field(hf, "max_position_embeddings", int, 2048),
         norm="layer",
         pre_norm=pre_norm,
