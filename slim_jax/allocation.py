@@ -111,6 +111,7 @@ def scores(
     down, up = order[: candidates - 1], order[::-1][: candidates - 1]
 
     if criterion == "error":
+
         def group_error(w_hat: jax.Array) -> jax.Array:
             error = jnp.sum((w - w_hat) ** 2, axis=1) * importance
             return error.reshape(groups, group_size).sum(axis=1)

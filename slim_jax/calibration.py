@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
 CLIP_FACTORS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
 """Fractions of the group's range that the default search tries."""
 
@@ -35,11 +34,18 @@ class Grid(NamedTuple):
 
     def code(self, w: Float[Array, "*g n"]) -> Float[Array, "*g n"]:
         """The nearest code of each weight, as whole float32 numbers."""
-        return jnp.clip(jnp.round(w / self.scale + self.zero), 0.0, self.levels)
+        scale, zero, levels = (_over_rows(value, w.ndim) for value in self)
+        return jnp.clip(jnp.round(w / scale + zero), 0.0, levels)
 
     def value(self, code: Float[Array, "*g n"]) -> Float[Array, "*g n"]:
         """The weight that a code stands for."""
-        return self.scale * (code - self.zero)
+        scale, zero, _ = (_over_rows(value, code.ndim) for value in self)
+        return scale * (code - zero)
+
+
+def _over_rows(value: jax.Array, ndim: int) -> jax.Array:
+    """``[N]`` as ``[1, ..., N]``: ranks are never promoted silently."""
+    return value.reshape((1,) * (ndim - 1) + (-1,))
 
 
 Fit = Callable[[jax.Array, jax.Array, jax.Array, int], Grid]
@@ -84,9 +90,10 @@ def _refit(w: jax.Array, importance: jax.Array, code: jax.Array, grid: Grid) -> 
     """Scale and zero that minimize ``sum_j importance_j (w_j - scale (code_j - zero))^2``, codes fixed."""
     weight = (importance / jnp.sum(importance))[:, None]
     mean_code, mean_w = jnp.sum(weight * code, axis=0), jnp.sum(weight * w, axis=0)
-    centred = weight * (code - mean_code)
-    variance = jnp.sum(centred * (code - mean_code), axis=0)
-    scale = jnp.sum(centred * (w - mean_w), axis=0) / jnp.maximum(variance, 1e-12)
+    offset = code - mean_code[None]
+    centred = weight * offset
+    variance = jnp.sum(centred * offset, axis=0)
+    scale = jnp.sum(centred * (w - mean_w[None]), axis=0) / jnp.maximum(variance, 1e-12)
     usable = (variance > 1e-12) & (scale > 0)
     scale = jnp.where(usable, scale, grid.scale)
     return scale, jnp.where(usable, mean_code - mean_w / scale, grid.zero)
@@ -145,4 +152,3 @@ def fit_paper(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: i
 
 FITS: dict[str, Fit] = {"search": fit_search, "paper": fit_paper, "minmax": fit_min_max}
 """The calibrations by the name that :class:`slim_jax.config.SlimConfig` takes as ``sqc``."""
-

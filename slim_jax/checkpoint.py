@@ -161,6 +161,11 @@ class CheckpointWriter:
         """The manifest's entries of the blocks written so far; ``["report"]`` is a `BlockReport` or None."""
         return self._manifest["blocks"]
 
+    @property
+    def complete(self) -> bool:
+        """Whether :meth:`finish` was called, by this run or an earlier one."""
+        return self._manifest["complete"]
+
     def write_outer(self, params: Params) -> None:
         """Writes the parameters outside the blocks."""
         self._manifest["outer"] = _save_params(self.path / "outer", params)
@@ -217,7 +222,9 @@ def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
         )
     if complete and not manifest.get("complete"):
         done, total = len(manifest["blocks"]), manifest["decoder"]["num_layers"]
-        raise CheckpointError(f"{path} is unfinished, {done} of {total} blocks are done: quantize with --resume")
+        raise CheckpointError(
+            f"{path} is unfinished, {done} of {total} blocks are done: quantize with --resume"
+        )
     return manifest
 
 
@@ -257,9 +264,7 @@ def load(path: str | Path, dtype: jnp.dtype | None = None) -> Decoder:
     return make_decoder(source.config, source.outer(), blocks)
 
 
-def save_source(
-    source: Source, path: str | Path, on_block: Callable[[int, int], None] | None = None
-) -> None:
+def save_source(source: Source, path: str | Path, on_block: Callable[[int, int], None] | None = None) -> None:
     """Writes any source as a checkpoint, one block in memory at a time.
 
     Raises:

@@ -6,7 +6,7 @@ How checkpoints map to these parameters is `convert`'s business, not this file's
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -281,17 +281,30 @@ class Block(nnx.Module):
           taps: filled, where given, with the input of each group of :func:`linear_groups`.
         """
         taps = {} if taps is None else taps
-        taps["attn"] = x = self.attn_norm(h) if self.pre_norm else h
-        taps["attn.o"], kv = self.attn.attend(x, positions, cache)
-        h = h + self.attn.o(taps["attn.o"])
-        if not self.pre_norm:
-            h = self.attn_norm(h)
-        taps["mlp"] = x = self.mlp_norm(h) if self.pre_norm else h
-        taps["mlp.down"] = self.mlp.hidden(x)
-        h = h + self.mlp.down(taps["mlp.down"])
-        if not self.pre_norm:
-            h = self.mlp_norm(h)
-        return h, kv
+        taps["attn"] = self.attn_input(h)
+        taps["attn.o"], kv = self.attn.attend(taps["attn"], positions, cache)
+        h = self.after_attn(h, taps["attn.o"])
+        taps["mlp"] = self.mlp_input(h)
+        taps["mlp.down"] = self.mlp.hidden(taps["mlp"])
+        return self.after_mlp(h, taps["mlp.down"]), kv
+
+    def attn_input(self, h: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The input of q, k and v."""
+        return self.attn_norm(h) if self.pre_norm else h
+
+    def after_attn(self, h: Float[Array, "b t d"], x: Float[Array, "b t hd"]) -> Float[Array, "b t d"]:
+        """The residual stream after attention; ``x`` is the input of o."""
+        h = h + self.attn.o(x)
+        return h if self.pre_norm else self.attn_norm(h)
+
+    def mlp_input(self, h: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The input of gate and up."""
+        return self.mlp_norm(h) if self.pre_norm else h
+
+    def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t inner"]) -> Float[Array, "b t d"]:
+        """The residual stream after the block; ``x`` is the input of down."""
+        h = h + self.mlp.down(x)
+        return h if self.pre_norm else self.mlp_norm(h)
 
 
 def linear_groups(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
@@ -316,7 +329,9 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, embed_size)) * 0.02)
         learned, rows = config.positions == "learned", config.max_positions + config.position_offset
-        self.embed_positions = nnx.Param(jax.random.normal(rngs.params(), (rows, d)) * 0.02) if learned else None
+        self.embed_positions = (
+            nnx.Param(jax.random.normal(rngs.params(), (rows, d)) * 0.02) if learned else None
+        )
         projected = embed_size != d
         self.project_in = Linear(embed_size, d, bias=False, rngs=rngs) if projected else None
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
@@ -324,9 +339,7 @@ class Decoder(nnx.Module):
         self.project_out = Linear(d, embed_size, bias=False, rngs=rngs) if projected else None
         self.head = None if config.tied_head else Linear(embed_size, config.vocab_size, bias=False, rngs=rngs)
 
-    def embed_tokens(
-        self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+    def embed_tokens(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream that enters the first block."""
         h = self.embed[...][tokens].astype(jnp.float32)
         if self.project_in is not None:
@@ -356,7 +369,7 @@ class Decoder(nnx.Module):
         return self.logits(h)
 
 
-def _flat(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
+def _flat(module: nnx.Module) -> dict[str, Any]:
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
@@ -404,7 +417,7 @@ def make_block(config: DecoderConfig, params: Params) -> Block:
     return block
 
 
-def make_decoder(config: DecoderConfig, outer: Params, blocks: list[Params]) -> Decoder:
+def make_decoder(config: DecoderConfig, outer: Params, blocks: Sequence[Params]) -> Decoder:
     """A decoder from the parameters outside its blocks and those of each block.
 
     Raises:

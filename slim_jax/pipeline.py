@@ -5,8 +5,11 @@ are in memory: the source is read, and the result handed on, block by block. All
 shapes, so each jitted step here compiles once per model.
 """
 
+import dataclasses
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels import MixedTensor, pack
 from pallas_kernels.layout import group_count, zero_bits
@@ -56,16 +58,53 @@ def _positions(h: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None], h.shape[:2])
 
 
-@partial(jax.jit, static_argnames=("taps", "stride"))
-def observe(
-    block: Block, h: jax.Array, *, taps: tuple[str, ...], stride: int
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Gram matrix ``[K, K]`` of the inputs of each named group of layers, and every ``stride``-th input."""
+Observation = tuple[jax.Array, jax.Array]
+"""Gram matrix ``[K, K]`` of the inputs of a group of layers, and every ``stride``-th input."""
+
+
+def _observation(block: Block, x: jax.Array, stride: int) -> Observation:
+    tokens = x.reshape(-1, x.shape[-1])
+    return gram(tokens.astype(block.attn.q.weight.get_value().dtype)), tokens[::stride]
+
+
+@partial(jax.jit, static_argnames="stride")
+def observe_all(block: Block, h: jax.Array, *, stride: int) -> dict[str, Observation]:
+    """Observations of all groups of layers, in one pass through the block."""
     inputs: dict[str, jax.Array] = {}
     block(h, _positions(h), taps=inputs)
-    dtype = block.attn.q.weight.get_value().dtype
-    tokens = {tap: inputs[tap].reshape(-1, inputs[tap].shape[-1]) for tap in taps}
-    return {tap: (gram(x.astype(dtype)), x[::stride]) for tap, x in tokens.items()}
+    return {tap: _observation(block, x, stride) for tap, x in inputs.items()}
+
+
+@partial(jax.jit, static_argnames="stride")
+def observe_attn(block: Block, h: jax.Array, *, stride: int) -> Observation:
+    """The input of q, k and v."""
+    return _observation(block, block.attn_input(h), stride)
+
+
+@partial(jax.jit, static_argnames="stride")
+def observe_o(block: Block, h: jax.Array, *, stride: int) -> tuple[Observation, jax.Array]:
+    """The input of o, with q, k and v as they now are; it is also returned whole."""
+    x, _ = block.attn.attend(block.attn_input(h), _positions(h))
+    return _observation(block, x, stride), x
+
+
+@partial(jax.jit, static_argnames="stride", donate_argnames="h")
+def observe_mlp(block: Block, h: jax.Array, x: jax.Array, *, stride: int) -> tuple[Observation, jax.Array]:
+    """The input of gate and up, and the residual stream after attention, from o's input ``x``."""
+    h = block.after_attn(h, x)
+    return _observation(block, block.mlp_input(h), stride), h
+
+
+@partial(jax.jit, static_argnames="stride")
+def observe_down(block: Block, h: jax.Array, *, stride: int) -> Observation:
+    """The input of down, from the residual stream after attention."""
+    return _observation(block, block.mlp.hidden(block.mlp_input(h)), stride)
+
+
+@partial(jax.jit, donate_argnames="h")
+def finish(block: Block, h: jax.Array) -> jax.Array:
+    """The residual stream after the block, from that after attention."""
+    return block.after_mlp(h, block.mlp.hidden(block.mlp_input(h)))
 
 
 @partial(jax.jit, donate_argnames="h")
@@ -101,65 +140,87 @@ def _power(w: jax.Array, h: jax.Array) -> jax.Array:
 class BlockQuantizer:
     """Quantizes blocks one after another while it carries the calibration activations along."""
 
-    def __init__(self, source: Source, tokens: np.ndarray, config: SlimConfig, bits: Allocation | None) -> None:
+    def __init__(
+        self, source: Source, tokens: np.ndarray, config: SlimConfig, bits: Allocation | None
+    ) -> None:
         self.source, self.config, self.bits = source, config, bits
         self.zero_bits = zero_bits(_widths(config, bits))
         self.dtype = _compute_dtype()
         outer = source.outer()
         embed = make_decoder(_without_blocks(source), outer, [])
         batch = max(1, BATCH_TOKENS // tokens.shape[1])
-        self.h = [_embed(embed, jnp.asarray(rows, jnp.int32)) for rows in _batches(tokens, batch)]
+        self.h: Sequence[jax.Array] = [
+            _embed(embed, jnp.asarray(rows, jnp.int32)) for rows in _batches(tokens, batch)
+        ]
         self.tokens = tokens.size
         self.stride = max(1, tokens.size // config.search_tokens)
 
     def skip(self, params: Params) -> None:
         """Carries the activations over a block that an earlier run has quantized."""
-        self._advance({name: self._dense(value) for name, value in params.items()})
+        block = self._block({name: self._dense(value) for name, value in params.items()})
+        if self.config.sequential:  # through the same programs, so that the last bit is the same too
+            for_o = [observe_o(block, h, stride=self.stride)[1] for h in self.h]
+            middle = [observe_mlp(block, h, x, stride=self.stride)[1] for h, x in zip(self.h, for_o)]
+            self.h = [finish(block, h) for h in middle]
+        else:
+            self.h = [advance(block, h) for h in self.h]
 
     def quantize(self, index: int) -> tuple[dict[str, Any], BlockReport]:
         """Quantizes block ``index``: its parameters, linear weights packed, and what was done."""
         start = time.monotonic()
         result = dict(self.source.block(index))
+        packed = [name for name, value in result.items() if isinstance(value, MixedTensor)]
+        if packed:
+            raise ValueError(f"blocks.{index}.{packed[0]} is already quantized, expected a dense model")
         current = {name: self._dense(value) for name, value in result.items()}
-        groups = linear_groups(self.source.config)
-        observed = {} if self.config.sequential else self._observe(current, tuple(groups))
-        layers, allocation = [], {}
-        for tap, names in groups.items():
-            if self.config.sequential:
-                observed = self._observe(current, (tap,))
-            total, x = observed.pop(tap)
+        layers: list[LayerReport] = []
+        allocation: Allocation = {}
+        observe = self._observe_sequentially if self.config.sequential else self._observe_at_once
+        for names, (total, x) in observe(current):
             weights = [jnp.asarray(result[f"{name}.weight"], jnp.float32) for name in names]
-            full_names = [f"blocks.{index}.{name}" for name in names]
-            for name, tensor, report in self._solve(full_names, weights, total, x):
-                key = name.removeprefix(f"blocks.{index}.") + ".weight"
-                result[key] = tensor
-                current[key] = self._dense(tensor)
+            prefix = f"blocks.{index}."
+            for name, tensor, report in self._solve([prefix + name for name in names], weights, total, x):
+                key = name.removeprefix(prefix) + ".weight"
+                result[key], current[key] = tensor, self._dense(tensor)
                 layers.append(report)
                 allocation[name] = tensor.bits().tolist()
-        self._advance(current)
         seconds = time.monotonic() - start
         return result, BlockReport(index, self.source.config.num_layers, layers, seconds, allocation)
+
+    def _observe_at_once(self, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
+        """Yields each group of layers with its inputs in the unquantized block, then advances."""
+        block = self._block(params)
+        observed = [observe_all(block, h, stride=self.stride) for h in self.h]
+        for tap, names in linear_groups(self.source.config).items():
+            yield names, _merge(batch.pop(tap) for batch in observed)
+        block = self._block(params)
+        self.h = [advance(block, h) for h in self.h]
+
+    def _observe_sequentially(self, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
+        """Yields each group of layers with its inputs; the caller puts the quantized weights into ``params``."""
+        attn, o, mlp, down = linear_groups(self.source.config).values()
+        block = self._block(params)
+        yield attn, _merge(observe_attn(block, h, stride=self.stride) for h in self.h)
+        block = self._block(params)
+        seen, inputs = zip(*(observe_o(block, h, stride=self.stride) for h in self.h))
+        yield o, _merge(seen)
+        block = self._block(params)
+        seen, self.h = zip(*(observe_mlp(block, h, x, stride=self.stride) for h, x in zip(self.h, inputs)))
+        del inputs
+        yield mlp, _merge(seen)
+        block = self._block(params)
+        yield down, _merge(observe_down(block, h, stride=self.stride) for h in self.h)
+        block = self._block(params)
+        self.h = [finish(block, h) for h in self.h]
+
+    def _block(self, params: Params) -> Block:
+        return make_block(self.source.config, params)
 
     def _dense(self, value: Any) -> jax.Array:
         """A parameter as the forward passes take it: matrices in the compute dtype, the rest in float32."""
         if isinstance(value, MixedTensor):
             return value.dequantize(self.dtype)
         return jnp.asarray(value, self.dtype if value.ndim == 2 else jnp.float32)
-
-    def _observe(self, params: Params, taps: tuple[str, ...]) -> dict[str, tuple[jax.Array, jax.Array]]:
-        block = make_block(self.source.config, params)
-        grams: dict[str, jax.Array] = {}
-        samples: dict[str, list[jax.Array]] = {tap: [] for tap in taps}
-        for h in self.h:
-            for tap, (new, x) in observe(block, h, taps=taps, stride=self.stride).items():
-                grams[tap] = new if tap not in grams else grams[tap] + new
-                samples[tap].append(x)
-        return {tap: (grams[tap], jnp.concatenate(samples[tap])) for tap in taps}
-
-    def _advance(self, params: Params) -> None:
-        block = make_block(self.source.config, params)
-        for i, h in enumerate(self.h):
-            self.h[i] = advance(block, h)
 
     def _prepare(self, total: jax.Array, names: list[str]) -> Statistics:
         damping = self.config.damping
@@ -193,8 +254,12 @@ class BlockQuantizer:
             statistics.u,
             statistics.importance,
             jnp.concatenate(
-                [jnp.broadcast_to(bits[:, None].astype(np.float32), (len(bits), w.shape[1]))
-                 for (bits, _), w in zip(chosen, padded)], axis=1),
+                [
+                    jnp.broadcast_to(bits[:, None].astype(np.float32), (len(bits), w.shape[1]))
+                    for (bits, _), w in zip(chosen, padded)
+                ],
+                axis=1,
+            ),
             group_size=config.group_size,
             zero_bits=self.zero_bits,
             sqc=config.sqc or "search",
@@ -204,7 +269,9 @@ class BlockQuantizer:
         for name, w, (bits, mixed), end in zip(names, padded, chosen, ends):
             part = slice(end - w.shape[1], end)
             tensor = self._pack(solution, part, bits, k)
-            error = float(jnp.sum(solution.error[part]) / jnp.maximum(jnp.sum(_power(w, statistics.h)), 1e-30))
+            error = float(
+                jnp.sum(solution.error[part]) / jnp.maximum(jnp.sum(_power(w, statistics.h)), 1e-30)
+            )
             yield name, tensor, LayerReport.of(name, tensor, error, mixed)
 
     def _allocate(
@@ -248,6 +315,12 @@ class BlockQuantizer:
         )
 
 
+def _merge(observations: Iterable[Observation]) -> Observation:
+    """Sums the Gram matrices of all batches and joins their sampled inputs."""
+    grams, samples = zip(*observations)
+    return sum(grams[1:], start=grams[0]), jnp.concatenate(samples)
+
+
 def _widths(config: SlimConfig, bits: Allocation | None) -> tuple[int, ...]:
     if bits is None:
         return config.widths
@@ -260,8 +333,6 @@ def _compute_dtype() -> jnp.dtype:
 
 
 def _without_blocks(source: Source) -> Any:
-    import dataclasses
-
     return dataclasses.replace(source.config, num_layers=0)
 
 
@@ -281,7 +352,9 @@ def _batches(tokens: np.ndarray, batch: int) -> Iterator[np.ndarray]:
 def _check(source: Source, tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"calibration tokens are {tokens.dtype}{list(tokens.shape)}, expected int[samples, length]")
+        raise ValueError(
+            f"calibration tokens are {tokens.dtype}{list(tokens.shape)}, expected int[samples, length]"
+        )
     if tokens.min() < 0 or tokens.max() >= source.config.vocab_size:
         raise ValueError(
             f"calibration tokens range from {tokens.min()} to {tokens.max()}, "
@@ -352,6 +425,8 @@ def quantize_to_checkpoint(
     tokens = _check(source, tokens)
     settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
     writer = CheckpointWriter(path, source.config, source.origin, settings, resume=resume)
+    if writer.complete:
+        return Report([BlockReport.from_json(entry["report"]) for entry in writer.blocks])
     if not writer.blocks:
         writer.write_outer(source.outer())
     quantizer = BlockQuantizer(source, tokens, config, allocation)
@@ -372,9 +447,6 @@ def quantize_to_checkpoint(
 
 
 def _fingerprint(tokens: np.ndarray, allocation: Mapping[str, list[int]] | None) -> dict[str, Any]:
-    import hashlib
-    import json
-
     digest = hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes())
     digest.update(json.dumps(allocation, sort_keys=True).encode())
     return {"samples": int(tokens.shape[0]), "length": int(tokens.shape[1]), "sha256": digest.hexdigest()}

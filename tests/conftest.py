@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 # The modules that name shapes. Not pallas_kernels.layout: JAX rebuilds a MixedTensor with whatever stands
 # for its leaves (shardings, shapes, gradients without a type), which its fields' annotations would refuse.
 CHECKED = ["pallas_kernels.api", "pallas_kernels.xla"]
-CHECKED += [f"slim_jax.{m}" for m in "allocation calibration decoder generate gptq hessian".split()]
+CHECKED += [f"slim_jax.{m}" for m in ["allocation", "calibration", "decoder", "generate", "gptq", "hessian"]]
 install_import_hook(CHECKED, "beartype.beartype")
 
 # Examples compile; a time limit on one would measure the machine, not the code.
