@@ -106,7 +106,7 @@ def _load_params(folder: Path, entry: dict[str, Any], dtype: jnp.dtype | None) -
 
 
 def _product_dtype() -> jnp.dtype:
-    """Dtype of products with packed weights: float32 on CPUs, bfloat16 where there is a matrix unit for it."""
+    """Dtype of products with packed weights: float32 on CPUs, bfloat16 where a matrix unit takes it."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
@@ -218,7 +218,7 @@ def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not a slim-jax manifest")
     if manifest.get("version", 0) > VERSION:
         raise CheckpointError(
-            f"{file} has format version {manifest['version']}, this slim-jax reads up to {VERSION}: upgrade it"
+            f"{file} has format version {manifest['version']}, expected at most {VERSION}: upgrade slim-jax"
         )
     if complete and not manifest.get("complete"):
         done, total = len(manifest["blocks"]), manifest["decoder"]["num_layers"]

@@ -39,7 +39,7 @@ class SlimConfig:
     criterion: str | None = None
     sequential: bool | None = None
     damping: float = 0.01
-    search_tokens: int = 4096
+    search_tokens: int = 2048
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)

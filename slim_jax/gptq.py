@@ -34,7 +34,7 @@ class Solution(NamedTuple):
 
 
 def _round_group(w: jax.Array, u: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """Rounds one group ``w [g, N]`` with its ``U`` block ``[g, g]``; codes and scaled errors, both ``[g, N]``."""
+    """Rounds a group ``w [g, N]`` with its ``U`` block ``[g, g]``; codes and scaled errors, ``[g, N]``."""
 
     def column(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
         w, codes, errors = state

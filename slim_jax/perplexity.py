@@ -21,7 +21,7 @@ class Perplexity:
 
 
 def select_windows(tokens: np.ndarray, window: int, max_windows: int | None = None) -> np.ndarray:
-    """Windows ``[W, window]`` of a text, a shorter rest dropped; of ``total``, every ``ceil(total / max)``-th.
+    """Windows ``[W, window]`` of a text, the rest dropped; of ``total``, every ``ceil(total / max)``-th.
 
     Raises:
       ValueError: the text is shorter than one window, or a number is too small.

@@ -137,6 +137,11 @@ def _power(w: jax.Array, h: jax.Array) -> jax.Array:
     return jnp.sum(w * (h @ w), axis=0)
 
 
+@partial(jax.jit, static_argnames="dtype")
+def _dequantize(tensor: MixedTensor, dtype: jnp.dtype) -> jax.Array:
+    return tensor.dequantize(dtype)
+
+
 class BlockQuantizer:
     """Quantizes blocks one after another while it carries the calibration activations along."""
 
@@ -197,7 +202,7 @@ class BlockQuantizer:
         self.h = [advance(block, h) for h in self.h]
 
     def _observe_sequentially(self, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
-        """Yields each group of layers with its inputs; the caller puts the quantized weights into ``params``."""
+        """Yields each group of layers with its inputs; the caller puts quantized weights into ``params``."""
         attn, o, mlp, down = linear_groups(self.source.config).values()
         block = self._block(params)
         yield attn, _merge(observe_attn(block, h, stride=self.stride) for h in self.h)
@@ -219,7 +224,7 @@ class BlockQuantizer:
     def _dense(self, value: Any) -> jax.Array:
         """A parameter as the forward passes take it: matrices in the compute dtype, the rest in float32."""
         if isinstance(value, MixedTensor):
-            return value.dequantize(self.dtype)
+            return _dequantize(value, self.dtype)
         return jnp.asarray(value, self.dtype if value.ndim == 2 else jnp.float32)
 
     def _prepare(self, total: jax.Array, names: list[str]) -> Statistics:
@@ -362,7 +367,7 @@ def _check(source: Source, tokens: np.ndarray) -> np.ndarray:
         )
     if tokens.shape[1] > source.config.max_positions:
         raise ValueError(
-            f"samples are {tokens.shape[1]} tokens long, the model takes at most {source.config.max_positions}"
+            f"samples are {tokens.shape[1]} tokens long, expected at most {source.config.max_positions}"
         )
     return tokens
 
