@@ -146,7 +146,7 @@ def scores(
 
 
 def allocate(order: np.ndarray, p: int, bits: int) -> np.ndarray:
-    """Bit widths ``int[G]``: the first ``p`` groups of ``order`` get one bit less, the last ``p`` one more."""
+    """Bit widths ``int[G]``: the first ``p`` of ``order`` get one bit less, the last ``p`` one more."""
     allocation = np.full(len(order), bits)
     allocation[order[:p]] -= 1
     allocation[order[len(order) - p :]] += 1

@@ -1,0 +1,211 @@
+"""Quantization: time, memory and quality, all measured in one run.
+
+    python -m bench.quantize                                # search speed, memory, seconds for SmolLM2
+    python -m bench.quantize --calibration a.txt --text b.txt --methods rtn,gptq,slim --bits 2,3,4
+
+Prints tables, and one JSON document with ``--json``. Seconds are CPU seconds of the process unless
+they are called wall seconds; compare ratios, not machines.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import convert
+from slim_jax.allocation import divergence, quantized_at, scores
+from slim_jax.config import SlimConfig
+from slim_jax.decoder import DecoderConfig, block_params, outer_params
+from slim_jax.perplexity import perplexity
+from slim_jax.pipeline import quantize, quantize_to_checkpoint
+
+
+def _best(run: Any, repeats: int = 3) -> float:
+    """Shortest wall seconds of some runs after a warm-up."""
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(repeats):
+        start = time.monotonic()
+        jax.block_until_ready(run())
+        seconds.append(time.monotonic() - start)
+    return min(seconds)
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _candidate(
+    w: jax.Array, x: jax.Array, importance: jax.Array, bits: jax.Array, *, group_size: int
+) -> jax.Array:
+    """The score of one allocation, every group quantized and every product taken anew."""
+    at = partial(quantized_at, w, importance, group_size=group_size, zero_bits=4, sqc="minmax")
+    width = jnp.repeat(bits, group_size)[:, None]
+    w_hat = jnp.where(width == 1, at(1), jnp.where(width == 2, at(2), at(3)))
+    return divergence(x @ w, x @ w_hat)
+
+
+def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]:
+    """The incremental bit search against one that recomputes every candidate, same calibration, same scores."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (tokens, k))
+    w = jax.random.normal(keys[1], (k, n)) * k**-0.5
+    importance = jnp.exp(jax.random.normal(keys[2], (k,)))
+    settings = {"bits": 2, "group_size": group_size, "zero_bits": 4, "sqc": "minmax", "criterion": "kl"}
+    _, order = scores(w, x, importance, **settings)
+    groups = k // group_size
+    allocations = []
+    for p in range((groups - 1) // 2 + 1):
+        bits = np.full(groups, 2)
+        bits[order[:p]], bits[order[groups - p :]] = 1, 3
+        allocations.append(jnp.asarray(bits))
+    direct = _best(lambda: [_candidate(w, x, importance, b, group_size=group_size) for b in allocations], 1)
+    ours = _best(lambda: scores(w, x, importance, **settings))
+    return {"k": k, "n": n, "tokens": tokens, "direct_s": direct, "ours_s": ours, "ratio": direct / ours}
+
+
+class _RandomSource:
+    """A llama-like model whose blocks are made when they are read, so that none of them stays."""
+
+    def __init__(self, layers: int) -> None:
+        self.config = DecoderConfig(
+            family="llama",
+            vocab_size=256,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_layers=layers,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=64,
+            max_positions=256,
+        )
+        self.origin = {"kind": "random", "layers": layers}
+
+    def _random(self, shapes: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return {
+            name: np.ones(s.shape, np.float32)
+            if len(s.shape) == 1
+            else rng.normal(0, s.shape[0] ** -0.5, s.shape).astype(np.float32)
+            for name, s in shapes.items()
+        }
+
+    def outer(self) -> dict[str, np.ndarray]:
+        return self._random(outer_params(self.config), 0)
+
+    def block(self, index: int) -> dict[str, np.ndarray]:
+        return self._random(block_params(self.config), 1 + index)
+
+
+def peak_memory(layers: int) -> float:
+    """Peak resident MiB of a process that quantizes a random model of so many blocks to disk."""
+    code = f"from bench.quantize import _quantize_random; _quantize_random({layers})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def _quantize_random(layers: int) -> None:
+    import tempfile
+    from pathlib import Path
+
+    source = _RandomSource(layers)
+    tokens = np.random.default_rng(0).integers(0, 256, (16, 128))
+    with tempfile.TemporaryDirectory() as folder:
+        quantize_to_checkpoint(source, tokens, SlimConfig(bits=2, group_size=64), Path(folder) / "out")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _settings(name: str, bits: int, group_size: int) -> SlimConfig:
+    method, _, sqc = name.partition(":")
+    return SlimConfig(bits=bits, group_size=group_size, method=method, sqc=sqc or None)
+
+
+def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
+    """Quantizes the source once: CPU seconds, stored bits, the spread of ``p``, and perplexity if there is a text."""
+    source = convert.load_source(arguments.source)
+    calibration = _tokens(source, arguments.calibration)
+    rng = np.random.default_rng(arguments.seed)
+    starts = rng.integers(0, len(calibration) - arguments.length, arguments.samples)
+    samples = np.stack([calibration[s : s + arguments.length] for s in starts])
+    start, wall = _cpu_seconds(), time.monotonic()
+    model, report = quantize(source, samples, _settings(name, bits, arguments.group_size))
+    row: dict[str, Any] = {
+        "method": name,
+        "bits": bits,
+        "stored_bits": report.bits_per_weight,
+        "cpu_s": _cpu_seconds() - start,
+        "wall_s": time.monotonic() - wall,
+        "mixed": _spread([layer.mixed for layer in report.layers]),
+    }
+    if arguments.text:
+        result = perplexity(model, _tokens(source, arguments.text), 2048, arguments.max_windows)
+        row.update(dataclasses.asdict(result))
+    return row
+
+
+def _spread(values: list[int | None]) -> dict[str, int]:
+    return {str(v): values.count(v) for v in sorted({v for v in values if v is not None})}
+
+
+def _tokens(source: Any, path: str | None) -> np.ndarray:
+    if path is None:  # timing needs tokens, not sense
+        return np.random.default_rng(0).integers(0, source.config.vocab_size, 300_000)
+    with open(path, encoding="utf-8") as file:
+        return np.asarray(source.tokenizer(file.read(), add_special_tokens=False)["input_ids"])
+
+
+def main() -> None:
+    """Runs what the options ask for and prints it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quantize", description=__doc__.splitlines()[0])
+    parser.add_argument("--source", default="smollm2")
+    parser.add_argument("--calibration", help="text to draw samples from; random tokens without")
+    parser.add_argument("--text", help="text to measure perplexity on; none without")
+    parser.add_argument(
+        "--methods", default="slim", help="of rtn, gptq, slim, each with :search, :paper or :minmax"
+    )
+    parser.add_argument("--bits", default="2")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-windows", type=int, default=38)
+    parser.add_argument("--quality-only", action="store_true", help="skip search speed and memory")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    out: dict[str, Any] = {"quality": []}
+    say = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    if not arguments.quality_only:
+        out["search"] = [search_speed(1536, 576, 2048, 64), search_speed(4096, 4096, 2048, 128)]
+        for row in out["search"]:
+            say(
+                f"bit search [{row['n']}, {row['k']}], {row['tokens']} tokens: direct {row['direct_s']:.2f} s, "
+                f"incremental {row['ours_s']:.2f} s, ratio {row['ratio']:.1f}"
+            )
+        out["peak_mib"] = {str(layers): peak_memory(layers) for layers in (4, 64)}
+        say("peak memory: " + ", ".join(f"{n} blocks {mib:.0f} MiB" for n, mib in out["peak_mib"].items()))
+    for name in arguments.methods.split(","):
+        for bits in map(int, arguments.bits.split(",")):
+            row = quality(arguments, name, bits)
+            out["quality"].append(row)
+            found = f", perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""
+            say(
+                f"{name}, {bits} bits: stored {row['stored_bits']:.3f}{found}, CPU {row['cpu_s']:.0f} s, "
+                f"wall {row['wall_s']:.0f} s, p {row['mixed']}"
+            )
+    if arguments.json:
+        print(json.dumps(out, indent=1))
+
+
+if __name__ == "__main__":
+    main()
