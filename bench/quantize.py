@@ -52,7 +52,7 @@ def _candidate(
 
 
 def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]:
-    """The incremental bit search against one that recomputes every candidate, same calibration, same scores."""
+    """The incremental bit search against one that recomputes every candidate, same scores."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (tokens, k))
     w = jax.random.normal(keys[1], (k, n)) * k**-0.5
@@ -132,7 +132,7 @@ def _settings(name: str, bits: int, group_size: int) -> SlimConfig:
 
 
 def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
-    """Quantizes the source once: CPU seconds, stored bits, the spread of ``p``, and perplexity if there is a text."""
+    """Quantizes the source once: CPU seconds, stored bits, spread of ``p``, perplexity if there is a text."""
     source = convert.load_source(arguments.source)
     calibration = _tokens(source, arguments.calibration)
     rng = np.random.default_rng(arguments.seed)
@@ -189,8 +189,8 @@ def main() -> None:
         out["search"] = [search_speed(1536, 576, 2048, 64), search_speed(4096, 4096, 2048, 128)]
         for row in out["search"]:
             say(
-                f"bit search [{row['n']}, {row['k']}], {row['tokens']} tokens: direct {row['direct_s']:.2f} s, "
-                f"incremental {row['ours_s']:.2f} s, ratio {row['ratio']:.1f}"
+                f"bit search [{row['n']}, {row['k']}], {row['tokens']} tokens: "
+                f"direct {row['direct_s']:.2f} s, incremental {row['ours_s']:.2f} s, ratio {row['ratio']:.1f}"
             )
         out["peak_mib"] = {str(layers): peak_memory(layers) for layers in (4, 64)}
         say("peak memory: " + ", ".join(f"{n} blocks {mib:.0f} MiB" for n, mib in out["peak_mib"].items()))

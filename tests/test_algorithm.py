@@ -179,7 +179,7 @@ def test_paper_grid_of_one_bit():
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_solver_equals_the_oracle(layer, bits):
-    """The solver's grids depend on its own state, so the oracle is given them; it must find the same codes."""
+    """The solver's grids depend on its own state, so the oracle is given them; the codes must agree."""
     _, w, u = layer
     k, n = w.shape
     solution = solve(
