@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-CLIP_FACTORS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
+CLIP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Fractions of the group's range that the default search tries."""
+
+ZERO_SHIFTS = (-0.5, 0.0, 0.5)
+"""Shifts of the zero point, in units of the scale, that it tries with each of them."""
 
 REFINEMENTS = 2
 """Rounds of re-rounding and refitting after the default search."""
@@ -102,7 +105,7 @@ def _refit(w: jax.Array, importance: jax.Array, code: jax.Array, grid: Grid) -> 
 def fit_search(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
     """Minimizes ``sum_j importance_j (w_j - w_hat_j)^2`` over clip factors, scale and zero.
 
-    From each clip factor, the codes are fixed and scale and zero solved for by weighted least
+    From each clip factor and shift of the zero, the codes are fixed and scale and zero solved for by weighted least
     squares (the zero may be fractional); the best of all candidates, as stored, is refined further.
     """
     scale, zero = _min_max(w, bits)
@@ -114,13 +117,14 @@ def fit_search(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: 
         refined = _stored(*_refit(w, importance, grid.code(w), grid), bits, zero_bits)
         return _better(error(refined, refined.code(w)), refined, best)
 
-    def try_clip(best: tuple[jax.Array, Grid], factor: jax.Array) -> tuple[tuple[jax.Array, Grid], None]:
-        grid = _stored(factor * scale, zero, bits, zero_bits)
+    def attempt(best: tuple[jax.Array, Grid], start: jax.Array) -> tuple[tuple[jax.Array, Grid], None]:
+        grid = _stored(start[0] * scale, zero + start[1], bits, zero_bits)
         return refine(grid, best), None
 
     start = _stored(scale, zero, bits, zero_bits)
     best = (error(start, start.code(w)), start)
-    best, _ = jax.lax.scan(try_clip, best, jnp.asarray(CLIP_FACTORS, jnp.float32))
+    starts = [(factor, shift) for factor in CLIP_FACTORS for shift in ZERO_SHIFTS]
+    best, _ = jax.lax.scan(attempt, best, jnp.asarray(starts, jnp.float32))
     return jax.lax.fori_loop(0, REFINEMENTS, lambda _, best: refine(best[1], best), best)[1]
 
 

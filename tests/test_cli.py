@@ -134,7 +134,7 @@ def test_eval(room, capsys):
     )
     assert dense.keys() == {"perplexity", "tokens", "windows"}
     assert (dense["tokens"], dense["windows"]) == (192, 6)
-    arguments = (*text, "--max-windows", "2")
+    arguments = ("--text", room / "test.txt", "--window", "32", "--max-windows", "2")
     packed = json.loads(said(capsys, "eval", room / "q2", *arguments, "--json"))
     assert (packed["tokens"], packed["windows"]) == (64, 2)
     assert "perplexity" in said(capsys, "eval", room / "q2", *arguments)
@@ -146,7 +146,9 @@ def test_generate(room, capsys):
     assert one.startswith(prompt)
     assert one == said(capsys, "generate", room / "q2", "--prompt", prompt, "--max-tokens", "8")
     sampled = ("--temperature", "1.0", "--top-p", "0.9", "--seed", "3")
-    two = said(capsys, "generate", room / "q2", "--prompt", prompt, "--prompt", "w9", *sampled)
+    two = said(
+        capsys, "generate", room / "q2", "--prompt", prompt, "--prompt", "w9", "--max-tokens", "8", *sampled
+    )
     assert prompt in two
     assert "\nw9" in two
 
