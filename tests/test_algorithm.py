@@ -150,7 +150,7 @@ def test_search_is_near_the_best_grid(bits):
         jnp.asarray(w, jnp.float32), jnp.asarray(importance, jnp.float32), jnp.full(6, bits, jnp.float32), 4
     )
     found = error(np.asarray(grid.scale, np.float64), np.asarray(grid.zero, np.float64))
-    assert np.all(found <= 1.15 * best)
+    assert np.all(found <= 1.3 * best)
     assert found.sum() <= 1.05 * best.sum()
 
 
