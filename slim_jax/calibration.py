@@ -105,8 +105,8 @@ def _refit(w: jax.Array, importance: jax.Array, code: jax.Array, grid: Grid) -> 
 def fit_search(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
     """Minimizes ``sum_j importance_j (w_j - w_hat_j)^2`` over clip factors, scale and zero.
 
-    From each clip factor and shift of the zero, the codes are fixed and scale and zero solved for by weighted least
-    squares (the zero may be fractional); the best of all candidates, as stored, is refined further.
+    From each clip factor and shift of the zero, the codes are fixed and scale and zero solved for by
+    weighted least squares (the zero may be fractional); the best of all, as stored, is refined further.
     """
     scale, zero = _min_max(w, bits)
 
