@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
-from slim_jax.allocation import divergence, quantized_at, scores
+from slim_jax.allocation import allocate, divergence, quantized_at, scores
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import DecoderConfig, block_params, outer_params
 from slim_jax.perplexity import perplexity
@@ -62,9 +62,7 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]
     groups = k // group_size
     allocations = []
     for p in range((groups - 1) // 2 + 1):
-        bits = np.full(groups, 2)
-        bits[order[:p]], bits[order[groups - p :]] = 1, 3
-        allocations.append(jnp.asarray(bits))
+        allocations.append(jnp.asarray(allocate(np.asarray(order), p, 2)))
     direct = _best(lambda: [_candidate(w, x, importance, b, group_size=group_size) for b in allocations], 1)
     ours = _best(lambda: scores(w, x, importance, **settings))
     return {"k": k, "n": n, "tokens": tokens, "direct_s": direct, "ours_s": ours, "ratio": direct / ours}

@@ -167,34 +167,6 @@ def rotate(
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values seen so far. Slots ``>= length`` are empty.
-
-    Attributes:
-      k, v: ``float32[num_layers, B, S, num_kv_heads, head_dim]``.
-      positions: ``int32[B, S]``, position of the token in each slot, -1 where a slot holds none.
-      length: ``int32[]``, slots in use.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    positions: jax.Array
-    length: jax.Array
-
-    @classmethod
-    def empty(cls, config: DecoderConfig, batch: int, size: int) -> "Cache":
-        """A cache of ``size`` slots for ``batch`` sequences."""
-        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
-        return cls(
-            k=jnp.zeros(shape),
-            v=jnp.zeros(shape),
-            positions=jnp.full((batch, size), -1, jnp.int32),
-            length=jnp.zeros((), jnp.int32),
-        )
-
-
 class Attention(nnx.Module):
     """Causal self-attention with grouped key-value heads and an optional sliding window."""
 
