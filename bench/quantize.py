@@ -27,6 +27,7 @@ from slim_jax.config import SlimConfig
 from slim_jax.decoder import DecoderConfig, block_params, outer_params
 from slim_jax.perplexity import perplexity
 from slim_jax.pipeline import quantize, quantize_to_checkpoint
+from slim_jax.windows import draw_windows
 
 
 def _best(run: Any, repeats: int = 3) -> float:
@@ -133,9 +134,7 @@ def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, An
     """Quantizes the source once: CPU seconds, stored bits, spread of ``p``, perplexity if there is a text."""
     source = convert.load_source(arguments.source)
     calibration = _tokens(source, arguments.calibration)
-    rng = np.random.default_rng(arguments.seed)
-    starts = rng.integers(0, len(calibration) - arguments.length, arguments.samples)
-    samples = np.stack([calibration[s : s + arguments.length] for s in starts])
+    samples = draw_windows(calibration, arguments.samples, arguments.length, arguments.seed)
     start, wall = _cpu_seconds(), time.monotonic()
     model, report = quantize(source, samples, _settings(name, bits, arguments.group_size))
     row: dict[str, Any] = {

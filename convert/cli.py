@@ -460,11 +460,12 @@ def _windows(
     """Windows of a text at random places, which may overlap."""
     import numpy as np
 
+    from slim_jax.windows import draw_windows
+
     tokens = np.asarray(_encode(tokenizer, text), np.int32)
     if len(tokens) < length:
         raise ValueError(f"{name} has {len(tokens)} tokens, expected at least {length} (--length)")
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, samples)
-    return tokens[starts[:, None] + np.arange(length)]
+    return draw_windows(tokens, samples, length, seed)
 
 
 def _own_text(

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor, mixed_matmul
+from slim_jax.attention import attention
 
 Params = Mapping[str, Any]
 """Parameters of one block, or of what stands outside the blocks, by dotted name."""
@@ -187,7 +188,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t hd"], tuple[jax.Array, jax.Array]]:
         """Attention up to the output projection, and the keys and values to keep.
 
-        ``cache`` holds this layer's keys and values ``[B, S, num_kv_heads, head_dim]``, the
+        ``cache`` holds this layer's keys and values ``[B, num_kv_heads, S, head_dim]``, the
         positions of all slots ``[B, S]`` (this call's tokens included) and the slot to write at.
         """
         config = self.config
@@ -198,17 +199,14 @@ class Attention(nnx.Module):
         if config.positions == "rotary":
             frequency = rotary_frequencies(config)
             q, k = rotate(q, positions, frequency), rotate(k, positions, frequency)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         key_positions = positions
         if cache is not None:
             cached_k, cached_v, key_positions, start = cache
-            k = jax.lax.dynamic_update_slice_in_dim(cached_k, k.astype(cached_k.dtype), start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cached_v, v.astype(cached_v.dtype), start, axis=1)
-        distance = positions[:, None, :, None] - key_positions[:, None, None, :]
-        mask = (distance >= 0) & (key_positions >= 0)[:, None, None, :]
-        if config.sliding_window is not None:
-            mask &= distance < config.sliding_window
-        y = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
-        return y.reshape(batch, time, -1), (k, v)
+            k = jax.lax.dynamic_update_slice_in_dim(cached_k, k.astype(cached_k.dtype), start, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cached_v, v.astype(cached_v.dtype), start, axis=2)
+        y = attention(q, k, v, positions, key_positions, window=config.sliding_window)
+        return y, (k, v)
 
 
 class MLP(nnx.Module):
@@ -334,7 +332,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
         """Logits of every position, ``float32[B, T, vocab_size]``."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        positions = sequence_positions(tokens)
         h = self.embed_tokens(tokens, positions)
         for block in self.blocks:
             h, _ = block(h, positions)
@@ -399,6 +397,22 @@ def make_decoder(config: DecoderConfig, outer: Params, blocks: Sequence[Params])
     named = {f"blocks.{i}.{name}": value for i, block in enumerate(blocks) for name, value in block.items()}
     _fill(decoder, {**outer, **named})
     return decoder
+
+
+def make_outer(config: DecoderConfig, outer: Params) -> Decoder:
+    """A decoder without blocks: what embeds tokens, and turns the last block's output into logits."""
+    return make_decoder(dataclasses.replace(config, num_layers=0), outer, [])
+
+
+@jax.jit
+def embed(outer: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """The residual stream of whole sequences, by :func:`make_outer`'s decoder."""
+    return outer.embed_tokens(tokens, sequence_positions(tokens))
+
+
+def sequence_positions(x: Array) -> Int[Array, "b t"]:
+    """Positions ``0 ... T - 1`` of every row of ``x[B, T, ...]``."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
 
 
 def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -33,7 +33,7 @@ class _State:
     """What a batch has seen. Slots ``>= length`` are empty.
 
     Attributes:
-      kv: keys and values, each ``float32[L, B, S, num_kv_heads, head_dim]`` where blocks are scanned
+      kv: keys and values, each ``float32[L, B, num_kv_heads, S, head_dim]`` where blocks are scanned
         over, else one such pair without ``L`` a block: each is then updated where it lies.
       positions: ``int32[B, S]``, position of the token in each slot, -1 where a slot holds none.
       length: ``int32[]``, slots in use.
@@ -45,7 +45,7 @@ class _State:
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, size: int, *, stacked: bool) -> "_State":
-        shape = (batch, size, config.num_kv_heads, config.head_dim)
+        shape = (batch, config.num_kv_heads, size, config.head_dim)
         layers = config.num_layers
         # Every buffer is its own: all of them are donated.
         kv: Any = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(0 if stacked else layers)]
@@ -58,7 +58,7 @@ class _State:
         more = size - self.positions.shape[1]
 
         def pad(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, [(0, more if axis == x.ndim - 3 else 0) for axis in range(x.ndim)])
+            return jnp.pad(x, [(0, more if axis == x.ndim - 2 else 0) for axis in range(x.ndim)])
 
         positions = jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1)
         return _State(jax.tree.map(pad, self.kv), positions, self.length)
@@ -97,8 +97,8 @@ def _forward(
             k, v = (lax.dynamic_index_in_dim(a, i, keepdims=False) for a in all_kv)
             h, layer_kv = block(h, positions, (k, v, slots, start))
             # Only the new slots go back, so that the cache is written where it lies.
-            new = [lax.dynamic_slice_in_dim(a, start, tokens.shape[1], axis=1)[None] for a in layer_kv]
-            all_kv = [lax.dynamic_update_slice(a, b, (i, 0, start, 0, 0)) for a, b in zip(all_kv, new)]
+            new = [lax.dynamic_slice_in_dim(a, start, tokens.shape[1], axis=2)[None] for a in layer_kv]
+            all_kv = [lax.dynamic_update_slice(a, b, (i, 0, 0, start, 0)) for a, b in zip(all_kv, new)]
             return (h, *all_kv), None
 
         indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)

@@ -4,15 +4,27 @@ For ``y = x @ W`` the error ``|x @ (W - W_hat)|^2`` averaged over tokens has, in
 channel, the Hessian ``H = (2 / T) X^T X [K, K]``. Layers that read the same input share it.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.layout import group_count
 
-def gram(x: Float[Array, "*t k"]) -> Float[Array, "k k"]:
-    """``X^T X`` summed over all leading axes, in float32 (inputs in bfloat16 keep their products' speed)."""
-    tokens = x.reshape(-1, x.shape[-1])
-    return jax.lax.dot_general(tokens, tokens, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+def gram(x: Float[Array, "t k"]) -> Float[Array, "k k"]:
+    """``X^T X`` in float32.
+
+    In three products of halves, since it is symmetric. The copy of ``X^T`` is for XLA's CPU back end,
+    which multiplies a transposed bfloat16 operand at half its speed.
+    """
+    half = x.shape[1] // 2
+    xt = jax.lax.optimization_barrier(x.T)
+    dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+    top, last = dot(xt[:half], x), dot(xt[half:], x[:, half:])
+    return jnp.concatenate([top, jnp.concatenate([top[:, half:].T, last], axis=1)])
 
 
 def dampen(
@@ -41,3 +53,39 @@ def inverse_cholesky(h: Float[Array, "k k"]) -> Float[Array, "k k"]:
     lower = jnp.linalg.cholesky(h[::-1, ::-1])
     upper = lower[::-1, ::-1]
     return jax.scipy.linalg.solve_triangular(upper, jnp.eye(h.shape[0], dtype=h.dtype), lower=False)
+
+
+class Statistics(NamedTuple):
+    """What the solver needs to know of a layer's inputs, ``K`` padded to whole groups.
+
+    Attributes:
+      u: ``[K, K]``, upper Cholesky factor of the inverse Hessian.
+      importance: ``[K]``, ``1 / u_j^2``, 0 for padding.
+      alive: ``[K]``, 0 for inputs that are always zero.
+      h: ``[K, K]``, the damped Hessian.
+    """
+
+    u: jax.Array
+    importance: jax.Array
+    alive: jax.Array
+    h: jax.Array
+
+
+@partial(jax.jit, static_argnames="group_size")
+def statistics(
+    total: Float[Array, "k k"], tokens: Float[Array, ""], damping: Float[Array, ""], *, group_size: int
+) -> Statistics:
+    """Statistics from a sum of Gram matrices over ``tokens`` tokens."""
+    k = total.shape[0]
+    padding = group_count(k, group_size) * group_size - k
+    h, dead = dampen(total * (2.0 / tokens), damping)
+    u = inverse_cholesky(h)
+    importance = 1.0 / jnp.diagonal(u) ** 2
+    tail = (jnp.arange(k + padding) >= k).astype(jnp.float32)
+    square, flat = ((0, padding), (0, padding)), (0, padding)
+    return Statistics(
+        u=jnp.pad(u, square) + jnp.diag(tail),
+        importance=jnp.pad(importance, flat),
+        alive=jnp.pad(1.0 - dead, flat),
+        h=jnp.pad(h, square),
+    )

@@ -3,12 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from slim_jax.decoder import Block, Decoder, make_decoder, split_params
+from slim_jax.decoder import Block, Decoder, embed, make_outer, sequence_positions, split_params
+from slim_jax.windows import select_windows
+
+LOGIT_TOKENS = 256
+"""Tokens whose logits are in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,36 +26,21 @@ class Perplexity:
     windows: int
 
 
-def select_windows(tokens: np.ndarray, window: int, max_windows: int | None = None) -> np.ndarray:
-    """Windows ``[W, window]`` of a text, the rest dropped; of ``total``, every ``ceil(total / max)``-th.
-
-    Raises:
-      ValueError: the text is shorter than one window, or a number is too small.
-    """
-    if window < 2 or (max_windows is not None and max_windows < 1):
-        raise ValueError(f"window is {window} and max_windows {max_windows}, expected at least 2 and 1")
-    total = len(tokens) // window
-    if not total:
-        raise ValueError(f"the text has {len(tokens)} tokens, expected at least one window of {window}")
-    step = 1 if max_windows is None else math.ceil(total / max_windows)
-    return np.asarray(tokens[: total * window]).reshape(total, window)[::step]
-
-
-@jax.jit
-def _embed(outer: Decoder, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    return outer.embed_tokens(tokens, positions)
-
-
-@jax.jit
-def _forward(block: Block, h: jax.Array, positions: jax.Array) -> jax.Array:
-    return block(h, positions)[0]
+@partial(jax.jit, donate_argnames="h")
+def _forward(block: Block, h: jax.Array) -> jax.Array:
+    return block(h, sequence_positions(h))[0]
 
 
 @jax.jit
 def _loss(outer: Decoder, h: jax.Array, tokens: jax.Array) -> jax.Array:
-    logits = outer.logits(h[:, :-1])
-    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+    """Mean loss of the window ``tokens[1, T]``; logits are made for a part of it at a time."""
+
+    def token_loss(one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        h, target = one
+        logits = outer.logits(h)
+        return jax.nn.logsumexp(logits) - logits[target]
+
+    return jnp.mean(lax.map(token_loss, (h[0, :-1], tokens[0, 1:]), batch_size=LOGIT_TOKENS))
 
 
 def perplexity(
@@ -77,14 +68,13 @@ def perplexity(
         raise ValueError(f"window is {window}, the model takes at most {model.config.max_positions} tokens")
     windows = select_windows(tokens, window, max_windows)
     params, _ = split_params(model)
-    outer = make_decoder(dataclasses.replace(model.config, num_layers=0), params, [])
-    positions = jnp.arange(window, dtype=jnp.int32)[None]
+    outer = make_outer(model.config, params)
     losses: list[float] = []
     for row in windows:
         batch = jnp.asarray(row, jnp.int32)[None]
-        h = _embed(outer, batch, positions)
+        h = embed(outer, batch)
         for block in model.blocks:
-            h = _forward(block, h, positions)
+            h = _forward(block, h)
         losses.append(float(_loss(outer, h, batch)))
         if on_window is not None:
             on_window(len(losses), len(windows), math.exp(min(np.mean(losses), 700.0)))

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import MixedTensor
-from slim_jax import checkpoint, pipeline
+from slim_jax import activations, checkpoint, pipeline
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, DecoderConfig, make_decoder, split_params
-from slim_jax.perplexity import perplexity, select_windows
+from slim_jax.perplexity import perplexity
 from slim_jax.source import DecoderSource
+from slim_jax.windows import select_windows
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -94,8 +95,9 @@ def test_report(quantized):
 
 def test_each_step_compiles_once_per_model(model):
     steps = [
-        *(pipeline.observe_attn, pipeline.observe_o, pipeline.observe_mlp, pipeline.observe_down),
-        *(pipeline.finish, pipeline.prepare, pipeline.solve, pipeline.scores),
+        *(activations._attn_input, activations._o_input, activations._after_attn),
+        *(activations._mlp_input, activations._down_input, activations._after_mlp, activations._observe),
+        *(pipeline.statistics, pipeline.solve, pipeline.scores),
     ]
     counts = []
     for layers in (1, 3):
