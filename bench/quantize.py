@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
-from slim_jax.allocation import allocate, divergence, quantized_at, scores
+from slim_jax.allocation import allocate, divergence_from, quantized_at, scores
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import DecoderConfig, block_params, outer_params
 from slim_jax.perplexity import perplexity
@@ -49,7 +49,7 @@ def _candidate(
     at = partial(quantized_at, w, importance, group_size=group_size, zero_bits=4, sqc="minmax")
     width = jnp.repeat(bits, group_size)[:, None]
     w_hat = jnp.where(width == 1, at(1), jnp.where(width == 2, at(2), at(3)))
-    return divergence(x @ w, x @ w_hat)
+    return divergence_from(x @ w)(x @ w_hat)
 
 
 def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]:

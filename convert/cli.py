@@ -7,14 +7,13 @@ commands, so that ``--help`` is instant.
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from slim_jax.decoder import Decoder
+    from slim_jax.report import BlockReport
     from slim_jax.source import Source
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -149,8 +149,9 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            metavar="slim|gptq|rtn",
-            help="slim mixes bit widths by salience; gptq and rtn (round to nearest) are uniform.",
+            metavar="slim|slim-plus|gptq|rtn",
+            help="slim mixes bit widths by salience, slim-plus also learns by gradient; gptq and rtn "
+            "(round to nearest) are uniform.",
         ),
     ] = "slim",
     sqc: Annotated[
@@ -170,6 +171,19 @@ def quantize(
     damping: Annotated[
         float, typer.Option(help="Added to the Hessian, as a part of its mean diagonal.")
     ] = 0.01,
+    learn: Annotated[
+        str,
+        typer.Option(
+            metavar="clip|grid|rounding",
+            help="What slim-plus learns: clipping as in the paper, scales and zeros, or codes too.",
+        ),
+    ] = "rounding",
+    epochs: Annotated[int, typer.Option(help="slim-plus: passes over the windows, at most.")] = 10,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="slim-plus. [dim]Default: 0.01 for clip, else 0.005.[/]", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="slim-plus: windows of a step.")] = 4,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of windows.")] = 0,
@@ -201,7 +215,16 @@ def quantize(
     from slim_jax.config import SlimConfig
 
     config = SlimConfig(
-        bits=bits, group_size=group_size, method=method, sqc=sqc, criterion=criterion, damping=damping
+        bits=bits,
+        group_size=group_size,
+        method=method,
+        sqc=sqc,
+        criterion=criterion,
+        damping=damping,
+        learn=learn,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
     )
     text = None if calibration == "self" else _read_text(Path(calibration))
     from slim_jax.allocation import load_allocation
@@ -224,7 +247,7 @@ def quantize(
     ctx.obj.on_interrupt = (
         f"interrupted; the same command with --resume goes on after {out}'s last whole block"
     )
-    with _progress("quantizing", model.config.num_layers) as advance:
+    with _progress("quantizing", model.config.num_layers) as progress:
         report = quantize_to_checkpoint(
             model,
             tokens,
@@ -232,7 +255,8 @@ def quantize(
             out,
             allocation=chosen,
             resume=resume,
-            on_block=lambda block: advance(f"error {block.error:.3g}"),
+            on_block=lambda block: progress(_figures(block)),
+            on_epoch=lambda epoch, of, loss: progress.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
         )
     _keep_tokenizer(tokenizer, out)
     if save_allocation is not None:
@@ -510,22 +534,46 @@ def _error_line(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def _figures(block: "BlockReport") -> str:
+    """What the progress display says of a finished block."""
+    learning = block.learning
+    if learning is None:
+        return f"error {block.error:.3g}"
+    if learning.note:
+        _say(f"block {block.index}: {learning.note}")
+    return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
+
+
+class _Progress:
+    """A call is a finished step with figures to show: a bar on a terminal, else some lines."""
+
+    def __init__(self, what: str, total: int, bar: Any = None) -> None:
+        self.what, self.total, self.bar = what, total, bar
+        self.done = 0
+        if bar is not None:
+            self.task = bar.add_task(what, total=total, figures="")
+
+    def __call__(self, figures: str = "") -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, figures=figures)
+        elif self.done == self.total or self.done % max(1, self.total // 10) == 0:
+            typer.echo(f"{self.what} {self.done}/{self.total}  {figures}".rstrip(), err=True)
+
+    def show(self, figures: str) -> None:
+        """Figures of the step that is under way."""
+        if self.bar is not None:
+            self.bar.update(self.task, figures=figures)
+
+
 @contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yields a function to call, with figures to show, at every step: a bar on a terminal, else lines."""
+def _progress(what: str, total: int) -> Iterator[_Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    steps = itertools.count(1)
     if not console.is_terminal:
-
-        def line(figures: str = "") -> None:
-            done = next(steps)
-            if done == total or done % max(1, total // 10) == 0:
-                typer.echo(f"{what} {done}/{total}  {figures}".rstrip(), err=True)
-
-        yield line
+        yield _Progress(what, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -535,12 +583,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=total, figures="")
-
-        def move(figures: str = "") -> None:
-            bar.update(task, completed=next(steps), figures=figures)
-
-        yield move
+        yield _Progress(what, total, bar)
 
 
 class _Stream:

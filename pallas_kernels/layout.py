@@ -189,6 +189,8 @@ class MixedTensor:
 
         for i, b in enumerate(self.widths):
             rows = g * b // WORD_BITS
+            if rows > self.words.shape[0]:
+                continue  # too few words for a single group of this width: there is none
 
             def body(position, dense, i=i, b=b, rows=rows):
                 row = first_row[i] + (position - first_group[i]) * rows

@@ -46,7 +46,9 @@ def decode(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, w.groups * g - k))).reshape(m, w.groups, g)
     zero_code = w.zero_codes()
     y = jnp.zeros((m, w.shape[1]), jnp.float32)
-    for n in sorted({n for b in w.widths for n in plane_widths(b)}):
+    # A width whose group would need more words than there are does not occur.
+    widths = [b for b in w.widths if w.group_size * b // WORD_BITS <= w.words.shape[0]]
+    for n in sorted({n for b in widths for n in plane_widths(b)}):
         y = _add_planes(y, x, w, zero_code, n)
     return y
 

@@ -6,7 +6,7 @@ ones wins. ``p = 0``, no mixing, is a candidate.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -56,16 +56,16 @@ def quantized_at(
     return lax.scan(group, None, blocks)[1].reshape(k, n)
 
 
-def divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Float[Array, ""]:
-    """``KL(softmax(y) || softmax(y_hat))``, averaged over tokens."""
+def divergence_from(y: Float[Array, "t n"]) -> Callable[[jax.Array], jax.Array]:
+    """``KL(softmax(y) || softmax(y_hat))``, averaged over tokens, as a function of ``y_hat [t, n]``."""
     p = jax.nn.softmax(y)
     constant = jnp.sum(p * y, axis=1) - jax.nn.logsumexp(y, axis=1)
-    return jnp.mean(constant + _cross_entropy(p, y_hat))
 
+    def divergence(y_hat: jax.Array) -> jax.Array:
+        cross_entropy = jax.nn.logsumexp(y_hat, axis=1) - jnp.sum(p * y_hat, axis=1)
+        return jnp.mean(constant + cross_entropy)
 
-def _cross_entropy(p: jax.Array, y_hat: jax.Array) -> jax.Array:
-    """``-sum p log softmax(y_hat)`` of each token: the part of the divergence that depends on ``y_hat``."""
-    return jax.nn.logsumexp(y_hat, axis=1) - jnp.sum(p * y_hat, axis=1)
+    return divergence
 
 
 def paper_divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Float[Array, ""]:
@@ -128,13 +128,7 @@ def scores(
         change = (w_hat - middle).reshape(groups, group_size, -1)[group]
         return by_group[:, group] @ change
 
-    p = jax.nn.softmax(y)
-    entropy = jnp.sum(p * y, axis=1) - jax.nn.logsumexp(y, axis=1)
-
-    def score(y_hat: jax.Array) -> jax.Array:
-        if criterion == "paper":
-            return paper_divergence(y, y_hat)
-        return jnp.mean(entropy + _cross_entropy(p, y_hat))
+    score = partial(paper_divergence, y) if criterion == "paper" else divergence_from(y)
 
     def step(y_hat: jax.Array, change: tuple[jax.Array, jax.Array]):
         y_hat = y_hat + product(change[0], low) + product(change[1], high)

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-METHODS = ("slim", "gptq", "rtn")
+METHODS = ("slim", "slim-plus", "gptq", "rtn")
 SQC = ("search", "paper", "minmax")
 CRITERIA = ("kl", "error", "paper")
+LEARN = ("clip", "grid", "rounding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,11 @@ class SlimConfig:
         False on the outputs of the unquantized block. By default False where ``sqc`` is "paper".
       damping: fraction of the mean of the Hessian's diagonal that is added to it.
       search_tokens: calibration tokens, evenly spread, that the bit search looks at.
+      learn: what "slim-plus" learns, see `slim_jax.plus`; the fields below are its too.
+      epochs: passes over the calibration samples, at most.
+      learning_rate: of the default optimizer; by default 1e-2 for "clip" (the paper's), else 5e-3.
+      batch_size: samples of a step.
+      augmented: weight of the paper's augmented loss term.
 
     Raises:
       ValueError: a setting is out of its range.
@@ -40,31 +46,49 @@ class SlimConfig:
     sequential: bool | None = None
     damping: float = 0.01
     search_tokens: int = 2048
+    learn: str = "rounding"
+    epochs: int = 10
+    learning_rate: float | None = None
+    batch_size: int = 4
+    augmented: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         if self.sqc is None:
-            object.__setattr__(self, "sqc", "search" if self.method == "slim" else "minmax")
+            object.__setattr__(self, "sqc", "search" if self.mixed else "minmax")
         _one_of("sqc", self.sqc, SQC)
         if self.criterion is None:
             object.__setattr__(self, "criterion", "paper" if self.sqc == "paper" else "kl")
         _one_of("criterion", self.criterion, CRITERIA)
         if self.sequential is None:
             object.__setattr__(self, "sequential", self.sqc != "paper")
-        low, high = (2, 7) if self.method == "slim" else (1, 8)
+        low, high = (2, 7) if self.mixed else (1, 8)
         if not isinstance(self.bits, int) or not low <= self.bits <= high:
             raise ValueError(f"bits is {self.bits}, expected {low} to {high} for method {self.method}")
         if not isinstance(self.group_size, int) or self.group_size < 32 or self.group_size % 32:
             raise ValueError(f"group_size is {self.group_size}, expected a positive multiple of 32")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping is {self.damping}, expected above 0 and at most 1")
-        if self.search_tokens < 1:
-            raise ValueError(f"search_tokens is {self.search_tokens}, expected at least 1")
+        _one_of("learn", self.learn, LEARN)
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 1e-2 if self.learn == "clip" else 5e-3)
+        if not 0 < self.learning_rate <= 1:  # type: ignore[operator]
+            raise ValueError(f"learning_rate is {self.learning_rate}, expected above 0 and at most 1")
+        if self.augmented < 0:
+            raise ValueError(f"augmented is {self.augmented}, expected 0 or more")
+        for name in ("search_tokens", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits are allocated by salience."""
+        return self.method in ("slim", "slim-plus")
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The bit widths that a layer may hold."""
-        return (self.bits - 1, self.bits, self.bits + 1) if self.method == "slim" else (self.bits,)
+        return (self.bits - 1, self.bits, self.bits + 1) if self.mixed else (self.bits,)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""

@@ -5,6 +5,7 @@ are in memory: the source is read, and the result handed on, block by block. All
 shapes, so each jitted step here compiles once per model.
 """
 
+import copy
 import hashlib
 import json
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from pallas_kernels import MixedTensor, pack
 from pallas_kernels.layout import zero_bits
@@ -25,6 +27,8 @@ from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, Params, make_decoder
 from slim_jax.gptq import Solution, solve
 from slim_jax.hessian import Statistics, statistics
+from slim_jax.learning import BlockLearner, OnEpoch
+from slim_jax.plus import Samples
 from slim_jax.report import BlockReport, LayerReport, Report
 from slim_jax.source import DecoderSource, Source
 
@@ -49,43 +53,83 @@ def _dense(value: Any) -> Any:
     return _dequantize(value) if isinstance(value, MixedTensor) else value
 
 
+def _pass(activations: Activations, params: Params) -> None:
+    """Carries activations over a block, dense or packed."""
+    for _ in activations.stages({name: _dense(value) for name, value in params.items()}):
+        pass
+
+
 class BlockQuantizer:
     """Quantizes blocks one after another while it carries the calibration activations along."""
 
     def __init__(
-        self, source: Source, tokens: np.ndarray, config: SlimConfig, bits: Allocation | None
+        self,
+        source: Source,
+        tokens: np.ndarray,
+        config: SlimConfig,
+        bits: Allocation | None,
+        optimizer: optax.GradientTransformation | None = None,
     ) -> None:
         self.source, self.config, self.bits = source, config, bits
         self.zero_bits = zero_bits(_widths(config, bits))
         self.activations = Activations(source, tokens)
         self.tokens = tokens.size
         self.stride = max(1, tokens.size // config.search_tokens)
+        self.learner: BlockLearner | None = None
+        if config.method == "slim-plus":
+            self.reference = Activations(source, tokens)  # behind full-precision blocks
+            self.learner = BlockLearner(source.config, config, self.zero_bits, len(tokens), optimizer)
 
-    def skip(self, params: Params) -> None:
+    def skip(self, index: int, params: Params) -> None:
         """Carries the activations over a block that an earlier run has quantized."""
-        for _ in self.activations.stages({name: _dense(value) for name, value in params.items()}):
-            pass
+        if self.learner is not None:
+            _pass(self.reference, self.source.block(index))
+        _pass(self.activations, params)
 
-    def quantize(self, index: int) -> tuple[dict[str, Any], BlockReport]:
+    def quantize(self, index: int, on_epoch: OnEpoch | None = None) -> tuple[dict[str, Any], BlockReport]:
         """Quantizes block ``index``: its parameters, linear weights packed, and what was done."""
         start = time.monotonic()
-        result = dict(self.source.block(index))
-        packed = [name for name, value in result.items() if isinstance(value, MixedTensor)]
+        dense = dict(self.source.block(index))
+        packed = [name for name, value in dense.items() if isinstance(value, MixedTensor)]
         if packed:
             raise ValueError(f"blocks.{index}.{packed[0]} is already quantized, expected a dense model")
-        current = dict(result)
-        layers: list[LayerReport] = []
-        allocation: Allocation = {}
-        for names, observation in self._observations(current):
-            weights = [jnp.asarray(result[f"{name}.weight"], jnp.float32) for name in names]
-            prefix = f"blocks.{index}."
-            for name, tensor, report in self._solve([prefix + name for name in names], weights, observation):
-                key = name.removeprefix(prefix) + ".weight"
-                result[key], current[key] = tensor, _dense(tensor)
-                layers.append(report)
-                allocation[name] = tensor.bits().tolist()
+        before = self.activations.batches
+        tensors, layers = self._solve_block(f"blocks.{index}.", dense)
+        learning = None
+        if self.learner is not None:
+            samples = self._samples(dense, before)
+            tensors, learning = self.learner.improve(index, dense, tensors, samples, on_epoch)
+        result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
+        if self.learner is not None:
+            self.activations.batches = before
+            _pass(self.activations, result)
+        allocation = {f"blocks.{index}.{name}": tensor.bits().tolist() for name, tensor in tensors.items()}
         seconds = time.monotonic() - start
-        return result, BlockReport(index, self.source.config.num_layers, layers, seconds, allocation)
+        report = BlockReport(index, self.source.config.num_layers, layers, seconds, allocation, learning)
+        return result, report
+
+    def _solve_block(self, prefix: str, dense: Params) -> tuple[dict[str, MixedTensor], list[LayerReport]]:
+        """Quantizes every layer of a block, by name in the block, and passes the activations on."""
+        current = dict(dense)
+        tensors: dict[str, MixedTensor] = {}
+        layers: list[LayerReport] = []
+        for names, observation in self._observations(current):
+            weights = [jnp.asarray(dense[f"{name}.weight"], jnp.float32) for name in names]
+            solved = self._solve([prefix + name for name in names], weights, observation)
+            for name, (tensor, report) in zip(names, solved):
+                tensors[name], current[f"{name}.weight"] = tensor, _dense(tensor)
+                layers.append(report)
+        return tensors, layers
+
+    def _samples(self, dense: Params, before: list[jax.Array]) -> Samples:
+        """What the block at hand learns from; passes the full-precision activations on."""
+        here, after = copy.copy(self.activations), self.activations.batches
+        here.batches = before
+        _pass(here, dense)
+        self.activations.batches = after
+        _pass(self.reference, dense)
+        x, y, y_here = (jnp.concatenate(b) for b in (before, self.reference.batches, here.batches))
+        return Samples(x, y, y_here)
 
     def _observations(self, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
         """Yields each group of layers with what was seen of its inputs, and passes the block.
@@ -101,7 +145,7 @@ class BlockQuantizer:
         seen = [(names, observe(x, self.stride)) for names, x in self.activations.stages(params)]
         self.activations.batches = before
         yield from seen
-        self.skip(params)
+        _pass(self.activations, params)
 
     def _statistics(self, total: jax.Array, names: list[str]) -> Statistics:
         damping = self.config.damping
@@ -122,7 +166,7 @@ class BlockQuantizer:
 
     def _solve(
         self, names: list[str], weights: list[jax.Array], observation: Observation
-    ) -> Iterator[tuple[str, MixedTensor, LayerReport]]:
+    ) -> Iterator[tuple[MixedTensor, LayerReport]]:
         """Quantizes the layers that share the input with this Gram matrix, in one stacked solve."""
         config, k = self.config, weights[0].shape[0]
         found = self._statistics(observation.gram, names)
@@ -151,7 +195,7 @@ class BlockQuantizer:
             part = slice(end - w.shape[1], end)
             tensor = self._pack(solution, part, bits, k)
             error = float(jnp.sum(solution.error[part]) / jnp.maximum(jnp.sum(_power(w, found.h)), 1e-30))
-            yield name, tensor, LayerReport.of(name, tensor, error, mixed)
+            yield tensor, LayerReport.of(name, tensor, error, mixed)
 
     def _allocate(
         self, name: str, w: jax.Array, x: jax.Array, found: Statistics
@@ -165,7 +209,7 @@ class BlockQuantizer:
                 has = "nothing" if given is None else f"{len(given)} groups"
                 raise ValueError(f"the allocation has {has} for {name}, expected {groups} groups")
             return np.asarray(given), None
-        if config.method != "slim":
+        if not config.mixed:
             return np.full(groups, config.bits), None
         score, order = scores(
             w,
@@ -224,7 +268,9 @@ def quantize(
     config: SlimConfig,
     *,
     allocation: Allocation | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     on_block: OnBlock | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> tuple[Decoder, Report]:
     """Quantizes the linear layers of a model's blocks; embeddings, norms and head stay as they are.
 
@@ -233,7 +279,9 @@ def quantize(
       tokens: calibration text, ``int[samples, length]``.
       config: how to quantize.
       allocation: bit widths of every group, instead of a search.
+      optimizer: of "slim-plus", instead of `slim_jax.learning.default_optimizer`.
       on_block: called with every finished block.
+      on_epoch: of "slim-plus": called after every epoch with its number, the number of all, and the loss.
 
     Returns:
       The decoder on packed weights, and a report.
@@ -242,10 +290,10 @@ def quantize(
       ValueError: the tokens or the allocation do not fit the model.
     """
     source = DecoderSource(model) if isinstance(model, Decoder) else model
-    quantizer = BlockQuantizer(source, _check(source, tokens), config, allocation)
+    quantizer = BlockQuantizer(source, _check(source, tokens), config, allocation, optimizer)
     blocks, reports = [], []
     for index in range(source.config.num_layers):
-        params, report = quantizer.quantize(index)
+        params, report = quantizer.quantize(index, on_epoch)
         blocks.append(params)
         reports.append(report)
         if on_block is not None:
@@ -261,7 +309,9 @@ def quantize_to_checkpoint(
     *,
     allocation: Allocation | None = None,
     resume: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
     on_block: OnBlock | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> Report:
     """:func:`quantize` for models larger than memory: every finished block is on disk before the next starts.
 
@@ -280,14 +330,14 @@ def quantize_to_checkpoint(
         return Report([BlockReport.from_json(entry["report"]) for entry in writer.blocks])
     if not writer.blocks:
         writer.write_outer(source.outer())
-    quantizer = BlockQuantizer(source, tokens, config, allocation)
+    quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer)
     reports = []
     for index in range(source.config.num_layers):
         if index < len(writer.blocks):
             report = BlockReport.from_json(writer.blocks[index]["report"])
-            quantizer.skip(writer.read_block(index))
+            quantizer.skip(index, writer.read_block(index))
         else:
-            params, report = quantizer.quantize(index)
+            params, report = quantizer.quantize(index, on_epoch)
             writer.write_block(params, report)
         reports.append(report)
         if on_block is not None:

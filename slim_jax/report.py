@@ -38,14 +38,39 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class LearningReport:
+    """What SliM-LLM+ did to a block.
+
+    Attributes:
+      losses: on the held-out samples, before the first epoch and after each.
+      kept_epoch: whose parameters were kept; 0 is the start.
+      note: what went wrong, empty if nothing did.
+    """
+
+    losses: list[float]
+    kept_epoch: int
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockReport:
-    """One finished block: its index of ``total``, its layers and the wall seconds that it took."""
+    """One finished block.
+
+    Attributes:
+      index: of the block, of ``total``.
+      total: blocks of the model.
+      layers: as the solver left them.
+      seconds: wall seconds.
+      allocation: bit widths of every group of every layer.
+      learning: how SliM-LLM+ went on from there, where it did.
+    """
 
     index: int
     total: int
     layers: list[LayerReport]
     seconds: float
     allocation: dict[str, list[int]]
+    learning: LearningReport | None = None
 
     @property
     def error(self) -> float:
@@ -56,7 +81,9 @@ class BlockReport:
     def from_json(cls, fields: dict[str, Any]) -> "BlockReport":
         """The inverse of `dataclasses.asdict`."""
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in fields["layers"]]
-        return cls(**{**fields, "layers": layers})
+        learning = fields.get("learning")
+        learning = None if learning is None else LearningReport(**learning)
+        return cls(**{**fields, "layers": layers, "learning": learning})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,4 +115,8 @@ class Report:
             "bits_per_weight": self.bits_per_weight,
             "seconds": sum(block.seconds for block in self.blocks),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "learning": [
+                None if block.learning is None else dataclasses.asdict(block.learning)
+                for block in self.blocks
+            ],
         }

@@ -1,0 +1,154 @@
+"""Driving SliM-LLM+ over one block: held-out samples, epochs, early stop, the best parameters win."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pallas_kernels import MixedTensor
+from slim_jax.activations import COMPUTE_DTYPE
+from slim_jax.config import SlimConfig
+from slim_jax.decoder import DecoderConfig, Params
+from slim_jax.plus import Layer, Learned, Samples, SlimPlus, clip_start, solved_start
+from slim_jax.report import LearningReport
+
+HELD_OUT = 8
+"""One sample in so many is not learned from, but judges."""
+
+PATIENCE = 2
+"""Epochs without a better held-out loss after which a block is done."""
+
+OnEpoch = Callable[[int, int, float], None]
+"""Called after every epoch with its number, the number of all, and the held-out loss."""
+
+
+@functools.cache
+def default_optimizer(config: SlimConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW without weight decay; rates fall along a cosine to a twentieth over ``steps``.
+
+    ``learning_rate`` is that of clipping parameters and of codes; zero points and logarithms of
+    scales, which all weights of a group share, move at a half and a fifth of it. Equal arguments give
+    the same object, so that steps compiled with it serve again.
+    """
+    rate = config.learning_rate
+    assert rate is not None
+
+    def adam(part: float) -> optax.GradientTransformation:
+        schedule = optax.cosine_decay_schedule(part * rate, steps, alpha=0.05)
+        return optax.adamw(schedule, weight_decay=0.0)
+
+    def rates(learned: Learned) -> dict[str, dict[str, str]]:
+        return {layer: {name: name for name in leaves} for layer, leaves in learned.items()}
+
+    parts = {"up": 1.0, "down": 1.0, "offset": 0.01, "code": 1.0, "log_scale": 0.2, "zero": 0.5}
+    return optax.partition({name: adam(part) for name, part in parts.items()}, rates)
+
+
+class BlockLearner:
+    """Improves quantized blocks of one model.
+
+    Args:
+      decoder: the model's config.
+      config: of the quantization.
+      zero_bits: bits of a stored zero point.
+      samples: number of calibration samples.
+      optimizer: instead of :func:`default_optimizer`.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        config: SlimConfig,
+        zero_bits: int,
+        samples: int,
+        optimizer: optax.GradientTransformation | None = None,
+    ) -> None:
+        self.config, self.samples = config, samples
+        self.batch = min(config.batch_size, samples)
+        # A single batch has nothing to hold out: it judges itself.
+        self.judges = np.arange(0, samples, HELD_OUT) if samples >= 2 * self.batch else np.arange(samples)
+        self.learners = (
+            np.setdiff1d(np.arange(samples), self.judges) if samples >= 2 * self.batch else self.judges
+        )
+        steps = config.epochs * (len(self.learners) // self.batch)
+        self.plus = SlimPlus(
+            decoder,
+            config.group_size,
+            zero_bits,
+            optimizer or default_optimizer(config, steps),
+            config.augmented,
+        )
+
+    def improve(
+        self,
+        seed: int,
+        dense: Params,
+        packed: Mapping[str, MixedTensor],
+        samples: Samples,
+        on_epoch: OnEpoch | None = None,
+    ) -> tuple[dict[str, MixedTensor], LearningReport]:
+        """Better packed weights for one block, or the given ones where learning gave none.
+
+        Args:
+          seed: of the order of samples.
+          dense: the block's full-precision parameters.
+          packed: its quantized layers, by name (``"attn.q"``).
+          samples: what the block reads and should give.
+          on_epoch: called after every epoch.
+        """
+        learned, layers = self._start(dense, packed)
+        rest = {
+            name: jnp.asarray(value, COMPUTE_DTYPE if value.ndim == 2 else jnp.float32)
+            for name, value in dense.items()
+            if name.removesuffix(".weight") not in packed
+        }
+        judge_order = self._judge_order()
+        best = jax.tree.map(jnp.copy, learned)
+        before = best_loss = float(self.plus.evaluate(learned, layers, rest, samples, judge_order))
+        state = self.plus.optimizer.init(learned)
+        rng, best_epoch, losses = np.random.default_rng(seed), 0, [before]
+        note = ""
+        for epoch in range(1, self.config.epochs + 1):
+            order = rng.permutation(self.learners)
+            order = order[: len(order) // self.batch * self.batch].reshape(-1, self.batch)
+            learned, state, _ = self.plus.epoch(learned, state, layers, rest, samples, jnp.asarray(order))
+            loss = float(self.plus.evaluate(learned, layers, rest, samples, judge_order))
+            if not math.isfinite(loss):
+                note = f"the loss became {loss} in epoch {epoch}; epoch {best_epoch} is kept"
+                break
+            losses.append(loss)
+            if on_epoch is not None:
+                on_epoch(epoch, self.config.epochs, loss)
+            if loss < best_loss:
+                best, best_loss, best_epoch = jax.tree.map(jnp.copy, learned), loss, epoch
+            if epoch - best_epoch >= PATIENCE:
+                break
+        if best_epoch == 0 and not note:
+            note = "learning did not lower the held-out loss; the start values are kept"
+        report = LearningReport(losses, best_epoch, note)
+        if best_epoch == 0 and self.config.learn != "clip":
+            return dict(packed), report
+        return {name: self.plus.pack(best[name], layers[name], packed[name]) for name in packed}, report
+
+    def _start(self, dense: Params, packed: Mapping[str, MixedTensor]) -> tuple[Learned, dict[str, Layer]]:
+        learned: Learned = {}
+        layers: dict[str, Layer] = {}
+        g = self.config.group_size
+        for name, tensor in packed.items():
+            w = jnp.asarray(dense[f"{name}.weight"], jnp.float32)
+            w = jnp.pad(w, ((0, tensor.groups * g - w.shape[0]), (0, 0))).reshape(tensor.groups, g, -1)
+            bits = jnp.asarray(tensor.bits(), jnp.float32)[:, None, None]
+            if self.config.learn == "clip":
+                learned[name], layers[name] = clip_start(w, bits)
+            else:
+                rounding = self.config.learn == "rounding"
+                learned[name], layers[name] = solved_start(tensor, w, bits, rounding=rounding)
+        return learned, layers
+
+    def _judge_order(self) -> jax.Array:
+        batch = math.gcd(len(self.judges), self.batch)
+        return jnp.asarray(self.judges.reshape(-1, batch))

@@ -1,0 +1,241 @@
+"""SliM-LLM+: the quantization of a block, improved by gradient until its output matches.
+
+Bits stay as SBA chose them. What is learned is named by ``learn``:
+
+* "clip" (the paper): how far the range of each group and channel is clipped; weights are rounded to
+  nearest on the grid that results;
+* "grid": scale and zero point of each group and channel, the codes that the solver chose stay;
+* "rounding": the codes too, each moving from where the solver left it.
+
+Rounding passes gradients straight through (the derivative of ``round`` is taken as 1). What the loss
+sees is what will be stored: scales in bfloat16, zero points on the grid of their codes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import MixedTensor, pack
+from slim_jax.activations import COMPUTE_DTYPE
+from slim_jax.calibration import Grid
+from slim_jax.decoder import DecoderConfig, Params, make_block, sequence_positions
+
+CLIP_START = 4.0
+"""Where the paper starts its clipping parameters: ``sigmoid(4) = 0.982`` of the range."""
+
+Learned = dict[str, dict[str, jax.Array]]
+"""What is learned of each layer, by its name in the block: see the functions that end in ``_start``."""
+
+
+class Layer(NamedTuple):
+    """What stays fixed of a layer while it is learned; ``K`` padded to whole groups, ``[G, g, N]``.
+
+    Attributes:
+      weight: full-precision weight, or the solver's codes.
+      low: ``[G, 1, N]``, lower end of the range that "clip" clips.
+      high: ``[G, 1, N]``, its upper end.
+      bits: ``[G, 1, 1]``.
+    """
+
+    weight: jax.Array
+    low: jax.Array
+    high: jax.Array
+    bits: jax.Array
+
+
+def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """``rounded`` with the gradient of ``x``."""
+    return x + lax.stop_gradient(rounded - x)
+
+
+def stored_grid(scale: jax.Array, zero: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+    """The grid as it will be stored, differentiable in ``scale`` and ``zero``."""
+    scale = jnp.maximum(scale, 1e-30)
+    step = jnp.exp2(bits - zero_bits)
+    zero_code = jnp.clip(zero / step, 0.0, 2.0**zero_bits - 1)
+    return Grid(
+        straight_through(scale, scale.astype(jnp.bfloat16).astype(jnp.float32)),
+        straight_through(zero_code, jnp.round(zero_code)) * step,
+        jnp.exp2(bits) - 1,
+    )
+
+
+def quantized(learned: Mapping[str, jax.Array], layer: Layer, zero_bits: int) -> tuple[jax.Array, Grid]:
+    """Codes ``[G, g, N]`` as whole float32 numbers and the grid ``[G, 1, N]``, differentiable."""
+    if "up" in learned:
+        high = jax.nn.sigmoid(learned["up"]) * layer.high + learned["offset"]
+        low = jax.nn.sigmoid(learned["down"]) * layer.low + learned["offset"]
+        scale = (high - low) / (jnp.exp2(layer.bits) - 1)
+        grid = stored_grid(scale, -low / scale, layer.bits, zero_bits)
+        code = layer.weight / grid.scale + grid.zero
+    else:
+        grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer.bits, zero_bits)
+        code = learned.get("code", layer.weight)
+    code = jnp.clip(code, 0.0, grid.levels)
+    return straight_through(code, jnp.round(code)), grid
+
+
+@jax.jit
+def clip_start(w: jax.Array, bits: jax.Array) -> tuple[dict[str, jax.Array], Layer]:
+    """Clipping of full-precision weights ``[G, g, N]``, barely any at first.
+
+    A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values; only there ``offset``, which
+    moves the whole range, is learned.
+    """
+    one = bits == 1
+    mean = jnp.mean(w, axis=1, keepdims=True)
+    spread = jnp.mean(jnp.abs(w - mean), axis=1, keepdims=True)
+    low = jnp.where(one, mean - spread, jnp.minimum(jnp.min(w, axis=1, keepdims=True), 0.0))
+    high = jnp.where(one, mean + spread, jnp.maximum(jnp.max(w, axis=1, keepdims=True), 0.0))
+    high = jnp.where(low == high, low + 1.0, high)
+    gamma = jnp.full_like(low, CLIP_START)
+    learned = {"up": gamma, "down": gamma, "offset": jnp.zeros_like(low)}
+    return learned, Layer(w, low, high, bits)
+
+
+@partial(jax.jit, static_argnames="rounding")
+def solved_start(
+    tensor: MixedTensor, w: jax.Array, bits: jax.Array, *, rounding: bool
+) -> tuple[dict[str, jax.Array], Layer]:
+    """Scales, zeros and, for ``rounding``, codes as the solver chose them.
+
+    A code starts at the weight's own place on the grid, but no further from the solver's code than
+    rounds to it: the start is the solver's result, and weights near a border are the first to cross.
+    """
+    groups, g, n = w.shape
+    ones = dataclasses.replace(tensor, scale=jnp.ones_like(tensor.scale), zero=jnp.zeros_like(tensor.zero))
+    codes = jnp.pad(ones.dequantize(jnp.float32), ((0, groups * g - tensor.shape[0]), (0, 0)))
+    code = codes.reshape(groups, g, n)
+    original = jnp.argsort(tensor.order)
+    scale = tensor.scale.astype(jnp.float32)[original][:, None]
+    zero = tensor.zero_points()[original][:, None]
+    learned = {"log_scale": jnp.log(scale), "zero": zero}
+    if rounding:
+        learned["code"] = code + jnp.clip(w / scale + zero - code, -0.49, 0.49)
+    empty = jnp.zeros((groups, 1, n))
+    return learned, Layer(code, empty, empty, bits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a block learns from.
+
+    Attributes:
+      x: ``[S, T, D]``, its inputs behind the quantized blocks.
+      y: ``[S, T, D]``, the output of the full-precision block behind full-precision blocks.
+      y_here: ``[S, T, D]``, the output of the full-precision block for ``x``.
+    """
+
+    x: jax.Array
+    y: jax.Array
+    y_here: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimPlus:
+    """Learning of one block; hashable, so that each of its steps compiles once per model.
+
+    Attributes:
+      config: the decoder's.
+      group_size: of every layer.
+      zero_bits: bits of a stored zero point.
+      optimizer: any gradient transformation; its state starts anew for every block.
+      augmented: weight of the paper's augmented term, which asks for the full-precision block's output
+        on the quantized block's own inputs.
+    """
+
+    config: DecoderConfig
+    group_size: int
+    zero_bits: int
+    optimizer: optax.GradientTransformation
+    augmented: float = 1.0
+
+    def weights(self, learned: Learned, layers: Mapping[str, Layer]) -> dict[str, jax.Array]:
+        """Every layer's quantized weight ``[K', N]``, differentiable."""
+        out = {}
+        for name, layer in layers.items():
+            code, grid = quantized(learned[name], layer, self.zero_bits)
+            w = grid.scale * (code - grid.zero)
+            out[name] = w.reshape(-1, w.shape[-1])
+        return out
+
+    def loss(
+        self, learned: Learned, layers: Mapping[str, Layer], rest: Params, batch: Samples
+    ) -> Float[Array, ""]:
+        """Mean squared difference of the block's output from its targets."""
+        shapes = {f"{name}.weight": w for name, w in self.weights(learned, layers).items()}
+        params = {**rest, **{name: w[: self._k(name)].astype(COMPUTE_DTYPE) for name, w in shapes.items()}}
+        block = make_block(self.config, params)
+        y, _ = block(batch.x, sequence_positions(batch.x))
+        loss = jnp.mean((y - batch.y) ** 2)
+        if self.augmented:
+            loss += self.augmented * jnp.mean((y - batch.y_here) ** 2)
+        return loss
+
+    def _k(self, name: str) -> int:
+        wide = {"attn.o.weight": self.config.num_heads * self.config.head_dim}
+        wide["mlp.down.weight"] = self.config.intermediate_size
+        return wide.get(name, self.config.hidden_size)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def epoch(
+        self,
+        learned: Learned,
+        state: Any,
+        layers: Mapping[str, Layer],
+        rest: Params,
+        samples: Samples,
+        order: Int[Array, "steps batch"],
+    ) -> tuple[Learned, Any, Float[Array, " steps"]]:
+        """One pass over the samples in the given order; the loss of every step."""
+
+        def step(carry: tuple[Learned, Any], rows: jax.Array):
+            learned, state = carry
+            batch = jax.tree.map(lambda a: a[rows], samples)
+            loss, gradient = jax.value_and_grad(self.loss)(learned, layers, rest, batch)
+            updates, state = self.optimizer.update(gradient, state, learned)
+            return (optax.apply_updates(learned, updates), state), loss
+
+        (learned, state), losses = lax.scan(step, (learned, state), order)
+        return learned, state, losses
+
+    @partial(jax.jit, static_argnums=0)
+    def evaluate(
+        self,
+        learned: Learned,
+        layers: Mapping[str, Layer],
+        rest: Params,
+        samples: Samples,
+        order: Int[Array, "steps batch"],
+    ) -> Float[Array, ""]:
+        """Mean loss over the rows of ``order``."""
+
+        def step(total: jax.Array, rows: jax.Array):
+            batch = jax.tree.map(lambda a: a[rows], samples)
+            return total + self.loss(learned, layers, rest, batch), None
+
+        return lax.scan(step, jnp.zeros(()), order)[0] / order.shape[0]
+
+    def pack(self, learned: Mapping[str, jax.Array], layer: Layer, like: MixedTensor) -> MixedTensor:
+        """The packed weight that the loss has seen, with the shape and widths of ``like``."""
+        code, grid = quantized(learned, layer, self.zero_bits)
+        step = jnp.exp2(layer.bits - self.zero_bits)
+        k, n = like.shape
+        return pack(
+            np.asarray(code, np.uint8).reshape(-1, n)[:k],
+            np.asarray(grid.scale[:, 0]),
+            np.rint(np.asarray(grid.zero / step)[:, 0]).astype(np.uint8),
+            np.asarray(layer.bits, np.int64).reshape(-1),
+            group_size=self.group_size,
+            widths=like.widths,
+            dtype=like.dtype,
+        )

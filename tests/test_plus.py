@@ -1,0 +1,202 @@
+"""SliM-LLM+: gradients by hand and by finite differences, learning on a tiny model, what is stored."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint, dense
+
+from pallas_kernels import pack
+from slim_jax import pipeline
+from slim_jax.calibration import fit_search
+from slim_jax.config import SlimConfig
+from slim_jax.decoder import Decoder
+from slim_jax.perplexity import perplexity
+from slim_jax.plus import SlimPlus, clip_start, quantized, solved_start
+from slim_jax.source import DecoderSource
+
+PLUS = SlimConfig(bits=2, group_size=32, method="slim-plus", epochs=4, batch_size=2, learning_rate=2e-2)
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def solved(model):
+    return pipeline.quantize(model, TOKENS, dataclasses.replace(PLUS, method="slim"))
+
+
+def value(learned, layer):
+    code, grid = quantized(learned, layer, zero_bits=4)
+    return grid.scale * (code - grid.zero)
+
+
+def group(bits: int, seed: int = 0):
+    """One group ``[1, 32, 5]`` of weights and its width ``[1, 1, 1]``."""
+    w = np.random.default_rng(seed).normal(0.1, 1, (1, 32, 5)).astype(np.float32)
+    return jnp.asarray(w), jnp.full((1, 1, 1), bits, jnp.float32)
+
+
+def packed_group(w, bits: int):
+    grid = fit_search(w[0], jnp.ones(32), jnp.full(5, bits, jnp.float32), 4)
+    zero_code = np.rint(np.asarray(grid.zero) * 2.0 ** (4 - bits)).astype(np.uint8)
+    codes = np.asarray(grid.code(w[0]), np.uint8)
+    return pack(
+        codes, grid.scale[None], zero_code[None], np.array([bits]), group_size=32, widths=(1, 2, 3, 4)
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_start_is_what_the_solver_chose(bits):
+    w, width = group(bits)
+    tensor = packed_group(w, bits)
+    for rounding in (False, True):
+        learned, layer = solved_start(tensor, w, width, rounding=rounding)
+        np.testing.assert_array_equal(value(learned, layer)[0], tensor.dequantize())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_gradient_of_scale_and_zero_with_fixed_codes(bits):
+    """With the codes fixed ``w_hat = exp(l) (q - z)`` is smooth but for the rounding of what is stored."""
+    w, width = group(bits)
+    learned, layer = solved_start(packed_group(w, bits), w, width, rounding=False)
+    c = np.random.default_rng(1).normal(size=w.shape)
+    gradient = jax.grad(lambda l: jnp.sum(jnp.asarray(c, jnp.float32) * value(l, layer)))(learned)
+
+    code = np.asarray(layer.weight, np.float64)
+    log_scale, zero = (np.asarray(learned[name], np.float64) for name in ("log_scale", "zero"))
+
+    def smooth(log_scale, zero):
+        return (c * np.exp(log_scale) * (code - zero)).sum(axis=(0, 1))
+
+    h = 1e-5
+    by_scale = (smooth(log_scale + h, zero) - smooth(log_scale - h, zero)) / (2 * h)
+    by_zero = (smooth(log_scale, zero + h) - smooth(log_scale, zero - h)) / (2 * h)
+    np.testing.assert_allclose(gradient["log_scale"][0, 0], by_scale, rtol=1e-4, atol=1e-4)
+    inside = (zero[0, 0] > 0) & (zero[0, 0] < 15 * 2.0 ** (bits - 4))  # at the border it is clipped
+    np.testing.assert_allclose(gradient["zero"][0, 0][inside], by_zero[inside], rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_a_code():
+    """A code moves its weight by one scale, unless it points beyond the last code."""
+    w, width = group(2)
+    learned, layer = solved_start(packed_group(w, 2), w, width, rounding=True)
+    learned["code"] = learned["code"].at[0, 0, 0].set(3.4)
+    gradient = jax.grad(lambda l: jnp.sum(value(l, layer)))(learned)["code"]
+    scale = np.broadcast_to(np.exp(learned["log_scale"]), w.shape)
+    code = np.asarray(learned["code"])
+    inside = (code > 0) & (code < 3)
+    np.testing.assert_allclose(gradient[inside], scale[inside], rtol=1e-2)  # bfloat16 scale
+    assert gradient[0, 0, 0] == 0
+
+
+def test_gradient_of_clipping_by_hand():
+    """For a weight inside the range, ``dw_hat/ds = q - z - w / s`` (LSQ), with z held; times ``ds/dgamma``.
+
+    One channel, weights -1, 0.3 and 2 at 2 bits, nothing clipped: ``s = (h - l) / 3``, ``z = -l / s``,
+    ``w_hat = s q + l`` with ``q = round((w - l) / s)`` straight through. So ``dw_hat/dh``, through
+    ``s`` alone, is ``(q - (w - l) / s) / 3`` and ``dw_hat/dl`` is ``-dw_hat/dh``, where 1 - 1 cancels.
+    """
+    w = jnp.asarray([[[-1.0], [0.3], [2.0]]])
+    learned, layer = clip_start(w, jnp.full((1, 1, 1), 2.0))
+    gradient = jax.grad(lambda l: jnp.sum(value(l, layer)[0, 1]))(learned)
+    sigma = 1 / (1 + np.exp(-4.0))
+    high, low = 2 * sigma, -sigma
+    scale = (high - low) / 3
+    place = (0.3 - low) / scale
+    by_high = (np.round(place) - place) / 3
+    np.testing.assert_allclose(gradient["up"][0, 0, 0], by_high * 2 * sigma * (1 - sigma), rtol=0.05)
+    np.testing.assert_allclose(gradient["down"][0, 0, 0], by_high * sigma * (1 - sigma), rtol=0.05)
+
+
+def test_one_bit_groups_keep_their_mean():
+    w, width = group(1)
+    w = w + 0.2
+    learned, layer = clip_start(w, width)
+    learned |= {name: jnp.full_like(learned[name], 30.0) for name in ("up", "down")}  # nothing clipped
+    mean = np.mean(w, axis=1, keepdims=True)
+    spread = np.mean(np.abs(w - mean), axis=1)
+    # A zero point is a multiple of 1/8: the two values are off by at most half of that.
+    found = np.asarray(value(learned, layer))
+    np.testing.assert_allclose(found.max(axis=1), mean[:, 0] + spread, atol=float(spread.max()) / 7)
+    np.testing.assert_allclose(found.min(axis=1), mean[:, 0] - spread, atol=float(spread.max()) / 7)
+
+
+@pytest.mark.parametrize("learn", ["clip", "grid", "rounding"])
+def test_learning_lowers_the_loss(model, learn):
+    config = dataclasses.replace(PLUS, learn=learn)
+    decoder, report = pipeline.quantize(model, TOKENS, config)
+    for block in report.blocks:
+        assert block.learning.kept_epoch > 0
+        assert block.learning.losses[block.learning.kept_epoch] == min(block.learning.losses)
+        assert min(block.learning.losses) < 0.98 * block.learning.losses[0]
+    text = TOKENS.reshape(-1)
+    assert perplexity(decoder, text, 32).perplexity == pytest.approx(
+        perplexity(dense(decoder), text, 32).perplexity, rel=1e-5
+    )
+
+
+def test_better_than_the_solver(model, solved):
+    tokens = jnp.asarray(TOKENS)
+    decoder, _ = pipeline.quantize(model, TOKENS, PLUS)
+    wanted = model(tokens)
+
+    def miss(other):
+        return float(jnp.mean((other(tokens) - wanted) ** 2))
+
+    assert miss(decoder) < 0.95 * miss(solved[0])
+
+
+def test_what_is_stored_is_what_the_loss_saw(model):
+    seen = {}
+
+    class Spy(SlimPlus):
+        def pack(self, learned, layer, like):
+            tensor = super().pack(learned, layer, like)
+            weight = self.weights({"x": learned}, {"x": layer})["x"]
+            np.testing.assert_array_equal(tensor.dequantize(), weight[: tensor.shape[0]])
+            seen[tensor.shape] = True
+            return tensor
+
+    source = DecoderSource(model)
+    quantizer = pipeline.BlockQuantizer(source, TOKENS, PLUS, None)
+    fields = {f.name: getattr(quantizer.learner.plus, f.name) for f in dataclasses.fields(SlimPlus)}
+    quantizer.learner.plus = Spy(**fields)
+    _, report = quantizer.quantize(0)
+    assert report.learning.kept_epoch > 0
+    assert len(seen) == 4
+
+
+def test_a_loss_that_is_not_finite_keeps_the_start(model, solved):
+    broken = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u * jnp.nan, updates))
+    decoder, report = pipeline.quantize(model, TOKENS, PLUS, optimizer=broken)
+    for block in report.blocks:
+        assert block.learning.kept_epoch == 0
+        assert block.learning.note == "the loss became nan in epoch 1; epoch 0 is kept"
+    np.testing.assert_array_equal(decoder(jnp.asarray(TOKENS)), solved[0](jnp.asarray(TOKENS)))
+
+
+def test_an_epoch_compiles_once_per_model(model):
+    SlimPlus.epoch.clear_cache()
+    pipeline.quantize(model, TOKENS, PLUS)
+    assert SlimPlus.epoch._cache_size() == 1
+
+
+def test_killed_and_resumed_equals_uninterrupted(model, tmp_path):
+    source = DecoderSource(model)
+    pipeline.quantize_to_checkpoint(source, TOKENS, PLUS, tmp_path / "whole")
+
+    def kill(epoch, of, loss):
+        if (tmp_path / "parts/blocks/000").exists() and epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize_to_checkpoint(source, TOKENS, PLUS, tmp_path / "parts", on_epoch=kill)
+    pipeline.quantize_to_checkpoint(source, TOKENS, PLUS, tmp_path / "parts", resume=True)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
