@@ -126,8 +126,10 @@ def _cpu_seconds() -> float:
 
 
 def _settings(name: str, bits: int, group_size: int) -> SlimConfig:
-    method, _, sqc = name.partition(":")
-    return SlimConfig(bits=bits, group_size=group_size, method=method, sqc=sqc or None)
+    method, _, variant = name.partition(":")
+    part = "learn" if method == "slim-plus" else "sqc"
+    choice = {part: variant} if variant else {}
+    return SlimConfig(bits=bits, group_size=group_size, method=method, **choice)
 
 
 def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
@@ -169,7 +171,10 @@ def main() -> None:
     parser.add_argument("--calibration", help="text to draw samples from; random tokens without")
     parser.add_argument("--text", help="text to measure perplexity on; none without")
     parser.add_argument(
-        "--methods", default="slim", help="of rtn, gptq, slim, each with :search, :paper or :minmax"
+        "--methods",
+        default="slim",
+        help="of rtn, gptq and slim, each with :search, :paper or :minmax, "
+        "and slim-plus, with :clip, :grid or :rounding",
     )
     parser.add_argument("--bits", default="2")
     parser.add_argument("--group-size", type=int, default=64)

@@ -5,7 +5,6 @@ user got wrong ends in one line on standard error and exit status 2. Heavy impor
 commands, so that ``--help`` is instant.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -13,12 +12,14 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from convert.display import Stream, print_layers, progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +123,7 @@ def convert(
 
     model = _open(source, dtype)
     tokenizer = _optional_tokenizer(source, model)
-    with _progress("converting", model.config.num_layers) as advance:
+    with progress("converting", model.config.num_layers) as advance:
         checkpoint.save_source(model, out, on_block=lambda *_: advance())
     _keep_tokenizer(tokenizer, out)
     result = {"path": str(out), "blocks": model.config.num_layers}
@@ -247,7 +248,7 @@ def quantize(
     ctx.obj.on_interrupt = (
         f"interrupted; the same command with --resume goes on after {out}'s last whole block"
     )
-    with _progress("quantizing", model.config.num_layers) as progress:
+    with progress("quantizing", model.config.num_layers) as step:
         report = quantize_to_checkpoint(
             model,
             tokens,
@@ -255,8 +256,8 @@ def quantize(
             out,
             allocation=chosen,
             resume=resume,
-            on_block=lambda block: progress(_figures(block)),
-            on_epoch=lambda epoch, of, loss: progress.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
+            on_block=lambda block: step(_figures(block)),
+            on_epoch=lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
         )
     _keep_tokenizer(tokenizer, out)
     if save_allocation is not None:
@@ -299,7 +300,7 @@ def evaluate(
     if max_windows is not None:
         total = math.ceil(total / math.ceil(total / max_windows))
     model = _decoder(source, opened)
-    with _progress("evaluating", total) as advance:
+    with progress("evaluating", total) as advance:
         found = perplexity(
             model,
             tokens,
@@ -344,7 +345,7 @@ def generate(
             raise ValueError(f"--prompt {text!r} has no tokens, expected some text")
         _require_positions("prompt and --max-tokens together", len(ids) + max_tokens, opened)
     model = _decoder(source, opened)
-    stream = _Stream(tokenizer, prompt) if len(prompt) == 1 else None
+    stream = Stream(tokenizer, prompt) if len(prompt) == 1 else None
     texts = run_generate(
         model,
         prompts,
@@ -391,7 +392,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        _print_layers(str(path), found)
+        print_layers(str(path), found)
 
 
 @app.command()
@@ -517,6 +518,16 @@ def _require_positions(name: str, tokens: int, source: "Source") -> None:
         raise ValueError(f"{name} is {tokens}, but the model has {source.config.max_positions} positions")
 
 
+def _figures(block: "BlockReport") -> str:
+    """What the progress display says of a finished block."""
+    learning = block.learning
+    if learning is None:
+        return f"error {block.error:.3g}"
+    if learning.note:
+        _say(f"block {block.index}: {learning.note}")
+    return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
+
+
 def _print(result: dict[str, Any], line: str, as_json: bool) -> None:
     typer.echo(json.dumps(result, indent=2) if as_json else line)
 
@@ -532,133 +543,6 @@ def _error_line(error: BaseException) -> str:
     if isinstance(error, ClickException):
         return error.format_message()  # type: ignore[attr-defined, no-any-return]
     return str(error) or type(error).__name__
-
-
-def _figures(block: "BlockReport") -> str:
-    """What the progress display says of a finished block."""
-    learning = block.learning
-    if learning is None:
-        return f"error {block.error:.3g}"
-    if learning.note:
-        _say(f"block {block.index}: {learning.note}")
-    return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
-
-
-class _Progress:
-    """A call is a finished step with figures to show: a bar on a terminal, else some lines."""
-
-    def __init__(self, what: str, total: int, bar: Any = None) -> None:
-        self.what, self.total, self.bar = what, total, bar
-        self.done = 0
-        if bar is not None:
-            self.task = bar.add_task(what, total=total, figures="")
-
-    def __call__(self, figures: str = "") -> None:
-        self.done += 1
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, figures=figures)
-        elif self.done == self.total or self.done % max(1, self.total // 10) == 0:
-            typer.echo(f"{self.what} {self.done}/{self.total}  {figures}".rstrip(), err=True)
-
-    def show(self, figures: str) -> None:
-        """Figures of the step that is under way."""
-        if self.bar is not None:
-            self.bar.update(self.task, figures=figures)
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[_Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Progress(what, total)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        yield _Progress(what, total, bar)
-
-
-class _Stream:
-    """Prints a continuation as it grows, never half a character."""
-
-    def __init__(self, tokenizer: Any, prompt: list[str]) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.shown = 0
-        typer.echo(prompt[0], nl=False)
-
-    def take(self, row: int, token: int) -> None:
-        """The next token of the one prompt, row 0."""
-        self.ids.append(token)
-        self._show(final=False)
-
-    def close(self) -> None:
-        """Prints what was held back."""
-        self._show(final=True)
-        typer.echo("")
-
-    def _show(self, *, final: bool) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if final or not text.endswith("\ufffd"):
-            typer.echo(text[self.shown :], nl=False)
-            sys.stdout.flush()
-            self.shown = len(text)
-
-
-def layer_kinds(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Layers by what they are: ``blocks.7.attn.q`` is an ``attn.q``."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for layer in layers:
-        parts = [part for part in layer["name"].split(".") if part != "blocks" and not part.isdigit()]
-        kinds.setdefault(".".join(parts), []).append(layer)
-    return kinds
-
-
-def _print_layers(name: str, found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=name, title_justify="left")
-    table.add_column("layer")
-    for column in ("count", "shape", "groups by bits", "bits per weight", "error"):
-        table.add_column(column, justify="right")
-    for kind, layers in layer_kinds(found["layers"]).items():
-        groups: dict[str, int] = {}
-        for layer in layers:
-            for bits, count in layer["bits"].items():
-                groups[bits] = groups.get(bits, 0) + count
-        errors = [layer["error"] for layer in layers if layer.get("error") is not None]
-        weights = [math.prod(layer["shape"]) for layer in layers]
-        stored = sum(layer["bits_per_weight"] * size for layer, size in zip(layers, weights))
-        table.add_row(
-            kind,
-            str(len(layers)),
-            " x ".join(map(str, layers[0]["shape"])),
-            "  ".join(f"{bits}: {count}" for bits, count in sorted(groups.items()) if count),
-            f"{stored / sum(weights):.3f}",
-            f"{sum(errors) / len(errors):.4g}" if errors else "",
-        )
-    console = Console()
-    if found["layers"]:
-        console.print(table)
-    packed = found["packed_bytes"] / 1e6
-    console.print(
-        f"{found['parameters']:,} parameters; "
-        + (
-            f"{packed:.1f} MB packed at {found['bits_per_weight']:.3f} bits per weight"
-            if found["layers"]
-            else "not quantized"
-        ),
-        highlight=False,
-    )
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -15,7 +15,8 @@ from golden_models import Golden, load_golden, write_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from convert.cli import layer_kinds, run
+from convert.cli import run
+from convert.display import layer_kinds
 from convert.load import load_source
 from convert.page import layers_page
 from slim_jax import checkpoint, pipeline

@@ -1,0 +1,127 @@
+"""What the command line shows on a terminal: progress, text as it grows, the table of layers."""
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+
+
+class Progress:
+    """A call is a finished step with figures to show: a bar on a terminal, else some lines."""
+
+    def __init__(self, what: str, total: int, bar: Any = None) -> None:
+        self.what, self.total, self.bar = what, total, bar
+        self.done = 0
+        if bar is not None:
+            self.task = bar.add_task(what, total=total, figures="")
+
+    def __call__(self, figures: str = "") -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, figures=figures)
+        elif self.done == self.total or self.done % max(1, self.total // 10) == 0:
+            typer.echo(f"{self.what} {self.done}/{self.total}  {figures}".rstrip(), err=True)
+
+    def show(self, figures: str) -> None:
+        """Figures of the step that is under way."""
+        if self.bar is not None:
+            self.bar.update(self.task, figures=figures)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Progress]:
+    """Shows progress on standard error while the block runs; yields what to call at every step."""
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Progress(what, total)
+        return
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[figures]}"),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console) as bar:
+        yield Progress(what, total, bar)
+
+
+class Stream:
+    """Prints a continuation as it grows, never half a character."""
+
+    def __init__(self, tokenizer: Any, prompt: list[str]) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = 0
+        typer.echo(prompt[0], nl=False)
+
+    def take(self, row: int, token: int) -> None:
+        """The next token of the one prompt, row 0."""
+        self.ids.append(token)
+        self._show(final=False)
+
+    def close(self) -> None:
+        """Prints what was held back."""
+        self._show(final=True)
+        typer.echo("")
+
+    def _show(self, *, final: bool) -> None:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if final or not text.endswith("\ufffd"):
+            typer.echo(text[self.shown :], nl=False)
+            sys.stdout.flush()
+            self.shown = len(text)
+
+
+def layer_kinds(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Layers by what they are: ``blocks.7.attn.q`` is an ``attn.q``."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        parts = [part for part in layer["name"].split(".") if part != "blocks" and not part.isdigit()]
+        kinds.setdefault(".".join(parts), []).append(layer)
+    return kinds
+
+
+def print_layers(name: str, found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=name, title_justify="left")
+    table.add_column("layer")
+    for column in ("count", "shape", "groups by bits", "bits per weight", "error"):
+        table.add_column(column, justify="right")
+    for kind, layers in layer_kinds(found["layers"]).items():
+        groups: dict[str, int] = {}
+        for layer in layers:
+            for bits, count in layer["bits"].items():
+                groups[bits] = groups.get(bits, 0) + count
+        errors = [layer["error"] for layer in layers if layer.get("error") is not None]
+        weights = [math.prod(layer["shape"]) for layer in layers]
+        stored = sum(layer["bits_per_weight"] * size for layer, size in zip(layers, weights))
+        table.add_row(
+            kind,
+            str(len(layers)),
+            " x ".join(map(str, layers[0]["shape"])),
+            "  ".join(f"{bits}: {count}" for bits, count in sorted(groups.items()) if count),
+            f"{stored / sum(weights):.3f}",
+            f"{sum(errors) / len(errors):.4g}" if errors else "",
+        )
+    console = Console()
+    if found["layers"]:
+        console.print(table)
+    packed = found["packed_bytes"] / 1e6
+    console.print(
+        f"{found['parameters']:,} parameters; "
+        + (
+            f"{packed:.1f} MB packed at {found['bits_per_weight']:.3f} bits per weight"
+            if found["layers"]
+            else "not quantized"
+        ),
+        highlight=False,
+    )
