@@ -84,9 +84,17 @@ def _better(error: jax.Array, grid: Grid, best: tuple[jax.Array, Grid]) -> tuple
 
 
 def fit_min_max(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
-    """The range of the weights with a whole zero point: GPTQ's and round-to-nearest's usual grid."""
+    """The range of the weights with a whole zero point: GPTQ's and round-to-nearest's usual grid.
+
+    At 1 bit, where the ends of the range would be the only values, the authors' ``mean(w) +- mean|w|``.
+    """
     scale, zero = _min_max(w, bits)
-    return _stored(scale, jnp.round(zero), bits, zero_bits)
+    grid = _stored(scale, jnp.round(zero), bits, zero_bits)
+    real = (importance > 0).astype(jnp.float32)[:, None]
+    mean = jnp.sum(w * real, axis=0) / jnp.sum(real)
+    alpha = jnp.maximum(jnp.sum(jnp.abs(w) * real, axis=0) / jnp.sum(real), 1e-30)
+    binary = _stored(2 * alpha, 0.5 - mean / (2 * alpha), bits, zero_bits)
+    return jax.tree.map(lambda one, many: jnp.where(bits == 1, one, many), binary, grid)
 
 
 def _refit(w: jax.Array, importance: jax.Array, code: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
@@ -147,11 +155,7 @@ def fit_paper(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: i
     up, down = jnp.linspace(1.0, 1.1, 51)[1:], jnp.linspace(1.0, 0.9, 51)[1:]
     start = (jnp.full(w.shape[1:], jnp.inf), fit_min_max(w, importance, bits, zero_bits))
     (_, grid), _ = jax.lax.scan(try_clip, start, jnp.concatenate([jnp.ones(1), up, down]))
-
-    mean = jnp.sum(jnp.where(real[:, None], w, 0.0), axis=0) / jnp.sum(real)
-    alpha = jnp.maximum(jnp.sum(jnp.abs(w) * real[:, None], axis=0) / jnp.sum(real), 1e-30)
-    binary = _stored(2 * alpha, 0.5 - mean / (2 * alpha), bits, zero_bits)
-    return jax.tree.map(lambda one, many: jnp.where(bits == 1, one, many), binary, grid)
+    return jax.tree.map(lambda one, many: jnp.where(bits == 1, one, many), start[1], grid)
 
 
 FITS: dict[str, Fit] = {"search": fit_search, "paper": fit_paper, "minmax": fit_min_max}

@@ -221,8 +221,11 @@ class BlockQuantizer:
             sqc="minmax" if config.criterion == "paper" else config.sqc or "search",
             criterion=config.criterion or "kl",
         )
-        first = 1 if config.criterion == "paper" and len(score) > 1 else 0  # the authors always mix
-        p = first + int(np.argmin(np.asarray(score)[first:]))
+        candidates = np.asarray(score)
+        first = 0
+        if config.criterion == "paper" and groups > 3:  # the authors always mix, and stop one p earlier
+            first, candidates = 1, candidates[: groups // 2]
+        p = first + int(np.argmin(candidates[first:]))
         return allocate(np.asarray(order), p, config.bits), p
 
     def _pack(self, solution: Solution, part: slice, bits: np.ndarray, k: int) -> MixedTensor:
