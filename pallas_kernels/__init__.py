@@ -1,5 +1,6 @@
 """Packed mixed-precision weights and their matmul. Knows JAX, not models."""
 
 from pallas_kernels.api import mixed_matmul as mixed_matmul
+from pallas_kernels.api import use_implementation as use_implementation
 from pallas_kernels.layout import MixedTensor as MixedTensor
 from pallas_kernels.layout import pack as pack

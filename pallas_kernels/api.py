@@ -3,8 +3,10 @@
 It knows nothing of how any back end works; each is a function ``(x[M, K], w) -> float32[M, N]``.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 
 import jax
@@ -18,18 +20,42 @@ from pallas_kernels.layout import MixedTensor
 Kernel = Callable[[jax.Array, MixedTensor], jax.Array]
 
 
-def _missing(name: str) -> Kernel:
-    def kernel(x: jax.Array, w: MixedTensor) -> jax.Array:
-        raise NotImplementedError(f"implementation {name!r} is not written yet; use 'xla' or None")
+def _mosaic_tpu(x: jax.Array, w: MixedTensor) -> jax.Array:
+    from pallas_kernels import mosaic_tpu  # imports take a second that CPUs need not spend
 
-    return kernel
+    return mosaic_tpu.mixed_matmul(x, w)
+
+
+def _mosaic_gpu(x: jax.Array, w: MixedTensor) -> jax.Array:
+    from pallas_kernels import mosaic_gpu
+
+    return mosaic_gpu.mixed_matmul(x, w)
 
 
 IMPLEMENTATIONS: dict[str, Kernel] = {
     "xla": xla.mixed_matmul,
-    "mosaic_gpu": _missing("mosaic_gpu"),
-    "mosaic_tpu": _missing("mosaic_tpu"),
+    "mosaic_gpu": _mosaic_gpu,
+    "mosaic_tpu": _mosaic_tpu,
 }
+
+BY_PLATFORM = {"tpu": ("mosaic_tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}
+"""What is tried, in order, on JAX's default platform; XLA on all others."""
+
+_chosen: ContextVar[tuple[str, ...] | None] = ContextVar("implementation", default=None)
+
+
+@contextlib.contextmanager
+def use_implementation(*names: str) -> Iterator[None]:
+    """Products traced inside, of whole models too, try these implementations where none is named.
+
+    For a program that is compiled ahead of time for another platform than JAX's default, and to
+    compare implementations.
+    """
+    token = _chosen.set(_names(names))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 def mixed_matmul(
@@ -70,7 +96,8 @@ def mixed_matmul(
 
 def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
     if implementation is None:
-        return ("xla",)
+        chosen = _chosen.get()
+        return BY_PLATFORM.get(jax.default_backend(), ("xla",)) if chosen is None else chosen
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names or not set(names) <= set(IMPLEMENTATIONS):
         raise ValueError(

@@ -31,6 +31,9 @@ from slim_jax.decoder import DecoderConfig, Params, make_block, sequence_positio
 CLIP_START = 4.0
 """Where the paper starts its clipping parameters: ``sigmoid(4) = 0.982`` of the range."""
 
+MARGIN = 0.4
+"""How far from the solver's code a learned code may start; at 0.5 it would round to the next."""
+
 Learned = dict[str, dict[str, jax.Array]]
 """What is learned of each layer, by its name in the block: see the functions that end in ``_start``."""
 
@@ -107,8 +110,8 @@ def solved_start(
 ) -> tuple[dict[str, jax.Array], Layer]:
     """Scales, zeros and, for ``rounding``, codes as the solver chose them.
 
-    A code starts at the weight's own place on the grid, but no further from the solver's code than
-    rounds to it: the start is the solver's result, and weights near a border are the first to cross.
+    A code starts at the weight's own place on the grid, but within ``MARGIN`` of the solver's code: the
+    start is the solver's result, and weights near a border are the first to cross.
     """
     groups, g, n = w.shape
     ones = dataclasses.replace(tensor, scale=jnp.ones_like(tensor.scale), zero=jnp.zeros_like(tensor.zero))
@@ -119,7 +122,7 @@ def solved_start(
     zero = tensor.zero_points()[original][:, None]
     learned = {"log_scale": jnp.log(scale), "zero": zero}
     if rounding:
-        learned["code"] = code + jnp.clip(w / scale + zero - code, -0.49, 0.49)
+        learned["code"] = code + jnp.clip(w / scale + zero - code, -MARGIN, MARGIN)
     empty = jnp.zeros((groups, 1, n))
     return learned, Layer(code, empty, empty, bits)
 
