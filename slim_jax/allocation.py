@@ -68,6 +68,14 @@ def divergence_from(y: Float[Array, "t n"]) -> Callable[[jax.Array], jax.Array]:
     return divergence
 
 
+@jax.jit
+def output_divergence(
+    w: Float[Array, "k n"], w_hat: Float[Array, "k n"], x: Float[Array, "t k"]
+) -> Float[Array, ""]:
+    """How far the outputs of a quantized layer diverge from its own, by :func:`divergence_from`."""
+    return divergence_from(x @ w)(x @ w_hat)
+
+
 def paper_divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Float[Array, ""]:
     """The authors' score: ``KL(softmax(y_hat) || softmax(y))`` with both clamped at 1e-6."""
     p = jnp.maximum(jax.nn.softmax(y_hat), 1e-6)

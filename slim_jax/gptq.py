@@ -32,6 +32,18 @@ class Solution(NamedTuple):
     zero: jax.Array
     error: jax.Array
 
+    def part(self, channels: slice) -> "Solution":
+        """The solution of one of the layers that were solved side by side."""
+        return Solution(
+            self.code[:, channels], self.scale[:, channels], self.zero[:, channels], self.error[channels]
+        )
+
+    def weight(self) -> jax.Array:
+        """What is stored, ``float32[K, N]``."""
+        g = self.code.shape[0] // self.scale.shape[0]
+        scale = jnp.repeat(self.scale.astype(jnp.float32), g, axis=0)
+        return scale * (self.code.astype(jnp.float32) - jnp.repeat(self.zero, g, axis=0))
+
 
 def _round_group(w: jax.Array, u: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
     """Rounds a group ``w [g, N]`` with its ``U`` block ``[g, g]``; codes and scaled errors, ``[g, N]``."""

@@ -21,7 +21,7 @@ import optax
 from pallas_kernels import MixedTensor, pack
 from pallas_kernels.layout import zero_bits
 from slim_jax.activations import COMPUTE_DTYPE, Activations, Observation, observe
-from slim_jax.allocation import Allocation, allocate, scores
+from slim_jax.allocation import Allocation, allocate, output_divergence, scores
 from slim_jax.checkpoint import CheckpointWriter
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, Params, make_decoder
@@ -174,28 +174,39 @@ class BlockQuantizer:
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in weights]
         x = jnp.pad(observation.sample, ((0, 0), (0, padding[0][1])))
         chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
+        solutions = self._solutions(padded, found, [bits for bits, _ in chosen])
+        if config.criterion != "paper" and any(mixed for _, mixed in chosen):
+            uniform = [np.full_like(bits, config.bits) for bits, _ in chosen]
+            plain = self._solutions(padded, found, uniform)
+            for i, (w, (_, mixed)) in enumerate(zip(padded, chosen)):
+                if mixed and not _pays(w, x, solutions[i], plain[i]):
+                    solutions[i], chosen[i] = plain[i], (uniform[i], 0)
+        for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
+            tensor = self._pack(solution, bits, k)
+            error = float(jnp.sum(solution.error) / jnp.maximum(jnp.sum(_power(w, found.h)), 1e-30))
+            yield tensor, LayerReport.of(name, tensor, error, mixed)
+
+    def _solutions(
+        self, weights: list[jax.Array], found: Statistics, bits: list[np.ndarray]
+    ) -> list[Solution]:
+        """Every layer's solution for its bits, from one stacked solve."""
+        config = self.config
+        widths = [
+            jnp.broadcast_to(b[:, None].astype(np.float32), (len(b), w.shape[1]))
+            for b, w in zip(bits, weights)
+        ]
         solution = solve(
-            jnp.concatenate(padded, axis=1),
+            jnp.concatenate(weights, axis=1),
             found.u,
             found.importance,
-            jnp.concatenate(
-                [
-                    jnp.broadcast_to(bits[:, None].astype(np.float32), (len(bits), w.shape[1]))
-                    for (bits, _), w in zip(chosen, padded)
-                ],
-                axis=1,
-            ),
+            jnp.concatenate(widths, axis=1),
             group_size=config.group_size,
             zero_bits=self.zero_bits,
             sqc=config.sqc or "search",
             feedback=config.method != "rtn",
         )
         ends = np.cumsum([w.shape[1] for w in weights]).tolist()
-        for name, w, (bits, mixed), end in zip(names, padded, chosen, ends):
-            part = slice(end - w.shape[1], end)
-            tensor = self._pack(solution, part, bits, k)
-            error = float(jnp.sum(solution.error[part]) / jnp.maximum(jnp.sum(_power(w, found.h)), 1e-30))
-            yield tensor, LayerReport.of(name, tensor, error, mixed)
+        return [solution.part(slice(end - w.shape[1], end)) for w, end in zip(weights, ends)]
 
     def _allocate(
         self, name: str, w: jax.Array, x: jax.Array, found: Statistics
@@ -228,17 +239,31 @@ class BlockQuantizer:
         p = first + int(np.argmin(candidates[first:]))
         return allocate(np.asarray(order), p, config.bits), p
 
-    def _pack(self, solution: Solution, part: slice, bits: np.ndarray, k: int) -> MixedTensor:
-        widths = _widths(self.config, self.bits)
+    def _pack(self, solution: Solution, bits: np.ndarray, k: int) -> MixedTensor:
         zero_unit = np.exp2(bits - self.zero_bits)[:, None]
         return pack(
-            np.asarray(solution.code[:k, part]),
-            np.asarray(solution.scale[:, part]),
-            np.rint(np.asarray(solution.zero[:, part]) / zero_unit).astype(np.uint8),
+            np.asarray(solution.code[:k]),
+            np.asarray(solution.scale),
+            np.rint(np.asarray(solution.zero) / zero_unit).astype(np.uint8),
             bits,
             group_size=self.config.group_size,
-            widths=widths,
+            widths=_widths(self.config, self.bits),
         )
+
+
+def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> bool:
+    """Whether mixed widths beat uniform ones as solved, in divergence and in squared error.
+
+    The search scores what is rounded to nearest. Feeding errors forward gains most where all groups
+    are alike, so some of the mixes that win there lose here.
+    """
+    if not jnp.sum(mixed.error) < jnp.sum(uniform.error):
+        return False
+    mixed_weight, uniform_weight = _weight(mixed), _weight(uniform)
+    return bool(output_divergence(w, mixed_weight, x) < output_divergence(w, uniform_weight, x))
+
+
+_weight = jax.jit(Solution.weight)
 
 
 def _widths(config: SlimConfig, bits: Allocation | None) -> tuple[int, ...]:

@@ -1,0 +1,48 @@
+"""A run that is killed at any moment, with SIGKILL, resumes to the same checkpoint: ``make test-slow``."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import QUANTIZE, write_model, write_text
+from test_pipeline import assert_same_checkpoint
+
+
+def start(model: Path, text: Path, out: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "convert.cli", "quantize", model, out, "--calibration", text, *QUANTIZE]
+    return subprocess.Popen([*map(str, command), *options], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["slim", "slim-plus"])
+def test_killed_at_random_moments(tmp_path, method):
+    model = write_model(tmp_path / "hf")
+    text = write_text(tmp_path / "calib.txt", 4000, seed=0)
+    options = ("--method", method, "--epochs", "2")
+    begin = time.monotonic()
+    whole = start(model, text, tmp_path / "whole", *options)
+    _, errors = whole.communicate()
+    assert whole.returncode == 0, errors
+    seconds = time.monotonic() - begin
+
+    rng, kills = random.Random(0), 0
+    for _ in range(20):
+        part = start(model, text, tmp_path / "parts", *options, "--resume")
+        try:
+            _, errors = part.communicate(timeout=rng.uniform(0.2, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            part.kill()
+            part.communicate()
+            kills += 1
+            continue
+        assert part.returncode == 0, errors
+        break
+    else:
+        last = start(model, text, tmp_path / "parts", *options, "--resume")
+        _, errors = last.communicate()
+        assert last.returncode == 0, errors
+    assert kills > 0
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
