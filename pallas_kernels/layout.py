@@ -257,6 +257,46 @@ def pack(
     )
 
 
+def abstract_tensor(
+    shape: tuple[int, int],
+    *,
+    widths: tuple[int, ...],
+    segments: tuple[int, ...],
+    group_size: int,
+    dtype: DTypeLike = jnp.float32,
+) -> MixedTensor:
+    """A packed weight of this layout without values: its leaves are `jax.ShapeDtypeStruct`.
+
+    Args:
+      shape: ``(K, N)``.
+      widths: the widths that may occur, ascending.
+      segments: number of groups of each; together ``ceil(K / group_size)``.
+      group_size: input channels per group.
+      dtype: of the dequantized weight.
+
+    Raises:
+      ValueError: the segments do not add up.
+    """
+    (k, n), g = shape, group_size
+    groups = group_count(k, g)
+    if len(segments) != len(widths) or sum(segments) != groups:
+        raise ValueError(f"segments {segments} of widths {widths} do not add up to {groups} groups")
+    rows = sum(count * b for count, b in zip(segments, widths)) * g // WORD_BITS
+    zero_rows = -(-groups // 2) if zero_bits(widths) == 4 else groups
+    leaf = jax.ShapeDtypeStruct
+    return MixedTensor(
+        words=leaf((rows, n), jnp.uint32),
+        scale=leaf((groups, n), jnp.bfloat16),
+        zero=leaf((zero_rows, n), jnp.uint8),
+        order=leaf((groups,), jnp.int32),
+        segments=leaf((len(widths),), jnp.int32),
+        shape=shape,
+        group_size=g,
+        widths=widths,
+        dtype=jnp.dtype(dtype),
+    )
+
+
 def _check_pack(codes, scale_shape, zero_code, bits, group_size, widths) -> None:
     k, n = codes.shape
     groups = group_count(k, group_size)

@@ -29,7 +29,7 @@ SAMPLE_ROWS = 64
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
+class State:
     """What a batch has seen. Slots ``>= length`` are empty.
 
     Attributes:
@@ -44,7 +44,7 @@ class _State:
     length: jax.Array
 
     @classmethod
-    def empty(cls, config: DecoderConfig, batch: int, size: int, *, stacked: bool) -> "_State":
+    def empty(cls, config: DecoderConfig, batch: int, size: int, *, stacked: bool) -> "State":
         shape = (batch, config.num_kv_heads, size, config.head_dim)
         layers = config.num_layers
         # Every buffer is its own: all of them are donated.
@@ -53,7 +53,7 @@ class _State:
             kv = (jnp.zeros((layers, *shape)), jnp.zeros((layers, *shape)))
         return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
-    def grown(self, size: int) -> "_State":
+    def grown(self, size: int) -> "State":
         """The same with room for ``size`` tokens; whether blocks are scanned over or not."""
         more = size - self.positions.shape[1]
 
@@ -61,7 +61,7 @@ class _State:
             return jnp.pad(x, [(0, more if axis == x.ndim - 2 else 0) for axis in range(x.ndim)])
 
         positions = jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1)
-        return _State(jax.tree.map(pad, self.kv), positions, self.length)
+        return State(jax.tree.map(pad, self.kv), positions, self.length)
 
 
 def _stackable(blocks: Sequence[Block]) -> bool:
@@ -76,9 +76,9 @@ def _stackable(blocks: Sequence[Block]) -> bool:
     return all(kind == kinds[0] for kind in kinds)
 
 
-def _forward(
-    outer: Decoder, blocks: Any, state: _State, tokens: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, _State]:
+def forward(
+    outer: Decoder, blocks: Any, state: State, tokens: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, State]:
     """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them."""
     start = state.length
     slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
@@ -104,7 +104,7 @@ def _forward(
         indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)
         (h, *all_kv), _ = lax.scan(layer, (h, *state.kv), (blocks, indices))
         kv = tuple(all_kv)
-    return outer.logits(h[:, -1]), _State(kv, slots, start + tokens.shape[1])
+    return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
 
 
 def nucleus(logits: Float[Array, "b vocab"], top_p: Float[Array, ""]) -> Float[Array, "b vocab"]:
@@ -127,16 +127,16 @@ def _sample(logits: jax.Array, key: jax.Array) -> jax.Array:
 def _advance(
     treedef: Any,
     leaves: list[jax.Array],
-    state: _State,
+    state: State,
     tokens: jax.Array,
     positions: jax.Array,
     key: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array,
-) -> tuple[jax.Array, _State]:
+) -> tuple[jax.Array, State]:
     """Reads ``tokens[B, T]`` and chooses the next of each row, ``int32[B]``."""
     outer, blocks = jax.tree.unflatten(treedef, leaves)
-    logits, state = _forward(outer, blocks, state, tokens, positions)
+    logits, state = forward(outer, blocks, state, tokens, positions)
     key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
     # One program for all ways to choose: only the branch taken runs, and only nucleus sorts.
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
@@ -153,23 +153,23 @@ def _advance(
 
 
 @partial(jax.jit, static_argnums=0)
-def _next_logits(treedef: Any, leaves: list[jax.Array], state: _State, tokens: jax.Array) -> jax.Array:
+def _next_logits(treedef: Any, leaves: list[jax.Array], state: State, tokens: jax.Array) -> jax.Array:
     outer, blocks = jax.tree.unflatten(treedef, leaves)
-    return _forward(outer, blocks, state, tokens, jnp.zeros_like(tokens))[0]
+    return forward(outer, blocks, state, tokens, jnp.zeros_like(tokens))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _write(
-    treedef: Any, leaves: list[jax.Array], state: _State, token: jax.Array, steps: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array, _State]:
+    treedef: Any, leaves: list[jax.Array], state: State, token: jax.Array, steps: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array, State]:
     """``steps`` tokens a row at temperature 1: the last ``[B]``, all ``[steps, B]`` and the state."""
     outer, blocks = jax.tree.unflatten(treedef, leaves)
 
-    def step(carry: tuple[jax.Array, _State], _: None) -> tuple[tuple[jax.Array, _State], jax.Array]:
+    def step(carry: tuple[jax.Array, State], _: None) -> tuple[tuple[jax.Array, State], jax.Array]:
         token, state = carry
         positions = jnp.broadcast_to(state.length, (token.shape[0], 1))
         step_key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
-        logits, state = _forward(outer, blocks, state, token[:, None], positions)
+        logits, state = forward(outer, blocks, state, token[:, None], positions)
         token = _sample(logits, step_key)
         return (token, state), token
 
@@ -229,7 +229,7 @@ class Generator:
             tokens[row, width - len(prompt) :] = prompt
             positions[row, width - len(prompt) :] = np.arange(len(prompt))
 
-        state = _State.empty(config, batch, _round_up(width + max_tokens - 1), stacked=self.stacked)
+        state = State.empty(config, batch, _round_up(width + max_tokens - 1), stacked=self.stacked)
         choice = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
         results: list[list[int]] = [[] for _ in prompts]
         active = set(range(batch))
@@ -275,7 +275,7 @@ class Generator:
         starts = [*([] if config.bos_token_id is None else [config.bos_token_id]), *config.eos_token_ids]
         logits = jnp.zeros(config.vocab_size)
         if starts:
-            state = _State.empty(config, 1, 1, stacked=self.stacked)
+            state = State.empty(config, 1, 1, stacked=self.stacked)
             token = jnp.full((1, 1), starts[0], jnp.int32)
             logits = _next_logits(self._treedef, self._leaves, state, token)[0]
         # Gumbel top-k: the order of perturbed logits is that of draws without replacement.
@@ -288,7 +288,7 @@ class Generator:
         """``int32[B, length - len(column)]``: ``first`` and what the model writes after it."""
         batch, before = len(first), len(column)
         sizes = _sizes(length)
-        state = _State.empty(self.config, batch, sizes[0], stacked=self.stacked)
+        state = State.empty(self.config, batch, sizes[0], stacked=self.stacked)
         written = [first[None]]
         token, done = jnp.asarray(first), before
         if before:

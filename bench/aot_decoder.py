@@ -1,0 +1,83 @@
+"""A whole decoder on packed weights as an ahead-of-time compiler sees it: abstract, no weights in memory."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import use_implementation
+from pallas_kernels.layout import abstract_tensor, group_count
+from slim_jax.decoder import Block, Decoder, DecoderConfig, linear_groups
+from slim_jax.generate import State, forward
+
+LLAMA_2_7B = DecoderConfig(
+    family="llama",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    max_positions=4096,
+)
+
+
+def decode_step(
+    implementation: str, slots: int = 4096, batch: int = 1, bits: int = 2, group_size: int = 128
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Builder: one token of Llama-2-7B against a cache of ``slots``, in bfloat16.
+
+    A quarter of the groups has a bit less than ``bits``, a quarter a bit more.
+
+    Returns:
+      The step ``(outer, blocks, state, tokens) -> (logits, state)`` and its abstract arguments.
+    """
+    config = LLAMA_2_7B
+    outer = _bfloat16(
+        nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, num_layers=0), rngs=nnx.Rngs(0)))
+    )
+    block = _bfloat16(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+    for names in linear_groups(config).values():
+        for name in names:
+            owner = block
+            for part in name.split("."):
+                owner = getattr(owner, part)
+            owner.weight.set_value(_packed(owner.weight.get_value().shape, bits, group_size))
+    blocks = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype), block
+    )
+    cache = jax.ShapeDtypeStruct(
+        (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim), jnp.bfloat16
+    )
+    state = State(
+        (cache, cache),
+        jax.ShapeDtypeStruct((batch, slots), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+
+    def step(outer: Decoder, blocks: Block, state: State, tokens: jax.Array) -> tuple[jax.Array, State]:
+        positions = jnp.broadcast_to(state.length, tokens.shape)
+        with use_implementation(implementation):
+            return forward(outer, blocks, state, tokens, positions)
+
+    return step, (outer, blocks, state, jax.ShapeDtypeStruct((batch, 1), jnp.int32))
+
+
+def _packed(shape: tuple[int, int], bits: int, group_size: int) -> Any:
+    groups = group_count(shape[0], group_size)
+    quarter = groups // 4
+    return abstract_tensor(
+        shape,
+        widths=(bits - 1, bits, bits + 1),
+        segments=(quarter, groups - 2 * quarter, quarter),
+        group_size=group_size,
+        dtype=jnp.bfloat16,
+    )
+
+
+def _bfloat16(module: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), module)
