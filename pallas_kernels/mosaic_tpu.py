@@ -250,7 +250,7 @@ def _group_sums(ordered: jax.Array, plane: _Plane, g: int, field: int) -> jax.Ar
     return ordered.reshape(m, tiles, -1, plane.share, run).sum((2, 4)).reshape(m, tiles * plane.share)
 
 
-def _kernel(plan, c_ref, unit_ref, scale_ref, zero_ref, bias_ref, *refs, keys, w, config):
+def _kernel(plan, c_ref, unit_ref, scale_ref, zero_ref, bias_ref, *refs, keys, w, config, trips):
     x_refs, refs = dict(zip(keys, refs)), refs[len(keys) :]
     word_refs, (out_ref, acc_ref, row_ref) = refs[: config.strips], refs[config.strips :]
     u, field = config.groups, UNPACKS[config.unpack]
@@ -305,7 +305,7 @@ def _kernel(plan, c_ref, unit_ref, scale_ref, zero_ref, bias_ref, *refs, keys, w
                 acc_ref[:, j * LANES : (j + 1) * LANES] += sums[j] * unit_ref[t]
             return carry
 
-        lax.fori_loop(0, plan[i, CHUNKS], chunk, 0)
+        lax.fori_loop(0, plan[i, CHUNKS] if trips is None else trips[i], chunk, 0)
     out_ref[...] = acc_ref[: out_ref.shape[0]]
 
 
@@ -393,15 +393,22 @@ def mixed_matmul(
 
 
 def _decode(x, w: MixedTensor, bias, m: int, config: Config, interpret) -> jax.Array:
-    n, u = w.shape[1], config.groups
-    rows = x.shape[0]
-    plan = _plan(w, u)
+    plan = _plan(w, config.groups)
     planes, unit, both = _prepare(x, w, plan, config)
-    words = w.words
-    margin = _margin(w)
-    if w.groups <= u + margin:
+    words, margin = w.words, _margin(w)
+    if w.groups <= config.groups + margin:
         # So few groups that a load could pass the last row, see _plan: a copy of words this small is cheap.
         words = jnp.pad(words, ((0, margin), (0, 0)))
+    return decode_call(plan, both, unit, w, bias, planes, words, m, config, interpret)
+
+
+def decode_call(plan, both, unit, w: MixedTensor, bias, planes, words, m: int, config: Config, interpret):
+    """The kernel proper, on what ``_plan`` and ``_prepare`` return; apart, so that its cost can be told apart.
+
+    Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
+    """
+    n, u, rows = w.shape[1], config.groups, both.shape[1]
+    trips = tuple(-(-int(s) // u) for s in w.segments) if isinstance(w.segments, np.ndarray) else None
     columns = config.strips * LANES
     last = (n - 1) // LANES
     whole = lambda a: pl.BlockSpec(a.shape, lambda i, plan: (0,) * a.ndim)  # noqa: E731
@@ -428,7 +435,7 @@ def _decode(x, w: MixedTensor, bias, m: int, config: Config, interpret) -> jax.A
         ],
     )
     return pl.pallas_call(
-        partial(_kernel, keys=tuple(planes), w=w, config=config),
+        partial(_kernel, keys=tuple(planes), w=w, config=config, trips=trips),
         name="mixed_matmul_decode",
         out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
         grid_spec=grid_spec,
