@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_bits, zero_step
+from pallas_kernels.mosaic_tpu_prefill import prefill
 
 LANES = 128
 DECODE_ROWS = 32
@@ -375,18 +376,20 @@ def mixed_matmul(
       float32 ``[M, N]``.
 
     Raises:
-      NotImplementedError: M is 0 or above what decode is made for, or int8 is asked for with widths above 4.
+      NotImplementedError: M is 0, K is too large for VMEM in prefill, or int8 is asked for with widths above 4.
     """
     m, (k, n) = x.shape[0], w.shape
     if config is None:
         config = heuristic(jax.devices()[0].device_kind, m, k, n)
         if max(w.widths) > 4:
             config = dataclasses.replace(config, unpack="bfloat16")
-    if not 0 < m <= DECODE_ROWS:
-        raise NotImplementedError(f"the decode kernel takes 1 to {DECODE_ROWS} rows of x, not {m}")
+    if m == 0:
+        raise NotImplementedError("x has no rows")
     if config.unpack == "int8" and max(w.widths) > 4:
         raise NotImplementedError("unpack='int8' takes widths up to 4; use 'bfloat16'")
     bias = jnp.zeros((1, n), jnp.float32) if bias is None else bias.astype(jnp.float32)[None]
+    if m > DECODE_ROWS:
+        return prefill(x, w, bias, interpret)
     rows = -(-m // 16) * 16
     x = jnp.pad(x.astype(jnp.float32), ((0, rows - m), (0, 0)))
     return _decode(x, w, bias, m, config, interpret)
@@ -442,3 +445,19 @@ def decode_call(plan, both, unit, w: MixedTensor, bias, planes, words, m: int, c
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
     )(plan, both, unit, w.scale, w.zero, bias, *planes.values(), *[words] * config.strips)
+
+
+def kernel_alone(m: int, w: MixedTensor, config: Config, fixed=lambda w: w):
+    """The decode kernel without what XLA does to ``x`` before, and its abstract arguments: for cost tools."""
+    x = jax.ShapeDtypeStruct((-(-m // 16) * 16, w.shape[0]), jnp.float32)
+    bias = jax.ShapeDtypeStruct((1, w.shape[1]), jnp.float32)
+
+    def before(x, w):
+        plan = _plan(w, config.groups)
+        return plan, *_prepare(x, w, plan, config)
+
+    def call(prepared, w, bias):
+        plan, planes, unit, both = prepared
+        return decode_call(plan, both, unit, fixed(w), bias, planes, w.words, m, config, False)
+
+    return call, (jax.eval_shape(before, x, w), w, bias)
