@@ -159,9 +159,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
     target = TARGETS[request["target"]]
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=target.topology, **target.options
-    )
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **target.options)
     device = topology.devices[0]
     module, name = request["builder"].split(":")
     builder = getattr(importlib.import_module(module), name)

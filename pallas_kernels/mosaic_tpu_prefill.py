@@ -23,7 +23,7 @@ VMEM_BYTES = 44 << 20  # of 64 MiB on the smallest, v7x
 
 def blocks(m: int, k: int, n: int) -> tuple[int, int]:
     """Rows of ``x`` and columns of ``W`` in a tile."""
-    for rows, columns in ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
+    for rows, columns in ((512, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
         # x and the result are double-buffered; words, at most 4 bytes a weight with scales, counted as 8 bits.
         used = 2 * rows * k * 2 + columns * k * (2 + 2) + 2 * rows * columns * 4
         if used <= VMEM_BYTES:
@@ -41,16 +41,17 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Arr
     first_group, first_row = w.segment_starts()
     plan = jnp.stack([w.segments, first_group, first_row])
 
+    # Segment sizes that are no traced data become constant trip counts, for cost estimates.
+    trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
+
     def column(height):
         return pl.BlockSpec((height, columns), lambda i, j, *_: (0, i))
 
     def strip(s):
-        return pl.BlockSpec(
-            (words.shape[0], LANES), lambda i, j, *_: (0, jnp.minimum(i * strips + s, last))
-        )
+        return pl.BlockSpec((words.shape[0], LANES), lambda i, j, *_: (0, jnp.minimum(i * strips + s, last)))
 
     return pl.pallas_call(
-        partial(_kernel, w=w, strips=strips),
+        partial(_kernel, w=w, strips=strips, trips=trips),
         name="mixed_matmul_prefill",
         out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -76,7 +77,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Arr
     )(plan, w.order, x, w.scale, w.zero, bias, *[words] * strips)
 
 
-def _kernel(plan, order, x_ref, scale_ref, zero_ref, bias_ref, *refs, w: MixedTensor, strips: int):
+def _kernel(plan, order, x_ref, scale_ref, zero_ref, bias_ref, *refs, w: MixedTensor, strips: int, trips):
     word_refs, (out_ref, dense_ref, row_ref) = refs[:strips], refs[strips:]
 
     def unpack_group(c, carry, i, b):
@@ -106,7 +107,7 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, bias_ref, *refs, w: MixedTe
             row_ref[0, s] = scale[:, lanes]
             row_ref[1, s] = zero[:, lanes].astype(jnp.float32) * scale[:, lanes]
         for i, b in enumerate(w.widths):
-            lax.fori_loop(0, plan[0, i], partial(unpack_group, i=i, b=b), 0)
+            lax.fori_loop(0, plan[0, i] if trips is None else trips[i], partial(unpack_group, i=i, b=b), 0)
 
     product = jnp.dot(x_ref[...], dense_ref[...], preferred_element_type=jnp.float32)
     out_ref[...] = product + jnp.broadcast_to(bias_ref[...], product.shape)
