@@ -1,4 +1,4 @@
-"""The matmul on TPUs in decode (few rows of ``x``): packed words go through memory once, unpacked in registers.
+"""The matmul on TPUs in decode (few rows of ``x``): words are read once and unpacked in registers.
 
 The output is cut into tiles of columns, one per grid step. A step has all words of its columns in VMEM
 (fast memory; Pallas copies the next tile's words there while this one is computed) and runs one loop per
@@ -116,7 +116,7 @@ class _Plane:
         return x.reshape(*batch, groups // self.share, self.share * g)
 
     def x_factors(self, field: int, group_size: int) -> np.ndarray:
-        """``float32[share * g]``, in the order of ``order``: ``factor / 2**t`` for codes left at bit ``t``."""
+        """``float32[share * g]`` in that order: ``factor / 2**t`` for codes that are left at bit ``t``."""
         bits = np.array([bit for _, bit in _fields(self.n, field)])
         run = self.tile * WORD_BITS // field
         parts = self.share * group_size // (run * len(bits))
@@ -376,7 +376,7 @@ def mixed_matmul(
       float32 ``[M, N]``.
 
     Raises:
-      NotImplementedError: M is 0, K is too large for VMEM in prefill, or int8 is asked for with widths above 4.
+      NotImplementedError: M is 0, K too large for VMEM in prefill, or int8 asked for with widths above 4.
     """
     m, (k, n) = x.shape[0], w.shape
     if config is None:
@@ -406,7 +406,7 @@ def _decode(x, w: MixedTensor, bias, m: int, config: Config, interpret) -> jax.A
 
 
 def decode_call(plan, both, unit, w: MixedTensor, bias, planes, words, m: int, config: Config, interpret):
-    """The kernel proper, on what ``_plan`` and ``_prepare`` return; apart, so that its cost can be told apart.
+    """The kernel proper, on what ``_plan`` and ``_prepare`` return; apart, for cost tools.
 
     Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
     """

@@ -24,7 +24,7 @@ VMEM_BYTES = 44 << 20  # of 64 MiB on the smallest, v7x
 def blocks(m: int, k: int, n: int) -> tuple[int, int]:
     """Rows of ``x`` and columns of ``W`` in a tile."""
     for rows, columns in ((512, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
-        # x and the result are double-buffered; words, at most 4 bytes a weight with scales, counted as 8 bits.
+        # x and the result are double-buffered; words are counted at 8 bits, twice.
         used = 2 * rows * k * 2 + columns * k * (2 + 2) + 2 * rows * columns * 4
         if used <= VMEM_BYTES:
             return min(rows, -(-m // 16) * 16), min(columns, -(-n // LANES) * LANES)
