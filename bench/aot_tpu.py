@@ -1,0 +1,343 @@
+"""What a function costs on a TPU, from the real compiler, on a machine without one.
+
+``compile_for("v5e", function, arguments)`` runs libtpu's compiler in a child process (it reads its flags
+once per process, and aborts where it fails) and returns a :class:`Record`. The function is named, not
+passed: ``"module:name"`` of a builder that, called with keyword arguments, returns the function to compile
+and its arguments as ``jax.ShapeDtypeStruct`` trees.
+
+    python -m bench.aot_tpu v6e bench.aot_tpu:decode '{"m": 16, "k": 4096, "n": 4096}'
+
+Estimates are static: they rank variants well, but are too optimistic about memory. Read
+``max(estimated_cycles, floor_cycles)``. Needs ``jax[tpu]``; any x86-64 Linux will do.
+"""
+
+import argparse
+import collections
+import dataclasses
+import glob
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A TPU generation: how the compiler calls it, and its datasheet.
+
+    Attributes:
+      topology: the smallest topology that libtpu has for it.
+      options: further arguments of ``get_topology_desc``.
+      bandwidth: of HBM, bytes per second and chip.
+      clock: Hz, as follows from the peak FLOP/s and the size of the matrix units.
+      estimates: whether libtpu's cycle estimate exists (elsewhere it aborts).
+    """
+
+    topology: str
+    options: dict[str, Any]
+    bandwidth: float
+    clock: float
+    estimates: bool = True
+
+
+ONE_CHIP = {"chips_per_host_bounds": (1, 1, 1)}
+# https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, .../tpu7x. v7x: one device is half a chip.
+TARGETS = {
+    "v5e": Target("v5e:1x1", ONE_CHIP, 819e9, 1.5e9),
+    "v5p": Target("v5p:2x2x1", {}, 2765e9, 1.75e9),
+    "v6e": Target("v6e:1x1", ONE_CHIP, 1640e9, 1.75e9),
+    "v7x": Target("tpu7x:2x2x1", {}, 7380e9 / 2, 2.2e9, estimates=False),
+}
+
+
+@dataclasses.dataclass
+class Record:
+    """What the compiler says of one program on one target; fields it does not say are None.
+
+    Attributes:
+      target: a key of ``TARGETS``.
+      error: one line, if it did not compile; then the rest is None.
+      device_kind: ``jax.Device.device_kind``.
+      bytes: HBM bytes from the compiler's cost analysis; for a Pallas call, what its cost estimate says.
+      argument_bytes: size of all arguments, which is what must be read at least.
+      output_bytes: size of the results.
+      temp_bytes: HBM that the program needs beside them.
+      vmem_bytes: the most that one kernel takes.
+      spills: register spills, all kernels.
+      bundles: instruction bundles, all kernels; a bundle in a loop counts once.
+      matrix_ops: matrix unit instructions, counted once in a loop.
+      estimated_cycles: the compiler's own estimate, all kernels one after the other.
+      kernels: the same numbers for each kernel.
+      floor_seconds: ``(argument_bytes + output_bytes) / bandwidth``.
+      floor_cycles: the same at the datasheet's clock.
+      ratio: ``estimated_cycles / floor_cycles``.
+    """
+
+    target: str
+    error: str | None = None
+    device_kind: str | None = None
+    bytes: float | None = None
+    argument_bytes: int | None = None
+    output_bytes: int | None = None
+    temp_bytes: int | None = None
+    vmem_bytes: int | None = None
+    spills: int | None = None
+    bundles: int | None = None
+    matrix_ops: int | None = None
+    estimated_cycles: int | None = None
+    kernels: dict[str, dict[str, Any]] | None = None
+    floor_seconds: float | None = None
+    floor_cycles: float | None = None
+    ratio: float | None = None
+
+
+def compile_for(
+    target: str, builder: str, arguments: dict[str, Any] | None = None, timeout: float = 600.0
+) -> Record:
+    """Compiles ``builder(**arguments)`` for ``target`` and reads what the compiler reports.
+
+    Args:
+      target: a key of ``TARGETS``.
+      builder: ``"module:name"``, returns ``(function, arguments of it)``; see the module's docstring.
+      arguments: of the builder; what JSON can say. ``device_kind`` is added if the builder takes it.
+      timeout: seconds.
+
+    Raises:
+      ValueError: no such target.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}, expected one of {list(TARGETS)}")
+    request = {"target": target, "builder": builder, "arguments": arguments or {}}
+    error = "libtpu left no report"
+    for estimate in (True, False) if TARGETS[target].estimates else (False,):
+        with tempfile.TemporaryDirectory(prefix="aot_tpu_") as dump:
+            try:
+                child = subprocess.run(
+                    [sys.executable, "-m", "bench.aot_tpu", "--child", json.dumps(request)],
+                    capture_output=True,
+                    text=True,
+                    timeout=timeout,
+                    env=_environment(dump, estimate),
+                )
+            except subprocess.TimeoutExpired:
+                return Record(target, error=f"the compiler took more than {timeout:.0f} s")
+            if found := re.search(r"^@@(.*)$", child.stdout, re.M):
+                return _record(target, json.loads(found[1]), _kernels(dump))
+            error = _reason(child.stderr)
+        if child.returncode >= 0:  # an exception, no abort: it would come again
+            break
+    return Record(target, error=error)
+
+
+def _environment(dump: str, estimate: bool) -> dict[str, str]:
+    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_pass_label_regex=final.*"
+    if estimate:
+        os.mkdir(f"{dump}/profile")
+        flags += f" --xla_jf_dump_static_llo_profile_to={dump}/profile"
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": flags,
+    }
+
+
+def _child(request: dict[str, Any]) -> dict[str, Any]:
+    """Compiles; libtpu leaves its reports in the directory that its flags name."""
+    import inspect
+
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
+
+    target = TARGETS[request["target"]]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **target.options)
+    device = topology.devices[0]
+    module, name = request["builder"].split(":")
+    builder = getattr(importlib.import_module(module), name)
+    arguments = request["arguments"]
+    if "device_kind" in inspect.signature(builder).parameters:
+        arguments = {"device_kind": device.device_kind} | arguments
+    function, shapes = builder(**arguments)
+    place = SingleDeviceSharding(device)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    # Pallas asks the mesh which chip it lowers for; without one, it would ask this machine's CPU.
+    with use_abstract_mesh(Mesh(np.array([device]), ("one",)).abstract_mesh):
+        lowered = jax.jit(function).lower(*shapes)
+    compiled = lowered.compile()
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None
+    vmem = re.findall(
+        r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"',
+        compiled.as_text() or "",
+    )
+    return {
+        "device_kind": device.device_kind,
+        "bytes": (costs or {}).get("bytes accessed"),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "vmem_bytes": max(map(int, vmem), default=None),
+    }
+
+
+def _kernels(dump: str) -> dict[str, dict[str, Any]]:
+    """Bundles, operations by unit, spills and estimated cycles of every kernel, from libtpu's reports."""
+    kernels: dict[str, dict[str, Any]] = {}
+    for path in sorted(glob.glob(f"{dump}/*final_hlo-static-per-bundle-utilization.txt")):
+        name = re.sub(r"-\d+-final_hlo.*", "", os.path.basename(path).split("-", 1)[1])
+        if name.startswith(("<late", "TLP")):  # the program around the kernels
+            continue
+        with open(path) as file:
+            text = file.read()
+        header = re.search(r"MXU, .*", text)
+        assert header is not None, f"libtpu changed the format of {path}"
+        units = [unit.strip() for unit in header[0].split(",")]
+        table = text.split("== UTILIZATION:")[1].split("\n")
+        rows = [list(map(int, line.split())) for line in table if re.fullmatch(r"[\d ]+", line)]
+        used = {unit: sum(row[i] for row in rows) for i, unit in enumerate(units)}
+        kernels[name] = {
+            "bundles": len(rows),
+            "bundles_by_loop_depth": _depths(dump, name),
+            "operations": {unit: count for unit, count in used.items() if count},
+            "spills": used.get("VSTORE:SPILL", 0),
+            "estimated_cycles": None,
+        }
+    for path in glob.glob(f"{dump}/profile/*.textproto"):
+        with open(path) as file:
+            text = file.read()
+        for name, cycles in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
+            kernels.setdefault(name, {})["estimated_cycles"] = int(cycles)
+    return kernels
+
+
+def _depths(dump: str, kernel: str) -> dict[str, int]:
+    """Bundles by loop depth; depth 1 is the grid."""
+    depth: collections.Counter[str] = collections.Counter()
+    for path in glob.glob(f"{dump}/*-{glob.escape(kernel)}-*final_bundles.txt"):
+        if "schedule" in path or "gap" in path:
+            continue
+        with open(path) as file:
+            for line in file:
+                if found := re.match(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*((?:> ?)*)\{", line):
+                    depth[str(found[1].count(">"))] += 1
+    return dict(sorted(depth.items()))
+
+
+def _record(target: str, said: dict[str, Any], kernels: dict[str, dict[str, Any]]) -> Record:
+    def total(key: str) -> int | None:
+        values = [kernel.get(key) for kernel in kernels.values()]
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
+
+    record = Record(target, kernels=kernels, **said)
+    record.spills, record.bundles = total("spills"), total("bundles")
+    record.estimated_cycles = total("estimated_cycles")
+    record.matrix_ops = sum(k.get("operations", {}).get("MXU", 0) for k in kernels.values())
+    record.floor_seconds = (said["argument_bytes"] + said["output_bytes"]) / TARGETS[target].bandwidth
+    record.floor_cycles = record.floor_seconds * TARGETS[target].clock
+    if record.estimated_cycles is not None:
+        record.ratio = record.estimated_cycles / record.floor_cycles
+    return record
+
+
+def _reason(stderr: str) -> str:
+    """The line of a traceback or of libtpu's abort that says why."""
+    lines = [line for line in stderr.split("\n") if line.strip()]
+    if any("No module named 'libtpu'" in line or "libtpu.so" in line for line in lines):
+        return "libtpu is not installed: pip install 'jax[tpu]'"
+    telling = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b|F\d{4} ", line)]
+    return ((telling or lines or ["no message"])[-1])[:600]
+
+
+def decode(device_kind: str, m: int = 16, k: int = 4096, n: int = 4096, **options):
+    """Builder: ``mixed_matmul`` on the TPU kernel, segment sizes as data. See :func:`packed`."""
+    return packed(device_kind, m, k, n, **options)
+
+
+def packed(
+    device_kind: str,
+    m: int,
+    k: int,
+    n: int,
+    group_size: int = 128,
+    widths: tuple[int, ...] = (1, 2, 3),
+    segments: tuple[int, ...] = (8, 16, 8),
+    constant: bool = False,
+    kernel_only: bool = False,
+    **config,
+):
+    """Builder: the TPU kernels on an abstract packed weight.
+
+    ``constant`` makes segment sizes constants of the kernel: loops over data cannot be estimated.
+    ``kernel_only`` leaves out what XLA does to ``x`` before.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import mosaic_tpu
+    from pallas_kernels.layout import MixedTensor, zero_bits
+
+    groups = -(-k // group_size)
+    rows = sum(count * b for count, b in zip(segments, widths)) * group_size // 32
+    S = jax.ShapeDtypeStruct
+    w = MixedTensor(
+        words=S((rows, n), jnp.uint32),
+        scale=S((groups, n), jnp.bfloat16),
+        zero=S((-(-groups // 2) if zero_bits(tuple(widths)) == 4 else groups, n), jnp.uint8),
+        order=S((groups,), jnp.int32),
+        segments=S((len(widths),), jnp.int32),
+        shape=(k, n),
+        group_size=group_size,
+        widths=tuple(widths),
+        dtype=jnp.dtype(jnp.bfloat16),
+    )
+    chosen = dataclasses.replace(mosaic_tpu.heuristic(device_kind, m, k, n), **config)
+
+    def fixed(w):
+        return dataclasses.replace(w, segments=np.array(segments, np.int32)) if constant else w
+
+    if not kernel_only:
+        return lambda x, w: mosaic_tpu.mixed_matmul(x, fixed(w), config=chosen), (S((m, k), jnp.bfloat16), w)
+    return mosaic_tpu.kernel_alone(m, w, chosen, fixed)
+
+
+def dense(m: int, k: int, n: int):
+    """Builder: the plain bfloat16 product of the same shape."""
+    import jax
+    import jax.numpy as jnp
+
+    def product(x, w):
+        return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+    return product, (jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((k, n), jnp.bfloat16))
+
+
+def main() -> None:
+    """Prints one record as JSON; ends with 1 if it did not compile."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", nargs="?", choices=list(TARGETS))
+    parser.add_argument("builder", nargs="?", default="bench.aot_tpu:decode")
+    parser.add_argument("arguments", nargs="?", type=json.loads, default={})
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print("@@" + json.dumps(_child(args.child)))
+        return
+    if args.target is None:
+        parser.error("which target?")
+    record = compile_for(args.target, args.builder, args.arguments)
+    print(json.dumps(dataclasses.asdict(record), indent=1))
+    sys.exit(record.error is not None)
+
+
+if __name__ == "__main__":
+    main()
