@@ -21,15 +21,15 @@ Kernel = Callable[[jax.Array, MixedTensor], jax.Array]
 
 
 def _mosaic_tpu(x: jax.Array, w: MixedTensor) -> jax.Array:
-    from pallas_kernels import mosaic_tpu  # imports take a second that CPUs need not spend
+    from pallas_kernels.mosaic_tpu import mixed_matmul  # takes a second that CPUs need not spend
 
-    return mosaic_tpu.mixed_matmul(x, w)
+    return mixed_matmul(x, w)
 
 
 def _mosaic_gpu(x: jax.Array, w: MixedTensor) -> jax.Array:
-    from pallas_kernels import mosaic_gpu
+    from pallas_kernels.mosaic_gpu import mixed_matmul
 
-    return mosaic_gpu.mixed_matmul(x, w)
+    return mixed_matmul(x, w)
 
 
 IMPLEMENTATIONS: dict[str, Kernel] = {

@@ -24,6 +24,7 @@ which need it, get a fraction.
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -283,7 +284,7 @@ def abstract_tensor(
         raise ValueError(f"segments {segments} of widths {widths} do not add up to {groups} groups")
     rows = sum(count * b for count, b in zip(segments, widths)) * g // WORD_BITS
     zero_rows = -(-groups // 2) if zero_bits(widths) == 4 else groups
-    leaf = jax.ShapeDtypeStruct
+    leaf: Any = jax.ShapeDtypeStruct
     return MixedTensor(
         words=leaf((rows, n), jnp.uint32),
         scale=leaf((groups, n), jnp.bfloat16),
