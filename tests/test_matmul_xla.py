@@ -1,82 +1,26 @@
-"""``mixed_matmul`` against float64, one body of cases for every back end: subclass it and name yours."""
-
-from functools import partial
+"""The XLA back end, and what the public function adds to any: batches, gradients, argument checks."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_layout import oracle_weight, random_parts
+from matmul_cases import ALLOCATIONS, MatmulCases, random_weight, random_x
 
-from pallas_kernels import mixed_matmul, pack
-
-ALLOCATIONS = {
-    "balanced": lambda g, n: [n - 1] * (g // 3) + [n + 1] * (g // 3) + [n] * (g - 2 * (g // 3)),
-    "all-low": lambda g, n: [n - 1] * g,
-    "all-high": lambda g, n: [n + 1] * g,
-    "unbalanced": lambda g, n: [n - 1] + [n + 1] * (g - 1),
-}
+from pallas_kernels import mixed_matmul
 
 
-def random_weight(k, n, group_size, bits, seed=0, **kwargs):
-    """A packed weight with its groups shuffled, and the same weight in float64."""
-    parts = random_parts(k, n, group_size, np.random.default_rng(seed).permutation(bits), seed)
-    w = pack(**parts, group_size=group_size, **kwargs)
-    return w, oracle_weight(**parts, group_size=group_size).astype(np.float64)
-
-
-def random_x(*shape, dtype=jnp.float32, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def assert_close(found, x, dense):
-    """Within float32 rounding of the float64 product, measured by the sum of absolute terms."""
-    x = np.asarray(x, np.float64)
-    assert found.dtype == jnp.float32
-    error = np.abs(np.asarray(found, np.float64) - x @ dense)
-    assert np.max(error / (np.abs(x) @ np.abs(dense) + 1e-9)) < 3e-6
-
-
-class TestXla:
+class TestXla(MatmulCases):
     implementation = "xla"
 
-    def matmul(self, x, w, **kwargs):
-        return jax.jit(partial(mixed_matmul, implementation=self.implementation))(x, w, **kwargs)
-
-    @pytest.mark.parametrize("bits", range(1, 9))
-    @pytest.mark.parametrize("m", [1, 16])
-    def test_every_width(self, bits, m):
-        w, dense = random_weight(70, 9, 32, [bits] * 3)
-        x = random_x(m, 70)
-        assert_close(self.matmul(x, w), x, dense)
-
-    def test_all_widths_at_once(self):
-        w, dense = random_weight(255, 5, 32, range(1, 9))
-        x = random_x(1, 255)
-        assert_close(self.matmul(x, w), x, dense)
+    @pytest.mark.parametrize("bits", [2, 5, 6, 7])
+    def test_the_other_widths_in_prefill(self, bits):
+        self.check(16, 70, 9, 32, [bits] * 3)
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
     @pytest.mark.parametrize("mean_bits", [2, 3, 4])
     @pytest.mark.parametrize("m", [1, 17])
-    def test_allocations(self, allocation, mean_bits, m):
-        w, dense = random_weight(180, 17, 32, ALLOCATIONS[allocation](6, mean_bits), seed=mean_bits)
-        x = random_x(m, 180)
-        assert_close(self.matmul(x, w), x, dense)
-
-    @pytest.mark.parametrize("m", [1, 3, 8, 16, 17, 128])
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-    def test_rows_and_dtypes(self, m, dtype):
-        w, dense = random_weight(90, 24, 32, [1, 2, 3])
-        x = random_x(m, 90, dtype=dtype)
-        assert_close(self.matmul(x, w), x, dense)
-
-    @pytest.mark.parametrize("m", [1, 17])
-    @pytest.mark.parametrize("group_size", [64, 128])
-    def test_group_sizes(self, m, group_size):
-        k = 3 * group_size - 5
-        w, dense = random_weight(k, 24, group_size, [1, 2, 3])
-        x = random_x(m, k)
-        assert_close(self.matmul(x, w), x, dense)
+    def test_every_allocation(self, allocation, mean_bits, m):
+        self.check(m, 180, 17, 32, ALLOCATIONS[allocation](6, mean_bits), seed=mean_bits)
 
     def test_dense_product_when_rows_are_many(self):
         w, _ = random_weight(130, 24, 32, [1, 2, 3, 2, 2], dtype=jnp.bfloat16)
@@ -122,7 +66,7 @@ class TestXla:
     def test_vmap(self, m):
         w, dense = random_weight(96, 6, 32, [1, 2, 3])
         x = random_x(3, m, 96)
-        assert_close(jax.vmap(lambda x: self.matmul(x, w))(x), x, dense)
+        self.assert_close(jax.vmap(lambda x: self.matmul(x, w))(x), x, dense)
 
     @pytest.mark.parametrize("m", [1, 12])
     def test_scan_over_stacked_layers(self, m):
@@ -137,21 +81,6 @@ class TestXla:
         for _, dense in layers:
             expected = expected @ dense
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-
-    def test_segment_sizes_are_data(self):
-        traces = []
-
-        @jax.jit
-        def product(x, w):
-            traces.append(w.words.shape)
-            return self.matmul(x, w)
-
-        x = random_x(1, 128)
-        for seed, bits in enumerate(([2, 2, 2, 2], [1, 2, 2, 3], [1, 1, 3, 3], [3, 1, 2, 2])):
-            w, dense = random_weight(128, 8, 32, bits, seed, widths=(1, 2, 3))
-            assert_close(product(x, w), x, dense)
-        assert len(traces) == 1
-        assert product._cache_size() == 1
 
 
 @pytest.mark.parametrize(
@@ -185,4 +114,4 @@ def test_a_missing_back_end_says_so_or_gives_way(name):
     x = random_x(2, 96)
     with pytest.raises(NotImplementedError, match=name):
         mixed_matmul(x, w, implementation=name)
-    assert_close(mixed_matmul(x, w, implementation=(name, "xla")), x, dense)
+    TestXla().assert_close(mixed_matmul(x, w, implementation=(name, "xla")), x, dense)

@@ -1,0 +1,157 @@
+"""``mixed_matmul`` against float64 NumPy: one body of cases for every back end.
+
+A back end's test file subclasses :class:`MatmulCases` and says how it is called (``matmul``), to what
+it rounds ``x`` (``x_dtype``) and its error beyond that (``tolerance``).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_layout import oracle_weight, random_parts
+
+from pallas_kernels import mixed_matmul, pack
+
+ALLOCATIONS = {
+    "balanced": lambda g, n: [n - 1] * (g // 3) + [n + 1] * (g // 3) + [n] * (g - 2 * (g // 3)),
+    "all-low": lambda g, n: [n - 1] * g,
+    "all-high": lambda g, n: [n + 1] * g,
+    "unbalanced": lambda g, n: [n - 1] + [n + 1] * (g - 1),
+}
+
+
+def random_weight(k, n, group_size, bits, seed=0, **kwargs):
+    """A packed weight with its groups shuffled, and the same weight in float64."""
+    parts = random_parts(k, n, group_size, np.random.default_rng(seed).permutation(bits), seed)
+    w = pack(**parts, group_size=group_size, **kwargs)
+    return w, oracle_weight(**parts, group_size=group_size).astype(np.float64)
+
+
+def random_x(*shape, dtype=jnp.float32, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+class MatmulCases:
+    """Cases that hold for every back end; pytest collects them from subclasses named ``Test...``.
+
+    The error is measured in units of ``sum |x| |w|``, the sum of absolute terms, so that cancellation
+    in the product itself does not count, and one bound serves all shapes.
+    """
+
+    implementation: str
+    x_dtype: type | None = None  # the back end rounds x to this before anything else; None: it does not
+    tolerance = 3e-6  # what float32 accumulation of a few hundred terms may cost
+
+    def matmul(self, x, w, **kwargs):
+        return jax.jit(partial(mixed_matmul, implementation=self.implementation))(x, w, **kwargs)
+
+    def assert_close(self, found, x, dense, tolerance=None):
+        x = x if self.x_dtype is None else jnp.asarray(x, self.x_dtype)
+        x = np.asarray(x, np.float64)
+        assert found.dtype == jnp.float32
+        assert found.shape == (*x.shape[:-1], dense.shape[1])
+        error = np.abs(np.asarray(found, np.float64) - x @ dense)
+        assert np.max(error / (np.abs(x) @ np.abs(dense) + 1e-9)) < (tolerance or self.tolerance)
+
+    def check(self, m, k, n, group_size, bits, *, seed=0, dtype=jnp.float32, **kwargs):
+        w, dense = random_weight(k, n, group_size, bits, seed, **kwargs)
+        x = random_x(m, k, dtype=dtype)
+        self.assert_close(self.matmul(x, w), x, dense)
+
+    @pytest.mark.parametrize("bits", range(1, 9))
+    def test_every_width(self, bits):
+        self.check(1, 70, 9, 32, [bits] * 3)
+
+    @pytest.mark.parametrize("bits", [1, 3, 4, 8])
+    def test_every_width_with_many_rows(self, bits):
+        self.check(48, 70, 9, 32, [bits] * 3)
+
+    @pytest.mark.parametrize("m", [1, 48])
+    def test_all_widths_at_once(self, m):
+        self.check(m, 255, 5, 32, range(1, 9))
+
+    @pytest.mark.parametrize(
+        ("allocation", "mean_bits", "m"),
+        [
+            ("balanced", 2, 1),
+            ("balanced", 3, 17),
+            ("balanced", 4, 1),
+            ("all-low", 2, 17),
+            ("all-high", 3, 1),
+            ("all-high", 4, 17),
+            ("unbalanced", 2, 1),
+            ("unbalanced", 2, 17),
+        ],
+    )
+    def test_allocations(self, allocation, mean_bits, m):
+        bits = ALLOCATIONS[allocation](6, mean_bits)
+        widths = (mean_bits - 1, mean_bits, mean_bits + 1)
+        self.check(m, 180, 17, 32, bits, seed=mean_bits, widths=widths)
+
+    @pytest.mark.parametrize(
+        ("m", "dtype"),
+        [
+            (1, "bfloat16"),
+            (3, "float32"),
+            (8, "bfloat16"),
+            (16, "float32"),
+            (17, "bfloat16"),
+            (128, "float32"),
+            (128, "bfloat16"),
+        ],
+    )
+    def test_rows_and_dtypes(self, m, dtype):
+        self.check(m, 90, 24, 32, [1, 2, 3], dtype=jnp.dtype(dtype))
+
+    @pytest.mark.parametrize(
+        ("m", "group_size", "n"), [(1, 64, 24), (16, 64, 130), (16, 128, 300), (3, 128, 24), (128, 128, 130)]
+    )
+    def test_group_sizes_and_short_last_group(self, m, group_size, n):
+        self.check(m, 5 * group_size - 5, n, group_size, [1, 2, 3, 3, 2])
+
+    @pytest.mark.parametrize("bits", [[1, 2, 3], [1, 1, 2, 3, 3, 3], [1, 1, 1, 2, 2, 3]])
+    def test_odd_and_even_segments_of_large_groups(self, bits):
+        """Odd numbers of groups put the next segment's first row off the tiles of eight rows."""
+        self.check(16, 128 * len(bits), 128, 128, bits)
+
+    def test_an_outlier_in_x(self):
+        """One channel a thousand times the rest, as in real activations: the rest must survive it."""
+        w, dense = random_weight(512, 16, 128, [1, 2, 2, 3])
+        x = random_x(4, 512).at[1, 77].set(3000.0)
+        self.assert_close(self.matmul(x, w), x, dense)
+
+    def test_zeros_in_x(self):
+        w, dense = random_weight(256, 16, 128, [2, 3])
+        x = random_x(4, 256).at[1].set(0.0)
+        found = self.matmul(x, w)
+        self.assert_close(found, x, dense)
+        assert not np.any(np.asarray(found)[1])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("allocation", ALLOCATIONS)
+    @pytest.mark.parametrize("mean_bits", [2, 3, 4])
+    @pytest.mark.parametrize("m", [1, 3, 8, 16, 17, 128])
+    @pytest.mark.parametrize("group_size", [32, 64, 128])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_sweep(self, allocation, mean_bits, m, group_size, dtype):
+        bits = ALLOCATIONS[allocation](7, mean_bits)
+        widths = (mean_bits - 1, mean_bits, mean_bits + 1)
+        k = 7 * group_size - 13
+        self.check(m, k, 200, group_size, bits, seed=m, dtype=jnp.dtype(dtype), widths=widths)
+
+    def test_segment_sizes_are_data(self):
+        traces = []
+
+        @jax.jit
+        def product(x, w):
+            traces.append(w.words.shape)
+            return self.matmul(x, w)
+
+        x = random_x(1, 128)
+        for seed, bits in enumerate(([2, 2, 2, 2], [1, 2, 2, 3], [1, 1, 3, 3], [3, 1, 2, 2])):
+            w, dense = random_weight(128, 8, 32, bits, seed, widths=(1, 2, 3))
+            self.assert_close(product(x, w), x, dense)
+        assert len(traces) == 1
+        assert product._cache_size() == 1
