@@ -12,8 +12,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_step
-from pallas_kernels.mosaic_gpu_registers import ACC, LHS, MAGIC, WORDS, as_bf16_pairs, mma, word_tiles
+from pallas_kernels.mosaic_gpu_registers import (
+    ACC,
+    LHS,
+    as_accumulator,
+    as_operand,
+    from_accumulator,
+    full_tiles,
+    load_words,
+    mma,
+    result_layout,
+    word_layout,
+)
 
+MAGIC = 0x43004300
 TILE = 16
 MANTISSA_BITS = 7
 MIN_BLOCK_N = 32
@@ -201,84 +213,87 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
     split = config.split_k
     row_block, s = lax.axis_index("m"), lax.axis_index("s")
     column = lax.min(lax.axis_index("n") * block_n, n - block_n)
-    columns = pl.ds(column, block_n)
+    columns, own_rows = pl.ds(column, block_n), pl.ds(row_block * block_m, block_m)
     magic = plan[0].astype(jnp.uint32)
 
-    def across(row):  # [block_n] -> [block_m, block_n]
+    def load_row(ref):
+        return plgpu.load(ref, layout=result_layout(block_n).reduce(0), optimized=False)
+
+    def across(row):  # [block_n] -> float32[block_m, block_n]
+        row = as_accumulator(row.astype(jnp.float32), interpret)
         return lax.broadcast_in_dim(row, (block_m, block_n), [1])
 
-    def add_groups(count, b, acc, x, words, scale, constant):
-        """acc + what `count` groups contribute; refs hold exactly these groups."""
-        for u in range(count):
-            part = lax.broadcast_in_dim(
-                plgpu.load(constant.at[u], layout=ACC.reduce(1), optimized=False), (block_m, block_n), [0]
-            )
-            row = u * g * b // WORD_BITS
-            for plane in planes_of(b):
-                plane_rows = g * plane.bits // WORD_BITS
-                ref = x[keys.index((plane.bits, plane.copy))]
-                x_plane = plgpu.load(ref.at[:, pl.ds(u * g, g)], layout=LHS)
-                pairs = slot_pairs(plane.bits, g)
-                tiles = word_tiles(
-                    words.at[pl.ds(row, plane_rows)], len(pairs) * plane.bits, block_n, interpret
-                )
-                for i, tile in enumerate(tiles):
-                    for t, (shift, bit) in enumerate(pairs):
-                        mask = jnp.uint32(((1 << plane.bits) - 1) * 0x10001 << bit)
-                        code = ((tile >> jnp.uint32(shift)) if shift else tile) & mask | magic
-                        k = (i * len(pairs) + t) * TILE
-                        part = mma(
-                            part, x_plane[:, k : k + TILE], as_bf16_pairs(code, interpret), interpret
-                        )
-                row += plane_rows
-            scale_row = plgpu.load(scale.at[u], layout=ACC.reduce(0), optimized=False)
-            acc = acc + part * across(scale_row.astype(jnp.float32))
-        return acc
+    def fetch(b, position, row):
+        """Starts loading one group from memory to registers; a place past the end gives the last group."""
+        rows = g * b // WORD_BITS
+        position = lax.min(position, w.groups - 1)
+        row = lax.min(row, words.shape[0] - rows)
+        planes, first = [], 0
+        for plane in planes_of(b):
+            plane_rows = g * plane.bits // WORD_BITS
+            planes.append(load_words(words.at[pl.ds(row + first, plane_rows), columns]))
+            first += plane_rows
+        start = plgpu.load(constant.at[position, own_rows], layout=ACC.reduce(1), optimized=False)
+        return planes, load_row(scale.at[position, columns]), start
+
+    def add_group(b, acc, x, group):
+        """acc + what one group contributes; ``x`` gives a plane's columns from shared memory."""
+        planes, scale_row, start = group
+        part = lax.broadcast_in_dim(start, (block_m, block_n), [0])
+        for plane, tiles in zip(planes_of(b), planes):
+            x_plane = x[keys.index((plane.bits, plane.copy))]
+            pairs = slot_pairs(plane.bits, g)
+            for i, tile in enumerate(full_tiles(tiles, len(pairs) * plane.bits, interpret)):
+                for t, (shift, bit) in enumerate(pairs):
+                    mask = jnp.uint32(((1 << plane.bits) - 1) * 0x10001 << bit)
+                    code = ((tile >> jnp.uint32(shift)) if shift else tile) & mask | magic
+                    k = (i * len(pairs) + t) * TILE
+                    part = mma(part, x_plane[:, k : k + TILE], as_operand(code, interpret), interpret)
+        return acc + part * across(scale_row)
 
     def segment(b, begin, row, steps, per_step, stages, acc):
-        """Pipelines `steps` steps of `per_step` groups each through shared memory."""
+        """Adds ``steps * per_step`` groups: x through shared memory, words one step ahead in registers."""
         rows = g * b // WORD_BITS
-        lanes = g if g < 64 else 64
+        lanes = min(g, 64)
         swizzled = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes))
         used = [i for i, key in enumerate(keys) if key in [(p.bits, p.copy) for p in planes_of(b)]]
-        here = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+        x_spec = plgpu.BlockSpec(
+            (pl.Element(block_m), pl.Element(per_step * g)),
+            lambda t: (row_block * block_m, (begin + t * per_step) * g),
+            transforms=swizzled,
+            oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+        )
 
-        def block(shape, index, **kwargs):
-            return plgpu.BlockSpec(
-                tuple(pl.Element(d) for d in shape), index, oob_fill_mode=here, **kwargs
-            )
+        def fetch_nth(i):
+            return fetch(b, begin + i, row + i * rows)
 
-        specs = [
-            block((per_step * rows, block_n), lambda t: (row + t * (per_step * rows), column)),
-            block((per_step, block_n), lambda t: (begin + t * per_step, column)),
-            block((per_step, block_m), lambda t: (begin + t * per_step, row_block * block_m)),
-        ]
-        for _ in used:
-            specs.append(
-                block(
-                    (block_m, per_step * g),
-                    lambda t: (row_block * block_m, (begin + t * per_step) * g),
-                    transforms=swizzled,
-                )
-            )
-
-        def step(_, words, scale, constant, *rest):
-            *x_used, acc = rest
-            x = dict(zip(used, x_used))
-            return add_groups(per_step, b, acc, x, words, scale, constant)
+        def step(indices, *refs):
+            *x_step, (acc, groups) = refs
+            for u in range(per_step):
+                x = {i: plgpu.load(ref.at[:, pl.ds(u * g, g)], layout=LHS) for i, ref in zip(used, x_step)}
+                acc = add_group(b, acc, x, groups[u])
+                # Only now, so that the registers just read are those loaded into.
+                groups[u] = fetch_nth((indices[0] + 1) * per_step + u)
+            return acc, groups
 
         pipeline = plgpu.emit_pipeline(
-            step, grid=(steps,), in_specs=specs, max_concurrent_steps=stages, init_carry=acc
+            step,
+            grid=(steps,),
+            in_specs=[x_spec] * len(used),
+            max_concurrent_steps=stages,
+            init_carry=(acc, [fetch_nth(u) for u in range(per_step)]),
         )
-        return pipeline(words, scale, constant, *(x_refs[i] for i in used))
+        return pipeline(*(x_refs[i] for i in used))[0]
 
     if bias is None:
         acc = plgpu.layout_cast(jnp.zeros((block_m, block_n), jnp.float32), ACC)
     else:
-        acc = across(plgpu.load(bias.at[columns], layout=ACC.reduce(0), optimized=False))
+        acc = across(load_row(bias.at[columns]))
 
     per_step = config.groups_per_step
     for i, b in enumerate(w.widths):
+        if g * b // WORD_BITS > words.shape[0]:
+            continue  # not even one group of this width fits
         begin, count, row = (plan[1 + (j * len(w.widths) + i) * split + s] for j in range(3))
         steps = lax.div(count, per_step)
         acc = segment(b, begin, row, steps, per_step, config.stages, acc)
@@ -293,18 +308,18 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         products = []
         for half in range(2):
             at = pl.ds(start + half * (CHUNK // 2), CHUNK // 2)
-            zero = plgpu.load(zero_code.at[at, columns], layout=WORDS, optimized=False)
-            scl = plgpu.load(scale.at[at, columns], layout=WORDS, optimized=False)
+            zero = plgpu.load(zero_code.at[at, columns], layout=word_layout(block_n), optimized=False)
+            scl = plgpu.load(scale.at[at, columns], layout=word_layout(block_n), optimized=False)
             products.append(scl.astype(jnp.float32) * zero.astype(jnp.int32).astype(jnp.float32))
         tops = []
         high = jnp.uint32(0xFFFF0000)
         for _ in range(2):
             bits = [lax.bitcast_convert_type(p, jnp.uint32) & high for p in products]
-            tops.append(as_bf16_pairs((bits[0] >> jnp.uint32(16)) | bits[1], interpret))
+            tops.append(as_operand((bits[0] >> jnp.uint32(16)) | bits[1], interpret))
             products = [p - lax.bitcast_convert_type(v, jnp.float32) for p, v in zip(products, bits)]
         for part in range(3):
             left = plgpu.load(
-                sums.at[chunk, part, pl.ds(row_block * block_m, block_m)], layout=LHS, optimized=False
+                sums.at[chunk, part, own_rows], layout=LHS, optimized=False
             )
             for top in tops:
                 acc = mma(acc, left, top, interpret)
@@ -312,4 +327,5 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
 
     chunk_count = -(-w.groups // CHUNK)
     acc = lax.fori_loop(0, lax.div(chunk_count - s + (split - 1), split), correct, acc)
-    plgpu.store(out.at[s, pl.ds(row_block * block_m, block_m), columns], acc, optimized=False)
+    y = from_accumulator(acc, interpret)
+    plgpu.store(out.at[s, own_rows, columns], y, optimized=False)
