@@ -220,8 +220,7 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         return plgpu.load(ref, layout=result_layout(block_n).reduce(0), optimized=False)
 
     def across(row):  # [block_n] -> float32[block_m, block_n]
-        row = as_accumulator(row.astype(jnp.float32), interpret)
-        return lax.broadcast_in_dim(row, (block_m, block_n), [1])
+        return lax.broadcast_in_dim(as_accumulator(row, interpret), (block_m, block_n), [1])
 
     def fetch(b, position, row):
         """Starts loading one group from memory to registers; a place past the end gives the last group."""
@@ -285,11 +284,7 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         )
         return pipeline(*(x_refs[i] for i in used))[0]
 
-    if bias is None:
-        acc = plgpu.layout_cast(jnp.zeros((block_m, block_n), jnp.float32), ACC)
-    else:
-        acc = across(load_row(bias.at[columns]))
-
+    acc = plgpu.layout_cast(jnp.zeros((block_m, block_n), jnp.float32), ACC)
     per_step = config.groups_per_step
     for i, b in enumerate(w.widths):
         if g * b // WORD_BITS > words.shape[0]:
@@ -328,4 +323,6 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
     chunk_count = -(-w.groups // CHUNK)
     acc = lax.fori_loop(0, lax.div(chunk_count - s + (split - 1), split), correct, acc)
     y = from_accumulator(acc, interpret)
+    if bias is not None:
+        y = y + lax.broadcast_in_dim(load_row(bias.at[columns]), (block_m, block_n), [1])
     plgpu.store(out.at[s, own_rows, columns], y, optimized=False)

@@ -95,16 +95,28 @@ def as_operand(words: jax.Array, interpret: bool) -> jax.Array:
 
 
 def as_accumulator(row: jax.Array, interpret: bool) -> jax.Array:
-    """A row ``float32[n]`` loaded in ``result_layout(n).reduce(0)``, as a row of the accumulator."""
+    """A row ``bfloat16[n]`` loaded in ``result_layout(n).reduce(0)``, as a float32 row of the accumulator."""
     (n,) = row.shape
     if interpret:
-        return row
+        return row.astype(jnp.float32)
+    from jax._src.lib.mlir import ir
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
     v = adjacent(n)
 
     def rename(old: np.ndarray, new: np.ndarray) -> None:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        upper_half = arith.constant(i32, ir.IntegerAttr.get(i32, -(1 << 16)))
         for i, register in enumerate(old.flat):
+            words = utils.bitcast(register, ir.VectorType.get((v,), i32))
+            values = []
+            for j in range(v):  # one instruction each, where a conversion of the upper half takes two
+                word = _element(words, j)
+                halves = arith.shli(word, utils.c(16, i32)), arith.andi(word, upper_half)
+                values += [utils.bitcast(half, f32) for half in halves]
             for t in range(v):
-                new.flat[i * v + t] = _vector([_element(register, t), _element(register, v + t)])
+                new.flat[i * v + t] = _vector([values[t], values[v + t]])
 
     return _renamed(row, result_layout(n).reduce(0), ACC.reduce(0), (n,), jnp.float32, rename)
 
