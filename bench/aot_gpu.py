@@ -15,7 +15,6 @@ import argparse
 import collections
 import importlib
 import json
-import math
 import os
 import re
 import shutil
@@ -171,9 +170,10 @@ def _reason(child: subprocess.CompletedProcess) -> str:
 
 
 def _described(target: str, field: str) -> str:
-    found = re.search(rf'{field}: "?([^"\s]+(?: [^"\n]+)?)"?', (TARGETS / f"{target}.txtpb").read_text())
-    assert found is not None, f"{target}.txtpb has no {field}"
-    return found[1] if '"' in found[0] else found[1].split()[0]
+    found = re.search(rf'{field}: (?:"([^"]*)"|(\S+))', (TARGETS / f"{target}.txtpb").read_text())
+    if found is None:
+        raise ValueError(f"{target}.txtpb has no {field}")
+    return found[1] or found[2]
 
 
 def _tool(name: str) -> str:
@@ -247,7 +247,7 @@ def _tensor_core(opcodes: list[str]) -> dict[str, int]:
 
 
 def _loop(opcodes: list[str]) -> Record:
-    """A loop's instructions, and how many a thread spends per weight if ``HMMA.16816`` is all it multiplies by.
+    """A loop's instructions, and how many a thread spends per weight, if it multiplies by ``HMMA.16816``.
 
     That instruction takes 16 rows of x by ``[16, 8]`` weights: 4 weights for each of 32 threads. A group of
     3 bits is two planes, so its weights are multiplied twice: take twice what is printed.

@@ -1,17 +1,50 @@
-"""The matmul on NVIDIA GPUs: one Pallas Mosaic GPU kernel for sm_80, sm_90a and sm_100a."""
+"""The matmul on NVIDIA GPUs: one Pallas Mosaic GPU kernel for sm_80, sm_90a and sm_100a, decode and prefill.
+
+A *block* of 128 threads (four warps) computes a tile of ``y``: ``block_m`` rows by ``block_n`` columns, over
+all groups or, with ``split_k``, over a share of each width's groups; XLA then adds the shares. It walks
+through the groups of one width after another. How many groups a width has is data, so each width has a loop
+of its own whose trip count is read from memory, and no branch depends on the width of a group.
+
+*Codes are never converted one by one.* A bfloat16 in [128, 256) has 7 bits of mantissa worth 64 ... 1, so
+
+    (word >> shift) & (mask * 0x00010001 << bit) | 0x43004300
+
+is two bfloat16 numbers, ``128 + 2**bit * code`` of slot ``s`` (low half) and of slot ``s + slots / 2`` (high
+half), and goes to the tensor cores as it is. Several slots share one shift (three of 2 bits, seven of 1).
+What is wrong with these numbers is put right elsewhere, where it costs little, or nothing per weight:
+
+* ``2**bit`` is divided out of x, and a plane's worth in the code (4 for the 1-bit plane of 3 bits) is
+  multiplied in: powers of two, exact. x is also brought into the order in which words yield channels
+  (:func:`~pallas_kernels.mosaic_gpu_operands.channel_order`). XLA does both before the kernel; x is small.
+* the 128: a group's sum starts at ``-128 * sum(x')`` and not at 0 (``constant``).
+* scales multiply a group's finished sum, ``[block_m, block_n]``.
+* zero points: ``y -= (sum of x per group) @ (scale * zero)``, a product with one column per *group*, taken
+  by the same tensor cores after the loops, with both sides split into bfloat16 parts so that nothing is lost
+  (:func:`~pallas_kernels.mosaic_gpu_operands.chunked`).
+
+*Memory.* A word is used by one thread only (but by all ``block_m`` rows), so words and scales go straight
+from memory into registers, loaded one step ahead of their use; x, which all warps share, is pipelined
+through shared memory. In decode the words are nearly all that is read; in prefill a masked word serves
+``block_m / 16`` tensor-core instructions.
+
+x is rounded to bfloat16; products are exact and summed in float32. Because a sum runs over ``128 + code``,
+its rounding error is that of float32 sums some 2**6 times larger than the result: about 1e-5 of
+``sum |x| |w|``, far below what rounding x does.
+
+For what interpret mode does not prove see :mod:`pallas_kernels.mosaic_gpu_registers`.
+"""
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor
+from pallas_kernels.mosaic_gpu_operands import CHUNK, DEPTH, activations, planes_of, slot_pairs
 from pallas_kernels.mosaic_gpu_registers import (
     ACC,
     LHS,
@@ -25,16 +58,29 @@ from pallas_kernels.mosaic_gpu_registers import (
     word_layout,
 )
 
-MAGIC = 0x43004300
-TILE = 16
-MANTISSA_BITS = 7
-MIN_BLOCK_N = 32
-CHUNK = 16
+MAGIC = 0x43004300  # two bfloat16 of 128
+DECODE_ROWS = 32
+COLUMN_MULTIPLE = 8  # rows of scales then start on 16 bytes
+
+# Multiprocessors by device kind: how many blocks it takes to busy them all.
+MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132, "B200": 148, "GB200": 148}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the product is cut into blocks of one warpgroup (128 threads)."""
+    """How the product is cut into blocks.
+
+    Attributes:
+      block_m: rows of x per block; 16, 32, 64 or 128.
+      block_n: columns per block; 32, 64, 128 or 256.
+      stages: steps of x in flight, or in use, in shared memory.
+      groups_per_step: groups between two waits; also how far ahead words are loaded. What is left of a
+        width when its groups do not divide by this is done one group a step.
+      split_k: blocks that share the groups of one tile of y.
+
+    Raises:
+      ValueError: a field is not as above, or not in 1..16.
+    """
 
     block_m: int = 16
     block_n: int = 128
@@ -52,50 +98,22 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 to 16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Plane:
-    bits: int
-    copy: int
-    shift: int
-
-
-def planes_of(width: int) -> tuple[Plane, ...]:
-    planes: list[Plane] = []
-    shift = 0
-    for n in plane_widths(width):
-        planes.append(Plane(n, sum(p.bits == n for p in planes), shift))
-        shift += n
-    return tuple(planes)
-
-
-def slot_pairs(bits: int, group_size: int) -> list[tuple[int, int]]:
-    """(shift, bit)"""
-    pairs = group_size // TILE if group_size * bits < 8 * WORD_BITS else WORD_BITS // (2 * bits)
-    fit = MANTISSA_BITS // bits
-    return [(bits * (t - t % fit), bits * (t % fit)) for t in range(pairs)]
-
-
-def channel_order(bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """channel (in group) of each k index and the bit at which its code is read."""
-    rows, half = group_size * bits // WORD_BITS, WORD_BITS // (2 * bits)
-    pairs = slot_pairs(bits, group_size)
-    channel, bit = [], []
-    for block in range(max(1, rows // 8)):
-        for t, (_, b) in enumerate(pairs):
-            for i in range(8):
-                row = 8 * block + i if rows >= 8 else i % rows
-                virtual = 0 if rows >= 8 else i // rows
-                for h in range(2):
-                    channel.append((t + virtual * len(pairs) + h * half) * rows + row)
-                    bit.append(b)
-    return np.asarray(channel, np.int32), np.asarray(bit, np.int32)
-
-
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
-    del device_kind, k
-    if m > 32:
-        return Config(block_m=64, block_n=128, stages=3, groups_per_step=1)
-    return Config()
+    """A configuration from counts of instructions and blocks; nothing here was timed.
+
+    Decode takes one tile of 16 rows and splits K until every multiprocessor has a block; prefill takes 64
+    rows, which share each masked word, and one group a step, for their sums fill the registers.
+    """
+    block_n = next(width for width in (128, 64, 32) if n >= width or width == 32)
+    if m > DECODE_ROWS:
+        return Config(block_m=64, block_n=block_n, stages=3, groups_per_step=1)
+    processors = next((count for name, count in MULTIPROCESSORS.items() if name in device_kind), 108)
+    blocks = -(-m // 16) * -(-n // block_n)
+    split = 1
+    # A share below 1024 channels would spend more on filling its pipelines than on its groups.
+    while blocks * split < processors // 2 and k // (2 * split) >= 1024 and split < 8:
+        split *= 2
+    return Config(block_m=16, block_n=block_n, stages=3, groups_per_step=4, split_k=split)
 
 
 def mixed_matmul(
@@ -106,107 +124,85 @@ def mixed_matmul(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    m, k = x.shape
-    n = w.shape[1]
+    """``x @ w (+ bias)``, x rounded to bfloat16, accumulated in float32.
+
+    Args:
+      x: bfloat16 or float32 ``[M, K]``.
+      w: the packed weight ``[K, N]``.
+      bias: ``[N]``, added in float32.
+      config: by :func:`heuristic` for the first device if None.
+      interpret: run by the Pallas interpreter, on any platform.
+
+    Returns:
+      float32 ``[M, N]``.
+
+    Raises:
+      NotImplementedError: groups are not of 32, 64 or 128 channels, x is of another type, or M is 0.
+    """
+    (m, k), n = x.shape, w.shape[1]
     if w.group_size not in (32, 64, 128):
-        raise NotImplementedError(
-            f"mosaic_gpu needs groups of 32, 64 or 128 channels, this weight has {w.group_size}"
-        )
+        raise NotImplementedError(f"mosaic_gpu takes groups of 32, 64 or 128, not of {w.group_size}")
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"mosaic_gpu takes bfloat16 or float32 activations, not {x.dtype}")
+    if m == 0:
+        raise NotImplementedError("mosaic_gpu has no block for a product without rows")
     if config is None:
         config = heuristic(jax.devices()[0].device_kind, m, k, n)
-    # A tile at the edge moves left over its neighbour; a weight narrower than a tile, or whose rows do
-    # not start on 16 bytes, is padded (a copy per call: no model that we know has such a layer).
-    columns = max(config.block_n, -(-n // 8) * 8)
-    w_columns = [jnp.pad(a, ((0, 0), (0, columns - n))) for a in (w.words, w.scale, w.zero_codes())]
-    y = _product(x, w, *w_columns, bias, config, interpret)
-    return y[:m, :n]
+    # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower
+    # than a tile, or with N no multiple of 8, is copied on every call: correct, not fast, and rare.
+    columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
+    padded = [jnp.pad(a, ((0, 0), (0, columns - n))) for a in (w.words, w.scale, w.zero_codes())]
+    if bias is not None:
+        bias = jnp.pad(bias.astype(jnp.float32), (0, columns - n))
+    return _product(x, w, padded, bias, config, interpret)[:m, :n]
 
 
-def _product(x, w, words, scale, zero_code, bias, config, interpret):
-    m = x.shape[0]
-    n = words.shape[1]
-    groups, g = w.groups, w.group_size
-    block_m, block_n, split = config.block_m, config.block_n, config.split_k
-    keys = sorted({(p.bits, p.copy) for b in w.widths for p in planes_of(b)})
-    rows = -(-m // block_m) * block_m
-    xs, constant, sums = _activations(x, w, keys, rows)
-
+def _product(
+    x: jax.Array,
+    w: MixedTensor,
+    padded: list[jax.Array],
+    bias: jax.Array | None,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    """``float32[rows, n]``: whole tiles of rows, and columns as in ``padded``: words, scale, zero codes."""
+    words, scale, zero_code = padded
+    n, groups, split = words.shape[1], w.groups, config.split_k
+    keys = sorted({p.key for b in w.widths for p in planes_of(b)})
+    rows = -(-x.shape[0] // config.block_m) * config.block_m
+    xs, constant, sums = activations(x, w, keys, rows)
     if groups < CHUNK:
         scale, zero_code = (jnp.pad(a, ((0, CHUNK - groups), (0, 0))) for a in (scale, zero_code))
-    fuse_bias = bias is not None and split == 1
-    extra = [jnp.pad(bias.astype(jnp.float32), (0, n - bias.shape[0]))] if fuse_bias else []
-    grid = (rows // block_m, -(-n // block_n), split)
+    fused = [bias] if bias is not None and split == 1 else []
     kernel = plgpu.kernel(
         partial(_body, w=w, keys=keys, config=config, n=n, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((split, rows, n), jnp.float32),
-        grid=grid,
+        grid=(rows // config.block_m, -(-n // config.block_n), split),
         grid_names=("m", "n", "s"),
         kernel_name="mixed_matmul",
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
-    y = kernel(_plan(w, split), words, scale, zero_code, constant, sums, *xs, *extra)
-    y = y[0] if split == 1 else y.sum(0)
-    if bias is not None and not fuse_bias:
-        y = y + jnp.pad(bias.astype(jnp.float32), (0, n - bias.shape[0]))[None]
-    return y
+    y = kernel(_plan(w, split), words, scale, zero_code, constant, sums, *xs, *fused)
+    if split == 1:
+        return y[0]
+    return y.sum(0) if bias is None else y.sum(0) + bias[None]
 
 
 def _plan(w: MixedTensor, split: int) -> jax.Array:
-    """int32[1 + 3 W S]: magic, begin, count, row."""
+    """``int32[1 + 3 * widths * split]``: the magic number, then begin, count and first row of all shares.
+
+    The magic number is here because as a literal it would be loaded again before every mask.
+    """
     first_group, first_row = w.segment_starts()
     ends = w.segments[:, None] * jnp.arange(split + 1, dtype=jnp.int32)[None] // split
-    begin = first_group[:, None] + ends[:, :-1]
-    count = ends[:, 1:] - ends[:, :-1]
+    begin, count = ends[:, :-1], ends[:, 1:] - ends[:, :-1]
     rows = jnp.asarray([w.group_size * b // WORD_BITS for b in w.widths], jnp.int32)[:, None]
-    row = first_row[:, None] + ends[:, :-1] * rows
-    return jnp.concatenate([jnp.full((1,), MAGIC, jnp.int32), jnp.stack([begin, count, row]).reshape(-1)])
+    shares = jnp.stack([first_group[:, None] + begin, count, first_row[:, None] + begin * rows])
+    return jnp.concatenate([jnp.full((1,), MAGIC, jnp.int32), shares.reshape(-1)])
 
 
-def _activations(x, w, keys, rows):
-    m, k = x.shape
-    groups, g = w.groups, w.group_size
-    x = jnp.pad(x.astype(jnp.bfloat16), ((0, rows - m), (0, groups * g - k)))
-
-    def by_group(table) -> jax.Array:  # a constant per width -> float32[G] in storage order
-        return jnp.repeat(jnp.asarray(table, jnp.float32), w.segments, total_repeat_length=groups)
-
-    xs, constant = [], jnp.zeros((rows, groups), jnp.float32)
-    for bits, copy in keys:
-        channel, bit = channel_order(bits, g)
-        index = w.order[:, None] * g + jnp.asarray(channel)[None]
-        worth = by_group(
-            [sum(2.0**p.shift for p in planes_of(b) if (p.bits, p.copy) == (bits, copy)) for b in w.widths]
-        )
-        factor = worth[:, None] * jnp.asarray(2.0**-bit, jnp.float32)[None]
-        x_plane = x[:, index] * factor.astype(jnp.bfloat16)[None]  # [M, G, g], exact
-        constant -= 128.0 * x_plane.astype(jnp.float32).sum(-1)
-        xs.append(x_plane.reshape(rows, groups * g))
-
-    total = x.reshape(rows, groups, g)[:, w.order].astype(jnp.float32).sum(-1)
-    total = -total * by_group([zero_step(b, w.widths) for b in w.widths])[None]
-    return xs, constant.T, _chunks(total)
-
-
-def _chunks(total: jax.Array) -> jax.Array:
-    """float32[M, G] -> bf16[C, 3, M, 16]"""
-    rows, groups = total.shape
-    total = jnp.pad(total, ((0, 0), (0, max(0, CHUNK - groups))))
-    groups = total.shape[1]
-    count = -(-groups // CHUNK)
-    start = np.minimum(np.arange(count) * CHUNK, groups - CHUNK)
-    # Words' low halves are even rows of the operand, high halves odd ones.
-    interleave = np.arange(CHUNK).reshape(2, CHUNK // 2).T.reshape(-1)
-    position = start[:, None] + interleave[None]
-    fresh = position >= (np.arange(count) * CHUNK)[:, None]
-    chunks = jnp.where(jnp.asarray(fresh)[None], total[:, position], 0).transpose(1, 0, 2)  # [C, M, 16]
-    parts = []
-    for _ in range(3):
-        parts.append(chunks.astype(jnp.bfloat16))
-        chunks = chunks - parts[-1].astype(jnp.float32)
-    return jnp.stack(parts, 1)
-
-
-def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config, n, interpret):
+def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config, n, interpret):  # type: ignore[no-untyped-def]
+    """One block. Arguments are references to memory; ``refs``: x per key, the bias if any, y."""
     *x_refs, out = refs[: len(keys)] + refs[-1:]
     bias = refs[len(keys)] if len(refs) > len(keys) + 1 else None
     g, block_m, block_n = w.group_size, config.block_m, config.block_n
@@ -240,14 +236,14 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         planes, scale_row, start = group
         part = lax.broadcast_in_dim(start, (block_m, block_n), [0])
         for plane, tiles in zip(planes_of(b), planes):
-            x_plane = x[keys.index((plane.bits, plane.copy))]
+            x_plane = x[plane.key]
             pairs = slot_pairs(plane.bits, g)
             for i, tile in enumerate(full_tiles(tiles, len(pairs) * plane.bits, interpret)):
                 for t, (shift, bit) in enumerate(pairs):
                     mask = jnp.uint32(((1 << plane.bits) - 1) * 0x10001 << bit)
                     code = ((tile >> jnp.uint32(shift)) if shift else tile) & mask | magic
-                    k = (i * len(pairs) + t) * TILE
-                    part = mma(part, x_plane[:, k : k + TILE], as_operand(code, interpret), interpret)
+                    k = (i * len(pairs) + t) * DEPTH
+                    part = mma(part, x_plane[:, k : k + DEPTH], as_operand(code, interpret), interpret)
         return acc + part * across(scale_row)
 
     def segment(b, begin, row, steps, per_step, stages, acc):
@@ -255,7 +251,7 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         rows = g * b // WORD_BITS
         lanes = min(g, 64)
         swizzled = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes))
-        used = [i for i, key in enumerate(keys) if key in [(p.bits, p.copy) for p in planes_of(b)]]
+        used = [p.key for p in planes_of(b)]
         x_spec = plgpu.BlockSpec(
             (pl.Element(block_m), pl.Element(per_step * g)),
             lambda t: (row_block * block_m, (begin + t * per_step) * g),
@@ -269,7 +265,8 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         def step(indices, *refs):
             *x_step, (acc, groups) = refs
             for u in range(per_step):
-                x = {i: plgpu.load(ref.at[:, pl.ds(u * g, g)], layout=LHS) for i, ref in zip(used, x_step)}
+                columns_u = pl.ds(u * g, g)
+                x = {key: plgpu.load(ref.at[:, columns_u], layout=LHS) for key, ref in zip(used, x_step)}
                 acc = add_group(b, acc, x, groups[u])
                 # Only now, so that the registers just read are those loaded into.
                 groups[u] = fetch_nth((indices[0] + 1) * per_step + u)
@@ -282,7 +279,7 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
             max_concurrent_steps=stages,
             init_carry=(acc, [fetch_nth(u) for u in range(per_step)]),
         )
-        return pipeline(*(x_refs[i] for i in used))[0]
+        return pipeline(*(x_refs[keys.index(key)] for key in used))[0]
 
     acc = plgpu.layout_cast(jnp.zeros((block_m, block_n), jnp.float32), ACC)
     per_step = config.groups_per_step
@@ -313,9 +310,7 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
             tops.append(as_operand((bits[0] >> jnp.uint32(16)) | bits[1], interpret))
             products = [p - lax.bitcast_convert_type(v, jnp.float32) for p, v in zip(products, bits)]
         for part in range(3):
-            left = plgpu.load(
-                sums.at[chunk, part, own_rows], layout=LHS, optimized=False
-            )
+            left = plgpu.load(sums.at[chunk, part, own_rows], layout=LHS, optimized=False)
             for top in tops:
                 acc = mma(acc, left, top, interpret)
         return acc

@@ -29,11 +29,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu_operands import WORD_ROWS
+
 ACC = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=1)
 LHS = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=1)
 RHS = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=1)
 WARP_COLUMNS = 32  # of one tile of 8 for each of four warps
-WORD_ROWS = 8  # of words that make the 16 rows of a right operand
 
 
 def adjacent(block_n: int) -> int:
@@ -75,7 +76,7 @@ def mma(acc: jax.Array, a: jax.Array, b: jax.Array, interpret: bool) -> jax.Arra
 
 
 def as_operand(words: jax.Array, interpret: bool) -> jax.Array:
-    """``uint32[8, n]``, each a pair of bfloat16, -> ``bfloat16[16, n]``: row ``2 j`` is word ``j``'s low half."""
+    """``uint32[8, n]``, each two bfloat16, as ``bfloat16[16, n]``: row ``2 j`` is the low half of word ``j``."""
     rows, n = words.shape
     if interpret:
         return lax.bitcast_convert_type(words, jnp.bfloat16).transpose(0, 2, 1).reshape(2 * rows, n)

@@ -8,11 +8,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from matmul_cases import MatmulCases, random_weight, random_x
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import mosaic_gpu, mosaic_gpu_operands
 from pallas_kernels.mosaic_gpu import Config
 
 # The interpreted kernel becomes an XLA program whose compilation is all the time these tests take.
@@ -76,10 +75,10 @@ class TestMosaicGpu(MatmulCases):
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_channel_order_reads_the_layout(bits, group_size):
     """Every channel once, at the slot where its masked code stands, worth ``2**bit`` codes."""
-    channel, bit = mosaic_gpu.channel_order(bits, group_size)
+    channel, bit = mosaic_gpu_operands.channel_order(bits, group_size)
     assert sorted(channel) == list(range(group_size))
     rows = group_size * bits // 32
-    pairs = mosaic_gpu.slot_pairs(bits, group_size)
+    pairs = mosaic_gpu_operands.slot_pairs(bits, group_size)
     assert len(pairs) * 16 * max(1, rows // 8) == group_size
     for k, (c, b) in enumerate(zip(channel, bit)):
         tile, i, half = k // 16, k % 16 // 2, k % 2
