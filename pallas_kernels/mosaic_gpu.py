@@ -180,7 +180,7 @@ def _product(
         grid=(rows // config.block_m, -(-n // config.block_n), split),
         grid_names=("m", "n", "s"),
         kernel_name="mixed_matmul",
-        **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     y = kernel(_plan(w, split), words, scale, zero_code, constant, sums, *xs, *fused)
     if split == 1:

@@ -47,6 +47,7 @@ def word_layout(block_n: int, rows: int = WORD_ROWS) -> Any:
     v = adjacent(block_n)
     columns, tile = WARP_COLUMNS * v, 8 * v
     tiling, repeat = plgpu.Tiling, plgpu.Replicated
+    args: tuple[Any, ...]
     match rows:
         case 8:
             args = tiling(((8, columns), (4, tile), (v,))), (-4,), (-2, -3)
@@ -76,7 +77,7 @@ def mma(acc: jax.Array, a: jax.Array, b: jax.Array, interpret: bool) -> jax.Arra
 
 
 def as_operand(words: jax.Array, interpret: bool) -> jax.Array:
-    """``uint32[8, n]``, each two bfloat16, as ``bfloat16[16, n]``: row ``2 j`` is the low half of word ``j``."""
+    """``uint32[8, n]``, each two bfloat16, as ``bfloat16[16, n]``: row ``2 j`` is word ``j``'s low half."""
     rows, n = words.shape
     if interpret:
         return lax.bitcast_convert_type(words, jnp.bfloat16).transpose(0, 2, 1).reshape(2 * rows, n)
@@ -108,7 +109,7 @@ def as_accumulator(row: jax.Array, interpret: bool) -> jax.Array:
 
     def rename(old: np.ndarray, new: np.ndarray) -> None:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        upper_half = arith.constant(i32, ir.IntegerAttr.get(i32, -(1 << 16)))
+        upper_half = utils.c(-(1 << 16), i32)
         for i, register in enumerate(old.flat):
             words = utils.bitcast(register, ir.VectorType.get((v,), i32))
             values = []
