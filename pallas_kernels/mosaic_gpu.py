@@ -60,6 +60,7 @@ from pallas_kernels.mosaic_gpu_registers import (
 
 MAGIC = 0x43004300  # two bfloat16 of 128
 DECODE_ROWS = 32
+ROW_TILE = 16
 COLUMN_MULTIPLE = 8  # rows of scales then start on 16 bytes
 
 # Multiprocessors by device kind: how many blocks it takes to busy them all.
@@ -209,14 +210,18 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
     split = config.split_k
     row_block, s = lax.axis_index("m"), lax.axis_index("s")
     column = lax.min(lax.axis_index("n") * block_n, n - block_n)
-    columns, own_rows = pl.ds(column, block_n), pl.ds(row_block * block_m, block_m)
+    columns = pl.ds(column, block_n)
+    # The instruction takes 16 rows; with more in one operand, Mosaic would give each warp its own rows and
+    # have all four unpack the same words. So everything with rows comes as a list of tiles of 16.
+    tiles_16 = range(block_m // ROW_TILE)
+    own_rows = [pl.ds(row_block * block_m + r * ROW_TILE, ROW_TILE) for r in tiles_16]
     magic = plan[0].astype(jnp.uint32)
 
     def load_row(ref):
         return plgpu.load(ref, layout=result_layout(block_n).reduce(0), optimized=False)
 
-    def across(row):  # [block_n] -> float32[block_m, block_n]
-        return lax.broadcast_in_dim(as_accumulator(row, interpret), (block_m, block_n), [1])
+    def down(row):  # [block_n] -> [16, block_n]
+        return lax.broadcast_in_dim(row, (ROW_TILE, block_n), [1])
 
     def fetch(b, position, row):
         """Starts loading one group from memory to registers; a place past the end gives the last group."""
@@ -228,13 +233,16 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
             plane_rows = g * plane.bits // WORD_BITS
             planes.append(load_words(words.at[pl.ds(row + first, plane_rows), columns]))
             first += plane_rows
-        start = plgpu.load(constant.at[position, own_rows], layout=ACC.reduce(1), optimized=False)
-        return planes, load_row(scale.at[position, columns]), start
+        starts = [
+            plgpu.load(constant.at[position, rows_16], layout=ACC.reduce(1), optimized=False)
+            for rows_16 in own_rows
+        ]
+        return planes, load_row(scale.at[position, columns]), starts
 
     def add_group(b, acc, x, group):
-        """acc + what one group contributes; ``x`` gives a plane's columns from shared memory."""
-        planes, scale_row, start = group
-        part = lax.broadcast_in_dim(start, (block_m, block_n), [0])
+        """acc + what one group contributes; ``x`` gives a plane's channels, by tiles of 16 rows."""
+        planes, scale_row, starts = group
+        parts = [lax.broadcast_in_dim(start, (ROW_TILE, block_n), [0]) for start in starts]
         for plane, tiles in zip(planes_of(b), planes):
             x_plane = x[plane.key]
             pairs = slot_pairs(plane.bits, g)
@@ -243,8 +251,11 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
                     mask = jnp.uint32(((1 << plane.bits) - 1) * 0x10001 << bit)
                     code = ((tile >> jnp.uint32(shift)) if shift else tile) & mask | magic
                     k = (i * len(pairs) + t) * DEPTH
-                    part = mma(part, x_plane[:, k : k + DEPTH], as_operand(code, interpret), interpret)
-        return acc + part * across(scale_row)
+                    operand = as_operand(code, interpret)
+                    for r in tiles_16:
+                        parts[r] = mma(parts[r], x_plane[r][:, k : k + DEPTH], operand, interpret)
+        scale_tile = down(as_accumulator(scale_row, interpret))
+        return [total + part * scale_tile for total, part in zip(acc, parts)]
 
     def segment(b, begin, row, steps, per_step, stages, acc):
         """Adds ``steps * per_step`` groups: x through shared memory, words one step ahead in registers."""
@@ -265,8 +276,13 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         def step(indices, *refs):
             *x_step, (acc, groups) = refs
             for u in range(per_step):
-                columns_u = pl.ds(u * g, g)
-                x = {key: plgpu.load(ref.at[:, columns_u], layout=LHS) for key, ref in zip(used, x_step)}
+                x = {
+                    key: [
+                        plgpu.load(ref.at[pl.ds(r * ROW_TILE, ROW_TILE), pl.ds(u * g, g)], layout=LHS)
+                        for r in tiles_16
+                    ]
+                    for key, ref in zip(used, x_step)
+                }
                 acc = add_group(b, acc, x, groups[u])
                 # Only now, so that the registers just read are those loaded into.
                 groups[u] = fetch_nth((indices[0] + 1) * per_step + u)
@@ -281,7 +297,7 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         )
         return pipeline(*(x_refs[keys.index(key)] for key in used))[0]
 
-    acc = plgpu.layout_cast(jnp.zeros((block_m, block_n), jnp.float32), ACC)
+    acc = [plgpu.layout_cast(jnp.zeros((ROW_TILE, block_n), jnp.float32), ACC) for _ in tiles_16]
     per_step = config.groups_per_step
     for i, b in enumerate(w.widths):
         if g * b // WORD_BITS > words.shape[0]:
@@ -295,29 +311,32 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
             acc = segment(b, begin + done, rest_row, count - done, 1, per_step, acc)
 
     def correct(t, acc):
+        """acc - (sums of x) @ (scale * zero), for 16 groups; blocks share them as they share groups."""
         chunk = s + t * split
         start = lax.min(chunk * CHUNK, max(w.groups, CHUNK) - CHUNK)
         products = []
         for half in range(2):
             at = pl.ds(start + half * (CHUNK // 2), CHUNK // 2)
-            zero = plgpu.load(zero_code.at[at, columns], layout=word_layout(block_n), optimized=False)
-            scl = plgpu.load(scale.at[at, columns], layout=word_layout(block_n), optimized=False)
-            products.append(scl.astype(jnp.float32) * zero.astype(jnp.int32).astype(jnp.float32))
-        tops = []
-        high = jnp.uint32(0xFFFF0000)
+            zeros = plgpu.load(zero_code.at[at, columns], layout=word_layout(block_n), optimized=False)
+            scales = plgpu.load(scale.at[at, columns], layout=word_layout(block_n), optimized=False)
+            products.append(scales.astype(jnp.float32) * zeros.astype(jnp.int32).astype(jnp.float32))
+        # A product of two numbers of 8 bits has 16, and is the sum of two bfloat16: cut off the top, twice.
+        rights, upper_half = [], jnp.uint32(0xFFFF0000)
         for _ in range(2):
-            bits = [lax.bitcast_convert_type(p, jnp.uint32) & high for p in products]
-            tops.append(as_operand((bits[0] >> jnp.uint32(16)) | bits[1], interpret))
-            products = [p - lax.bitcast_convert_type(v, jnp.float32) for p, v in zip(products, bits)]
-        for part in range(3):
-            left = plgpu.load(sums.at[chunk, part, own_rows], layout=LHS, optimized=False)
-            for top in tops:
-                acc = mma(acc, left, top, interpret)
+            tops = [lax.bitcast_convert_type(p, jnp.uint32) & upper_half for p in products]
+            rights.append(as_operand((tops[0] >> jnp.uint32(16)) | tops[1], interpret))
+            products = [p - lax.bitcast_convert_type(top, jnp.float32) for p, top in zip(products, tops)]
+        for r in tiles_16:
+            for part in range(3):
+                left = plgpu.load(sums.at[chunk, part, own_rows[r]], layout=LHS, optimized=False)
+                for right in rights:
+                    acc[r] = mma(acc[r], left, right, interpret)
         return acc
 
     chunk_count = -(-w.groups // CHUNK)
     acc = lax.fori_loop(0, lax.div(chunk_count - s + (split - 1), split), correct, acc)
-    y = from_accumulator(acc, interpret)
-    if bias is not None:
-        y = y + lax.broadcast_in_dim(load_row(bias.at[columns]), (block_m, block_n), [1])
-    plgpu.store(out.at[s, own_rows, columns], y, optimized=False)
+    for rows_16, total in zip(own_rows, acc):
+        y = from_accumulator(total, interpret)
+        if bias is not None:
+            y = y + down(load_row(bias.at[columns]))
+        plgpu.store(out.at[s, rows_16, columns], y, optimized=False)
