@@ -185,7 +185,7 @@ def _product(
     )
     y = kernel(_plan(w, split), words, scale, zero_code, constant, sums, *xs, *fused)
     if split == 1:
-        return y[0]
+        return y.reshape(rows, n)  # y[0] would copy
     return y.sum(0) if bias is None else y.sum(0) + bias[None]
 
 

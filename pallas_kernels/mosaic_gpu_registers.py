@@ -65,6 +65,8 @@ def word_layout(block_n: int, rows: int = WORD_ROWS) -> Any:
 def result_layout(block_n: int) -> Any:
     """``[M, block_n]`` results, adjacent columns in one thread; ``.reduce(0)`` is a row of them."""
     v = adjacent(block_n)
+    if v == 1:  # no columns trade places
+        return ACC
     tiling = plgpu.Tiling(((16, WARP_COLUMNS * v), (8, 8 * v), (2 * v,)))
     return plgpu.Layout.TILED(tiling, (-4,), (-3, -2), vector_dim=-1)
 
@@ -126,9 +128,9 @@ def as_accumulator(row: jax.Array, interpret: bool) -> jax.Array:
 def from_accumulator(acc: jax.Array, interpret: bool) -> jax.Array:
     """The accumulator ``float32[M, n]`` in ``result_layout(n)``, ready to be stored."""
     m, n = acc.shape
-    if interpret:
-        return acc
     v = adjacent(n)
+    if interpret or v == 1:
+        return acc
 
     def rename(old: np.ndarray, new: np.ndarray) -> None:
         old = old.reshape(m // 16, n // (WARP_COLUMNS * v), v, 2)
