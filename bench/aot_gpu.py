@@ -1,0 +1,309 @@
+"""What the GPU compilers make of a function, on a machine without a GPU.
+
+``python -m bench.aot_gpu h100 bench.aot_gpu:matmul '{"bits": [1, 2, 3], "m": 16}'`` prints one JSON record.
+
+XLA compiles for a GPU that is only described (``bench/targets/*.txtpb``); Pallas Mosaic GPU and XLA leave
+their PTX in a directory, ``ptxas -v`` says registers, spills and shared memory, and ``nvdisasm`` the
+instructions, which are counted by innermost loop. Nothing here is a time: ``floor_us`` is bytes over the
+datasheet's bandwidth, and no kernel is faster than that.
+
+It needs ``jax[cuda13-local] nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-nvdisasm``. Every
+compile runs in a process of its own, for XLA reads its flags once per process.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TARGETS = Path(__file__).parent / "targets"
+Record = dict[str, Any]
+
+# A line of nvdisasm: a label, or an instruction (a guard is skipped) with its operands.
+SASS_LINE = re.compile(
+    r"^(\.L\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE
+)
+TENSOR_CORE = re.compile(r"(HMMA|IMMA|QMMA|OMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b")
+
+
+def targets() -> list[str]:
+    """Names of the GPUs that are described."""
+    return sorted(path.stem for path in TARGETS.glob("*.txtpb"))
+
+
+def matmul(
+    bits: list[int] = [1, 2, 3],  # noqa: B006 - read only
+    m: int = 16,
+    k: int = 4096,
+    n: int = 4096,
+    group_size: int = 128,
+    bias: bool = False,
+    config: dict[str, int] | None = None,
+    target: str = "h100",
+) -> tuple[Callable, list]:
+    """``mixed_matmul`` of a weight that may have these widths, on average their mean, and its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import mosaic_gpu
+    from pallas_kernels.layout import WORD_BITS, MixedTensor, group_count, zero_bits
+
+    groups, widths = group_count(k, group_size), tuple(bits)
+    rows = round(groups * sum(widths) / len(widths)) * group_size // WORD_BITS
+    zeros = -(-groups * zero_bits(widths) // 8)
+    shape: Any = jax.ShapeDtypeStruct
+    weight = MixedTensor(
+        words=shape((rows, n), jnp.uint32),
+        scale=shape((groups, n), jnp.bfloat16),
+        zero=shape((zeros, n), jnp.uint8),
+        order=shape((groups,), jnp.int32),
+        segments=shape((len(widths),), jnp.int32),
+        shape=(k, n),
+        group_size=group_size,
+        widths=widths,
+    )
+    chosen = mosaic_gpu.Config(**config) if config else mosaic_gpu.heuristic(device_kind(target), m, k, n)
+
+    def product(x, w, *bias):
+        return mosaic_gpu.mixed_matmul(x, w, bias=bias[0] if bias else None, config=chosen)
+
+    return product, [shape((m, k), jnp.bfloat16), weight, *([shape((n,), jnp.float32)] if bias else [])]
+
+
+def device_kind(target: str) -> str:
+    """The name by which JAX knows a target."""
+    return _described(target, "device_description_str")
+
+
+def compile_for(target: str, builder: str, arguments: dict | None = None, timeout: float = 900) -> Record:
+    """Compiles ``builder(**arguments) -> (function, arguments)`` for a target, in a process of its own.
+
+    Args:
+      target: a name in :func:`targets`.
+      builder: ``"module:function"``; given ``target`` too if it has such a parameter.
+      arguments: of the builder.
+      timeout: seconds.
+
+    Returns:
+      A record that JSON can hold. ``error`` is one line, or None if it compiled; then ``kernels`` has what
+      ``ptxas`` and the disassembler say of each, by name; ``argument_bytes`` and ``output_bytes`` are the
+      program's, ``temp_bytes`` its intermediates, ``read_bytes`` and ``written_bytes`` what all its kernels
+      read and write, and ``floor_us`` the time of ``argument_bytes + output_bytes`` at full bandwidth.
+
+    Raises:
+      ValueError: no such target.
+    """
+    if target not in targets():
+        raise ValueError(f"target is {target!r}, expected one of {targets()}")
+    record: Record = {"target": target, "builder": builder, "arguments": arguments or {}, "error": None}
+    with tempfile.TemporaryDirectory(prefix="aot_gpu_") as directory:
+        call = [sys.executable, "-m", "bench.aot_gpu", target, builder, json.dumps(arguments or {})]
+        try:
+            child = subprocess.run(
+                [*call, "--child", directory], capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            return record | {"error": f"not compiled after {timeout:.0f} s"}
+        result = Path(directory, "result.json")
+        if not result.exists():
+            return record | {"error": _reason(child)}
+        record |= json.loads(result.read_text())
+        try:
+            record["kernels"] = _kernels(Path(directory))
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            return record | {"error": str(error).splitlines()[0]}
+    bandwidth = float(_described(target, "memory_bandwidth"))
+    moved = record["argument_bytes"] + record["output_bytes"]
+    return record | {"floor_us": round(moved / bandwidth * 1e6, 3)}
+
+
+def _child(target: str, builder: str, arguments: dict, directory: str) -> None:
+    """Compiles; leaves ``result.json`` and all PTX in the directory."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_dump_to={directory} --xla_dump_emitter_re=.*"
+    os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+    os.environ["MOSAIC_GPU_DUMP_TO"] = directory
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    module, name = builder.split(":")
+    build = getattr(importlib.import_module(module), name)
+    if "target" in build.__code__.co_varnames[: build.__code__.co_argcount]:
+        arguments = {"target": target, **arguments}
+    function, operands = build(**arguments)
+    description = (TARGETS / f"{target}.txtpb").read_text()
+    device: Any = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=description, topology="1x1x1"
+    ).devices[0]
+    placed = SingleDeviceSharding(device)
+    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), operands)
+    with jax.default_device(device):  # Mosaic asks this device for its compute capability, else takes sm_90
+        compiled = jax.jit(function, out_shardings=placed).lower(*operands).compile()
+    memory: Any = compiled.memory_analysis()
+    read, written = _traffic(compiled.as_text() or "")
+    result = {
+        "device": device.device_kind,
+        "compute_capability": device.compute_capability,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "read_bytes": read,
+        "written_bytes": written,
+    }
+    Path(directory, "result.json").write_text(json.dumps(result))
+
+
+def _traffic(hlo: str) -> tuple[int, int]:
+    """Bytes that the kernels of an optimized HLO program read and write, every operand of each counted once.
+
+    XLA's ``cost_analysis`` says nothing for a device that is not there. This count takes intermediates as
+    memory traffic although most stay in the L2 cache.
+    """
+    entry = hlo[hlo.index("ENTRY") :]
+    entry = entry[: entry.index("\n}")]
+    size: dict[str, int] = {}
+    read = written = 0
+    for name, shape, opcode, operands in re.findall(
+        r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", entry, re.MULTILINE
+    ):
+        size[name] = sum(
+            math.prod(int(d) for d in dims.split(",") if d) * (int(re.sub(r"\D", "", kind) or 8) // 8)
+            for kind, dims in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", shape)
+        )
+        if opcode not in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element"):
+            read += sum(size.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
+            written += size[name]
+    return read, written
+
+
+def _reason(child: subprocess.CompletedProcess) -> str:
+    """Why a child failed, in one line."""
+    died = f"the compiler died (signal {-child.returncode}): " if child.returncode < 0 else ""
+    lines = child.stderr.strip().splitlines() or ["no output"]
+    telling = [line for line in lines if re.match(r"LLVM ERROR|[\w.]*(Error|Exception|Exit)\b", line)]
+    return died + (telling or lines)[-1][:400]
+
+
+def _described(target: str, field: str) -> str:
+    found = re.search(rf'{field}: (?:"([^"]*)"|(\S+))', (TARGETS / f"{target}.txtpb").read_text())
+    if found is None:
+        raise ValueError(f"{target}.txtpb has no {field}")
+    return found[1] or found[2]
+
+
+def _tool(name: str) -> str:
+    """A program of the CUDA wheels, or of the path."""
+    for directory in sys.path:
+        for found in Path(directory).glob(f"nvidia/cu*/bin/{name}"):
+            return str(found)
+    if found_on_path := shutil.which(name):
+        return found_on_path
+    raise FileNotFoundError(f"{name} not found: pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm")
+
+
+def _kernels(directory: Path) -> Record:
+    kernels = {}
+    for path in sorted(directory.rglob("*.ptx")):
+        if entry := re.search(r"\.entry\s+(\w+)", path.read_text()):
+            kernels[entry[1]] = _kernel(path)
+    return kernels
+
+
+def _kernel(ptx: Path) -> Record:
+    """What ptxas and nvdisasm say of one kernel."""
+    architecture = re.search(r"^\.target\s+(\w+)", ptx.read_text(), re.MULTILINE)
+    assert architecture is not None
+    cubin = ptx.with_suffix(".cubin")
+    ptxas = [_tool("ptxas"), f"-arch={architecture[1]}", "-v", str(ptx), "-o", str(cubin)]
+    report = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
+    nvdisasm = [_tool("nvdisasm"), "-c", str(cubin)]
+    listing = subprocess.run(nvdisasm, capture_output=True, text=True, check=True).stdout
+    instructions, labels = _instructions(listing)
+
+    def total(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, report)))
+
+    return {
+        "architecture": architecture[1],
+        "registers": total(r"Used (\d+) registers"),
+        "spill_bytes": total(r"(\d+) bytes spill"),
+        "static_shared_bytes": total(r"(\d+) bytes smem"),
+        "instructions": len(instructions),
+        "tensor_core": _tensor_core([op for op, _ in instructions]),
+        "inner_loops": [_loop(loop) for loop in _inner_loops(instructions, labels)],
+    }
+
+
+def _instructions(listing: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """``[(opcode, operands)]``, and for each label the index of the instruction that it stands before."""
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for label, opcode, operands in SASS_LINE.findall(listing):
+        if label:
+            labels[label] = len(instructions)
+        elif opcode != "NOP":
+            instructions.append((opcode, operands))
+    return instructions, labels
+
+
+def _inner_loops(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[list[str]]:
+    """Opcodes of the loops (spans that a branch backwards closes) that hold no other loop."""
+    spans = []
+    for end, (opcode, operands) in enumerate(instructions):
+        target = re.search(r"`\((\.L\w+)\)", operands) if opcode.startswith("BRA") else None
+        if target and labels.get(target[1], end) < end:
+            spans.append((labels[target[1]], end))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [[opcode for opcode, _ in instructions[start : end + 1]] for start, end in inner]
+
+
+def _tensor_core(opcodes: list[str]) -> dict[str, int]:
+    return dict(collections.Counter(op for op in opcodes if TENSOR_CORE.match(op)))
+
+
+def _loop(opcodes: list[str]) -> Record:
+    """A loop's instructions, and how many a thread spends per weight, if it multiplies by ``HMMA.16816``.
+
+    That instruction takes 16 rows of x by ``[16, 8]`` weights: 4 weights for each of 32 threads. A group of
+    3 bits is two planes, so its weights are multiplied twice: take twice what is printed.
+    """
+    tensor_core = _tensor_core(opcodes)
+    products = sum(n for op, n in tensor_core.items() if op.startswith("HMMA.16816"))
+    return {
+        "instructions": len(opcodes),
+        "by_opcode": dict(collections.Counter(op.split(".")[0] for op in opcodes).most_common()),
+        "tensor_core": tensor_core,
+        "per_plane_weight_and_16_rows": round(len(opcodes) / (4 * products), 3) if products else None,
+    }
+
+
+def main() -> None:
+    """Prints the record of one kernel; exit status 1 if it did not compile."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=targets())
+    parser.add_argument("builder", help="module:function, returns a function and its abstract arguments")
+    parser.add_argument("arguments", nargs="?", default="{}", help="of the builder, a JSON object")
+    parser.add_argument("--child", metavar="DIRECTORY", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    arguments = json.loads(args.arguments)
+    if args.child:
+        _child(args.target, args.builder, arguments, args.child)
+        return
+    record = compile_for(args.target, args.builder, arguments)
+    print(json.dumps(record, indent=1))
+    sys.exit(record["error"] is not None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The GPU back end in interpret mode: the shared cases, and what the kernel's own limits and tiles add.
+
+Interpret mode takes ``jnp.dot`` for the tensor cores and knows no registers; see
+``pallas_kernels/mosaic_gpu_registers.py`` for what is therefore not proven here.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from matmul_cases import MatmulCases, random_weight, random_x
+
+from pallas_kernels import mosaic_gpu, mosaic_gpu_operands
+from pallas_kernels.mosaic_gpu import Config
+
+# The interpreted kernel becomes an XLA program whose compilation is all the time these tests take.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def small(m: int, n: int) -> Config:
+    """The least code: no pipelining; few blocks. Steps of several groups have tests of their own."""
+    return Config(16 if m <= 32 else 64, 32 if n <= 32 else 128, stages=1, groups_per_step=1)
+
+
+class TestMosaicGpu(MatmulCases):
+    implementation = "mosaic_gpu"
+    x_dtype = jnp.bfloat16
+    tolerance = 1e-5  # products are summed with 128 + code in place of code
+
+    def matmul(self, x, w, **kwargs):
+        kwargs = {"config": small(x.shape[0], w.shape[1]), **kwargs}
+        product = partial(mosaic_gpu.mixed_matmul, interpret=True, **kwargs)
+        if isinstance(w.words, jax.core.Tracer):  # compiler options are for the outermost jit
+            return product(x, w)
+        return jax.jit(product, compiler_options=QUICK)(x, w)
+
+    def test_segment_sizes_are_data(self):
+        # The interpreter's first run in a process changes JAX's tracing context: one more trace, once.
+        w, _ = random_weight(32, 8, 32, [1])
+        self.matmul(random_x(1, 32), w)
+        super().test_segment_sizes_are_data()
+
+    @pytest.mark.parametrize(("split_k", "n"), [(1, 72), (3, 40), (3, 30)])
+    def test_bias_split_and_ragged_columns(self, split_k, n):
+        w, dense = random_weight(7 * 32, n, 32, [1, 2, 2, 2, 2, 3, 3])
+        x, bias = random_x(3, 7 * 32, dtype=jnp.bfloat16), random_x(n, seed=2)
+        config = Config(block_n=32, stages=2, groups_per_step=2, split_k=split_k)
+        found = self.matmul(x, w, bias=bias, config=config)
+        self.assert_close(found - bias[None], x, dense)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            Config(block_m=64, block_n=128, stages=2, groups_per_step=1),
+            Config(block_m=16, block_n=64, stages=3, groups_per_step=4),
+        ],
+    )
+    def test_other_tiles(self, config):
+        w, dense = random_weight(9 * 64, 136, 64, [1, 1, 1, 2, 2, 2, 2, 2, 3])
+        x = random_x(70, 9 * 64)
+        self.assert_close(self.matmul(x, w, config=config), x, dense)
+
+    @pytest.mark.parametrize("groups", [17, 33])
+    def test_zero_points_of_many_groups(self, groups):
+        w, dense = random_weight(groups * 32, 32, 32, [2] * groups)
+        x = random_x(2, groups * 32) + 1.0  # sums that do not vanish
+        self.assert_close(self.matmul(x, w), x, dense)
+
+    def test_stacked_layers_share_one_program(self):
+        allocations = [1, 2, 3], [2, 2, 2], [3, 2, 1]
+        layers = [random_weight(96, 32, 32, bits, i, widths=(1, 2, 3)) for i, bits in enumerate(allocations)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(w for w, _ in layers))
+        x = random_x(2, 96)
+        product = partial(mosaic_gpu.mixed_matmul, x, config=small(2, 32), interpret=True)
+        run = jax.jit(lambda ws: jax.lax.scan(lambda _, w: (None, product(w)), None, ws))
+        _, found = run(stacked)
+        for y, (_, dense) in zip(found, layers):
+            self.assert_close(y, x, dense)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_channel_order_reads_the_layout(bits, group_size):
+    """Every channel once, at the slot where its masked code stands, worth ``2**bit`` codes."""
+    channel, bit = mosaic_gpu_operands.channel_order(bits, group_size)
+    assert sorted(channel) == list(range(group_size))
+    rows = group_size * bits // 32
+    pairs = mosaic_gpu_operands.slot_pairs(bits, group_size)
+    assert len(pairs) * 16 * max(1, rows // 8) == group_size
+    for k, (c, b) in enumerate(zip(channel, bit)):
+        tile, i, half = k // 16, k % 16 // 2, k % 2
+        block, t = divmod(tile, len(pairs))
+        shift, at = pairs[t]
+        repeat = 0 if rows >= 8 else i // rows
+        position = shift + at + 16 * half + repeat * len(pairs) * bits
+        assert (c % rows, c // rows) == ((8 * block + i) if rows >= 8 else i % rows, position // bits)
+        assert b == at
+        assert at + bits <= 7
+
+
+def test_refuses_what_it_cannot_do():
+    w, _ = random_weight(256, 32, 256, [2])
+    with pytest.raises(NotImplementedError, match="groups of 32, 64 or 128"):
+        mosaic_gpu.mixed_matmul(jnp.zeros((1, 256)), w, interpret=True)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"block_m": 8}, {"block_n": 100}, {"stages": 0}, {"groups_per_step": 0}, {"split_k": 17}]
+)
+def test_config_is_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Config(**wrong)
+
+
+@pytest.mark.parametrize("m", [1, 16, 33, 2048])
+@pytest.mark.parametrize("n", [192, 576, 4096, 11008])
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA B200", "other"])
+def test_heuristic_fits(device, m, n):
+    config = mosaic_gpu.heuristic(device, m, 4096, n)
+    assert config.block_n <= max(n, 128)
+    assert (config.block_m == 16) == (m <= 32) or config.block_m == 32
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU: run this file on a machine with one")
+class TestMosaicGpuOnDevice(MatmulCases):
+    implementation = "mosaic_gpu"
+    x_dtype = jnp.bfloat16
+    tolerance = 1e-4
+
+    def matmul(self, x, w, **kwargs):
+        return jax.jit(partial(mosaic_gpu.mixed_matmul, **kwargs))(x, w)
