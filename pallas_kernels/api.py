@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import xla
@@ -37,6 +38,9 @@ IMPLEMENTATIONS: dict[str, Kernel] = {
     "mosaic_gpu": _mosaic_gpu,
     "mosaic_tpu": _mosaic_tpu,
 }
+
+PLATFORM = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
+"""Where an implementation runs that does not run everywhere."""
 
 BY_PLATFORM = {"tpu": ("mosaic_tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}
 """What is tried, in order, on JAX's default platform; XLA on all others."""
@@ -122,13 +126,17 @@ def _check(x: jax.Array, w: MixedTensor, bias: jax.Array | None) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(names: tuple[str, ...], x: jax.Array, w: MixedTensor) -> jax.Array:
-    """``x[M, K] @ w`` by the first of the named back ends that can."""
-    for name in names[:-1]:
-        try:
+    """``x[M, K] @ w`` by the first named back end that can, on the platform it is lowered for."""
+    name, rest = names[0], names[1:]
+    if not rest:
+        return IMPLEMENTATIONS[name](x, w)
+    try:
+        if name not in PLATFORM:
             return IMPLEMENTATIONS[name](x, w)
-        except NotImplementedError:
-            continue
-    return IMPLEMENTATIONS[names[-1]](x, w)
+        kernel = {PLATFORM[name]: IMPLEMENTATIONS[name]}
+        return lax.platform_dependent(x, w, default=partial(_matmul, rest), **kernel)
+    except NotImplementedError:
+        return _matmul(rest, x, w)
 
 
 def _forward(names: tuple[str, ...], x: jax.Array, w: MixedTensor):

@@ -1,0 +1,152 @@
+"""Compiles the kernels for devices that are not there, and says what each program costs.
+
+    python -m bench.aot --target v5e,v6e,h100 --shapes llama-2-7b --rows 16,2048
+    python -m bench.aot --target v5e,h100 --decoder      # a whole decode step of Llama-2-7B
+
+Nothing here is a time. A TPU's cost is its compiler's estimate of cycles, a GPU's the instructions that a
+thread spends on one weight in the main loop; both rank variants. The floor is the bytes of all arguments and
+results over the datasheet's bandwidth: no program is faster. ``pip install 'slim-jax[aot]'`` brings the
+compilers; they run on any x86-64 Linux.
+"""
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from bench import aot_gpu, aot_tpu
+from bench.shapes import SHAPES
+from pallas_kernels.layout import group_count
+
+Row = dict[str, Any]
+WIDTHS = (1, 2, 3)
+
+
+def quarters(k: int, group_size: int) -> tuple[int, int, int]:
+    """Groups at 1, 2 and 3 bits: a quarter, half, a quarter."""
+    groups = group_count(k, group_size)
+    return groups // 4, groups - 2 * (groups // 4), groups // 4
+
+
+def tpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) -> Row:
+    """A packed or dense product on a TPU."""
+    if product == "packed":
+        builder = "bench.aot_tpu:decode"
+        # Loops over data cannot be estimated: segment sizes are constants here, and only here.
+        extra = {"group_size": group_size, "segments": quarters(k, group_size), "constant": True}
+    else:
+        builder, extra = "bench.aot_tpu:dense", {}
+    record = aot_tpu.compile_for(target, builder, {"m": m, "k": k, "n": n, **extra})
+    cost = None if record.estimated_cycles is None else f"{record.estimated_cycles:,} cycles"
+    return {
+        "error": record.error,
+        "bytes": record.bytes,
+        "argument_bytes": record.argument_bytes,
+        "memory": None if record.vmem_bytes is None else f"{record.vmem_bytes / 2**20:.1f} MiB VMEM",
+        "spills": record.spills,
+        "matrix_instructions": record.matrix_ops,
+        "cost": cost,
+        "bundles": record.bundles,
+        "floor_us": None if record.floor_seconds is None else 1e6 * record.floor_seconds,
+        "ratio": record.ratio,
+        "record": dataclasses.asdict(record),
+    }
+
+
+def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) -> Row:
+    """A packed or dense product on a GPU."""
+    arguments: dict[str, Any] = {"m": m, "k": k, "n": n}
+    if product == "packed":
+        builder, arguments = "bench.aot_gpu:matmul", arguments | {"group_size": group_size, "bits": WIDTHS}
+    else:
+        builder = "bench.aot_tpu:dense"
+    record = aot_gpu.compile_for(target, builder, arguments)
+    kernels = (record.get("kernels") or {}).values()
+    loops = [loop for kernel in kernels for loop in kernel["inner_loops"]]
+    costs = [loop["per_plane_weight_and_16_rows"] for loop in loops]
+    costs = sorted(cost for cost in costs if cost is not None)
+    done = record["error"] is None
+    return {
+        "error": record["error"],
+        "bytes": record["read_bytes"] + record["written_bytes"] if done else None,
+        "argument_bytes": record.get("argument_bytes"),
+        "memory": f"{max((kernel['registers'] for kernel in kernels), default=0)} registers"
+        if done
+        else None,
+        "spills": sum(kernel["spill_bytes"] for kernel in kernels) if done else None,
+        "matrix_instructions": sum(sum(kernel["tensor_core"].values()) for kernel in kernels)
+        if done
+        else None,
+        "cost": f"{costs[0]:.2f} to {costs[-1]:.2f} instructions" if costs else None,
+        "bundles": None,
+        "floor_us": record.get("floor_us"),
+        "ratio": None,
+        "record": record,
+    }
+
+
+def decoder_row(target: str) -> Row:
+    """A whole decode step: whether it compiles, and the memory that it needs."""
+    gpu = target in aot_gpu.targets()
+    arguments = {"implementation": "mosaic_gpu" if gpu else "mosaic_tpu"}
+    module: Any = aot_gpu if gpu else aot_tpu
+    record = module.compile_for(target, "bench.aot_decoder:decode_step", arguments, timeout=1800)
+    record = record if gpu else dataclasses.asdict(record)
+    sizes = ("argument_bytes", "output_bytes", "temp_bytes")
+    return {"target": target, "error": record["error"], **{size: record.get(size) for size in sizes}}
+
+
+def _line(row: Row) -> str:
+    name = f"{row['target']:5s} M {row['m']:5d}  K {row['k']:5d}  N {row['n']:5d}  {row['product']:6s}"
+    if row["error"]:
+        return f"{name}  did not compile: {row['error']}"
+    parts = [
+        "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f} MB moved",
+        row["memory"] or "",
+        f"{row['spills']} spills",
+        f"{row['matrix_instructions']} matrix instructions",
+        "" if row["bundles"] is None else f"{row['bundles']} bundles",
+        row["cost"] or "",
+        f"floor {row['floor_us']:.1f} us",
+        "" if row["ratio"] is None else f"{row['ratio']:.2f} x the floor",
+    ]
+    return f"{name}  " + ", ".join(part for part in parts if part)
+
+
+def main() -> None:
+    """Prints a line per program; with ``--json FILE`` everything that the compilers said goes there."""
+    known = [*aot_tpu.TARGETS, *aot_gpu.targets()]
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", default="v5e,v6e,h100,a100", help=f"of {', '.join(known)}")
+    parser.add_argument("--shapes", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--rows", default="16,2048", help="rows of x, M")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--decoder", action="store_true", help="a whole decode step of Llama-2-7B instead")
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args()
+    targets = arguments.target.split(",")
+    if unknown := [target for target in targets if target not in known]:
+        parser.error(f"--target: {unknown[0]!r} is unknown, expected some of {', '.join(known)}")
+    rows: list[Row] = []
+    for target in targets:
+        if arguments.decoder:
+            rows.append(row := decoder_row(target))
+            sizes = ", ".join(
+                f"{key} {row[key] / 2**30:.2f} GiB" for key in row if key.endswith("bytes") and row[key]
+            )
+            print(f"{target:5s} decode step: {row['error'] or sizes}", flush=True)
+            continue
+        make = gpu_row if target in aot_gpu.targets() else tpu_row
+        for k, n in SHAPES[arguments.shapes]:
+            for m in map(int, arguments.rows.split(",")):
+                for product in ("packed", "dense"):
+                    found = make(target, product, m, k, n, arguments.group_size)
+                    rows.append({"target": target, "m": m, "k": k, "n": n, "product": product, **found})
+                    print(_line(rows[-1]), flush=True)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
