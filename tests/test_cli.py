@@ -197,10 +197,10 @@ def interrupt_in_block(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     """Ctrl-C while the block of this index is quantized."""
     whole = pipeline.BlockQuantizer.quantize
 
-    def quantize(self, at):
+    def quantize(self, at, on_epoch=None):
         if at == index:
             raise KeyboardInterrupt
-        return whole(self, at)
+        return whole(self, at, on_epoch)
 
     monkeypatch.setattr(pipeline.BlockQuantizer, "quantize", quantize)
 

@@ -222,7 +222,7 @@ def test_baselines_and_their_order(model, quantized, method):
         ({"bits": 1}, "bits is 1, expected 2 to 7"),
         ({"bits": 9, "method": "rtn"}, "expected 1 to 8"),
         ({"group_size": 48}, "multiple of 32"),
-        ({"method": "awq"}, "expected one of slim, gptq, rtn"),
+        ({"method": "awq"}, "expected one of slim, slim-plus, gptq, rtn"),
         ({"sqc": "best"}, "sqc is 'best'"),
         ({"damping": 0.0}, "damping is 0.0"),
         ({"search_tokens": 0}, "search_tokens is 0"),
