@@ -180,6 +180,7 @@ class MixedTensor:
         bits[np.asarray(self.order)] = np.repeat(self.widths, np.asarray(self.segments))
         return bits
 
+    @partial(jax.jit, static_argnames="dtype")
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The dense weight ``[K, N]``, computed in float32 and cast to ``dtype`` (default ``self.dtype``)."""
         g, n = self.group_size, self.shape[1]
