@@ -272,13 +272,11 @@ def packed(
     widths: tuple[int, ...] = (1, 2, 3),
     segments: tuple[int, ...] = (8, 16, 8),
     constant: bool = False,
-    kernel_only: bool = False,
     **config,
 ):
     """Builder: the TPU kernels on an abstract packed weight.
 
     ``constant`` makes segment sizes constants of the kernel: loops over data cannot be estimated.
-    ``kernel_only`` leaves out what XLA does to ``x`` before.
     """
     import jax
     import jax.numpy as jnp
@@ -305,9 +303,7 @@ def packed(
     def fixed(w):
         return dataclasses.replace(w, segments=np.array(segments, np.int32)) if constant else w
 
-    if not kernel_only:
-        return lambda x, w: mosaic_tpu.mixed_matmul(x, fixed(w), config=chosen), (S((m, k), jnp.bfloat16), w)
-    return mosaic_tpu.kernel_alone(m, w, chosen, fixed)
+    return lambda x, w: mosaic_tpu.mixed_matmul(x, fixed(w), config=chosen), (S((m, k), jnp.bfloat16), w)
 
 
 def dense(m: int, k: int, n: int):
