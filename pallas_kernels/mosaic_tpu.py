@@ -165,8 +165,8 @@ def _segments(sizes, w: MixedTensor, groups: int) -> list[_Segment]:
 def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTensor, config: Config):
     """``x[rows, K]`` -> ``x_groups`` as codes come out, the value of its unit, and sums over groups.
 
-    ``unit_ref`` is ``[chunks, rows, 128]``, all lanes equal. ``sums_ref`` is ``[2, rows, G]``: what the
-    scales, and what the scales times the zero codes, are multiplied by.
+    ``unit_ref`` is ``[chunks, rows, 128]``, all lanes equal. ``sums_ref`` is ``[2, rows, 3 * G]`` and zeros
+    behind: what the scales, and what the scales times the zero codes, are multiplied by, three times.
     """
     g, u, field = w.group_size, config.groups, UNPACKS[config.unpack]
     rows, lanes = x_ref.shape[-2], sums_ref.shape[-1]
@@ -178,6 +178,7 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
     odd = register % 2 == 1
     sums_ref[...] = jnp.zeros_like(sums_ref)
     lane = lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
+    place = jnp.where(lane < 3 * w.groups, lane % w.groups, -2)
 
     def chunk(t, carry):
         def of(value):  # of the segment that this chunk is in
@@ -217,13 +218,13 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
             else:
                 x = _leading(x)
                 digits = x
-                lifted = jnp.where(lane == positions[k], jnp.sum(x, 1, keepdims=True) * lift, lifted)
+                lifted = jnp.where(place == positions[k], jnp.sum(x, 1, keepdims=True) * lift, lifted)
             moved = _dot(digits.astype(jnp.bfloat16), move)  # exact, int8 digits are bfloat16 numbers, too
             if field == 8:
                 moved = moved.astype(jnp.int32)
             x_groups[t * u + k] = moved.astype(x_groups.dtype)
             total = jnp.sum(jnp.where(odd, x * 4.0, x), axis=1, keepdims=True) * (unit * step)
-            sums = jnp.where(lane == positions[k], total, sums)
+            sums = jnp.where(place == positions[k], total, sums)
         sums_ref[0], sums_ref[1] = lifted, sums
         unit_ref[t] = jnp.broadcast_to(unit, (rows, LANES))
         return carry
@@ -237,18 +238,25 @@ def _leading(x):
     return scaled - (scaled - x)
 
 
-def _split(x, terms: int) -> list[jax.Array]:
-    """bfloat16 arrays that add up to ``x``, but for what is below ``2**-(8 * terms)`` of it."""
-    found = []
-    for _ in range(terms):
-        high = _leading(x)
-        found.append(high.astype(jnp.bfloat16))
-        x = x - high
-    return found
-
-
 def _dot(a, b):
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _correct(x, factors: list[jax.Array]):
+    """``x[rows, G] @ factors[G, columns]`` almost in float32, in one pass of bfloat16 products.
+
+    ``x`` is there three times, as from ``_prepare``. ``factors`` are what ``x`` rounded to bfloat16, the
+    rest rounded, and for the third either the rest of that or again x rounded are multiplied by.
+    """
+    groups = factors[0].shape[0]
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) // groups
+    first = _leading(x)
+    second = _leading(x - first)
+    third = first if factors[2] is not factors[0] else x - first - second
+    x = jnp.where(lane == 0, first, jnp.where(lane == 1, second, third))
+    fill = jnp.zeros((x.shape[1] - 3 * groups, factors[0].shape[1]), jnp.float32)
+    rows = jnp.concatenate([*factors, fill] if fill.shape[0] else factors)
+    return _dot(x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16))
 
 
 def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
@@ -288,12 +296,11 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     zero = zero_ref[...].astype(jnp.int32)
     if zero_bits(w.widths) == 4:
         zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
-    high, low = _split(scale * zero.astype(jnp.float32), 2)
-    sums = _split(sums_ref[1, :, : w.groups], 2)
-    past = _dot(sums[0], high) + (_dot(sums[1], high) + _dot(sums[0], low))
+    offset = scale * zero.astype(jnp.float32)
+    high = _leading(offset)
+    past = _correct(sums_ref[1], [high, high, offset - high])
     if field == 16:
-        for term in _split(sums_ref[0, :, : w.groups], 3):
-            past += _dot(term, scale_ref[...])
+        past += _correct(sums_ref[0], [scale] * 3)
     acc_ref[...] = -past if bias_ref is None else jnp.broadcast_to(bias_ref[...], past.shape) - past
 
     for c in copy(step, half):
@@ -422,7 +429,7 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
             scratch_shapes=[
                 pltpu.VMEM((chunks * u, 2 * rows if int8 else rows, g), jnp.int8 if int8 else jnp.bfloat16),
                 pltpu.VMEM((chunks, rows, LANES), jnp.float32),
-                pltpu.VMEM((2, rows, -(-w.groups // LANES) * LANES), jnp.float32),
+                pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.float32),
                 pltpu.VMEM((rows, columns), jnp.float32),
                 pltpu.VMEM((strips, w.groups, LANES), jnp.float32),
                 pltpu.VMEM((2, strips, buffer_rows, LANES), jnp.uint32),
