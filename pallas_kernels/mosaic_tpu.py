@@ -176,11 +176,10 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
     move = (row == column % fields * (g // fields) + column // fields).astype(jnp.float32).astype(jnp.bfloat16)
     register = lax.broadcasted_iota(jnp.int32, (rows, g), 1) % (g // fields) // SUBLANES
     odd = register % 2 == 1
-    sums_ref[...] = jnp.zeros_like(sums_ref)
     lane = lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
     place = jnp.where(lane < 3 * w.groups, lane % w.groups, -2)
 
-    def chunk(t, carry):
+    def chunk(t, lifted, sums):
         def of(value):  # of the segment that this chunk is in
             found = value(segments[0])
             for s in segments[1:]:
@@ -207,7 +206,6 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
         per_unit = 1.0 / unit
         step = of(lambda s: jnp.float32(zero_step(s.bits, w.widths)))
         lift = of(lambda s: jnp.float32(128.0 if s.bits <= 4 else 17 * 128.0))
-        sums, lifted = sums_ref[1], sums_ref[0]
         for k, x in enumerate(xs):
             x = x * per_unit
             x = jnp.where(odd, x * 0.25, x)
@@ -225,11 +223,15 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
             x_groups[t * u + k] = moved.astype(x_groups.dtype)
             total = jnp.sum(jnp.where(odd, x * 4.0, x), axis=1, keepdims=True) * (unit * step)
             sums = jnp.where(place == positions[k], total, sums)
-        sums_ref[0], sums_ref[1] = lifted, sums
         unit_ref[t] = jnp.broadcast_to(unit, (rows, LANES))
-        return carry
+        return lifted, sums
 
-    lax.fori_loop(0, segments[-1].first_chunk + segments[-1].chunks, chunk, 0)
+    def two(i, carry):  # at once, as a chunk is one long chain; there is room for one too many
+        return chunk(2 * i + 1, *chunk(2 * i, *carry))
+
+    nothing = jnp.zeros((rows, lanes), jnp.float32)
+    count = segments[-1].first_chunk + segments[-1].chunks
+    sums_ref[0], sums_ref[1] = lax.fori_loop(0, (count + 1) // 2, two, (nothing, nothing))
 
 
 def _leading(x):
@@ -399,7 +401,7 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
     tiles = pl.cdiv(n, columns)
     cores = config.cores if tiles % config.cores == 0 else 1
     steps = tiles // cores
-    chunks = (w.groups + len(w.widths) * (u - 1)) // u
+    chunks = (w.groups + len(w.widths) * (u - 1)) // u + 1  # the most there can be, and one, see _prepare
     int8 = config.unpack == "int8"
 
     def whole(a):
@@ -437,7 +439,10 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES + (16 << 20)
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES + (16 << 20),
+            disable_bounds_checks=True,
+            disable_semaphore_checks=True,
         ),
         cost_estimate=_cost(m, w, arguments),
         interpret=interpret,
