@@ -55,6 +55,7 @@ class Config:
       strips: columns of an output tile, in units of 128.
       groups: groups in a chunk, all unrolled.
       join: strips that one product takes together; 2 fills a matrix unit 256 wide.
+      stack: groups of 128 channels that one product takes together; 2 fills a matrix unit 256 deep.
       unpack: ``"int8"`` or ``"bfloat16"``, what the matrix unit multiplies.
       cores: cores of a device that share the columns; 2 on v4 and v5p.
     """
@@ -62,14 +63,15 @@ class Config:
     strips: int = 8
     groups: int = 8
     join: int = 1
+    stack: int = 1
     unpack: str = "int8"
     cores: int = 1
 
     def __post_init__(self) -> None:
         if self.strips < 1 or self.join < 1 or self.strips % self.join:
             raise ValueError(f"strips is {self.strips}, expected a positive multiple of join, {self.join}")
-        if self.groups < 1:
-            raise ValueError(f"groups is {self.groups}, expected at least 1")
+        if self.groups < 1 or self.stack < 1 or self.groups % self.stack:
+            raise ValueError(f"groups is {self.groups}, expected a positive multiple of stack, {self.stack}")
         if self.cores < 1:
             raise ValueError(f"cores is {self.cores}, expected at least 1")
         if self.unpack not in UNPACKS:
@@ -177,7 +179,7 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
     register = lax.broadcasted_iota(jnp.int32, (rows, g), 1) % (g // fields) // SUBLANES
     odd = register % 2 == 1
     lane = lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
-    place = jnp.where(lane < 3 * w.groups, lane % w.groups, -2)
+    spot = jnp.where(lane < 3 * w.groups, lane % w.groups, -2)
 
     def chunk(t, lifted, sums):
         def of(value):  # of the segment that this chunk is in
@@ -206,6 +208,7 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
         per_unit = 1.0 / unit
         step = of(lambda s: jnp.float32(zero_step(s.bits, w.widths)))
         lift = of(lambda s: jnp.float32(128.0 if s.bits <= 4 else 17 * 128.0))
+        stacked: list[jax.Array] = []
         for k, x in enumerate(xs):
             x = x * per_unit
             x = jnp.where(odd, x * 0.25, x)
@@ -216,13 +219,20 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
             else:
                 x = _leading(x)
                 digits = x
-                lifted = jnp.where(place == positions[k], jnp.sum(x, 1, keepdims=True) * lift, lifted)
+                lifted = jnp.where(spot == positions[k], jnp.sum(x, 1, keepdims=True) * lift, lifted)
             moved = _dot(digits.astype(jnp.bfloat16), move)  # exact, int8 digits are bfloat16 numbers, too
             if field == 8:
                 moved = moved.astype(jnp.int32)
-            x_groups[t * u + k] = moved.astype(x_groups.dtype)
+            moved = moved.astype(x_groups.dtype)
+            # Groups that are stacked: each in rows of its own, and zeros where the others' channels are.
+            place = [jnp.zeros_like(moved)] * config.stack
+            place[k % config.stack] = moved
+            stacked.append(_concatenate(place, 1))
+            if len(stacked) == config.stack:
+                x_groups[(t * u + k) // config.stack] = _concatenate(stacked, 0)
+                stacked = []
             total = jnp.sum(jnp.where(odd, x * 4.0, x), axis=1, keepdims=True) * (unit * step)
-            sums = jnp.where(place == positions[k], total, sums)
+            sums = jnp.where(spot == positions[k], total, sums)
         unit_ref[t] = jnp.broadcast_to(unit, (rows, LANES))
         return lifted, sums
 
@@ -240,8 +250,12 @@ def _leading(x):
     return scaled - (scaled - x)
 
 
-def _dot(a, b):
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+def _dot(a, b, dtype=jnp.float32):
+    return jnp.dot(a, b, preferred_element_type=dtype)
+
+
+def _concatenate(arrays, axis: int):
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)
 
 
 def _correct(x, factors: list[jax.Array]):
@@ -318,24 +332,30 @@ def _chunk(c, carry, *, s: _Segment, half, w: MixedTensor, config: Config, scrat
     """Adds the product with one chunk's groups to ``acc_ref``."""
     x_groups, unit_ref, _, acc_ref, scale_rows, buffer, _ = scratch
     g, u, join, field = w.group_size, config.groups, config.join, UNPACKS[config.unpack]
-    rows, t = acc_ref.shape[0], s.first_chunk + c
+    rows, t, stack = acc_ref.shape[0], s.first_chunk + c, config.stack
+    group_rows = g * s.bits // WORD_BITS
     for j in range(0, config.strips, join):
         total = [jnp.zeros((rows, LANES), jnp.float32)] * join
-        for k in range(u):
+        for first in range(0, u, stack):
+            x, found = x_groups[(t * u + first) // stack], None
             # Past the segment's end x is zero, and the buffer goes on for a chunk.
-            row = SUBLANES + s.first_row + (c * u + k) * (g * s.bits // WORD_BITS)
-            scale_row = jnp.minimum(s.first_group + c * u + k, w.groups - 1)
-            x, found = x_groups[t * u + k], None
+            begins = [SUBLANES + s.first_row + (c * u + first + k) * group_rows for k in range(stack)]
             for piece in reversed(_pieces(s.bits)):
-                strips = [_unpack(buffer.at[half, j + i], row, piece, g, field) for i in range(join)]
-                rhs = strips[0] if join == 1 else jnp.concatenate(strips, axis=1)
-                product = jnp.dot(x, rhs, preferred_element_type=jnp.int32 if field == 8 else jnp.float32)
+                strips = [
+                    _concatenate([_unpack(buffer.at[half, j + i], row, piece, g, field) for row in begins], 0)
+                    for i in range(join)
+                ]
+                product = _dot(x, _concatenate(strips, 1), jnp.int32 if field == 8 else jnp.float32)
                 found = product if found is None else found * 16 + product
-            if field == 8:
-                found = ((found[:rows] << 8) + found[rows:]).astype(jnp.float32)
-            for i in range(join):
-                scale = scale_rows[j + i, pl.ds(scale_row, 1), :]
-                total[i] += found[:, i * LANES : (i + 1) * LANES] * scale
+            size = found.shape[0] // stack
+            for k in range(stack):
+                part = found[k * size : (k + 1) * size]
+                if field == 8:
+                    part = ((part[:rows] << 8) + part[rows:]).astype(jnp.float32)
+                scale_row = jnp.minimum(s.first_group + c * u + first + k, w.groups - 1)
+                for i in range(join):
+                    scale = scale_rows[j + i, pl.ds(scale_row, 1), :]
+                    total[i] += part[:, i * LANES : (i + 1) * LANES] * scale
         for i in range(join):
             lanes = slice((j + i) * LANES, (j + i + 1) * LANES)
             acc_ref[:, lanes] += total[i] * unit_ref[t] if field == 8 else total[i]
@@ -396,13 +416,14 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
         strips = max(config.join, strips // 2 // config.join * config.join)
     if 2 * strips * buffer_rows * LANES * 4 > VMEM_BYTES:
         raise NotImplementedError(f"{config.join * LANES} columns of {k} channels do not fit into VMEM")
-    config = dataclasses.replace(config, strips=strips)
+    config = dataclasses.replace(config, strips=strips, stack=config.stack if g == LANES else 1)
     columns = strips * LANES
     tiles = pl.cdiv(n, columns)
     cores = config.cores if tiles % config.cores == 0 else 1
     steps = tiles // cores
     chunks = (w.groups + len(w.widths) * (u - 1)) // u + 1  # the most there can be, and one, see _prepare
-    int8 = config.unpack == "int8"
+    int8, stack = config.unpack == "int8", config.stack
+    x_shape = (chunks * u // stack, stack * (2 * rows if int8 else rows), stack * g)
 
     def whole(a):
         return pl.BlockSpec(a.shape, lambda core, i, *_: (0,) * a.ndim)
@@ -429,7 +450,7 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
             ],
             out_specs=column(m),
             scratch_shapes=[
-                pltpu.VMEM((chunks * u, 2 * rows if int8 else rows, g), jnp.int8 if int8 else jnp.bfloat16),
+                pltpu.VMEM(x_shape, jnp.int8 if int8 else jnp.bfloat16),
                 pltpu.VMEM((chunks, rows, LANES), jnp.float32),
                 pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.float32),
                 pltpu.VMEM((rows, columns), jnp.float32),
