@@ -17,10 +17,11 @@ shifted by one slot more. Then codes of all widths come out in the same order, c
 joined with an OR, and one order of ``x`` serves all. Codes wider than 4 bits are two products of up to 4.
 
 *x* (``_prepare``) is brought into that order in the first step, by a product with a permutation matrix.
-For int8 it becomes fixed point, ``x ≈ s * (256 * hi + lo)``, with one ``s`` for each row and chunk: both
-digits go through the matrix unit together as twice the rows, and sums are exact integers. The error is at
-most ``2**-14`` of the largest ``|x|`` in the row and chunk, usually far below that of rounding to
-bfloat16. On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
+For int8 it becomes fixed point, ``x ≈ s * (65536 * a + 256 * b + c)``, with one ``s`` for each row and
+chunk: all digits go through the matrix unit together as three times the rows, and sums are exact integers.
+The error is at most ``2**-21`` of the largest ``|x|`` in the row and chunk: beside an outlier a thousand
+times the rest, which real activations have, the rest keeps 11 bits. (With two digits it would keep 3.)
+On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
 
 *Scales and zeros* act on sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second term,
 and the 128, are one small product per tile.
@@ -57,6 +58,7 @@ class Config:
       join: strips that one product takes together; 2 fills a matrix unit 256 wide.
       stack: groups of 128 channels that one product takes together; 2 fills a matrix unit 256 deep.
       unpack: ``"int8"`` or ``"bfloat16"``, what the matrix unit multiplies.
+      digits: of 8 bits, that x has in int8; 2 or 3.
       cores: cores of a device that share the columns; 2 on v4 and v5p.
     """
 
@@ -65,6 +67,7 @@ class Config:
     join: int = 1
     stack: int = 1
     unpack: str = "int8"
+    digits: int = 3
     cores: int = 1
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class Config:
             raise ValueError(f"strips is {self.strips}, expected a positive multiple of join, {self.join}")
         if self.groups < 1 or self.stack < 1 or self.groups % self.stack:
             raise ValueError(f"groups is {self.groups}, expected a positive multiple of stack, {self.stack}")
+        if self.digits not in (2, 3):
+            raise ValueError(f"digits is {self.digits}, expected 2 or 3")
         if self.cores < 1:
             raise ValueError(f"cores is {self.cores}, expected at least 1")
         if self.unpack not in UNPACKS:
@@ -175,7 +180,9 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
     fields = WORD_BITS // field
     # Row = channel as in x, column = place in the order of codes; see "Order" in the module's docstring.
     row, column = (lax.broadcasted_iota(jnp.int32, (g, g), axis) for axis in (0, 1))
-    move = (row == column % fields * (g // fields) + column // fields).astype(jnp.float32).astype(jnp.bfloat16)
+    move = (
+        (row == column % fields * (g // fields) + column // fields).astype(jnp.float32).astype(jnp.bfloat16)
+    )
     register = lax.broadcasted_iota(jnp.int32, (rows, g), 1) % (g // fields) // SUBLANES
     odd = register % 2 == 1
     lane = lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
@@ -204,7 +211,7 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
         unit = jnp.ones((rows, 1), jnp.float32)
         if field == 8:
             largest = jnp.max(reduce(jnp.maximum, map(jnp.abs, xs)), axis=1, keepdims=True)
-            unit = jnp.where(largest > 0, largest / 32512.0, 1.0)
+            unit = jnp.where(largest > 0, largest / (127.0 * 256 ** (config.digits - 1)), 1.0)
         per_unit = 1.0 / unit
         step = of(lambda s: jnp.float32(zero_step(s.bits, w.widths)))
         lift = of(lambda s: jnp.float32(128.0 if s.bits <= 4 else 17 * 128.0))
@@ -214,8 +221,14 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
             x = jnp.where(odd, x * 0.25, x)
             if field == 8:
                 x = jnp.floor(x + 0.5)
-                high = jnp.floor(x * (1 / 256.0) + 0.5)
-                digits = jnp.concatenate([high, x - 256.0 * high])
+                digits, rest = [], x
+                for d in range(config.digits - 1, 0, -1):
+                    # So that what rests is from -128 to 127 in each of the digits below.
+                    below = 128 * sum(256**i for i in range(d))
+                    digit = jnp.floor((rest + float(below)) * 256.0**-d)
+                    digits.append(digit)
+                    rest = rest - digit * 256.0**d
+                digits = jnp.concatenate([*digits, rest])
             else:
                 x = _leading(x)
                 digits = x
@@ -351,7 +364,7 @@ def _chunk(c, carry, *, s: _Segment, half, w: MixedTensor, config: Config, scrat
             for k in range(stack):
                 part = found[k * size : (k + 1) * size]
                 if field == 8:
-                    part = ((part[:rows] << 8) + part[rows:]).astype(jnp.float32)
+                    part = _value([part[d * rows : (d + 1) * rows] for d in range(config.digits)])
                 scale_row = jnp.minimum(s.first_group + c * u + first + k, w.groups - 1)
                 for i in range(join):
                     scale = scale_rows[j + i, pl.ds(scale_row, 1), :]
@@ -360,6 +373,12 @@ def _chunk(c, carry, *, s: _Segment, half, w: MixedTensor, config: Config, scrat
             lanes = slice((j + i) * LANES, (j + i + 1) * LANES)
             acc_ref[:, lanes] += total[i] * unit_ref[t] if field == 8 else total[i]
     return carry
+
+
+def _value(digits) -> jax.Array:
+    """float32 value of int32 sums of products with the digits of ``x``, highest first."""
+    value = ((digits[-2] << 8) + digits[-1]).astype(jnp.float32)
+    return value if len(digits) == 2 else digits[0].astype(jnp.float32) * 65536.0 + value
 
 
 def mixed_matmul(
@@ -423,7 +442,7 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
     steps = tiles // cores
     chunks = (w.groups + len(w.widths) * (u - 1)) // u + 1  # the most there can be, and one, see _prepare
     int8, stack = config.unpack == "int8", config.stack
-    x_shape = (chunks * u // stack, stack * (2 * rows if int8 else rows), stack * g)
+    x_shape = (chunks * u // stack, stack * (config.digits * rows if int8 else rows), stack * g)
 
     def whole(a):
         return pl.BlockSpec(a.shape, lambda core, i, *_: (0,) * a.ndim)

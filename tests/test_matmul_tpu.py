@@ -46,20 +46,22 @@ class Bfloat16(TpuCases):
 
 class Int8(TpuCases):
     config = Config(strips=1, groups=2, stack=2, unpack="int8")
-    tolerance = 2e-4  # fixed point of x, see the module's docstring
+    tolerance = 2e-5  # fixed point of x, see the module's docstring
 
 
-BOTH = pytest.mark.parametrize("cases", [Int8(), Bfloat16()], ids=["int8", "bfloat16"])
 INT8 = pytest.mark.parametrize("cases", [Int8()], ids=["int8"])
 
 
-@BOTH
 @pytest.mark.parametrize(
-    ("m", "k", "n", "group_size", "bits"),
+    ("cases", "m", "k", "n", "group_size", "bits"),
     [
-        (1, 640 - 5, 300, 128, [1, 3, 2, 1, 3]),  # odd segments: rows off the registers of 8; a short group
-        (17, 255, 40, 32, range(1, 9)),
+        # Odd segments, so that groups begin off the registers of 8 rows; a short last group; a tile past N.
+        (Int8(), 1, 635, 300, 128, [1, 3, 2, 1, 3]),
+        (Bfloat16(), 17, 380, 130, 128, [1, 2, 3]),
+        (Int8(), 17, 127, 40, 32, [5, 6, 7, 8]),
+        (Bfloat16(), 1, 255, 40, 32, range(1, 9)),
     ],
+    ids=["int8-odd", "bfloat16", "int8-wide", "bfloat16-all"],
 )
 def test_values(cases, m, k, n, group_size, bits):
     cases.check(m, k, n, group_size, list(bits))
@@ -76,7 +78,7 @@ def test_group_sizes_and_empty_segments(cases, m, group_size, bits, widths):
 
 @INT8
 @pytest.mark.parametrize(
-    ("m", "group_size", "bits"), [(40, 32, range(1, 9)), (128, 128, [1, 3, 2, 1, 3]), (48, 64, [2, 4])]
+    ("m", "group_size", "bits"), [(40, 32, [1, 3, 6, 8]), (128, 128, [1, 3, 2]), (48, 64, [2, 4])]
 )
 def test_prefill(cases, m, group_size, bits):
     cases.check(m, group_size * len(bits) - 5, 130, group_size, list(bits))
@@ -87,13 +89,13 @@ def test_an_outlier_in_x(cases):
     cases.test_an_outlier_in_x()
 
 
-@BOTH
+@INT8
 def test_zeros_in_x(cases):
     cases.test_zeros_in_x()
 
 
 @INT8
-@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize("m", [40, 1])
 def test_bias(cases, m):
     w, dense = random_weight(96, 6, 32, [1, 2, 3])
     x, bias = random_x(m, 96, dtype=jnp.bfloat16), random_x(6)
@@ -108,7 +110,9 @@ def test_segment_sizes_are_data(cases):
 
 @TWO_CPUS
 @pytest.mark.parametrize(
-    ("cases", "m", "cores"), [(Int8(), 3, 1), (Bfloat16(), 3, 2), (Int8(), 40, 1)], ids=str
+    ("cases", "m", "cores"),
+    [(Int8(), 3, 1), (Bfloat16(), 3, 2), (Int8(), 40, 1)],
+    ids=["int8", "bfloat16-two-cores", "prefill"],
 )
 def test_no_races(cases, m, cores):
     """Two steps of the grid a core, so that copies of words and the computation overlap."""
@@ -142,7 +146,7 @@ def test_refuses_odd_group_sizes():
 @pytest.mark.parametrize(
     "kwargs",
     [{"strips": 0}, {"strips": 3, "join": 2}, {"groups": 0}, {"groups": 4, "stack": 3}, {"cores": 0}]
-    + [{"unpack": "int4"}],
+    + [{"unpack": "int4"}, {"digits": 1}],
 )
 def test_config_rejects(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
