@@ -100,8 +100,9 @@ def _bit(t):
 
 
 def _pieces(bits: int) -> list[list[tuple[int, int]]]:
-    """Planes ``(width, shift)`` of a code, joined to pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
-    planes, shift = [], 0
+    """Planes ``(width, shift)`` of a code, in pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
+    planes: list[tuple[int, int]] = []
+    shift = 0
     for n in plane_widths(bits):
         planes.append((n, shift))
         shift += n
@@ -109,7 +110,7 @@ def _pieces(bits: int) -> list[list[tuple[int, int]]]:
 
 
 def _unpack(ref, row, piece, group_size: int, field: int) -> jax.Array:
-    """``[g, 128]``, one piece of a group from ``row`` on: int8 ``q << bit`` or bfloat16 ``128 + (q << bit)``."""
+    """``[g, 128]``, one piece of the group at ``row``: int8 ``q << bit`` or bfloat16 ``128 + (q << bit)``."""
     repeat = 0x00010001 if field == 16 else 0x01010101
     registers = group_size * field // WORD_BITS // SUBLANES
     codes: list = [None] * registers
@@ -151,11 +152,11 @@ class _Segment:
     """Where the groups of a width are; scalars of the kernel."""
 
     bits: int
-    size: jax.Array
-    chunks: jax.Array
-    first_chunk: jax.Array
-    first_group: jax.Array
-    first_row: jax.Array
+    size: jax.Array | int
+    chunks: jax.Array | int
+    first_chunk: jax.Array | int
+    first_group: jax.Array | int
+    first_row: jax.Array | int
 
 
 def _segments(sizes, w: MixedTensor, groups: int) -> list[_Segment]:
@@ -258,7 +259,7 @@ def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTenso
 
 
 def _leading(x):
-    """float32 rounded to 8 bits, which bfloat16 has (Veltkamp): XLA may take a cast and its inverse for none."""
+    """float32 rounded to 8 bits, which bfloat16 has (Veltkamp): XLA may drop a cast and its inverse."""
     scaled = x * 65537.0
     return scaled - (scaled - x)
 
@@ -267,7 +268,7 @@ def _dot(a, b, dtype=jnp.float32):
     return jnp.dot(a, b, preferred_element_type=dtype)
 
 
-def _concatenate(arrays, axis: int):
+def _concatenate(arrays: list, axis: int) -> jax.Array:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)
 
 
@@ -293,9 +294,9 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     bias_ref = refs[5] if has_bias else None
     words_ref, out_ref, *scratch = refs[5 + has_bias :]
     x_groups, unit_ref, sums_ref, acc_ref, scale_rows, buffer, arrived = scratch
-    g, u, field = w.group_size, config.groups, UNPACKS[config.unpack]
+    u, field = config.groups, UNPACKS[config.unpack]
     segments = _segments(sizes if trips is None else trips, w, u)
-    rows, strips, last = acc_ref.shape[0], config.strips, words_ref.shape[1] // LANES - 1
+    strips, last = config.strips, words_ref.shape[1] // LANES - 1
     step, steps = pl.program_id(1), pl.num_programs(1)
     half = step % 2
 
@@ -350,7 +351,7 @@ def _chunk(c, carry, *, s: _Segment, half, w: MixedTensor, config: Config, scrat
     for j in range(0, config.strips, join):
         total = [jnp.zeros((rows, LANES), jnp.float32)] * join
         for first in range(0, u, stack):
-            x, found = x_groups[(t * u + first) // stack], None
+            x, products = x_groups[(t * u + first) // stack], []
             # Past the segment's end x is zero, and the buffer goes on for a chunk.
             begins = [SUBLANES + s.first_row + (c * u + first + k) * group_rows for k in range(stack)]
             for piece in reversed(_pieces(s.bits)):
@@ -358,8 +359,8 @@ def _chunk(c, carry, *, s: _Segment, half, w: MixedTensor, config: Config, scrat
                     _concatenate([_unpack(buffer.at[half, j + i], row, piece, g, field) for row in begins], 0)
                     for i in range(join)
                 ]
-                product = _dot(x, _concatenate(strips, 1), jnp.int32 if field == 8 else jnp.float32)
-                found = product if found is None else found * 16 + product
+                products.append(_dot(x, _concatenate(strips, 1), jnp.int32 if field == 8 else jnp.float32))
+            found = products[0] if len(products) == 1 else products[0] * 16 + products[1]  # highest first
             size = found.shape[0] // stack
             for k in range(stack):
                 part = found[k * size : (k + 1) * size]

@@ -1,7 +1,7 @@
 """The TPU kernels in the TPU interpreter, with memory full of NaN, so that reading it uninitialised shows.
 
 The interpreter takes seconds a case, so a few cases cover what matters, and the body of cases of all back
-ends is marked slow. Race detection needs two CPU cores: confined to one, the interpreter of jax 0.12 deadlocks.
+ends is marked slow. Race detection needs two CPU cores: on one, the interpreter of jax 0.12 deadlocks.
 """
 
 import os
@@ -145,8 +145,15 @@ def test_refuses_odd_group_sizes():
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"strips": 0}, {"strips": 3, "join": 2}, {"groups": 0}, {"groups": 4, "stack": 3}, {"cores": 0}]
-    + [{"unpack": "int4"}, {"digits": 1}],
+    [
+        {"strips": 0},
+        {"strips": 3, "join": 2},
+        {"groups": 0},
+        {"groups": 4, "stack": 3},
+        {"unpack": "int4"},
+        {"digits": 1},
+        {"cores": 0},
+    ],
 )
 def test_config_rejects(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
