@@ -1,31 +1,34 @@
 """The matmul on TPUs in decode (few rows of ``x``): words are read once and unpacked in registers.
 
-The output is cut into tiles of columns, one per grid step. A step has all words of its columns in VMEM
-(fast memory; Pallas copies the next tile's words there while this one is computed) and runs one loop per
-bit width over *chunks* of ``Config.groups`` groups. How many groups have which width is data, so trip
-counts and row numbers are read from a small table, ``_plan``; one compiled kernel serves all allocations.
+The output is cut into tiles of columns, one per grid step. While a tile is computed, the kernel copies
+the next tile's words into VMEM (fast memory). A step runs one loop per bit width over *chunks* of
+``Config.groups`` groups. How many groups have which width is data, and so are trip counts and row
+numbers: one compiled kernel serves all allocations.
 
-*Unpacking* (``_fields``). Codes are never converted one by one. A 32-bit word is taken as four fields of
-8 bits or two of 16, and one AND leaves one code in each field, at bit ``t``. For 8-bit fields that *is*
-four int8 numbers ``q * 2**t``. For 16-bit fields an OR with ``0x4300`` makes two bfloat16 numbers,
-``128 + q * 2**t``. The factor is divided out of ``x``; the 128 is subtracted at the end of all.
+*Unpacking* (``_unpack``). Codes are never converted one by one. A 32-bit word is taken as four fields of
+8 bits or two of 16, and one AND leaves one code in each field, at bit 0 or 2. For 8-bit fields that *is*
+four int8 numbers ``q << bit``. For 16-bit fields an OR with ``0x4300`` makes two bfloat16 numbers,
+``128 + (q << bit)``. The factor is divided out of ``x``; the 128 is subtracted with the zeros.
 
-*x* is brought outside the kernel (``_prepare``) into the order in which codes come out of the words. For
-int8 it becomes fixed point, ``x ≈ s * (256 * hi + lo)``, with one ``s`` for each row and chunk: both digits
-go through the matrix unit together as twice the rows, which is free for few rows, and sums are exact
-integers. The error is at most ``2**-13`` of the largest ``|x|`` in the row and chunk, usually far below
-that of rounding to bfloat16. On bfloat16 fields (TPUs without int8, widths above 4) x is rounded to bfloat16.
+*Order.* In every plane, field ``f`` of a word holds channels ``f * g / fields`` to ``(f + 1) * g / fields``
+of its group. Wherever a plane's rows fill registers of 8 rows only after being repeated, every copy is
+shifted by one slot more. Then codes of all widths come out in the same order, channel
+``f * g / fields + 8 * t + r`` in field ``f`` of row ``r`` of register ``t``: planes of a width can be
+joined with an OR, and one order of ``x`` serves all. Codes wider than 4 bits are two products of up to 4.
+
+*x* (``_prepare``) is brought into that order in the first step, by a product with a permutation matrix.
+For int8 it becomes fixed point, ``x ≈ s * (65536 * a + 256 * b + c)``, with one ``s`` for each row and
+chunk: all digits go through the matrix unit together as three times the rows, and sums are exact integers.
+The error is at most ``2**-21`` of the largest ``|x|`` in the row and chunk: beside an outlier a thousand
+times the rest, which real activations have, the rest keeps 11 bits. (With two digits it would keep 3.)
+On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
 
 *Scales and zeros* act on sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second term,
 and the 128, are one small product per tile.
-
-*Tiles of words.* Registers hold 8 rows of words, but a 1-bit plane of 128 channels has 4. Planes of
-several groups then share a register, and the product is told apart by zeros in ``x``: the rows of ``x``
-are repeated once per group, each with the other groups' channels set to zero.
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +41,10 @@ from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_bit
 from pallas_kernels.mosaic_tpu_prefill import prefill
 
 LANES = 128
+SUBLANES = 8
 DECODE_ROWS = 32
+GROUP_SIZES = (32, 64, 128, 256)
+VMEM_BYTES = 40 << 20  # for words; of 64 MiB on the smallest, v7x
 UNPACKS = {"int8": 8, "bfloat16": 16}  # strategy: bits of a field
 
 
@@ -48,21 +54,31 @@ class Config:
 
     Attributes:
       strips: columns of an output tile, in units of 128.
-      groups: groups in a chunk, all unrolled; a power of two of at least 8.
+      groups: groups in a chunk, all unrolled.
       join: strips that one product takes together; 2 fills a matrix unit 256 wide.
+      stack: groups of 128 channels that one product takes together; 2 fills a matrix unit 256 deep.
       unpack: ``"int8"`` or ``"bfloat16"``, what the matrix unit multiplies.
+      digits: of 8 bits, that x has in int8; 2 or 3.
+      cores: cores of a device that share the columns; 2 on v4 and v5p.
     """
 
     strips: int = 8
     groups: int = 8
     join: int = 1
+    stack: int = 1
     unpack: str = "int8"
+    digits: int = 3
+    cores: int = 1
 
     def __post_init__(self) -> None:
         if self.strips < 1 or self.join < 1 or self.strips % self.join:
             raise ValueError(f"strips is {self.strips}, expected a positive multiple of join, {self.join}")
-        if self.groups < 8 or self.groups & (self.groups - 1):
-            raise ValueError(f"groups is {self.groups}, expected a power of two of at least 8")
+        if self.groups < 1 or self.stack < 1 or self.groups % self.stack:
+            raise ValueError(f"groups is {self.groups}, expected a positive multiple of stack, {self.stack}")
+        if self.digits not in (2, 3):
+            raise ValueError(f"digits is {self.digits}, expected 2 or 3")
+        if self.cores < 1:
+            raise ValueError(f"cores is {self.cores}, expected at least 1")
         if self.unpack not in UNPACKS:
             raise ValueError(f"unpack is {self.unpack!r}, expected one of {list(UNPACKS)}")
 
@@ -74,285 +90,296 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     strips = min(8 if m <= 16 else 4, 1 << (-(-n // LANES) - 1).bit_length())
     unpack = "bfloat16" if "7" in kind else "int8"
     wide = "v6" in kind or "7" in kind
-    return Config(strips=strips, unpack=unpack, join=2 if wide and strips % 2 == 0 else 1)
+    cores = 2 if kind in ("tpu v4", "tpu v5", "tpu v5p") else 1
+    return Config(strips, join=2 if wide and strips % 2 == 0 else 1, unpack=unpack, cores=cores)
+
+
+def _bit(t):
+    """Where register ``t`` of a group's codes has its codes in a field."""
+    return 2 * (t % 2)
+
+
+def _pieces(bits: int) -> list[list[tuple[int, int]]]:
+    """Planes ``(width, shift)`` of a code, in pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
+    planes: list[tuple[int, int]] = []
+    shift = 0
+    for n in plane_widths(bits):
+        planes.append((n, shift))
+        shift += n
+    return [found for low in (0, 4) if (found := [plane for plane in planes if plane[1] // 4 * 4 == low])]
+
+
+def _unpack(ref, row, piece, group_size: int, field: int) -> jax.Array:
+    """``[g, 128]``, one piece of the group at ``row``: int8 ``q << bit`` or bfloat16 ``128 + (q << bit)``."""
+    repeat = 0x00010001 if field == 16 else 0x01010101
+    registers = group_size * field // WORD_BITS // SUBLANES
+    codes: list = [None] * registers
+    for n, shift in piece:
+        rows, above, first = group_size * n // WORD_BITS, shift % 4, row + group_size * shift // WORD_BITS
+        words = [_load(ref, first + t * SUBLANES, rows, n) for t in range(max(1, rows // SUBLANES))]
+        shifted: dict[tuple[int, int], jax.Array] = {}
+        for t in range(registers):
+            part, slot = t % len(words), t // len(words)
+            by = slot * n * max(1, SUBLANES // rows) - _bit(t) - above
+            if (part, by) not in shifted:
+                shifted[part, by] = _shift(words[part], by)
+            code = shifted[part, by] & np.uint32((((1 << n) - 1) << (_bit(t) + above)) * repeat)
+            codes[t] = code if codes[t] is None else codes[t] | code
+    if field == 16:
+        return jnp.concatenate([pltpu.bitcast(c | np.uint32(0x43004300), jnp.bfloat16) for c in codes])
+    return jnp.concatenate([pltpu.bitcast(c, jnp.int8) for c in codes])
+
+
+def _shift(words, by: int):
+    if by == 0:
+        return words
+    return words >> np.uint32(by) if by > 0 else words << np.uint32(-by)
+
+
+def _load(ref, row, rows: int, n: int) -> jax.Array:
+    """8 rows of a plane of ``n`` bits; a group's fewer ``rows`` are repeated, each copy a slot further."""
+    words = ref[pl.ds(row, SUBLANES), :]
+    if rows >= SUBLANES:
+        return words
+    sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
+    for k in range(1, SUBLANES // rows):
+        words = jnp.where(sublane < k * rows, words, ref[pl.ds(row - k * rows, SUBLANES), :])
+    return words >> (sublane // rows * n).astype(jnp.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plane:
-    """How one plane of a width lies in words and comes out of them."""
+class _Segment:
+    """Where the groups of a width are; scalars of the kernel."""
 
-    n: int  # bits
-    factor: int  # what x is multiplied by; relative to the other planes, what its bit 0 is worth
-    offset: int  # first row in its group
-    rows: int  # rows of words per group
-    tile: int  # rows of words that are unpacked together
-    share: int  # groups that share such a tile
-
-    @classmethod
-    def all_of(cls, bits: int, group_size: int) -> "list[_Plane]":
-        planes, shift = [], 0
-        for n in plane_widths(bits):
-            rows, tile = group_size * n // WORD_BITS, 16 if n == 4 else 8
-            factor = 4 if bits == 1 else 1 << shift  # 1 bit as in 3 bits, so that they share x
-            planes.append(
-                _Plane(n, factor, group_size * shift // WORD_BITS, rows, tile, max(1, tile // rows))
-            )
-            shift += n
-        return planes
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.n, self.factor
-
-    def order(self, x: jax.Array, field: int) -> jax.Array:
-        """``[..., groups, g]`` in channel order -> ``[..., groups / share, share * g]`` as codes come out."""
-        *batch, groups, g = x.shape
-        per_word, slots = WORD_BITS // field, field // self.n
-        parts = max(1, self.rows // self.tile)
-        # Channel = (field, slot of the field, part, row of the part); a row of output is one code per field.
-        x = x.reshape(*batch, groups // self.share, self.share, per_word, slots, parts, self.rows // parts)
-        b = len(batch)
-        x = x.transpose(*range(b), b, b + 4, b + 3, b + 1, b + 5, b + 2)
-        return x.reshape(*batch, groups // self.share, self.share * g)
-
-    def x_factors(self, field: int, group_size: int) -> np.ndarray:
-        """``float32[share * g]`` in that order: ``factor / 2**t`` for codes that are left at bit ``t``."""
-        bits = np.array([bit for _, bit in _fields(self.n, field)])
-        run = self.tile * WORD_BITS // field
-        parts = self.share * group_size // (run * len(bits))
-        return np.tile(np.repeat(self.factor * 2.0**-bits, run), parts).astype(np.float32)
+    bits: int
+    size: jax.Array | int
+    chunks: jax.Array | int
+    first_chunk: jax.Array | int
+    first_group: jax.Array | int
+    first_row: jax.Array | int
 
 
-def _fields(n: int, field: int) -> list[tuple[int, int]]:
-    """For every ``n``-bit slot of a field: right shift (left if negative), and the bit where it then lies.
+def _segments(sizes, w: MixedTensor, groups: int) -> list[_Segment]:
+    found = []
+    chunk = group = row = 0
+    for i, b in enumerate(w.widths):
+        size = sizes[i]
+        chunks = (size + groups - 1) // groups
+        found.append(_Segment(b, size, chunks, chunk, group, row))
+        chunk, group, row = chunk + chunks, group + size, row + size * (w.group_size * b // WORD_BITS)
+    return found
 
-    A bfloat16 has 7 bits of mantissa, so up to 7 bits of slots share a shift. In int8, x loses a bit of
-    precision with each, so 4; single bits lie from bit 2 up, as a plane worth 4 in a 3-bit code must.
+
+def _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w: MixedTensor, config: Config):
+    """``x[rows, K]`` -> ``x_groups`` as codes come out, the value of its unit, and sums over groups.
+
+    ``unit_ref`` is ``[chunks, rows, 128]``, all lanes equal. ``sums_ref`` is ``[2, rows, 3 * G]`` and zeros
+    behind: what the scales, and what the scales times the zero codes, are multiplied by, three times.
     """
-    if field == 16:
-        together = 7 // n
-        return [(f // together * together * n, f % together * n) for f in range(field // n)]
-    if n == 1:
-        return [(-2, 2), (-2, 3), (0, 2), (0, 3), (0, 4), (0, 5), (4, 2), (4, 3)]
-    return [(n * f // 4 * 4, n * f % 4) for f in range(field // n)]
-
-
-def _unpack(words: jax.Array, n: int, field: int) -> jax.Array:
-    """Words ``[tile, 128]`` -> ``[tile * 32 / n, 128]``, int8 ``q << t`` or bfloat16 ``128 + (q << t)``."""
-    repeat = 0x00010001 if field == 16 else 0x01010101
-    shifted = {0: words}
-    out = []
-    for shift, bit in _fields(n, field):
-        if shift not in shifted:
-            shifted[shift] = words >> np.uint32(shift) if shift > 0 else words << np.uint32(-shift)
-        codes = shifted[shift] & np.uint32((((1 << n) - 1) << bit) * repeat)
-        if field == 16:
-            out.append(pltpu.bitcast(codes | np.uint32(0x43004300), jnp.bfloat16))
-        else:
-            out.append(pltpu.bitcast(codes, jnp.int8))
-    return jnp.concatenate(out, axis=0)
-
-
-# The columns of the plan: where the groups of a width are.
-CHUNKS, FIRST_CHUNK, FIRST_GROUP, FIRST_ROW, PADS, PADS_AT = range(6)
-
-
-def _plan(w: MixedTensor, groups: int) -> jax.Array:
-    """``int32[len(widths), 6]``; a segment is filled up with empty groups to whole chunks.
-
-    Registers are loaded 8 rows at a time, also for planes of fewer rows. So that no load begins before
-    or ends after the words, empty groups come first in a segment, but at the end of the first chunk where
-    the segment itself begins in the first rows.
-    """
-    first_group, first_row = w.segment_starts()
-    chunks = -(-w.segments // groups)
-    pads = chunks * groups - w.segments
-    pads_at = jnp.where(first_row < _margin(w), groups - pads, 0)
-    return jnp.stack([chunks, jnp.cumsum(chunks) - chunks, first_group, first_row, pads, pads_at], axis=1)
-
-
-def _margin(w: MixedTensor) -> int:
-    return max(p.tile for b in w.widths for p in _Plane.all_of(b, w.group_size))
-
-
-def _max_chunks(w: MixedTensor, groups: int) -> int:
-    return (w.groups + len(w.widths) * (groups - 1)) // groups
-
-
-def _prepare(x: jax.Array, w: MixedTensor, plan: jax.Array, config: Config):
-    """What the kernel reads of ``x[M, K]``, float32.
-
-    Returns:
-      for every plane of any width ``[chunks, groups / share, rows, share * g]``, int8 or bfloat16;
-      the value of their unit, ``float32[chunks, M, 128]`` (all lanes equal);
-      ``float32[2, M, G]``: what the scales, and what the scales times the zero codes, are multiplied by.
-    """
-    m, k = x.shape
     g, u, field = w.group_size, config.groups, UNPACKS[config.unpack]
-    chunks = _max_chunks(w, u)
-    slot = jnp.arange(chunks * u, dtype=jnp.int32)
-    # Which segment a slot is in, and which group of it; empty groups read x of group 0 times zero.
-    segment = jnp.sum(slot[:, None] >= ((plan[:, FIRST_CHUNK] + plan[:, CHUNKS]) * u)[None], axis=1)
-    of = plan[jnp.minimum(segment, len(w.widths) - 1)]
-    local = slot - of[:, FIRST_CHUNK] * u
-    empty = (local >= of[:, PADS_AT]) & (local < of[:, PADS_AT] + of[:, PADS])
-    empty |= segment >= len(w.widths)
-    position = of[:, FIRST_GROUP] + local - jnp.where(local >= of[:, PADS_AT], of[:, PADS], 0)
-    position = jnp.clip(position, 0, w.groups - 1)
-    x = jnp.pad(x, ((0, 0), (0, w.groups * g - k))).reshape(m, w.groups, g)
-    x = jnp.where(empty[None, :, None], 0.0, x[:, w.order[position]])  # [M, slots, g]
+    rows, lanes = x_ref.shape[-2], sums_ref.shape[-1]
+    fields = WORD_BITS // field
+    # Row = channel as in x, column = place in the order of codes; see "Order" in the module's docstring.
+    row, column = (lax.broadcasted_iota(jnp.int32, (g, g), axis) for axis in (0, 1))
+    move = (
+        (row == column % fields * (g // fields) + column // fields).astype(jnp.float32).astype(jnp.bfloat16)
+    )
+    register = lax.broadcasted_iota(jnp.int32, (rows, g), 1) % (g // fields) // SUBLANES
+    odd = register % 2 == 1
+    lane = lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
+    spot = jnp.where(lane < 3 * w.groups, lane % w.groups, -2)
 
-    unit = jnp.ones((m, chunks), jnp.float32)
-    if field == 8:
-        largest = jnp.max(jnp.abs(x.reshape(m, chunks, u * g)), axis=-1)
-        unit = jnp.where(largest > 0, largest / 32512.0, 1.0)
-        x = x / jnp.repeat(unit, u, axis=1)[:, :, None]
-    planes, total, lifted = {}, None, jnp.zeros((m, chunks * u), jnp.float32)
-    width = jnp.asarray(w.widths, jnp.int32)[jnp.minimum(segment, len(w.widths) - 1)]
-    for b in w.widths:
-        for plane in _Plane.all_of(b, g):
-            factors = jnp.asarray(plane.x_factors(field, g))
-            ordered = plane.order(x, field) * factors[None, None]
-            if field == 8:
-                ordered = jnp.round(ordered)
-                high = jnp.round(ordered / 256.0)
-                digits = jnp.stack([high, ordered - 256.0 * high]).astype(jnp.int8)
-                digits = digits.reshape(2 * m, *ordered.shape[1:])
+    def chunk(t, lifted, sums):
+        def of(value):  # of the segment that this chunk is in
+            found = value(segments[0])
+            for s in segments[1:]:
+                found = jnp.where(t >= s.first_chunk, value(s), found)
+            return found
+
+        local = (t - of(lambda s: s.first_chunk)) * u
+        size, first = of(lambda s: s.size), of(lambda s: s.first_group)
+        positions, xs = [], []
+        for k in range(u):
+            position = jnp.where(local + k < size, first + local + k, -1)
+            group = order[jnp.maximum(position, 0)]
+            if len(x_ref.shape) == 3:
+                x = x_ref[group]
             else:
-                digits = ordered.astype(jnp.bfloat16)
-                ordered = digits.astype(jnp.float32)
-                # The 128 of every number of this plane, in groups that have it.
-                sums = 128.0 * _group_sums(ordered, plane, g, field)
-                lifted += jnp.where((width == b)[None], sums, 0.0)
-            if plane.key not in planes:
-                rows = digits.shape[0]
-                digits = digits.reshape(rows, chunks, u // plane.share, plane.share * g)
-                planes[plane.key] = digits.transpose(1, 2, 0, 3)
-            if plane.offset == 0:
-                sums = _group_sums(ordered / factors[None, None], plane, g, field)
-                total = sums if total is None else jnp.where((width == b)[None], sums, total)
-    assert total is not None
-    step = jnp.asarray([zero_step(b, w.widths) for b in w.widths], jnp.float32)
-    worth = jnp.asarray([0.25 if b == 1 else 1.0 for b in w.widths], jnp.float32)  # of x * factor
-    segment = jnp.minimum(segment, len(w.widths) - 1)
-    unit_slot = jnp.repeat(unit, u, axis=1)
-    both = jnp.stack([lifted * worth[segment][None], total * step[segment][None]]) * unit_slot[None]
-    # Back from slots to positions: a position's slot is the one that is not empty.
-    target = jnp.where(empty, w.groups, position)
-    both = jnp.zeros((2, m, w.groups), jnp.float32).at[:, :, target].set(both, mode="drop")
-    unit = unit * worth[segment[::u]][None]
-    return planes, jnp.broadcast_to(unit.T[:, :, None], (chunks, m, LANES)), both
+                x = x_ref[:, pl.ds(pl.multiple_of(group * g, LANES), g)]
+            x = jnp.where(position >= 0, x.astype(jnp.float32), 0.0)
+            xs.append(x)
+            positions.append(position)
+        unit = jnp.ones((rows, 1), jnp.float32)
+        if field == 8:
+            largest = jnp.max(reduce(jnp.maximum, map(jnp.abs, xs)), axis=1, keepdims=True)
+            unit = jnp.where(largest > 0, largest / (127.0 * 256 ** (config.digits - 1)), 1.0)
+        per_unit = 1.0 / unit
+        step = of(lambda s: jnp.float32(zero_step(s.bits, w.widths)))
+        lift = of(lambda s: jnp.float32(128.0 if s.bits <= 4 else 17 * 128.0))
+        stacked: list[jax.Array] = []
+        for k, x in enumerate(xs):
+            x = x * per_unit
+            x = jnp.where(odd, x * 0.25, x)
+            if field == 8:
+                x = jnp.floor(x + 0.5)
+                digits, rest = [], x
+                for d in range(config.digits - 1, 0, -1):
+                    # So that what rests is from -128 to 127 in each of the digits below.
+                    below = 128 * sum(256**i for i in range(d))
+                    digit = jnp.floor((rest + float(below)) * 256.0**-d)
+                    digits.append(digit)
+                    rest = rest - digit * 256.0**d
+                digits = jnp.concatenate([*digits, rest])
+            else:
+                x = _leading(x)
+                digits = x
+                lifted = jnp.where(spot == positions[k], jnp.sum(x, 1, keepdims=True) * lift, lifted)
+            moved = _dot(digits.astype(jnp.bfloat16), move)  # exact, int8 digits are bfloat16 numbers, too
+            if field == 8:
+                moved = moved.astype(jnp.int32)
+            moved = moved.astype(x_groups.dtype)
+            # Groups that are stacked: each in rows of its own, and zeros where the others' channels are.
+            place = [jnp.zeros_like(moved)] * config.stack
+            place[k % config.stack] = moved
+            stacked.append(_concatenate(place, 1))
+            if len(stacked) == config.stack:
+                x_groups[(t * u + k) // config.stack] = _concatenate(stacked, 0)
+                stacked = []
+            total = jnp.sum(jnp.where(odd, x * 4.0, x), axis=1, keepdims=True) * (unit * step)
+            sums = jnp.where(spot == positions[k], total, sums)
+        unit_ref[t] = jnp.broadcast_to(unit, (rows, LANES))
+        return lifted, sums
+
+    def two(i, carry):  # at once, as a chunk is one long chain; there is room for one too many
+        return chunk(2 * i + 1, *chunk(2 * i, *carry))
+
+    nothing = jnp.zeros((rows, lanes), jnp.float32)
+    count = segments[-1].first_chunk + segments[-1].chunks
+    sums_ref[0], sums_ref[1] = lax.fori_loop(0, (count + 1) // 2, two, (nothing, nothing))
 
 
-def _group_sums(ordered: jax.Array, plane: _Plane, g: int, field: int) -> jax.Array:
-    """Sums over each group's channels of what ``plane.order`` returned, ``[M, groups]``."""
-    m, tiles, _ = ordered.shape
-    run = plane.tile * WORD_BITS // field // plane.share
-    return ordered.reshape(m, tiles, -1, plane.share, run).sum((2, 4)).reshape(m, tiles * plane.share)
+def _leading(x):
+    """float32 rounded to 8 bits, which bfloat16 has (Veltkamp): XLA may drop a cast and its inverse."""
+    scaled = x * 65537.0
+    return scaled - (scaled - x)
 
 
-def _kernel(plan, c_ref, unit_ref, scale_ref, zero_ref, bias_ref, *refs, keys, w, config, trips):
-    x_refs, refs = dict(zip(keys, refs)), refs[len(keys) :]
-    word_refs, (out_ref, acc_ref, row_ref) = refs[: config.strips], refs[config.strips :]
+def _dot(a, b, dtype=jnp.float32):
+    return jnp.dot(a, b, preferred_element_type=dtype)
+
+
+def _concatenate(arrays: list, axis: int) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)
+
+
+def _correct(x, factors: list[jax.Array]):
+    """``x[rows, G] @ factors[G, columns]`` almost in float32, in one pass of bfloat16 products.
+
+    ``x`` is there three times, as from ``_prepare``. ``factors`` are what ``x`` rounded to bfloat16, the
+    rest rounded, and for the third either the rest of that or again x rounded are multiplied by.
+    """
+    groups = factors[0].shape[0]
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) // groups
+    first = _leading(x)
+    second = _leading(x - first)
+    third = first if factors[2] is not factors[0] else x - first - second
+    x = jnp.where(lane == 0, first, jnp.where(lane == 1, second, third))
+    fill = jnp.zeros((x.shape[1] - 3 * groups, factors[0].shape[1]), jnp.float32)
+    rows = jnp.concatenate([*factors, fill] if fill.shape[0] else factors)
+    return _dot(x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16))
+
+
+def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
+    sizes, order, x_ref, scale_ref, zero_ref = refs[:5]
+    bias_ref = refs[5] if has_bias else None
+    words_ref, out_ref, *scratch = refs[5 + has_bias :]
+    x_groups, unit_ref, sums_ref, acc_ref, scale_rows, buffer, arrived = scratch
     u, field = config.groups, UNPACKS[config.unpack]
-    m = acc_ref.shape[0]
+    segments = _segments(sizes if trips is None else trips, w, u)
+    strips, last = config.strips, words_ref.shape[1] // LANES - 1
+    step, steps = pl.program_id(1), pl.num_programs(1)
+    half = step % 2
+
+    def copy(step, half):  # of one tile's words, to half of the buffer
+        for j in range(strips):
+            strip = jnp.minimum((pl.program_id(0) * steps + step) * strips + j, last)
+            yield pltpu.make_async_copy(
+                words_ref.at[:, pl.ds(pl.multiple_of(strip * LANES, LANES), LANES)],
+                buffer.at[half, j, pl.ds(SUBLANES, words_ref.shape[0])],
+                arrived.at[half],
+            )
+
+    @pl.when(step == 0)
+    def first():
+        for c in copy(0, 0):
+            c.start()
+        _prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w, config)
+
+    @pl.when(step + 1 < steps)
+    def following():
+        for c in copy(step + 1, 1 - half):
+            c.start()
 
     scale = scale_ref[...].astype(jnp.float32)  # [G, columns]
-    for j in range(config.strips):
-        row_ref[j] = scale[:, j * LANES : (j + 1) * LANES]
+    for j in range(strips):
+        scale_rows[j] = scale[:, j * LANES : (j + 1) * LANES]
     zero = zero_ref[...].astype(jnp.int32)
     if zero_bits(w.widths) == 4:
         zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
-    dot = partial(jnp.dot, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    past = dot(c_ref[1], scale * zero.astype(jnp.float32))
+    offset = scale * zero.astype(jnp.float32)
+    high = _leading(offset)
+    past = _correct(sums_ref[1], [high, high, offset - high])
     if field == 16:
-        past += dot(c_ref[0], scale)
-    acc_ref[...] = jnp.broadcast_to(bias_ref[...], past.shape) - past
+        past += _correct(sums_ref[0], [scale] * 3)
+    acc_ref[...] = -past if bias_ref is None else jnp.broadcast_to(bias_ref[...], past.shape) - past
 
-    for i, b in enumerate(w.widths):
-        planes = _Plane.all_of(b, w.group_size)
-        share = max(p.share for p in planes)
+    for c in copy(step, half):
+        c.wait()
 
-        def chunk(c, carry, i=i, b=b, planes=planes, share=share):
-            t = plan[i, FIRST_CHUNK] + c
-            sums = [jnp.zeros((m, LANES), jnp.float32)] * config.strips
-
-            def index(k):  # of the chunk's k-th group in its segment
-                local = c * u + k
-                return local - jnp.where(local >= plan[i, PADS_AT], plan[i, PADS], 0)
-
-            for first in range(0, u, share):
-                row = [
-                    plan[i, FIRST_ROW] + index(first + k) * (w.group_size * b // WORD_BITS)
-                    for k in range(share)
-                ]
-                scale_row = [
-                    jnp.clip(plan[i, FIRST_GROUP] + index(first + k), 0, w.groups - 1) for k in range(share)
-                ]
-                lhs = _lhs(x_refs, t, first, planes, share, field)
-                for j in range(0, config.strips, config.join):
-                    strips = [_rhs(ref, row, planes, share, field) for ref in word_refs[j : j + config.join]]
-                    rhs = strips[0] if len(strips) == 1 else jnp.concatenate(strips, axis=1)
-                    kind = jnp.int32 if field == 8 else jnp.float32
-                    found = jnp.dot(lhs, rhs, preferred_element_type=kind)
-                    for k in range(share):
-                        part = found[k * lhs.shape[0] // share : (k + 1) * lhs.shape[0] // share]
-                        if field == 8:
-                            part = ((part[:m] << 8) + part[m:]).astype(jnp.float32)
-                        for s in range(config.join):
-                            row_k = row_ref[j + s, pl.ds(scale_row[k], 1), :]
-                            sums[j + s] += part[:, s * LANES : (s + 1) * LANES] * row_k
-            for j in range(config.strips):
-                acc_ref[:, j * LANES : (j + 1) * LANES] += sums[j] * unit_ref[t]
-            return carry
-
-        lax.fori_loop(0, plan[i, CHUNKS] if trips is None else trips[i], chunk, 0)
+    for s in segments:
+        chunk = partial(_chunk, s=s, half=half, w=w, config=config, scratch=scratch)
+        lax.fori_loop(0, s.chunks, chunk, 0)
     out_ref[...] = acc_ref[: out_ref.shape[0]]
 
 
-def _lhs(x_refs, t, first, planes, share, field):
-    """``[share * rows, share * g * planes]``: x of ``share`` groups, each in its own rows, zero elsewhere."""
-    blocks = []
-    for k in range(share):
-        row = []
-        for plane in planes:
-            for tile in range(share // plane.share):
-                x = x_refs[plane.key][t, first // plane.share + tile]
-                if k // plane.share != tile:
-                    row.append(jnp.zeros_like(x))
-                elif plane.share == 1:
-                    row.append(x)
-                else:
-                    bits = pltpu.bitcast(x, jnp.uint32)
-                    per_word = WORD_BITS // field
-                    lane = lax.broadcasted_iota(jnp.int32, bits.shape, 1)
-                    owner = lane % (plane.tile * per_word) // (plane.rows * per_word)
-                    bits = jnp.where(owner == k % plane.share, bits, np.uint32(0))
-                    row.append(pltpu.bitcast(bits, x.dtype))
-        blocks.append(row[0] if len(row) == 1 else jnp.concatenate(row, axis=1))
-    return blocks[0] if share == 1 else jnp.concatenate(blocks, axis=0)
+def _chunk(c, carry, *, s: _Segment, half, w: MixedTensor, config: Config, scratch):
+    """Adds the product with one chunk's groups to ``acc_ref``."""
+    x_groups, unit_ref, _, acc_ref, scale_rows, buffer, _ = scratch
+    g, u, join, field = w.group_size, config.groups, config.join, UNPACKS[config.unpack]
+    rows, t, stack = acc_ref.shape[0], s.first_chunk + c, config.stack
+    group_rows = g * s.bits // WORD_BITS
+    for j in range(0, config.strips, join):
+        total = [jnp.zeros((rows, LANES), jnp.float32)] * join
+        for first in range(0, u, stack):
+            x, products = x_groups[(t * u + first) // stack], []
+            # Past the segment's end x is zero, and the buffer goes on for a chunk.
+            begins = [SUBLANES + s.first_row + (c * u + first + k) * group_rows for k in range(stack)]
+            for piece in reversed(_pieces(s.bits)):
+                strips = [
+                    _concatenate([_unpack(buffer.at[half, j + i], row, piece, g, field) for row in begins], 0)
+                    for i in range(join)
+                ]
+                products.append(_dot(x, _concatenate(strips, 1), jnp.int32 if field == 8 else jnp.float32))
+            found = products[0] if len(products) == 1 else products[0] * 16 + products[1]  # highest first
+            size = found.shape[0] // stack
+            for k in range(stack):
+                part = found[k * size : (k + 1) * size]
+                if field == 8:
+                    part = _value([part[d * rows : (d + 1) * rows] for d in range(config.digits)])
+                scale_row = jnp.minimum(s.first_group + c * u + first + k, w.groups - 1)
+                for i in range(join):
+                    scale = scale_rows[j + i, pl.ds(scale_row, 1), :]
+                    total[i] += part[:, i * LANES : (i + 1) * LANES] * scale
+        for i in range(join):
+            lanes = slice((j + i) * LANES, (j + i + 1) * LANES)
+            acc_ref[:, lanes] += total[i] * unit_ref[t] if field == 8 else total[i]
+    return carry
 
 
-def _rhs(ref, row, planes, share, field):
-    """``[share * g * planes, 128]``: the codes of ``share`` groups whose first rows are given."""
-    tiles = []
-    for plane in planes:
-        for tile in range(share // plane.share):
-            parts = max(1, plane.rows // plane.tile)
-            for p in range(parts):
-                words = None
-                for k in range(plane.share):
-                    start = row[tile * plane.share + k] + plane.offset + p * plane.tile - k * plane.rows
-                    # Only empty groups, whose x is zero, can be out of bounds.
-                    start = jnp.clip(start, 0, ref.shape[0] - plane.tile)
-                    loaded = ref[pl.ds(start, plane.tile), :]
-                    if words is None:
-                        words = loaded
-                    else:
-                        sublane = lax.broadcasted_iota(jnp.int32, loaded.shape, 0)
-                        words = jnp.where(sublane < k * plane.rows, words, loaded)
-                tiles.append(_unpack(words, plane.n, field))
-    return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=0)
+def _value(digits) -> jax.Array:
+    """float32 value of int32 sums of products with the digits of ``x``, highest first."""
+    value = ((digits[-2] << 8) + digits[-1]).astype(jnp.float32)
+    return value if len(digits) == 2 else digits[0].astype(jnp.float32) * 65536.0 + value
 
 
 def mixed_matmul(
@@ -376,88 +403,101 @@ def mixed_matmul(
       float32 ``[M, N]``.
 
     Raises:
-      NotImplementedError: M is 0, K too large for VMEM in prefill, or int8 asked for with widths above 4.
+      NotImplementedError: M is 0, the group size is not 32, 64, 128 or 256, or K is too large for VMEM.
     """
     m, (k, n) = x.shape[0], w.shape
     if config is None:
         config = heuristic(jax.devices()[0].device_kind, m, k, n)
-        if max(w.widths) > 4:
-            config = dataclasses.replace(config, unpack="bfloat16")
     if m == 0:
         raise NotImplementedError("x has no rows")
-    if config.unpack == "int8" and max(w.widths) > 4:
-        raise NotImplementedError("unpack='int8' takes widths up to 4; use 'bfloat16'")
-    bias = jnp.zeros((1, n), jnp.float32) if bias is None else bias.astype(jnp.float32)[None]
+    if w.group_size not in GROUP_SIZES:
+        raise NotImplementedError(f"the group size is {w.group_size}, not one of {GROUP_SIZES}")
+    bias = None if bias is None else bias.astype(jnp.float32)[None]
     if m > DECODE_ROWS:
-        return prefill(x, w, bias, interpret)
-    rows = -(-m // 16) * 16
-    x = jnp.pad(x.astype(jnp.float32), ((0, rows - m), (0, 0)))
-    return _decode(x, w, bias, m, config, interpret)
+        return prefill(x, w, jnp.zeros((1, n), jnp.float32) if bias is None else bias, interpret)
+    return _decode(x, w, bias, config, interpret)
 
 
-def _decode(x, w: MixedTensor, bias, m: int, config: Config, interpret) -> jax.Array:
-    plan = _plan(w, config.groups)
-    planes, unit, both = _prepare(x, w, plan, config)
-    words, margin = w.words, _margin(w)
-    if w.groups <= config.groups + margin:
-        # So few groups that a load could pass the last row, see _plan: a copy of words this small is cheap.
-        words = jnp.pad(words, ((0, margin), (0, 0)))
-    return decode_call(plan, both, unit, w, bias, planes, words, m, config, interpret)
+def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> jax.Array:
+    m, (k, n), g, u = x.shape[0], w.shape, w.group_size, config.groups
+    # Copies in the kernel are whole registers; nothing to do here for balanced allocations and usual N.
+    words = _pad(w.words, SUBLANES, LANES)
+    x = _pad(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
+    if g % LANES:  # groups begin within registers
+        x = x.reshape(x.shape[0], w.groups, g).swapaxes(0, 1)
+    rows = x.shape[-2]
+    if x.dtype != jnp.float32 and rows == SUBLANES:
+        x = x.astype(jnp.float32)  # registers of bfloat16 have 16 rows
 
+    # A chunk may go on past the end of its segment, and a load of 8 rows begin before its group.
+    buffer_rows = words.shape[0] + u * g * max(w.widths) // WORD_BITS + 2 * SUBLANES
+    strips = config.strips
+    while strips > config.join and 2 * strips * buffer_rows * LANES * 4 > VMEM_BYTES:
+        strips = max(config.join, strips // 2 // config.join * config.join)
+    if 2 * strips * buffer_rows * LANES * 4 > VMEM_BYTES:
+        raise NotImplementedError(f"{config.join * LANES} columns of {k} channels do not fit into VMEM")
+    config = dataclasses.replace(config, strips=strips, stack=config.stack if g == LANES else 1)
+    columns = strips * LANES
+    tiles = pl.cdiv(n, columns)
+    cores = config.cores if tiles % config.cores == 0 else 1
+    steps = tiles // cores
+    chunks = (w.groups + len(w.widths) * (u - 1)) // u + 1  # the most there can be, and one, see _prepare
+    int8, stack = config.unpack == "int8", config.stack
+    x_shape = (chunks * u // stack, stack * (config.digits * rows if int8 else rows), stack * g)
 
-def decode_call(plan, both, unit, w: MixedTensor, bias, planes, words, m: int, config: Config, interpret):
-    """The kernel proper, on what ``_plan`` and ``_prepare`` return; apart, for cost tools.
+    def whole(a):
+        return pl.BlockSpec(a.shape, lambda core, i, *_: (0,) * a.ndim)
 
-    Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
-    """
-    n, u, rows = w.shape[1], config.groups, both.shape[1]
-    trips = tuple(-(-int(s) // u) for s in w.segments) if isinstance(w.segments, np.ndarray) else None
-    columns = config.strips * LANES
-    last = (n - 1) // LANES
-    whole = lambda a: pl.BlockSpec(a.shape, lambda i, plan: (0,) * a.ndim)  # noqa: E731
-    column = lambda r: pl.BlockSpec((r, columns), lambda i, plan: (0, i))  # noqa: E731
-    strip = lambda j: pl.BlockSpec(  # noqa: E731
-        (words.shape[0], LANES), lambda i, plan: (0, jnp.minimum(i * config.strips + j, last))
-    )
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(pl.cdiv(n, columns),),
-        in_specs=[
-            whole(both),
-            whole(unit),
-            column(w.groups),
-            column(w.zero.shape[0]),
-            column(1),
-            *map(whole, planes.values()),
-            *map(strip, range(config.strips)),
-        ],
-        out_specs=column(m),
-        scratch_shapes=[
-            pltpu.VMEM((rows, columns), jnp.float32),
-            pltpu.VMEM((config.strips, w.groups, LANES), jnp.float32),
-        ],
-    )
+    def column(height):
+        return pl.BlockSpec((height, columns), lambda core, i, *_: (0, core * steps + i))
+
+    # Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
+    trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
+    arguments = [x, w.scale, w.zero, *([] if bias is None else [bias]), words]
     return pl.pallas_call(
-        partial(_kernel, keys=tuple(planes), w=w, config=config, trips=trips),
+        partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None),
         name="mixed_matmul_decode",
         out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
-        grid_spec=grid_spec,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(cores, steps),
+            in_specs=[
+                whole(x),
+                column(w.groups),
+                column(w.zero.shape[0]),
+                *([] if bias is None else [column(1)]),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=column(m),
+            scratch_shapes=[
+                pltpu.VMEM(x_shape, jnp.int8 if int8 else jnp.bfloat16),
+                pltpu.VMEM((chunks, rows, LANES), jnp.float32),
+                pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.float32),
+                pltpu.VMEM((rows, columns), jnp.float32),
+                pltpu.VMEM((strips, w.groups, LANES), jnp.float32),
+                pltpu.VMEM((2, strips, buffer_rows, LANES), jnp.uint32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES + (16 << 20),
+            disable_bounds_checks=True,
+            disable_semaphore_checks=True,
+        ),
+        cost_estimate=_cost(m, w, arguments),
         interpret=interpret,
-    )(plan, both, unit, w.scale, w.zero, bias, *planes.values(), *[words] * config.strips)
+    )(w.segments, w.order, *arguments)
 
 
-def kernel_alone(m: int, w: MixedTensor, config: Config, fixed=lambda w: w):
-    """The decode kernel without what XLA does to ``x`` before, and its abstract arguments: for cost tools."""
-    x = jax.ShapeDtypeStruct((-(-m // 16) * 16, w.shape[0]), jnp.float32)
-    bias = jax.ShapeDtypeStruct((1, w.shape[1]), jnp.float32)
+def _pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Zeros up to multiples of ``rows`` and ``columns``."""
+    missing = [(0, -size % multiple) for size, multiple in zip(a.shape, (rows, columns))]
+    return jnp.pad(a, missing) if any(after for _, after in missing) else a
 
-    def before(x, w):
-        plan = _plan(w, config.groups)
-        return plan, *_prepare(x, w, plan, config)
 
-    def call(prepared, w, bias):
-        plan, planes, unit, both = prepared
-        return decode_call(plan, both, unit, fixed(w), bias, planes, w.words, m, config, False)
-
-    return call, (jax.eval_shape(before, x, w), w, bias)
+def _cost(m: int, w: MixedTensor, arguments) -> pl.CostEstimate:
+    """Every argument is read once, and the result written once."""
+    read = sum(a.size * a.dtype.itemsize for a in (w.segments, w.order, *arguments))
+    k, n = w.shape
+    return pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=read + m * n * 4)

@@ -44,6 +44,9 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Arr
     # Segment sizes that are no traced data become constant trip counts, for cost estimates.
     trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
 
+    def size(a):
+        return a.size * a.dtype.itemsize
+
     def column(height):
         return pl.BlockSpec((height, columns), lambda i, j, *_: (0, i))
 
@@ -72,6 +75,14 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Arr
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=60 << 20
+        ),
+        # x is read again for every tile of columns, all else once.
+        cost_estimate=pl.CostEstimate(
+            flops=2 * m * k * n,
+            transcendentals=0,
+            bytes_accessed=size(x) * pl.cdiv(n, columns)
+            + sum(map(size, (words, w.scale, w.zero, bias)))
+            + m * n * 4,
         ),
         interpret=interpret,
     )(plan, w.order, x, w.scale, w.zero, bias, *[words] * strips)

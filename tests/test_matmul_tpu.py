@@ -1,7 +1,7 @@
 """The TPU kernels in the TPU interpreter, with memory full of NaN, so that reading it uninitialised shows.
 
-Race detection takes seconds a case, and needs two CPU cores: confined to one, the interpreter of jax 0.12
-deadlocks. So a few cases run with it, on two simulated cores.
+The interpreter takes seconds a case, so a few cases cover what matters, and the body of cases of all back
+ends is marked slow. Race detection needs two CPU cores: on one, the interpreter of jax 0.12 deadlocks.
 """
 
 import os
@@ -17,62 +17,143 @@ from pallas_kernels.mosaic_tpu import Config, heuristic
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
 RACES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
+TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="deadlocks on one CPU core")
 
 
-class TestTpuBfloat16(MatmulCases):
-    unpack = "bfloat16"
-    x_dtype = jnp.bfloat16
-    tolerance = 2e-5  # float32 sums of x * (128 + q), from which 128 * sum(x) is taken again
+class TpuCases(MatmulCases):
+    """What the two strategies share; a chunk is as small as can be, for less to unroll and compile."""
+
+    config: Config
     prefill_tolerance = 4e-3  # weights rounded to bfloat16
-    most_bits = 8
 
     def assert_close(self, found, x, dense, tolerance=None):
         if tolerance is None and x.shape[0] > mosaic_tpu.DECODE_ROWS:
             x, tolerance = x.astype(jnp.bfloat16), self.prefill_tolerance
         super().assert_close(found, x, dense, tolerance)
 
-    def matmul(self, x, w, **kwargs):
-        if max(w.widths) > self.most_bits:
-            pytest.skip("widths above 4 are for the bfloat16 strategy")
-        config = Config(strips=2, join=2, unpack=self.unpack)
-        return jax.jit(
-            lambda x, w: mosaic_tpu.mixed_matmul(x, w, config=config, interpret=INTERPRET, **kwargs)
-        )(x, w)
-
-    @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="deadlocks on one CPU core")
-    @pytest.mark.parametrize("m", [3, 40])
-    def test_no_races(self, m):
-        from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-        w, dense = random_weight(384, 300, 128, [1, 2, 3])
-        x = random_x(m, 384, dtype=jnp.bfloat16)
-        config = Config(strips=1, unpack=self.unpack)
-        found = jax.jit(lambda x, w: mosaic_tpu.mixed_matmul(x, w, config=config, interpret=RACES))(x, w)
-        self.assert_close(found, x, dense, tolerance=self.prefill_tolerance if m > 32 else None)
-        assert not interpret_pallas_call.races.races_found
-
-    def test_bias(self):
-        w, dense = random_weight(96, 6, 32, [1, 2, 3])
-        x, bias = random_x(3, 96, dtype=jnp.bfloat16), random_x(6)
-        found = self.matmul(x, w, bias=bias)
-        self.assert_close(found - jnp.broadcast_to(bias, (3, 6)), x, dense, tolerance=1e-4)
+    def matmul(self, x, w, interpret=INTERPRET, **kwargs):
+        product = jax.jit(
+            lambda x, w: mosaic_tpu.mixed_matmul(x, w, config=self.config, interpret=interpret, **kwargs)
+        )
+        return product(x, w)
 
 
-class TestTpuInt8(TestTpuBfloat16):
-    unpack = "int8"
-    x_dtype = None
-    tolerance = 2e-4  # fixed point of x, see the module's docstring
-    most_bits = 4
+class Bfloat16(TpuCases):
+    config = Config(strips=2, groups=2, join=2, unpack="bfloat16")
+    x_dtype = jnp.bfloat16
+    tolerance = 2e-5  # float32 sums of x * (128 + q), from which 128 * sum(x) is taken again
 
 
-def test_int8_refuses_wide_codes():
-    w, _ = random_weight(96, 6, 32, [1, 2, 5])
-    with pytest.raises(NotImplementedError, match="widths up to 4"):
-        mosaic_tpu.mixed_matmul(random_x(2, 96), w, config=Config(unpack="int8"))
+class Int8(TpuCases):
+    config = Config(strips=1, groups=2, stack=2, unpack="int8")
+    tolerance = 1e-4  # fixed point of x, see the module's docstring
+
+
+INT8 = pytest.mark.parametrize("cases", [Int8()], ids=["int8"])
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"strips": 0}, {"strips": 3, "join": 2}, {"groups": 12}, {"groups": 4}, {"unpack": "int4"}]
+    ("cases", "m", "k", "n", "group_size", "bits"),
+    [
+        # Odd segments, so that groups begin off the registers of 8 rows; a short last group; a tile past N.
+        (Int8(), 1, 635, 300, 128, [1, 3, 2, 1, 3]),
+        (Bfloat16(), 17, 380, 130, 128, [1, 2, 3]),
+        (Int8(), 17, 127, 40, 32, [5, 6, 7, 8]),
+        (Bfloat16(), 1, 255, 40, 32, range(1, 9)),
+    ],
+    ids=["int8-odd", "bfloat16", "int8-wide", "bfloat16-all"],
+)
+def test_values(cases, m, k, n, group_size, bits):
+    cases.check(m, k, n, group_size, list(bits))
+
+
+@INT8
+@pytest.mark.parametrize(
+    ("m", "group_size", "bits", "widths"),
+    [(16, 64, [1, 3, 3, 3], (1, 2, 3)), (3, 256, [1, 2], (1, 2)), (8, 128, [4, 4], (2, 3, 4))],
+)
+def test_group_sizes_and_empty_segments(cases, m, group_size, bits, widths):
+    cases.check(m, group_size * len(bits), 130, group_size, bits, widths=widths, dtype=jnp.bfloat16)
+
+
+@INT8
+@pytest.mark.parametrize(
+    ("m", "group_size", "bits"), [(40, 32, [1, 3, 6, 8]), (128, 128, [1, 3, 2]), (48, 64, [2, 4])]
+)
+def test_prefill(cases, m, group_size, bits):
+    cases.check(m, group_size * len(bits) - 5, 130, group_size, list(bits))
+
+
+@INT8
+def test_an_outlier_in_x(cases):
+    cases.test_an_outlier_in_x()
+
+
+@INT8
+def test_zeros_in_x(cases):
+    cases.test_zeros_in_x()
+
+
+@INT8
+@pytest.mark.parametrize("m", [40, 1])
+def test_bias(cases, m):
+    w, dense = random_weight(96, 6, 32, [1, 2, 3])
+    x, bias = random_x(m, 96, dtype=jnp.bfloat16), random_x(6)
+    found = cases.matmul(x, w, bias=bias)
+    cases.assert_close(found - jnp.broadcast_to(bias, (m, 6)), x, dense, tolerance=1e-2 if m > 32 else 1e-4)
+
+
+@INT8
+def test_segment_sizes_are_data(cases):
+    cases.test_segment_sizes_are_data()
+
+
+@TWO_CPUS
+@pytest.mark.parametrize(
+    ("cases", "m", "cores"),
+    [(Int8(), 3, 1), (Bfloat16(), 3, 2), (Int8(), 40, 1)],
+    ids=["int8", "bfloat16-two-cores", "prefill"],
+)
+def test_no_races(cases, m, cores):
+    """Two steps of the grid a core, so that copies of words and the computation overlap."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    columns = 2 * cores * 128 * cases.config.strips
+    w, dense = random_weight(384, columns, 128, [1, 2, 3])
+    x = random_x(m, 384, dtype=jnp.bfloat16)
+    config = Config(cases.config.strips, 1, unpack=cases.config.unpack, cores=cores)
+    found = jax.jit(lambda x, w: mosaic_tpu.mixed_matmul(x, w, config=config, interpret=RACES))(x, w)
+    cases.assert_close(found, x, dense)
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.slow
+class TestInt8(Int8):
+    pass
+
+
+@pytest.mark.slow
+class TestBfloat16(Bfloat16):
+    pass
+
+
+def test_refuses_odd_group_sizes():
+    w, _ = random_weight(192, 6, 96, [1, 2])
+    with pytest.raises(NotImplementedError, match="group size"):
+        mosaic_tpu.mixed_matmul(random_x(2, 192), w, config=Config())
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"strips": 0},
+        {"strips": 3, "join": 2},
+        {"groups": 0},
+        {"groups": 4, "stack": 3},
+        {"unpack": "int4"},
+        {"digits": 1},
+        {"cores": 0},
+    ],
 )
 def test_config_rejects(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
@@ -80,10 +161,11 @@ def test_config_rejects(kwargs):
 
 
 @pytest.mark.parametrize(
-    ("kind", "unpack"),
-    [("TPU v5 lite", "int8"), ("TPU v5", "int8"), ("TPU v6 lite", "int8"), ("TPU7x", "bfloat16")],
+    ("kind", "unpack", "cores"),
+    [("TPU v5 lite", "int8", 1), ("TPU v5", "int8", 2), ("TPU v6 lite", "int8", 1), ("TPU7x", "bfloat16", 1)],
 )
-def test_heuristic(kind, unpack):
+def test_heuristic(kind, unpack, cores):
     for m in (1, 16, 32, 2048):
         for n in (100, 128, 4096, 11008):
-            assert heuristic(kind, m, 4096, n).unpack == unpack
+            config = heuristic(kind, m, 4096, n)
+            assert (config.unpack, config.cores) == (unpack, cores)
