@@ -144,6 +144,7 @@ def test_learning_lowers_the_loss(model, learn, rate):
     )
 
 
+@pytest.mark.slow
 def test_better_than_the_solver(model, solved):
     tokens = jnp.asarray(TOKENS)
     decoder, _ = pipeline.quantize(model, TOKENS, PLUS)
@@ -190,6 +191,7 @@ def test_an_epoch_compiles_once_per_model(model):
     assert SlimPlus.epoch._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(model, tmp_path):
     source = DecoderSource(model)
     pipeline.quantize_to_checkpoint(source, TOKENS, PLUS, tmp_path / "whole")
