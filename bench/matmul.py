@@ -33,7 +33,6 @@ def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str,
     w = random_packed((k, n), arguments.bits, arguments.group_size, rng)
     x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
     implementation = arguments.implementation
-    # A second operand that changes nothing keeps XLA from folding the weight away.
     packed = jax.jit(lambda x, w: mixed_matmul(x, w, implementation=implementation))
     dense = jnp.asarray(rng.normal(size=(k, n)), jnp.bfloat16)
     int4 = jnp.asarray(rng.integers(-8, 8, (k, n)), jnp.int4)

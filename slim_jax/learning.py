@@ -67,13 +67,12 @@ class BlockLearner:
         samples: int,
         optimizer: optax.GradientTransformation | None = None,
     ) -> None:
-        self.config, self.samples = config, samples
+        self.config = config
         self.batch = min(config.batch_size, samples)
-        # A single batch has nothing to hold out: it judges itself.
-        self.judges = np.arange(0, samples, HELD_OUT) if samples >= 2 * self.batch else np.arange(samples)
-        self.learners = (
-            np.setdiff1d(np.arange(samples), self.judges) if samples >= 2 * self.batch else self.judges
-        )
+        self.judges = self.learners = np.arange(samples)
+        if samples >= 2 * self.batch:  # a single batch has nothing to hold out: it judges itself
+            self.judges = np.arange(0, samples, HELD_OUT)
+            self.learners = np.setdiff1d(self.learners, self.judges)
         steps = config.epochs * (len(self.learners) // self.batch)
         self.plus = SlimPlus(
             decoder,

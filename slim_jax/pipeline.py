@@ -118,10 +118,9 @@ class BlockQuantizer:
 
     def _samples(self, dense: Params, before: list[jax.Array]) -> Samples:
         """What the block at hand learns from; passes the full-precision activations on."""
-        here, after = copy.copy(self.activations), self.activations.batches
+        here = copy.copy(self.activations)
         here.batches = before
         _pass(here, dense)
-        self.activations.batches = after
         _pass(self.reference, dense)
         x, y, y_here = (jnp.concatenate(b) for b in (before, self.reference.batches, here.batches))
         return Samples(x, y, y_here)

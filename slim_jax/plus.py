@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import MixedTensor, pack
 from slim_jax.activations import COMPUTE_DTYPE
 from slim_jax.calibration import Grid
-from slim_jax.decoder import DecoderConfig, Params, make_block, sequence_positions
+from slim_jax.decoder import DecoderConfig, Params, block_params, make_block, sequence_positions
 
 CLIP_START = 4.0
 """Where the paper starts its clipping parameters: ``sigmoid(4) = 0.982`` of the range."""
@@ -90,8 +90,7 @@ def quantized(learned: Mapping[str, jax.Array], layer: Layer, zero_bits: int) ->
 def clip_start(w: jax.Array, bits: jax.Array) -> tuple[dict[str, jax.Array], Layer]:
     """Clipping of full-precision weights ``[G, g, N]``, barely any at first.
 
-    A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values; only there ``offset``, which
-    moves the whole range, is learned.
+    A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values. ``offset`` moves the whole range.
     """
     one = bits == 1
     mean = jnp.mean(w, axis=1, keepdims=True)
@@ -175,19 +174,17 @@ class SlimPlus:
         self, learned: Learned, layers: Mapping[str, Layer], rest: Params, batch: Samples
     ) -> Float[Array, ""]:
         """Mean squared difference of the block's output from its targets."""
-        shapes = {f"{name}.weight": w for name, w in self.weights(learned, layers).items()}
-        params = {**rest, **{name: w[: self._k(name)].astype(COMPUTE_DTYPE) for name, w in shapes.items()}}
+        params = dict(rest)
+        shapes = block_params(self.config)
+        for layer, w in self.weights(learned, layers).items():
+            name = f"{layer}.weight"
+            params[name] = w[: shapes[name].shape[0]].astype(COMPUTE_DTYPE)  # padding goes
         block = make_block(self.config, params)
         y, _ = block(batch.x, sequence_positions(batch.x))
         loss = jnp.mean((y - batch.y) ** 2)
         if self.augmented:
             loss += self.augmented * jnp.mean((y - batch.y_here) ** 2)
         return loss
-
-    def _k(self, name: str) -> int:
-        wide = {"attn.o.weight": self.config.num_heads * self.config.head_dim}
-        wide["mlp.down.weight"] = self.config.intermediate_size
-        return wide.get(name, self.config.hidden_size)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def epoch(
