@@ -22,11 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
+from pallas_kernels import MixedTensor
+from pallas_kernels.layout import zero_bits
+from slim_jax.activations import Activations
 from slim_jax.allocation import allocate, divergence_from, quantized_at, scores
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import DecoderConfig, block_params, outer_params
+from slim_jax.decoder import DecoderConfig, block_params, make_block, outer_params, sequence_positions
+from slim_jax.learning import BlockLearner
 from slim_jax.perplexity import perplexity
-from slim_jax.pipeline import quantize, quantize_to_checkpoint
+from slim_jax.pipeline import BlockQuantizer, quantize, quantize_to_checkpoint
+from slim_jax.plus import Samples
+from slim_jax.source import Source
 from slim_jax.windows import draw_windows
 
 
@@ -67,6 +73,36 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]
     direct = _best(lambda: [_candidate(w, x, importance, b, group_size=group_size) for b in allocations], 1)
     ours = _best(lambda: scores(w, x, importance, **settings))
     return {"k": k, "n": n, "tokens": tokens, "direct_s": direct, "ours_s": ours, "ratio": direct / ours}
+
+
+def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
+    """An epoch of SliM-LLM+ over one block against the block's full-precision gradient, same samples."""
+    config, dense = source.config, dict(source.block(0))
+    params, _ = BlockQuantizer(source, tokens, SlimConfig(group_size=64, method="rtn"), None).quantize(0)
+    packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
+    x = jnp.concatenate(Activations(source, tokens).batches)
+    samples = Samples(x, x, x)  # for time any target will do
+    settings = SlimConfig(group_size=64, method="slim-plus")
+    learner = BlockLearner(config, settings, zero_bits(settings.widths), len(tokens))
+    learned, layers, rest = learner.start(dense, packed)
+    state = learner.plus.optimizer.init(learned)
+    order = jnp.arange(len(tokens)).reshape(-1, settings.batch_size)
+
+    @jax.jit
+    def full(params: dict[str, jax.Array]) -> jax.Array:
+        def loss(params: dict[str, jax.Array], rows: jax.Array) -> jax.Array:
+            y, _ = make_block(config, params)(x[rows], sequence_positions(x[rows]))
+            return jnp.mean((y - x[rows]) ** 2)
+
+        return jax.lax.scan(lambda _, rows: (None, jax.grad(loss)(params, rows)), None, order)[1]
+
+    def epoch() -> Any:
+        start = jax.tree.map(jnp.copy, (learned, state))  # an epoch overwrites its arguments
+        return learner.plus.epoch(*start, layers, rest, samples, order)
+
+    dense = {name: jnp.asarray(value, jnp.float32) for name, value in dense.items()}
+    ours, plain = _best(epoch), _best(lambda: full(dense))
+    return {"tokens": tokens.size, "epoch_s": ours, "full_precision_s": plain, "ratio": ours / plain}
 
 
 class _RandomSource:
@@ -125,11 +161,22 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _settings(name: str, bits: int, group_size: int) -> SlimConfig:
+def _settings(name: str, bits: int, arguments: argparse.Namespace) -> SlimConfig:
     method, _, variant = name.partition(":")
     part = "learn" if method == "slim-plus" else "sqc"
     choice = {part: variant} if variant else {}
-    return SlimConfig(bits=bits, group_size=group_size, method=method, **choice)
+    choice |= dict(arguments.set)
+    return SlimConfig(bits=bits, group_size=arguments.group_size, method=method, **choice)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    if name not in {field.name for field in dataclasses.fields(SlimConfig)}:
+        raise argparse.ArgumentTypeError(f"{name!r} is no setting of SlimConfig")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
@@ -138,7 +185,7 @@ def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, An
     calibration = _tokens(source, arguments.calibration)
     samples = draw_windows(calibration, arguments.samples, arguments.length, arguments.seed)
     start, wall = _cpu_seconds(), time.monotonic()
-    model, report = quantize(source, samples, _settings(name, bits, arguments.group_size))
+    model, report = quantize(source, samples, _settings(name, bits, arguments))
     row: dict[str, Any] = {
         "method": name,
         "bits": bits,
@@ -147,6 +194,9 @@ def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, An
         "wall_s": time.monotonic() - wall,
         "mixed": _spread([layer.mixed for layer in report.layers]),
     }
+    if report.blocks[0].learning is not None:
+        learned = [block.learning for block in report.blocks]
+        row["block_losses"] = [(one.losses[0], one.losses[one.kept_epoch]) for one in learned]
     if arguments.text:
         result = perplexity(model, _tokens(source, arguments.text), 2048, arguments.max_windows)
         row.update(dataclasses.asdict(result))
@@ -157,9 +207,14 @@ def _spread(values: list[int | None]) -> dict[str, int]:
     return {str(v): values.count(v) for v in sorted({v for v in values if v is not None})}
 
 
+def _random_tokens(source: Source) -> np.ndarray:
+    """Enough for timing, which needs tokens, not sense."""
+    return np.random.default_rng(0).integers(0, source.config.vocab_size, 300_000)
+
+
 def _tokens(source: Any, path: str | None) -> np.ndarray:
-    if path is None:  # timing needs tokens, not sense
-        return np.random.default_rng(0).integers(0, source.config.vocab_size, 300_000)
+    if path is None:
+        return _random_tokens(source)
     with open(path, encoding="utf-8") as file:
         return np.asarray(source.tokenizer(file.read(), add_special_tokens=False)["input_ids"])
 
@@ -174,7 +229,10 @@ def main() -> None:
         "--methods",
         default="slim",
         help="of rtn, gptq and slim, each with :search, :paper or :minmax, "
-        "and slim-plus, with :clip, :grid or :rounding",
+        "and slim-plus, with :clip, :clip-gptq, :grid or :rounding",
+    )
+    parser.add_argument(
+        "--set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE", help="other fields of SlimConfig"
     )
     parser.add_argument("--bits", default="2")
     parser.add_argument("--group-size", type=int, default=64)
@@ -194,6 +252,12 @@ def main() -> None:
                 f"bit search [{row['n']}, {row['k']}], {row['tokens']} tokens: "
                 f"direct {row['direct_s']:.2f} s, incremental {row['ours_s']:.2f} s, ratio {row['ratio']:.1f}"
             )
+        source = convert.load_source(arguments.source)
+        out["learning"] = row = learning_speed(source, _random_tokens(source)[: 16 * 512].reshape(16, 512))
+        say(
+            f"slim-plus, an epoch of {row['tokens']} tokens over one block: {row['epoch_s']:.2f} s, "
+            f"its full-precision gradient {row['full_precision_s']:.2f} s, ratio {row['ratio']:.2f}"
+        )
         out["peak_mib"] = {str(layers): peak_memory(layers) for layers in (4, 64)}
         say("peak memory: " + ", ".join(f"{n} blocks {mib:.0f} MiB" for n, mib in out["peak_mib"].items()))
     for name in arguments.methods.split(","):

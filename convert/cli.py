@@ -175,8 +175,8 @@ def quantize(
     learn: Annotated[
         str,
         typer.Option(
-            metavar="clip|grid|rounding",
-            help="What slim-plus learns: clipping as in the paper, scales and zeros, or codes too.",
+            metavar="clip|clip-gptq|grid|rounding",
+            help="What slim-plus learns: clipping as in the paper (then GPTQ), scales and zeros, or codes.",
         ),
     ] = "rounding",
     epochs: Annotated[int, typer.Option(help="slim-plus: passes over the windows, at most.")] = 10,
@@ -185,6 +185,9 @@ def quantize(
         typer.Option(help="slim-plus. [dim]Default: 0.01 for clip, else 0.005.[/]", show_default=False),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="slim-plus: windows of a step.")] = 4,
+    augmented: Annotated[
+        float, typer.Option(help="slim-plus: weight of the paper's augmented loss term.")
+    ] = 0.0,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of windows.")] = 0,
@@ -225,6 +228,7 @@ def quantize(
         learn=learn,
         epochs=epochs,
         learning_rate=learning_rate,
+        augmented=augmented,
         batch_size=batch_size,
     )
     text = None if calibration == "self" else _read_text(Path(calibration))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import MixedTensor
+
 CLIP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Fractions of the group's range that the default search tries."""
 
@@ -44,6 +46,15 @@ class Grid(NamedTuple):
         """The weight that a code stands for."""
         scale, zero, _ = (_over_rows(value, code.ndim) for value in self)
         return scale * (code - zero)
+
+
+def stored_grids(tensor: MixedTensor) -> Grid:
+    """The grids ``[G, N]`` of a packed weight, groups in the order of its channels."""
+    original = jnp.argsort(tensor.order)
+    levels = 2.0 ** jnp.asarray(tensor.widths, jnp.float32) - 1
+    levels = jnp.repeat(levels, tensor.segments, total_repeat_length=tensor.groups)[original]
+    scale = tensor.scale.astype(jnp.float32)[original]
+    return Grid(scale, tensor.zero_points()[original], jnp.broadcast_to(levels[:, None], scale.shape))
 
 
 def _over_rows(value: jax.Array, ndim: int) -> jax.Array:

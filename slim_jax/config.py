@@ -6,7 +6,7 @@ from typing import Any
 METHODS = ("slim", "slim-plus", "gptq", "rtn")
 SQC = ("search", "paper", "minmax")
 CRITERIA = ("kl", "error", "paper")
-LEARN = ("clip", "grid", "rounding")
+LEARN = ("clip", "clip-gptq", "grid", "rounding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class SlimConfig:
       search_tokens: calibration tokens, evenly spread, that the bit search looks at.
       learn: what "slim-plus" learns, see `slim_jax.plus`; the fields below are its too.
       epochs: passes over the calibration samples, at most.
-      learning_rate: of the default optimizer; by default 1e-2 for "clip" (the paper's), else 5e-3.
+      learning_rate: of the default optimizer; by default 1e-2 where clipping is learned (the
+        paper's), else 5e-3.
       batch_size: samples of a step.
       augmented: weight of the paper's augmented loss term.
 
@@ -71,7 +72,7 @@ class SlimConfig:
             raise ValueError(f"damping is {self.damping}, expected above 0 and at most 1")
         _one_of("learn", self.learn, LEARN)
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 1e-2 if self.learn == "clip" else 5e-3)
+            object.__setattr__(self, "learning_rate", 1e-2 if self.clips else 5e-3)
         if not 0 < self.learning_rate <= 1:  # type: ignore[operator]
             raise ValueError(f"learning_rate is {self.learning_rate}, expected above 0 and at most 1")
         if self.augmented < 0:
@@ -84,6 +85,11 @@ class SlimConfig:
     def mixed(self) -> bool:
         """Whether bits are allocated by salience."""
         return self.method in ("slim", "slim-plus")
+
+    @property
+    def clips(self) -> bool:
+        """Whether clipping is what "slim-plus" learns."""
+        return self.learn.startswith("clip")
 
     @property
     def widths(self) -> tuple[int, ...]:

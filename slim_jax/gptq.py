@@ -70,6 +70,7 @@ def solve(
     zero_bits: int,
     sqc: str,
     feedback: bool = True,
+    grids: Grid | None = None,
 ) -> Solution:
     """Quantizes a weight, or several side by side, group by group.
 
@@ -86,16 +87,20 @@ def solve(
       zero_bits: bits of a stored zero point.
       sqc: a name of `slim_jax.calibration.FITS`.
       feedback: False rounds to nearest, the error stays where it is.
+      grids: what to round to, ``[G, N]``, instead of a fit.
     """
     k, n = w.shape
     fit = FITS[sqc]
 
-    def group(w: jax.Array, index: jax.Array):
+    def group(w: jax.Array, at: tuple[jax.Array, Grid | None]):
+        index, grid = at
         start = index * group_size
         block = lax.dynamic_slice_in_dim(w, start, group_size)
         rows = lax.dynamic_slice_in_dim(u, start, group_size)
         diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
-        grid = fit(block, lax.dynamic_slice_in_dim(importance, start, group_size), bits[index], zero_bits)
+        if grid is None:
+            weight = lax.dynamic_slice_in_dim(importance, start, group_size)
+            grid = fit(block, weight, bits[index], zero_bits)
         if feedback:
             codes, errors = _round_group(block, diagonal_block, grid)
             w = w - rows.T @ errors
@@ -105,5 +110,5 @@ def solve(
         out = codes.astype(jnp.uint8), grid.scale.astype(jnp.bfloat16), grid.zero, jnp.sum(errors**2, axis=0)
         return w, out
 
-    _, (codes, scale, zero, error) = lax.scan(group, w, jnp.arange(k // group_size))
+    _, (codes, scale, zero, error) = lax.scan(group, w, (jnp.arange(k // group_size), grids))
     return Solution(codes.reshape(k, n), scale, zero, jnp.sum(error, axis=0))

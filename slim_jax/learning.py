@@ -99,12 +99,7 @@ class BlockLearner:
           samples: what the block reads and should give.
           on_epoch: called after every epoch.
         """
-        learned, layers = self._start(dense, packed)
-        rest = {
-            name: jnp.asarray(value, COMPUTE_DTYPE if value.ndim == 2 else jnp.float32)
-            for name, value in dense.items()
-            if name.removesuffix(".weight") not in packed
-        }
+        learned, layers, rest = self.start(dense, packed)
         judge_order = self._judge_order()
         best = jax.tree.map(jnp.copy, learned)
         before = best_loss = float(self.plus.evaluate(learned, layers, rest, samples, judge_order))
@@ -129,11 +124,35 @@ class BlockLearner:
         if best_epoch == 0 and not note:
             note = "learning did not lower the held-out loss; the start values are kept"
         report = LearningReport(losses, best_epoch, note)
-        if best_epoch == 0 and self.config.learn != "clip":
+        if best_epoch == 0 and not self.config.clips:
             return dict(packed), report
         return {name: self.plus.pack(best[name], layers[name], packed[name]) for name in packed}, report
 
-    def _start(self, dense: Params, packed: Mapping[str, MixedTensor]) -> tuple[Learned, dict[str, Layer]]:
+    def better(
+        self,
+        dense: Params,
+        learned: dict[str, MixedTensor],
+        rounded: dict[str, MixedTensor],
+        samples: Samples,
+        report: LearningReport,
+    ) -> tuple[dict[str, MixedTensor], LearningReport]:
+        """``rounded``, what GPTQ made of the ``learned`` grids, if its held-out loss is lower."""
+        parameters, layers, rest = self.start(dense, rounded, "grid")  # codes as they are
+        loss = float(self.plus.evaluate(parameters, layers, rest, samples, self._judge_order()))
+        losses = [*report.losses, loss]
+        if loss < report.losses[report.kept_epoch]:
+            return rounded, LearningReport(losses, len(losses) - 1, report.note)
+        note = f"GPTQ did not lower the loss ({loss:.4g}); weights are rounded to nearest"
+        return learned, LearningReport(losses, report.kept_epoch, f"{report.note}; {note}".strip("; "))
+
+    def start(
+        self, dense: Params, packed: Mapping[str, MixedTensor], learn: str | None = None
+    ) -> tuple[Learned, dict[str, Layer], dict[str, jax.Array]]:
+        """What is learned of a block, what stays fixed of its layers, and its other parameters.
+
+        ``learn`` is the config's unless given.
+        """
+        learn = learn or self.config.learn
         learned: Learned = {}
         layers: dict[str, Layer] = {}
         g = self.config.group_size
@@ -141,12 +160,16 @@ class BlockLearner:
             w = jnp.asarray(dense[f"{name}.weight"], jnp.float32)
             w = jnp.pad(w, ((0, tensor.groups * g - w.shape[0]), (0, 0))).reshape(tensor.groups, g, -1)
             bits = jnp.asarray(tensor.bits(), jnp.float32)[:, None, None]
-            if self.config.learn == "clip":
+            if learn.startswith("clip"):
                 learned[name], layers[name] = clip_start(w, bits)
             else:
-                rounding = self.config.learn == "rounding"
-                learned[name], layers[name] = solved_start(tensor, w, bits, rounding=rounding)
-        return learned, layers
+                learned[name], layers[name] = solved_start(tensor, w, bits, rounding=learn == "rounding")
+        rest = {
+            name: jnp.asarray(value, COMPUTE_DTYPE if value.ndim == 2 else jnp.float32)
+            for name, value in dense.items()
+            if name.removesuffix(".weight") not in packed
+        }
+        return learned, layers, rest
 
     def _judge_order(self) -> jax.Array:
         batch = math.gcd(len(self.judges), self.batch)

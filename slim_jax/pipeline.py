@@ -22,6 +22,7 @@ from pallas_kernels import MixedTensor, pack
 from pallas_kernels.layout import zero_bits
 from slim_jax.activations import COMPUTE_DTYPE, Activations, Observation, observe
 from slim_jax.allocation import Allocation, allocate, output_divergence, scores
+from slim_jax.calibration import Grid, stored_grids
 from slim_jax.checkpoint import CheckpointWriter
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, Params, make_decoder
@@ -94,6 +95,10 @@ class BlockQuantizer:
         if self.learner is not None:
             samples = self._samples(dense, before)
             tensors, learning = self.learner.improve(index, dense, tensors, samples, on_epoch)
+            if self.config.learn == "clip-gptq":
+                self.activations.batches = before
+                again, _ = self._solve_block(f"blocks.{index}.", dense, tensors)
+                tensors, learning = self.learner.better(dense, tensors, again, samples, learning)
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
         if self.learner is not None:
             self.activations.batches = before
@@ -103,14 +108,20 @@ class BlockQuantizer:
         report = BlockReport(index, self.source.config.num_layers, layers, seconds, allocation, learning)
         return result, report
 
-    def _solve_block(self, prefix: str, dense: Params) -> tuple[dict[str, MixedTensor], list[LayerReport]]:
-        """Quantizes every layer of a block, by name in the block, and passes the activations on."""
+    def _solve_block(
+        self, prefix: str, dense: Params, given: Mapping[str, MixedTensor] | None = None
+    ) -> tuple[dict[str, MixedTensor], list[LayerReport]]:
+        """Quantizes every layer of a block, by name in the block, and passes the activations on.
+
+        ``given`` are layers whose bits and grids serve again; only codes are found anew.
+        """
         current = dict(dense)
         tensors: dict[str, MixedTensor] = {}
         layers: list[LayerReport] = []
         for names, observation in self._observations(current):
             weights = [jnp.asarray(dense[f"{name}.weight"], jnp.float32) for name in names]
-            solved = self._solve([prefix + name for name in names], weights, observation)
+            like = [given[name] for name in names] if given else None
+            solved = self._solve([prefix + name for name in names], weights, observation, like)
             for name, (tensor, report) in zip(names, solved):
                 tensors[name], current[f"{name}.weight"] = tensor, _dense(tensor)
                 layers.append(report)
@@ -159,7 +170,11 @@ class BlockQuantizer:
         )
 
     def _solve(
-        self, names: list[str], weights: list[jax.Array], observation: Observation
+        self,
+        names: list[str],
+        weights: list[jax.Array],
+        observation: Observation,
+        like: list[MixedTensor] | None,
     ) -> Iterator[tuple[MixedTensor, LayerReport]]:
         """Quantizes the layers that share the input with this Gram matrix, in one stacked solve."""
         config, k = self.config, weights[0].shape[0]
@@ -167,8 +182,14 @@ class BlockQuantizer:
         padding = ((0, found.alive.shape[0] - k), (0, 0))
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in weights]
         x = jnp.pad(observation.sample, ((0, 0), (0, padding[0][1])))
-        chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
-        solutions = self._solutions(padded, found, [bits for bits, _ in chosen])
+        if like is None:
+            chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
+            grids = None
+        else:
+            chosen = [(tensor.bits(), None) for tensor in like]
+            all_grids = [stored_grids(tensor) for tensor in like]
+            grids = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *all_grids)
+        solutions = self._solutions(padded, found, [bits for bits, _ in chosen], grids)
         if config.criterion != "paper" and any(mixed for _, mixed in chosen):
             uniform = [np.full_like(bits, config.bits) for bits, _ in chosen]
             plain = self._solutions(padded, found, uniform)
@@ -181,9 +202,9 @@ class BlockQuantizer:
             yield tensor, LayerReport.of(name, tensor, error, mixed)
 
     def _solutions(
-        self, weights: list[jax.Array], found: Statistics, bits: list[np.ndarray]
+        self, weights: list[jax.Array], found: Statistics, bits: list[np.ndarray], grids: Grid | None = None
     ) -> list[Solution]:
-        """Every layer's solution for its bits, from one stacked solve."""
+        """Every layer's solution for its bits, from one stacked solve; ``grids`` instead of fits."""
         config = self.config
         widths = [
             jnp.broadcast_to(b[:, None].astype(np.float32), (len(b), w.shape[1]))
@@ -198,6 +219,7 @@ class BlockQuantizer:
             zero_bits=self.zero_bits,
             sqc=config.sqc or "search",
             feedback=config.method != "rtn",
+            grids=grids,
         )
         ends = np.cumsum([w.shape[1] for w in weights]).tolist()
         return [solution.part(slice(end - w.shape[1], end)) for w, end in zip(weights, ends)]

@@ -4,6 +4,7 @@ Bits stay as SBA chose them. What is learned is named by ``learn``:
 
 * "clip" (the paper): how far the range of each group and channel is clipped; weights are rounded to
   nearest on the grid that results;
+* "clip-gptq": the same, and at the end GPTQ rounds to that grid;
 * "grid": scale and zero point of each group and channel, the codes that the solver chose stay;
 * "rounding": the codes too, each moving from where the solver left it.
 
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor, pack
 from slim_jax.activations import COMPUTE_DTYPE
-from slim_jax.calibration import Grid
+from slim_jax.calibration import Grid, stored_grids
 from slim_jax.decoder import DecoderConfig, Params, block_params, make_block, sequence_positions
 
 CLIP_START = 4.0
@@ -74,8 +75,9 @@ def stored_grid(scale: jax.Array, zero: jax.Array, bits: jax.Array, zero_bits: i
 def quantized(learned: Mapping[str, jax.Array], layer: Layer, zero_bits: int) -> tuple[jax.Array, Grid]:
     """Codes ``[G, g, N]`` as whole float32 numbers and the grid ``[G, 1, N]``, differentiable."""
     if "up" in learned:
-        high = jax.nn.sigmoid(learned["up"]) * layer.high + learned["offset"]
-        low = jax.nn.sigmoid(learned["down"]) * layer.low + learned["offset"]
+        offset = jnp.where(layer.bits == 1, learned["offset"], 0.0)
+        high = jax.nn.sigmoid(learned["up"]) * layer.high + offset
+        low = jax.nn.sigmoid(learned["down"]) * layer.low + offset
         scale = (high - low) / (jnp.exp2(layer.bits) - 1)
         grid = stored_grid(scale, -low / scale, layer.bits, zero_bits)
         code = layer.weight / grid.scale + grid.zero
@@ -90,7 +92,7 @@ def quantized(learned: Mapping[str, jax.Array], layer: Layer, zero_bits: int) ->
 def clip_start(w: jax.Array, bits: jax.Array) -> tuple[dict[str, jax.Array], Layer]:
     """Clipping of full-precision weights ``[G, g, N]``, barely any at first.
 
-    A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values. ``offset`` moves the whole range.
+    A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values, and ``offset`` moves both.
     """
     one = bits == 1
     mean = jnp.mean(w, axis=1, keepdims=True)
@@ -116,9 +118,7 @@ def solved_start(
     ones = dataclasses.replace(tensor, scale=jnp.ones_like(tensor.scale), zero=jnp.zeros_like(tensor.zero))
     codes = jnp.pad(ones.dequantize(jnp.float32), ((0, groups * g - tensor.shape[0]), (0, 0)))
     code = codes.reshape(groups, g, n)
-    original = jnp.argsort(tensor.order)
-    scale = tensor.scale.astype(jnp.float32)[original][:, None]
-    zero = tensor.zero_points()[original][:, None]
+    scale, zero, _ = (value[:, None] for value in stored_grids(tensor))
     learned = {"log_scale": jnp.log(scale), "zero": zero}
     if rounding:
         learned["code"] = code + jnp.clip(w / scale + zero - code, -MARGIN, MARGIN)

@@ -17,7 +17,8 @@ class LayerReport:
       group_size: input channels per group.
       bits: number of groups of each width.
       bits_per_weight: stored bits over weights, everything counted.
-      error: growth of the layer's squared output error over the squared output, on the calibration text.
+      error: growth of the layer's squared output error over the squared output, on the calibration text,
+        as solved: SliM-LLM+ lowers the block's, see :class:`LearningReport`.
       mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
         None where the bits were given.
     """
@@ -42,8 +43,9 @@ class LearningReport:
     """What SliM-LLM+ did to a block.
 
     Attributes:
-      losses: on the held-out samples, before the first epoch and after each.
-      kept_epoch: whose parameters were kept; 0 is the start.
+      losses: on the held-out samples: before the first epoch, after each, and last with codes by GPTQ
+        where that follows.
+      kept_epoch: whose parameters were kept, an index into ``losses``; 0 is the start.
       note: what went wrong, empty if nothing did.
     """
 

@@ -17,7 +17,7 @@ from slim_jax.allocation import (
     save_allocation,
     scores,
 )
-from slim_jax.calibration import FITS, fit_min_max, fit_paper, fit_search
+from slim_jax.calibration import FITS, fit_min_max, fit_paper, fit_search, stored_grids
 from slim_jax.gptq import solve
 from slim_jax.hessian import dampen, gram, inverse_cholesky
 
@@ -226,11 +226,12 @@ def test_feedback_beats_rounding_to_nearest(layer):
 
 
 def test_stored_is_what_was_calibrated(layer):
-    """Mixed widths and layers side by side: unpacked weights equal the solver's, bit for bit."""
+    """Unpacked weights equal the solver's, bit for bit; its grids, given again, give its codes."""
     _, w, u = layer
     k, n = w.shape
     bits = np.array([1, 2, 3, 2, 3, 1])
-    solution = solve(
+    solve_mixed = partial(
+        solve,
         jnp.asarray(w, jnp.float32),
         jnp.asarray(u, jnp.float32),
         jnp.asarray(1 / np.diag(u) ** 2, jnp.float32),
@@ -239,11 +240,14 @@ def test_stored_is_what_was_calibrated(layer):
         zero_bits=ZERO_BITS,
         sqc="search",
     )
+    solution = solve_mixed()
     zero_code = np.rint(np.asarray(solution.zero) / np.exp2(bits - ZERO_BITS)[:, None]).astype(np.uint8)
     packed = pack(np.asarray(solution.code), np.asarray(solution.scale), zero_code, bits, group_size=G)
     scale = jnp.repeat(solution.scale.astype(jnp.float32), G, axis=0)
     expected = scale * (solution.code.astype(jnp.float32) - jnp.repeat(solution.zero, G, axis=0))
     np.testing.assert_array_equal(jax.device_get(packed.dequantize()), jax.device_get(expected))
+    again = solve_mixed(grids=stored_grids(packed))
+    np.testing.assert_array_equal(jax.device_get(again.code), jax.device_get(solution.code))
 
 
 def test_min_max_of_a_zero_group():

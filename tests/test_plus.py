@@ -130,7 +130,9 @@ def test_one_bit_groups_keep_their_mean():
 
 
 # Sigmoids start where they are flat: in a few steps only a high rate moves them.
-@pytest.mark.parametrize(("learn", "rate"), [("clip", 0.3), ("grid", 0.02), ("rounding", 0.005)])
+@pytest.mark.parametrize(
+    ("learn", "rate"), [("clip", 0.3), ("clip-gptq", 0.3), ("grid", 0.02), ("rounding", 0.005)]
+)
 def test_learning_lowers_the_loss(model, learn, rate):
     config = dataclasses.replace(PLUS, learn=learn, learning_rate=rate)
     decoder, report = pipeline.quantize(model, TOKENS, config)
