@@ -4,3 +4,5 @@ from pallas_kernels.api import mixed_matmul as mixed_matmul
 from pallas_kernels.api import use_implementation as use_implementation
 from pallas_kernels.layout import MixedTensor as MixedTensor
 from pallas_kernels.layout import pack as pack
+from pallas_kernels.sharding import part as part
+from pallas_kernels.sharding import stack_parts as stack_parts

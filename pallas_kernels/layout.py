@@ -101,6 +101,18 @@ def unpack_group(words: jax.Array, bits: int) -> jax.Array:
     return code
 
 
+def vary_like(value: jax.Array, like: Any) -> jax.Array:
+    """``value`` typed as differing between devices where a leaf of ``like`` does.
+
+    Inside `jax.shard_map` the carry of a loop must start with the type that it ends with. A choice
+    between equals has that type in every version of JAX, and XLA drops it.
+    """
+    for leaf in jax.tree.leaves(like):
+        first = leaf[(0,) * leaf.ndim]
+        value = lax.select(first == first, value, value)
+    return value
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scale", "zero", "order", "segments"],
@@ -180,6 +192,11 @@ class MixedTensor:
         bits[np.asarray(self.order)] = np.repeat(self.widths, np.asarray(self.segments))
         return bits
 
+    def codes(self) -> jax.Array:
+        """The codes alone, ``uint8[K, N]``."""
+        plain = dataclasses.replace(self, scale=jnp.ones_like(self.scale), zero=jnp.zeros_like(self.zero))
+        return plain.dequantize(jnp.float32).astype(jnp.uint8)
+
     @partial(jax.jit, static_argnames="dtype")
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The dense weight ``[K, N]``, computed in float32 and cast to ``dtype`` (default ``self.dtype``)."""
@@ -187,7 +204,7 @@ class MixedTensor:
         out_dtype = self.dtype if dtype is None else dtype
         zero = self.zero_points()
         first_group, first_row = self.segment_starts()
-        dense = jnp.zeros((self.groups * g, n), out_dtype)
+        dense = vary_like(jnp.zeros((self.groups * g, n), out_dtype), self)
 
         for i, b in enumerate(self.widths):
             rows = g * b // WORD_BITS

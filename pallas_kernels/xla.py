@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, vary_like, zero_step
 
 # Above this many rows, unpacking once is cheaper than masking every word once per row.
 DECODE_ROWS = 8
@@ -45,7 +45,7 @@ def decode(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
     g = w.group_size
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, w.groups * g - k))).reshape(m, w.groups, g)
     zero_code = w.zero_codes()
-    y = jnp.zeros((m, w.shape[1]), jnp.float32)
+    y = vary_like(jnp.zeros((m, w.shape[1]), jnp.float32), (x, w))
     # A width whose group would need more words than there are does not occur.
     widths = [b for b in w.widths if w.group_size * b // WORD_BITS <= w.words.shape[0]]
     for n in sorted({n for b in widths for n in plane_widths(b)}):

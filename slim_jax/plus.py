@@ -115,8 +115,7 @@ def solved_start(
     start is the solver's result, and weights near a border are the first to cross.
     """
     groups, g, n = w.shape
-    ones = dataclasses.replace(tensor, scale=jnp.ones_like(tensor.scale), zero=jnp.zeros_like(tensor.zero))
-    codes = jnp.pad(ones.dequantize(jnp.float32), ((0, groups * g - tensor.shape[0]), (0, 0)))
+    codes = jnp.pad(tensor.codes().astype(jnp.float32), ((0, groups * g - tensor.shape[0]), (0, 0)))
     code = codes.reshape(groups, g, n)
     scale, zero, _ = (value[:, None] for value in stored_grids(tensor))
     learned = {"log_scale": jnp.log(scale), "zero": zero}

@@ -11,6 +11,8 @@ CHECKED = ["pallas_kernels.api", "pallas_kernels.xla"]
 CHECKED += [f"slim_jax.{m}" for m in ["allocation", "calibration", "decoder", "generate", "gptq", "hessian"]]
 install_import_hook(CHECKED, "beartype.beartype")
 
+jax.config.update("jax_num_cpu_devices", 8)  # tests of sharding need several, no other test sees them
+
 # Examples compile; a time limit on one would measure the machine, not the code.
 settings.register_profile("slim", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("slim")

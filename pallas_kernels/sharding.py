@@ -1,0 +1,86 @@
+"""Packed weights over several devices: cut into parts that are stacked, one part for each device.
+
+A part is a whole packed weight of its own, with the groups and the widths that fall to it, so inside
+`jax.shard_map` every kernel works as it does on one device:
+
+    w = stack_parts(w, 4, over="k")                     # leaves [4, ...]
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(None, "model"), P("model")), out_specs=P())
+    def product(x, w):
+        return jax.lax.psum(mixed_matmul(x, part(w)), "model")
+
+Over output channels (``over="n"``) ``x`` is replicated, the parts of ``y`` lie side by side
+(``out_specs=P(None, "model")``), and there is nothing to sum.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.layout import MixedTensor, pack
+
+
+def stack_parts(w: MixedTensor, parts: int, *, over: Literal["k", "n"]) -> MixedTensor:
+    """Cuts a packed weight into equal parts; leaves gain a leading axis, ``shape`` is that of a part.
+
+    Args:
+      w: the weight ``[K, N]``.
+      parts: how many.
+      over: input channels "k" (whole groups stay together), or output channels "n".
+
+    Returns:
+      Parts in the order of their channels. Where groups of many bits meet in one part, words of the
+      others are padded to its length.
+
+    Raises:
+      ValueError: ``K`` is no multiple of ``parts * group_size``, or ``N`` none of ``parts``.
+    """
+    unit = w.group_size if over == "k" else 1
+    size = w.shape[0 if over == "k" else 1]
+    if parts < 1 or size % (parts * unit):
+        raise ValueError(
+            f"{over.upper()} is {size}, expected a multiple of {parts * unit} for {parts} parts over {over}"
+        )
+    return _over_k(w, parts) if over == "k" else _over_n(w, parts)
+
+
+def part(w: MixedTensor, index: int = 0) -> MixedTensor:
+    """One of the stacked parts: inside `jax.shard_map` the only one, which is number 0."""
+    return jax.tree.map(lambda leaf: leaf[index], w)
+
+
+def _over_n(w: MixedTensor, parts: int) -> MixedTensor:
+    def columns(leaf: jax.Array) -> jax.Array:
+        return jnp.stack(jnp.split(leaf, parts, axis=1))
+
+    def copies(leaf: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(leaf, (parts, *leaf.shape))
+
+    return dataclasses.replace(
+        w,
+        words=columns(w.words),
+        scale=columns(w.scale),
+        zero=columns(w.zero),
+        order=copies(w.order),
+        segments=copies(w.segments),
+        shape=(w.shape[0], w.shape[1] // parts),
+    )
+
+
+def _over_k(w: MixedTensor, parts: int) -> MixedTensor:
+    original = np.argsort(np.asarray(w.order))
+    whole = (np.asarray(w.codes()), np.asarray(w.scale)[original], np.asarray(w.zero_codes())[original])
+    pieces = [np.split(value, parts) for value in (*whole, w.bits())]
+    packed = [
+        pack(codes, scale, zero, bits, group_size=w.group_size, widths=w.widths, dtype=w.dtype)
+        for codes, scale, zero, bits in zip(*pieces)
+    ]
+    rows = max(piece.words.shape[0] for piece in packed)
+    packed = [
+        dataclasses.replace(piece, words=jnp.pad(piece.words, ((0, rows - piece.words.shape[0]), (0, 0))))
+        for piece in packed
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *packed)

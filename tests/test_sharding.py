@@ -1,0 +1,56 @@
+"""Packed weights cut over several devices: eight virtual CPUs, see conftest."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from matmul_cases import random_weight, random_x
+
+from pallas_kernels import mixed_matmul, part, stack_parts
+
+
+def product(parts: int, over: str):
+    """A jitted ``x @ w`` over so many devices."""
+    mesh = jax.make_mesh((parts,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x, w):
+        y = mixed_matmul(x, part(w))
+        return jax.lax.psum(y, "model") if over == "k" else y
+
+    y = P() if over == "k" else P(None, "model")
+    x = P(None, "model") if over == "k" else P()
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(x, P("model")), out_specs=y))
+
+
+@pytest.mark.parametrize("over", ["k", "n"])
+@pytest.mark.parametrize(("m", "parts"), [(1, 4), (20, 2)])
+def test_sharded_product(over, m, parts):
+    w, dense = random_weight(256, 24, 32, [1, 1, 1, 1, 3, 3, 2, 4], widths=(1, 2, 3, 4))
+    stacked = stack_parts(w, parts, over=over)
+    assert stacked.words.shape[0] == parts
+    x = random_x(m, 256)
+    found = product(parts, over)(x, stacked)
+    np.testing.assert_allclose(found, np.asarray(x) @ dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("over", ["k", "n"])
+def test_parts_are_the_weight_in_order(over):
+    w, _ = random_weight(256, 24, 32, [3, 1, 2, 1, 3, 3, 2, 1])
+    stacked = stack_parts(w, 4, over=over)
+    found = [part(stacked, i).dequantize() for i in range(4)]
+    np.testing.assert_array_equal(np.concatenate(found, axis="kn".index(over)), w.dequantize())
+
+
+def test_gradient_over_input_channels():
+    w, dense = random_weight(128, 6, 32, [1, 2, 3, 2])
+    sharded = product(4, "k")
+    gradient = jax.grad(lambda x: (sharded(x, stack_parts(w, 4, over="k")) ** 2).sum())(random_x(3, 128))
+    expected = 2 * (np.asarray(random_x(3, 128)) @ dense) @ dense.T
+    np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("over", "parts"), [("k", 3), ("k", 0), ("n", 5), ("n", 0)])
+def test_parts_must_be_equal(over, parts):
+    w, _ = random_weight(128, 6, 32, [1, 2, 3, 2])
+    with pytest.raises(ValueError, match=rf"{over.upper()} is \d+, expected a multiple"):
+        stack_parts(w, parts, over=over)
