@@ -22,11 +22,13 @@ which need it, get a fraction.
 """
 
 import dataclasses
+import json
 import math
 from functools import partial
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -222,6 +224,24 @@ class MixedTensor:
 
             dense = lax.fori_loop(first_group[i], first_group[i] + self.segments[i], body, dense)
         return dense[: self.shape[0]]
+
+
+def _meta_to_bytes(meta: tuple[Any, ...]) -> bytes:
+    shape, group_size, widths, dtype = meta
+    return json.dumps([shape, group_size, widths, dtype.name]).encode()
+
+
+def _meta_from_bytes(data: bytes) -> tuple[Any, ...]:
+    shape, group_size, widths, dtype = json.loads(data)
+    return tuple(shape), group_size, tuple(widths), jnp.dtype(dtype)
+
+
+jax.export.register_pytree_node_serialization(
+    MixedTensor,
+    serialized_name="pallas_kernels.MixedTensor",
+    serialize_auxdata=_meta_to_bytes,
+    deserialize_auxdata=_meta_from_bytes,
+)
 
 
 def pack(

@@ -1,6 +1,7 @@
 """The XLA back end, and what the public function adds to any: batches, gradients, argument checks."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,6 +82,14 @@ class TestXla(MatmulCases):
         for _, dense in layers:
             expected = expected @ dense
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_export_and_import():
+    w, dense = random_weight(96, 6, 32, [1, 2, 3])
+    x = random_x(2, 96)
+    product = jax.jit(lambda x, w: mixed_matmul(x, w, implementation="xla"))
+    stored = jax.export.export(product, platforms=["cpu", "cuda", "tpu"])(x, w).serialize()
+    TestXla().assert_close(jax.export.deserialize(stored).call(x, w), x, dense)
 
 
 @pytest.mark.parametrize(
