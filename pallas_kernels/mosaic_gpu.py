@@ -57,6 +57,7 @@ from pallas_kernels.mosaic_gpu_registers import (
     result_layout,
     word_layout,
 )
+from pallas_kernels.tuning import tuned
 
 MAGIC = 0x43004300  # two bfloat16 of 128
 DECODE_ROWS = 32
@@ -117,6 +118,12 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     return Config(block_m=16, block_n=block_n, stages=3, groups_per_step=4, split_k=split)
 
 
+def choose(device_kind: str, m: int, k: int, n: int) -> Config:
+    """What was measured for this product, else what the :func:`heuristic` says."""
+    fields = tuned("mosaic_gpu", device_kind, m, k, n)
+    return heuristic(device_kind, m, k, n) if fields is None else Config(**fields)
+
+
 def mixed_matmul(
     x: jax.Array,
     w: MixedTensor,
@@ -131,7 +138,7 @@ def mixed_matmul(
       x: bfloat16 or float32 ``[M, K]``.
       w: the packed weight ``[K, N]``.
       bias: ``[N]``, added in float32.
-      config: by :func:`heuristic` for the first device if None.
+      config: by :func:`choose` for the first device if None.
       interpret: run by the Pallas interpreter, on any platform.
 
     Returns:
@@ -148,7 +155,7 @@ def mixed_matmul(
     if m == 0:
         raise NotImplementedError("mosaic_gpu has no block for a product without rows")
     if config is None:
-        config = heuristic(jax.devices()[0].device_kind, m, k, n)
+        config = choose(jax.devices()[0].device_kind, m, k, n)
     # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower
     # than a tile, or with N no multiple of 8, is copied on every call: correct, not fast, and rare.
     columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)

@@ -39,6 +39,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_bits, zero_step
 from pallas_kernels.mosaic_tpu_prefill import prefill
+from pallas_kernels.tuning import tuned
 
 LANES = 128
 SUBLANES = 8
@@ -92,6 +93,12 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     wide = "v6" in kind or "7" in kind
     cores = 2 if kind in ("tpu v4", "tpu v5", "tpu v5p") else 1
     return Config(strips, join=2 if wide and strips % 2 == 0 else 1, unpack=unpack, cores=cores)
+
+
+def choose(device_kind: str, m: int, k: int, n: int) -> Config:
+    """What was measured for this product, else what the :func:`heuristic` says."""
+    fields = tuned("mosaic_tpu", device_kind, m, k, n)
+    return heuristic(device_kind, m, k, n) if fields is None else Config(**fields)
 
 
 def _bit(t):
@@ -396,7 +403,7 @@ def mixed_matmul(
       x: bfloat16 or float32 ``[M, K]``; what it is rounded to is in the module's docstring.
       w: the packed weight ``[K, N]``.
       bias: ``[N]``, added in float32.
-      config: by :func:`heuristic` for the default device if None.
+      config: by :func:`choose` for the default device if None.
       interpret: as in ``pl.pallas_call``.
 
     Returns:
@@ -407,7 +414,7 @@ def mixed_matmul(
     """
     m, (k, n) = x.shape[0], w.shape
     if config is None:
-        config = heuristic(jax.devices()[0].device_kind, m, k, n)
+        config = choose(jax.devices()[0].device_kind, m, k, n)
     if m == 0:
         raise NotImplementedError("x has no rows")
     if w.group_size not in GROUP_SIZES:
