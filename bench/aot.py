@@ -92,7 +92,7 @@ def decoder_row(target: str) -> Row:
     module: Any = aot_gpu if gpu else aot_tpu
     record = module.compile_for(target, "bench.aot_decoder:decode_step", arguments, timeout=1800)
     record = record if gpu else dataclasses.asdict(record)
-    sizes = ("argument_bytes", "output_bytes", "temp_bytes")
+    sizes = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
     return {"target": target, "error": record["error"], **{size: record.get(size) for size in sizes}}
 
 

@@ -64,7 +64,8 @@ def decode_step(
         with use_implementation(implementation):
             return forward(outer, blocks, state, tokens, positions)
 
-    return step, (outer, blocks, state, jax.ShapeDtypeStruct((batch, 1), jnp.int32))
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    return jax.jit(step, donate_argnums=2), (outer, blocks, state, tokens)  # the cache is written in place
 
 
 def _packed(shape: tuple[int, int], bits: int, group_size: int) -> Any:

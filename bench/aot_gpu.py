@@ -51,33 +51,28 @@ def matmul(
     config: dict[str, int] | None = None,
     target: str = "h100",
 ) -> tuple[Callable, list]:
-    """``mixed_matmul`` of a weight that may have these widths, on average their mean, and its arguments."""
+    """``mixed_matmul`` of a weight of these widths, of three in quarters and a half, and its arguments."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels import mosaic_gpu
-    from pallas_kernels.layout import WORD_BITS, MixedTensor, group_count, zero_bits
+    from pallas_kernels.layout import abstract_tensor, group_count
 
     groups, widths = group_count(k, group_size), tuple(bits)
-    rows = round(groups * sum(widths) / len(widths)) * group_size // WORD_BITS
-    zeros = -(-groups * zero_bits(widths) // 8)
+    outer = groups // 4 if len(widths) == 3 else 0  # at the least and at the most bits of three
+    segments = (outer, groups - 2 * outer, outer) if outer else _even(groups, len(widths))
+    weight = abstract_tensor((k, n), widths=widths, segments=segments, group_size=group_size)
     shape: Any = jax.ShapeDtypeStruct
-    weight = MixedTensor(
-        words=shape((rows, n), jnp.uint32),
-        scale=shape((groups, n), jnp.bfloat16),
-        zero=shape((zeros, n), jnp.uint8),
-        order=shape((groups,), jnp.int32),
-        segments=shape((len(widths),), jnp.int32),
-        shape=(k, n),
-        group_size=group_size,
-        widths=widths,
-    )
     chosen = mosaic_gpu.Config(**config) if config else mosaic_gpu.heuristic(device_kind(target), m, k, n)
 
     def product(x, w, *bias):
         return mosaic_gpu.mixed_matmul(x, w, bias=bias[0] if bias else None, config=chosen)
 
     return product, [shape((m, k), jnp.bfloat16), weight, *([shape((n,), jnp.float32)] if bias else [])]
+
+
+def _even(groups: int, parts: int) -> tuple[int, ...]:
+    return tuple(groups * (i + 1) // parts - groups * i // parts for i in range(parts))
 
 
 def device_kind(target: str) -> str:
@@ -149,7 +144,8 @@ def _child(target: str, builder: str, arguments: dict, directory: str) -> None:
     placed = SingleDeviceSharding(device)
     operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), operands)
     with jax.default_device(device):  # Mosaic asks this device for its compute capability, else takes sm_90
-        compiled = jax.jit(function, out_shardings=placed).lower(*operands).compile()
+        jitted = function if hasattr(function, "lower") else jax.jit(function)
+        compiled = jitted.lower(*operands).compile()
     memory: Any = compiled.memory_analysis()
     read, written = _traffic(compiled.as_text() or "")
     result = {
@@ -158,6 +154,7 @@ def _child(target: str, builder: str, arguments: dict, directory: str) -> None:
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
         "read_bytes": read,
         "written_bytes": written,
     }

@@ -3,7 +3,7 @@
 ``compile_for("v5e", function, arguments)`` runs libtpu's compiler in a child process (it reads its flags
 once per process, and aborts where it fails) and returns a :class:`Record`. The function is named, not
 passed: ``"module:name"`` of a builder that, called with keyword arguments, returns the function to compile
-and its arguments as ``jax.ShapeDtypeStruct`` trees.
+(jitted if something is to be donated) and its arguments as ``jax.ShapeDtypeStruct`` trees.
 
     python -m bench.aot_tpu v6e bench.aot_tpu:decode '{"m": 16, "k": 4096, "n": 4096}'
 
@@ -68,6 +68,7 @@ class Record:
       argument_bytes: size of all arguments, which is what must be read at least.
       output_bytes: size of the results.
       temp_bytes: HBM that the program needs beside them.
+      alias_bytes: results that lie where donated arguments were.
       vmem_bytes: the most that one kernel takes.
       spills: register spills, all kernels.
       bundles: instruction bundles, all kernels; a bundle in a loop counts once.
@@ -86,6 +87,7 @@ class Record:
     argument_bytes: int | None = None
     output_bytes: int | None = None
     temp_bytes: int | None = None
+    alias_bytes: int | None = None
     vmem_bytes: int | None = None
     spills: int | None = None
     bundles: int | None = None
@@ -178,7 +180,8 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     # Pallas asks the mesh which chip it lowers for; without one, it would ask this machine's CPU.
     with use_abstract_mesh(Mesh(np.array([device]), ("one",)).abstract_mesh):
-        lowered = jax.jit(function).lower(*shapes)
+        jitted = function if hasattr(function, "lower") else jax.jit(function)
+        lowered = jitted.lower(*shapes)
     compiled = lowered.compile()
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
@@ -192,6 +195,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
         "vmem_bytes": max(map(int, vmem), default=None),
     }
 
@@ -289,28 +293,18 @@ def packed(
     import jax.numpy as jnp
 
     from pallas_kernels import mosaic_tpu
-    from pallas_kernels.layout import MixedTensor, zero_bits
+    from pallas_kernels.layout import abstract_tensor
 
-    groups = -(-k // group_size)
-    rows = sum(count * b for count, b in zip(segments, widths)) * group_size // 32
-    S = jax.ShapeDtypeStruct
-    w = MixedTensor(
-        words=S((rows, n), jnp.uint32),
-        scale=S((groups, n), jnp.bfloat16),
-        zero=S((-(-groups // 2) if zero_bits(tuple(widths)) == 4 else groups, n), jnp.uint8),
-        order=S((groups,), jnp.int32),
-        segments=S((len(widths),), jnp.int32),
-        shape=(k, n),
-        group_size=group_size,
-        widths=tuple(widths),
-        dtype=jnp.dtype(jnp.bfloat16),
+    w = abstract_tensor(
+        (k, n), widths=tuple(widths), segments=tuple(segments), group_size=group_size, dtype=jnp.bfloat16
     )
     chosen = dataclasses.replace(mosaic_tpu.heuristic(device_kind, m, k, n), **config)
 
     def fixed(w):
         return dataclasses.replace(w, segments=np.array(segments, np.int32)) if constant else w
 
-    return lambda x, w: mosaic_tpu.mixed_matmul(x, fixed(w), config=chosen), (S((m, k), jnp.bfloat16), w)
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    return lambda x, w: mosaic_tpu.mixed_matmul(x, fixed(w), config=chosen), (x, w)
 
 
 def dense(m: int, k: int, n: int):
