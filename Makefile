@@ -1,5 +1,6 @@
 # make setup   .venv with everything
 # make test    lint, types, tests: what CI runs
+# make test-aot   kernels compiled for TPUs and GPUs that are not here, in .venv-aot
 # make demo    quantizes a small model and compares before and after
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ DEMO_TEXT := bench/data/pride_and_prejudice.txt
 DEMO_EVAL := --text $(DEMO_TEXT) --window 512
 DEMO_GENERATE := --prompt "The capital of France is" --max-tokens 40
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test test-slow test-aot lint format bench clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,14 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-aot: .venv-aot/.installed
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot tests/test_aot.py
+
+.venv-aot/.installed: pyproject.toml
+	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -e '.[aot,test]'
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

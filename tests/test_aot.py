@@ -1,0 +1,66 @@
+"""The kernels still compile for devices that are not here, at no higher cost: ``make test-aot``.
+
+Bounds are what was reached (docs/kernels.md has the table), with a few percent for another compiler.
+"""
+
+import math
+
+import pytest
+
+from bench import aot_gpu, aot_tpu
+from pallas_kernels.layout import abstract_tensor, plane_widths
+
+pytestmark = pytest.mark.aot
+
+SHAPE = {"m": 16, "k": 4096, "n": 4096}
+QUARTERS = abstract_tensor((4096, 4096), widths=(1, 2, 3), segments=(8, 16, 8), group_size=128)
+PACKED_BYTES = QUARTERS.nbytes
+ACTIVATION_BYTES = 16 * 4096 * (2 + 4)
+
+
+@pytest.mark.parametrize(("target", "cycles", "spills"), [("v5e", 19_600, 30), ("v6e", 14_000, 320)])
+def test_tpu_decode(target, cycles, spills):
+    record = aot_tpu.compile_for(target, "bench.aot_tpu:packed", {**SHAPE, "constant": True})
+    assert record.error is None
+    assert record.estimated_cycles <= cycles
+    assert record.spills <= spills
+    assert record.bytes <= 1.1 * (PACKED_BYTES + ACTIVATION_BYTES)
+
+
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_tpu_decode_with_segment_sizes_as_data(target):
+    record = aot_tpu.compile_for(target, "bench.aot_tpu:packed", SHAPE)
+    assert record.error is None
+
+
+@pytest.mark.parametrize(("target", "ratio"), [("v5e", 1.25), ("v6e", 1.28)])
+def test_tpu_prefill(target, ratio):
+    shape = SHAPE | {"m": 2048}
+    packed = aot_tpu.compile_for(target, "bench.aot_tpu:packed", {**shape, "constant": True})
+    dense = aot_tpu.compile_for(target, "bench.aot_tpu:dense", shape)
+    assert packed.error is None
+    assert packed.estimated_cycles <= ratio * dense.estimated_cycles
+
+
+@pytest.mark.parametrize("target", ["h100", "a100"])
+@pytest.mark.parametrize(("bits", "instructions"), [([2], 1.5), ([1, 2, 3], 2.0)])
+def test_gpu_decode(target, bits, instructions):
+    record = aot_gpu.compile_for(target, "bench.aot_gpu:matmul", {**SHAPE, "bits": bits})
+    assert record["error"] is None
+    kernel = record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]
+    assert kernel["spill_bytes"] == 0
+    assert kernel["tensor_core"]
+    costs = [loop["per_plane_weight_and_16_rows"] for loop in kernel["inner_loops"]]
+    main = [cost for cost in costs if cost is not None][::2]  # each is followed by one for the remainder
+    planes = [len(plane_widths(b)) for b in bits]
+    shares = [1.0] if len(bits) == 1 else [0.25, 0.5, 0.25]
+    assert sum(map(math.prod, zip(shares, planes, main, strict=True))) <= instructions
+    moved = record["read_bytes"] + record["written_bytes"]
+    assert moved <= 1.3 * (PACKED_BYTES + ACTIVATION_BYTES)
+
+
+@pytest.mark.parametrize("target", ["h100", "a100"])
+def test_gpu_prefill(target):
+    record = aot_gpu.compile_for(target, "bench.aot_gpu:matmul", SHAPE | {"m": 2048})
+    assert record["error"] is None
+    assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0
