@@ -1,12 +1,12 @@
 """The families that can be read and written. A new one is a file here and a line in ``FAMILIES``."""
 
 from convert.errors import ConvertError
-from convert.families import llama, opt, qwen
+from convert.families import gemma, llama, opt, qwen
 from convert.families.family import Family, GGUFFormat, HFFormat, Names
 
 __all__ = ["FAMILIES", "Family", "GGUFFormat", "HFFormat", "Names", "by_architecture", "by_gguf", "by_name"]
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen.FAMILY, opt.FAMILY)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen.FAMILY, gemma.FAMILY, opt.FAMILY)
 
 
 def by_architecture(architecture: str) -> Family:
