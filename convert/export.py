@@ -17,6 +17,7 @@ from convert.hf import INDEX, SINGLE
 from convert.source import file_layout, parse_dtype
 from convert.tokenizer import save_tokenizer
 from pallas_kernels import MixedTensor
+from slim_jax.decoder import block_buffers
 from slim_jax.source import Source
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -81,14 +82,18 @@ def _tensors(source: Source, form: HFFormat, dtype: np.dtype | None) -> Iterator
     """Their names and tensors, in their orientation, one after another."""
     blocks = range(source.config.num_layers)
     for index in (None, *blocks):
-        params = source.outer() if index is None else source.block(index)
-        for ours, value in params.items():
-            dense = np.asarray(value.dequantize() if isinstance(value, MixedTensor) else value)
-            if dtype is not None:
-                dense = dense.astype(dtype)
-            name = form.names.of(ours, index)
-            prefix = "" if ours.startswith("head.") else form.prefix
-            yield prefix + name, np.ascontiguousarray(file_layout(ours, dense))
+        params = dict(source.outer() if index is None else source.block(index))
+        for name in () if index is None else block_buffers(source.config, index):
+            del params[name]
+        for name, held in form.names.tensors(params, index).items():
+            parts = [file_layout(ours, _dense(params[ours], dtype)) for ours in held]
+            prefix = "" if held[0].startswith("head.") else form.prefix
+            yield prefix + name, np.ascontiguousarray(np.concatenate(parts))
+
+
+def _dense(value: Any, dtype: np.dtype | None) -> np.ndarray:
+    dense = np.asarray(value.dequantize() if isinstance(value, MixedTensor) else value)
+    return dense if dtype is None else dense.astype(dtype)
 
 
 def _write_weights(tensors: Iterator[tuple[str, np.ndarray]], directory: Path, shard_bytes: int) -> str:

@@ -186,4 +186,5 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         dtype=parse_dtype(dtype),
         ignored=form.ignored,
         interleaved=form.interleaved,
+        norm_offset=config.norm_offset,
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.errors import ConvertError, listed
 from convert.families.family import Names
-from slim_jax.decoder import DecoderConfig, Params, block_params, outer_params
+from slim_jax.decoder import DecoderConfig, Params, block_buffers, block_params, outer_params
 
 DTYPES = ("float32", "bfloat16")
 
@@ -72,8 +72,20 @@ class ModelSource:
         dtype: np.dtype | None = None,
         ignored: tuple[str, ...] = (),
         interleaved: tuple[str, ...] = (),
+        norm_offset: float = 0.0,
     ) -> None:
         """Checks every name and shape against the config; reads no weights.
+
+        Args:
+          config: the decoder that the parameters are for.
+          origin: kind, path and fingerprint.
+          store: the tensors.
+          names: what they are called.
+          make_tokenizer: builds the tokenizer.
+          dtype: of the parameters; None keeps the store's.
+          ignored: patterns of names that carry no parameter.
+          interleaved: our modules whose rows are interleaved in the store.
+          norm_offset: what the store has added to the scale of every norm.
 
         Raises:
           ConvertError: tensors are missing, unexpected or of the wrong shape; the message names them all.
@@ -81,17 +93,19 @@ class ModelSource:
         self.config = config
         self.origin = origin
         self._store, self._names, self._dtype = store, names, dtype
-        self._interleaved = interleaved
+        self._interleaved, self._norm_offset = interleaved, norm_offset
         self._make_tokenizer = make_tokenizer
-        self._outer_names = {name: names.of(name) for name in outer_params(config)}
-        self._block_names = tuple(block_params(config))
+        self._outer_shapes = {name: s.shape for name, s in outer_params(config).items()}
+        self._block_shapes = {
+            name: s.shape for name, s in block_params(config).items() if name not in block_buffers(config, 0)
+        }
         self._check(ignored)
 
     def _check(self, ignored: tuple[str, ...]) -> None:
         config, names = self.config, self._names
-        expected = {names.of(p): _file_shape(p, s.shape) for p, s in outer_params(config).items()}
-        for p, s in block_params(config).items():
-            expected |= {names.of(p, i): _file_shape(p, s.shape) for i in range(config.num_layers)}
+        expected = _file_shapes(names, self._outer_shapes)
+        for i in range(config.num_layers):
+            expected |= _file_shapes(names, self._block_shapes, i)
         found = self._store.shapes
         patterns = [re.compile(pattern) for pattern in ignored]
         head = names.of("head.weight")
@@ -124,7 +138,7 @@ class ModelSource:
 
     def outer(self) -> Params:
         """See :class:`slim_jax.source.Source`; NumPy arrays, linear weights ``[K, N]``."""
-        return self._read(self._outer_names)
+        return self._read(self._outer_shapes)
 
     def block(self, index: int) -> Params:
         """See :class:`slim_jax.source.Source`; NumPy arrays, linear weights ``[K, N]``.
@@ -134,7 +148,7 @@ class ModelSource:
         """
         if not 0 <= index < self.config.num_layers:
             raise IndexError(f"block {index} of a model of {self.config.num_layers}")
-        return self._read({name: self._names.of(name, index) for name in self._block_names})
+        return {**self._read(self._block_shapes, index), **block_buffers(self.config, index)}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -145,13 +159,21 @@ class ModelSource:
         """
         return self._make_tokenizer()
 
-    def _read(self, wanted: Mapping[str, str]) -> dict[str, np.ndarray]:
-        raw = self._store.read(wanted.values())
-        return {ours: self._ours(ours, raw.pop(theirs)) for ours, theirs in wanted.items()}
+    def _read(self, shapes: Mapping[str, tuple[int, ...]], index: int | None = None) -> dict[str, np.ndarray]:
+        held = self._names.tensors(shapes, index)
+        raw = self._store.read(held)
+        params = {}
+        for theirs, ours in held.items():
+            ends = np.cumsum([_file_shape(name, shapes[name])[0] for name in ours])
+            for name, value in zip(ours, np.split(raw.pop(theirs), ends[:-1])):
+                params[name] = self._ours(name, value)
+        return params
 
     def _ours(self, name: str, value: np.ndarray) -> np.ndarray:
         if name.rpartition(".")[0] in self._interleaved:
             value = _uninterleave(value, self.config.head_dim)
+        if name.endswith(".scale") and self._norm_offset:
+            value = value - np.asarray(self._norm_offset, value.dtype)
         return np.ascontiguousarray(file_layout(name, value), dtype=self._dtype or value.dtype)
 
 
@@ -167,6 +189,17 @@ def file_layout(name: str, value: np.ndarray) -> np.ndarray:
 
 def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if _transposed(name) else shape
+
+
+def _file_shapes(
+    names: Names, shapes: Mapping[str, tuple[int, ...]], index: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that hold our parameters."""
+    found = {}
+    for theirs, ours in names.tensors(shapes, index).items():
+        parts = [_file_shape(name, shapes[name]) for name in ours]
+        found[theirs] = (sum(part[0] for part in parts), *parts[0][1:])
+    return found
 
 
 def _uninterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:

@@ -18,6 +18,7 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
+QWEN2_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -114,6 +115,9 @@ def _words(pre: str) -> pre_tokenizers.PreTokenizer:
         "llama-bpe": pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"), bytes_only]
         ),
+        "qwen2": pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"), bytes_only]
+        ),
     }
     if pre not in known:
         raise ConvertError(f"tokenizer.ggml.pre is {pre!r}, expected one of {listed(list(known))}")
@@ -128,6 +132,8 @@ def _byte_level(own: Mapping[str, Any]) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(own["tokens"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = words
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -3,6 +3,9 @@
 Families differ in a frozen :class:`DecoderConfig`, not in code. Activations are float32; each
 product is taken in the dtype of its weight (float32, bfloat16 or packed) and accumulated in float32.
 How checkpoints map to these parameters is `convert`'s business, not this file's.
+
+All blocks of a model share one config, so that one compiled step serves them all. What differs from
+block to block (whether its attention is local) is data: a :class:`Buffer` among its parameters.
 """
 
 import dataclasses
@@ -28,22 +31,39 @@ class RopeScaling:
 
     ``kind`` "linear" divides all of them by ``factor``; "llama3" divides those whose wavelength is
     longer than ``original_max_positions / low_freq_factor``, keeps those shorter than
-    ``original_max_positions / high_freq_factor`` and blends between.
+    ``original_max_positions / high_freq_factor`` and blends between; "longrope" divides each by its own
+    of ``short_factors``, or of ``long_factors`` where there is room for more than
+    ``original_max_positions`` tokens, and scales queries and keys by ``attention_factor``.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "longrope"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that tells one decoder from another. Sizes are counts of features or tokens.
 
+    Attributes that their names do not explain:
+      norm_offset: added to the scale of every norm.
+      output_norms: what attention and MLP give is normed before it joins the residual stream.
+      local_rope_theta: base of the rotary embedding, unscaled, of blocks with a sliding window, where it
+        differs from that of ``global_layers``.
+      qk_norm: each head's queries and keys are normed before they are rotated.
+      query_pre_attn_scalar: attention scores are divided by its root; ``head_dim`` by default.
+      attn_softcap: scores ``s`` become ``cap * tanh(s / cap)``; ``logit_softcap`` does that to logits.
+      global_layers: blocks that see all positions although there is a sliding window.
+      embed_scale: factor of token embeddings, rounded to their dtype.
+
     Raises:
-      ValueError: a size is not positive, or heads are no multiple of key-value heads.
+      ValueError: a size is not positive, heads are no multiple of key-value heads, or ``global_layers``
+        are given without a sliding window.
     """
 
     family: str
@@ -57,20 +77,29 @@ class DecoderConfig:
     max_positions: int
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
     pre_norm: bool = True
+    output_norms: bool = False
     final_norm: bool = True
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
     position_offset: int = 0
     gated: bool = True
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
     sliding_window: int | None = None
+    global_layers: tuple[int, ...] = ()
     tied_head: bool = True
     embed_size: int | None = None
+    embed_scale: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -82,6 +111,8 @@ class DecoderConfig:
             raise ValueError(
                 f"num_heads is {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}"
             )
+        if self.global_layers and self.sliding_window is None:
+            raise ValueError("sliding_window is None, expected a number beside global_layers")
 
     def to_json(self) -> dict[str, Any]:
         """The config as JSON values; :meth:`from_json` is the inverse."""
@@ -90,11 +121,12 @@ class DecoderConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
         """Builds a config from :meth:`to_json`'s dictionary."""
-        scaling = fields.get("rope_scaling")
-        changes = {
-            "rope_scaling": None if scaling is None else RopeScaling(**scaling),
-            "eos_token_ids": tuple(fields.get("eos_token_ids", ())),
+        changes: dict[str, Any] = {
+            name: tuple(value) for name, value in fields.items() if isinstance(value, list)
         }
+        if (scaling := fields.get("rope_scaling")) is not None:
+            tuples = {name: tuple(value) for name, value in scaling.items() if isinstance(value, list)}
+            changes["rope_scaling"] = RopeScaling(**{**scaling, **tuples})
         return cls(**{**fields, **changes})
 
 
@@ -104,6 +136,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+class Buffer(nnx.Variable):
+    """What a block is given like a parameter, though it follows from the config and its index."""
 
 
 class Linear(nnx.Module):
@@ -130,28 +166,41 @@ class Norm(nnx.Module):
     def __init__(self, size: int, config: DecoderConfig) -> None:
         self.scale = nnx.Param(jnp.ones(size))
         self.bias = nnx.Param(jnp.zeros(size)) if config.norm == "layer" else None
-        self.eps = config.norm_eps
+        self.eps, self.offset = config.norm_eps, config.norm_offset
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         along_last = (1,) * (x.ndim - 1) + (-1,)
         if self.bias is not None:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        y = y * self.scale[...].astype(jnp.float32).reshape(along_last)
+        y = y * (self.scale[...].astype(jnp.float32) + self.offset).reshape(along_last)
         if self.bias is None:
             return y
         return y + self.bias[...].astype(jnp.float32).reshape(along_last)
 
 
-def rotary_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
-    """Angular frequency of each pair of features, ``[head_dim / 2]`` radians per position."""
+def rotary_frequencies(
+    config: DecoderConfig, slots: int = 0, *, local: bool = False
+) -> Float[Array, " half"]:
+    """Angular frequency of each pair of features, ``[head_dim / 2]`` radians per position.
+
+    Args:
+      config: the decoder's.
+      slots: number of tokens that there is room for; "longrope" goes by it.
+      local: of the blocks that have ``local_rope_theta``.
+    """
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    if local and config.local_rope_theta is not None:
+        return 1.0 / (config.local_rope_theta**half)
     frequency = 1.0 / (config.rope_theta**half)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
+    if scaling.kind == "longrope":
+        long = slots > scaling.original_max_positions
+        return frequency / jnp.asarray(scaling.long_factors if long else scaling.short_factors)
     turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
@@ -159,25 +208,37 @@ def rotary_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
 
 
 def rotate(
-    x: Float[Array, "b t h d"], positions: Int[Array, "b t"], frequency: Float[Array, " half"]
+    x: Float[Array, "b t h d"],
+    positions: Int[Array, "b t"],
+    frequency: Float[Array, " half"],
+    factor: float = 1.0,
 ) -> Float[Array, "b t h d"]:
-    """Rotary position embedding; feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints."""
+    """Rotary position embedding, times ``factor``.
+
+    Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints.
+    """
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
     x1, x2 = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped key-value heads and an optional sliding window."""
+    """Causal self-attention with grouped key-value heads and an optional sliding window.
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+    ``local``, in models where some blocks have a window and others not, is 1 in those that have.
+    """
+
+    def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
         d, heads = config.hidden_size, config.num_heads * config.head_dim
         kv = config.num_kv_heads * config.head_dim
         self.q = Linear(d, heads, bias=config.qkv_bias, rngs=rngs)
         self.k = Linear(d, kv, bias=config.qkv_bias, rngs=rngs)
         self.v = Linear(d, kv, bias=config.qkv_bias, rngs=rngs)
         self.o = Linear(heads, d, bias=config.o_bias, rngs=rngs)
+        self.q_norm = Norm(config.head_dim, config) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config) if config.qk_norm else None
+        self.local = Buffer(_is_local(config, index)) if config.global_layers else None
         self.config = config
 
     def attend(
@@ -196,17 +257,38 @@ class Attention(nnx.Module):
         q = self.q(x).reshape(batch, time, config.num_heads, config.head_dim)
         k = self.k(x).reshape(batch, time, config.num_kv_heads, config.head_dim)
         v = self.v(x).reshape(batch, time, config.num_kv_heads, config.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if config.positions == "rotary":
-            frequency = rotary_frequencies(config)
-            q, k = rotate(q, positions, frequency), rotate(k, positions, frequency)
+            q, k = self._rotate(q, k, positions, time if cache is None else cache[0].shape[2])
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         key_positions = positions
         if cache is not None:
             cached_k, cached_v, key_positions, start = cache
             k = jax.lax.dynamic_update_slice_in_dim(cached_k, k.astype(cached_k.dtype), start, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cached_v, v.astype(cached_v.dtype), start, axis=2)
-        y = attention(q, k, v, positions, key_positions, window=config.sliding_window)
+        window: int | jax.Array | None = config.sliding_window
+        if self.local is not None and window is not None:
+            window = jnp.where(self.local[...] > 0, window, jnp.iinfo(jnp.int32).max)
+        scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        softcap = config.attn_softcap
+        y = attention(q, k, v, positions, key_positions, scale=scale, window=window, softcap=softcap)
         return y, (k, v)
+
+    def _rotate(
+        self, q: jax.Array, k: jax.Array, positions: jax.Array, slots: int
+    ) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        frequency = rotary_frequencies(config, slots)
+        if config.sliding_window is not None and config.local_rope_theta is not None:
+            local = rotary_frequencies(config, slots, local=True)
+            frequency = local if self.local is None else jnp.where(self.local[...] > 0, local, frequency)
+        factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+        return rotate(q, positions, frequency, factor), rotate(k, positions, frequency, factor)
+
+
+def _is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
+    return jnp.float32(index not in config.global_layers)
 
 
 class MLP(nnx.Module):
@@ -228,11 +310,13 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One transformer block. ``taps`` is where calibration reads the inputs of the linear layers."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
         self.attn_norm = Norm(config.hidden_size, config)
-        self.attn = Attention(config, rngs=rngs)
+        self.attn = Attention(config, index, rngs=rngs)
+        self.attn_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
         self.mlp_norm = Norm(config.hidden_size, config)
         self.mlp = MLP(config, rngs=rngs)
+        self.mlp_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
         self.pre_norm = config.pre_norm
 
     def __call__(
@@ -264,7 +348,8 @@ class Block(nnx.Module):
 
     def after_attn(self, h: Float[Array, "b t d"], x: Float[Array, "b t hd"]) -> Float[Array, "b t d"]:
         """The residual stream after attention; ``x`` is the input of o."""
-        h = h + self.attn.o(x)
+        y = self.attn.o(x)
+        h = h + (y if self.attn_out_norm is None else self.attn_out_norm(y))
         return h if self.pre_norm else self.attn_norm(h)
 
     def mlp_input(self, h: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -273,7 +358,8 @@ class Block(nnx.Module):
 
     def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t inner"]) -> Float[Array, "b t d"]:
         """The residual stream after the block; ``x`` is the input of down."""
-        h = h + self.mlp.down(x)
+        y = self.mlp.down(x)
+        h = h + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
         return h if self.pre_norm else self.mlp_norm(h)
 
 
@@ -304,14 +390,17 @@ class Decoder(nnx.Module):
         )
         projected = embed_size != d
         self.project_in = Linear(embed_size, d, bias=False, rngs=rngs) if projected else None
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.blocks = nnx.List([Block(config, i, rngs=rngs) for i in range(config.num_layers)])
         self.norm = Norm(d, config) if config.final_norm else None
         self.project_out = Linear(d, embed_size, bias=False, rngs=rngs) if projected else None
         self.head = None if config.tied_head else Linear(embed_size, config.vocab_size, bias=False, rngs=rngs)
 
     def embed_tokens(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream that enters the first block."""
-        h = self.embed[...][tokens].astype(jnp.float32)
+        table = self.embed[...]
+        h = table[tokens].astype(jnp.float32)
+        if self.config.embed_scale != 1:
+            h = h * jnp.asarray(self.config.embed_scale, table.dtype).astype(jnp.float32)
         if self.project_in is not None:
             h = self.project_in(h)
         if self.embed_positions is not None:
@@ -326,9 +415,13 @@ class Decoder(nnx.Module):
         if self.project_out is not None:
             h = self.project_out(h)
         if self.head is not None:
-            return self.head(h)
-        embed = self.embed[...]
-        return jnp.einsum("...d,vd->...v", h.astype(embed.dtype), embed, preferred_element_type=jnp.float32)
+            logits = self.head(h)
+        else:
+            table = self.embed[...]
+            h = h.astype(table.dtype)
+            logits = jnp.einsum("...d,vd->...v", h, table, preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
         """Logits of every position, ``float32[B, T, vocab_size]``."""
@@ -340,7 +433,7 @@ class Decoder(nnx.Module):
 
 
 def _flat(module: nnx.Module) -> dict[str, Any]:
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    state = nnx.to_flat_state(nnx.state(module, (nnx.Param, Buffer)))
     return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
 
@@ -349,8 +442,13 @@ def _abstract(config: DecoderConfig, make: type[Block] | type[Decoder]) -> Any:
 
 
 def block_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name and shape of every parameter of one block."""
+    """Name and shape of every parameter and :class:`Buffer` of one block."""
     return _flat(_abstract(config, Block))
+
+
+def block_buffers(config: DecoderConfig, index: int) -> dict[str, jax.Array]:
+    """The :class:`Buffer` values of block ``index``: a source gives them along with what it has read."""
+    return {"attn.local": _is_local(config, index)} if config.global_layers else {}
 
 
 def outer_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:

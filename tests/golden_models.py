@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from slim_jax.decoder import Decoder, make_decoder
+from slim_jax.decoder import Block, Decoder, make_decoder, make_outer, sequence_positions, split_params
+from slim_jax.generate import State, forward
 from slim_jax.source import Source
 
 HERE = Path(__file__).parent / "goldens"
@@ -58,14 +60,40 @@ def decoder_of(source: Source) -> Decoder:
     )
 
 
+@jax.jit
+def _pass(block: Block, h: jax.Array, positions: jax.Array) -> jax.Array:
+    return block(h, positions)[0]
+
+
 def run(decoder: Decoder, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Input of the first block and outputs of all ``[layers + 1, B, T, hidden]``, and logits."""
     tokens = jnp.asarray(tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    positions = sequence_positions(tokens)
     hidden = [decoder.embed_tokens(tokens, positions)]
     for block in decoder.blocks:
-        hidden.append(block(hidden[-1], positions)[0])
-    return np.stack(hidden), np.asarray(decoder(tokens))
+        hidden.append(_pass(block, hidden[-1], positions))
+    return np.stack(hidden), np.asarray(decoder.logits(hidden[-1]))
+
+
+def run_cached(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray, steps: int) -> np.ndarray:
+    """Logits ``[steps + 1, B, vocab]`` by way of a cache: after the first ``lengths`` tokens of each row,
+    padded on the left to the longest, and after each of the next ``steps`` tokens."""
+    rows, width = len(lengths), int(lengths.max())
+    outer = make_outer(decoder.config, split_params(decoder)[0])
+    state = State.empty(decoder.config, rows, width + steps, stacked=False)
+    start = lengths[:, None] - width
+    logits = []
+    for first, count in [(0, width), *((width + i, 1) for i in range(steps))]:
+        positions = start + np.arange(first, first + count)[None]
+        piece = np.take_along_axis(tokens, np.maximum(positions, 0), axis=1)
+        found, state = _forward(
+            outer, list(decoder.blocks), state, piece, np.maximum(positions, -1).astype(np.int32)
+        )
+        logits.append(np.asarray(found))
+    return np.stack(logits)
+
+
+_forward = jax.jit(forward)
 
 
 def relative_error(value: Any, expected: Any) -> float:

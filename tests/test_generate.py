@@ -90,6 +90,16 @@ VARIANTS = {
         "gated": False,
         "activation": "relu",
     },
+    "local_global": {
+        "sliding_window": 4,
+        "global_layers": (1,),
+        "local_rope_theta": 100.0,
+        "attn_softcap": 3.0,
+        "logit_softcap": 40.0,
+        "qk_norm": True,
+        "output_norms": True,
+        "norm_offset": 1.0,
+    },
     "untied": {"tied_head": False, "embed_size": 32, "qkv_bias": True},
 }
 
@@ -113,9 +123,9 @@ def test_prompt_may_fill_all_positions_but_one():
     assert generate(model, [prompt], max_tokens=1) == [oracle(model, prompt, 1)]
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_packed_equals_dequantized(alike):
-    model = packed(tiny(), alike=alike)
+@pytest.mark.parametrize(("alike", "variant"), [(True, "rotary"), (False, "rotary"), (True, "local_global")])
+def test_packed_equals_dequantized(alike, variant):
+    model = packed(tiny(**VARIANTS[variant]), alike=alike)
     generator = Generator(model)
     assert generator.stacked == alike
     # Unlike blocks compile one by one: for them the prefill is enough.

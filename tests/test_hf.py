@@ -10,10 +10,10 @@ import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import Golden, decoder_of, load_golden, relative_error, write_hf
+from golden_models import Golden, decoder_of, load_golden, relative_error, run_cached, write_hf
 
 from convert import ConvertError, load_source
-from slim_jax.decoder import RopeScaling
+from slim_jax.decoder import DecoderConfig, RopeScaling, rotary_frequencies
 
 TOLERANCE = 1e-4
 
@@ -26,6 +26,15 @@ def test_parity(name: str, tmp_path: Path) -> None:
     for i in range(len(hidden)):
         assert relative_error(hidden[i], golden.hidden[i]) <= TOLERANCE, f"hidden state {i}"
     assert relative_error(logits, golden.logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", golden_models.NAMES)
+def test_parity_of_a_padded_batch_with_cache(name: str, tmp_path: Path) -> None:
+    golden = load_golden(name)
+    lengths, steps = np.array([13, 20]), 4
+    logits = run_cached(decoder_of(load_source(write_hf(golden, tmp_path))), golden.tokens, lengths, steps)
+    seen = lengths - 1 + np.arange(steps + 1)[:, None]
+    assert relative_error(logits, golden.logits[[0, 1], seen]) <= TOLERANCE
 
 
 def changed(golden: Golden, *, drop: tuple[str, ...] = (), **config: object) -> Golden:
@@ -127,6 +136,38 @@ def test_defaults_of_transformers(tmp_path: Path) -> None:
     assert config_of(changed(mistral, sliding_window=None), tmp_path / "c").sliding_window is None
 
 
+def test_older_keys_mean_the_same(tmp_path: Path) -> None:
+    gemma = load_golden("gemma3")
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    older = {"rope_theta": 1000.0, "rope_local_base_freq": 100.0, "rope_scaling": scaling}
+    old = changed(gemma, drop=("rope_parameters", "layer_types"), **older)
+    assert config_of(old, tmp_path / "a") == config_of(gemma, tmp_path / "b")
+    phi = load_golden("phi3_longrope")
+    rope = {key: phi.config["rope_parameters"][key] for key in ("short_factor", "long_factor")}
+    old = changed(phi, drop=("rope_parameters",), rope_scaling={"type": "su", **rope}, rope_theta=1e4)
+    assert config_of(old, tmp_path / "c") == config_of(phi, tmp_path / "d")
+    qwen = load_golden("qwen2_window")
+    same = config_of(changed(qwen, drop=("layer_types",)), tmp_path / "e")
+    assert same == config_of(qwen, tmp_path / "f")
+    assert (same.sliding_window, same.global_layers) == (7, (0,))
+    off = config_of(changed(qwen, drop=("layer_types",), use_sliding_window=False), tmp_path / "g")
+    assert (off.sliding_window, off.global_layers) == (None, ())
+
+
+def test_longrope_goes_by_the_room_there_is(tmp_path: Path) -> None:
+    config = config_of(load_golden("phi3_longrope"), tmp_path)
+    plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
+    np.testing.assert_allclose(plain / rotary_frequencies(config, 16), [1.0, 1.1, 1.2, 1.3], rtol=1e-6)
+    np.testing.assert_allclose(plain / rotary_frequencies(config, 17), [1.0, 1.5, 2.5, 4.0], rtol=1e-6)
+    assert config.rope_scaling.attention_factor == pytest.approx((1 + np.log(4) / np.log(16)) ** 0.5)
+
+
+def test_configs_survive_json(tmp_path: Path) -> None:
+    for name in ("gemma3", "phi3_longrope", "llama_rope_llama3"):
+        config = config_of(load_golden(name), tmp_path)
+        assert DecoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
 def test_generation_config_adds_stop_tokens(tmp_path: Path) -> None:
     write_hf(load_golden("llama_untied"), tmp_path)
     assert load_source(tmp_path).config.eos_token_ids == (2,)
@@ -145,7 +186,10 @@ def refused(spec: str | Path, *culprits: str, dtype: object = None) -> None:
 
 
 LLAMA_CHANGES = [
-    ({"architectures": ["GPTNeoXForCausalLM"]}, ("GPTNeoXForCausalLM", "LlamaForCausalLM", "OPTForCausalLM")),
+    (
+        {"architectures": ["GPTNeoXForCausalLM"]},
+        ("GPTNeoXForCausalLM", "LlamaForCausalLM", "OPTForCausalLM", "docs/adding-a-family.md"),
+    ),
     ({"architectures": None}, ("architecture", "LlamaForCausalLM")),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope_scaling", "yarn", "llama3")),
     ({"rope_parameters": {"rope_type": "linear"}}, ("factor",)),
@@ -163,6 +207,34 @@ LLAMA_CHANGES = [
 @pytest.mark.parametrize(("change", "culprits"), LLAMA_CHANGES)
 def test_unsupported_llama(change: dict, culprits: tuple[str, ...], tmp_path: Path) -> None:
     refused(write_hf(changed(load_golden("llama_untied"), **change), tmp_path), "config.json", *culprits)
+
+
+OTHER_CHANGES = [
+    ("qwen2_window", {"layer_types": ["full_attention"]}, ("layer_types", "1", "num_hidden_layers = 3")),
+    ("qwen2_window", {"layer_types": ["chunked_attention"] * 3}, ("chunked_attention", "full_attention")),
+    ("gemma2", {"use_bidirectional_attention": True}, ("use_bidirectional_attention",)),
+    (
+        "gemma3",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        ("sliding_attention", "linear"),
+    ),
+    ("phi3_window", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ("linear", "longrope")),
+    (
+        "phi3_longrope",
+        {"rope_scaling": {"short_factor": [1.0]}, "rope_parameters": {"type": "su"}},
+        ("short_factor", "1 numbers", "4"),
+    ),
+    (
+        "phi3_window",
+        {"partial_rotary_factor": 0.75, "rope_parameters": None},
+        ("partial_rotary_factor", "0.75"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "culprits"), OTHER_CHANGES)
+def test_unsupported_variants(name: str, change: dict, culprits: tuple[str, ...], tmp_path: Path) -> None:
+    refused(write_hf(changed(load_golden(name), **change), tmp_path), "config.json", *culprits)
 
 
 def test_unsupported_opt(tmp_path: Path) -> None:

@@ -93,7 +93,21 @@ def test_report(quantized):
         assert 0 < layer.error < 0.5
 
 
-def test_each_step_compiles_once_per_model(model):
+GEMMA = dataclasses.replace(
+    CONFIG,
+    sliding_window=8,
+    global_layers=(1,),
+    local_rope_theta=100.0,
+    attn_softcap=5.0,
+    output_norms=True,
+    qk_norm=True,
+    norm_offset=1.0,
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, GEMMA], ids=["alike", "local_global"])
+def test_each_step_compiles_once_per_model(config):
+    model = Decoder(config, rngs=nnx.Rngs(0))
     steps = [
         *(activations._attn_input, activations._o_input, activations._after_attn),
         *(activations._mlp_input, activations._down_input, activations._after_mlp, activations._observe),
@@ -104,7 +118,7 @@ def test_each_step_compiles_once_per_model(model):
         for step in steps:
             step.clear_cache()
         outer, blocks = split_params(model)
-        small = make_decoder(dataclasses.replace(CONFIG, num_layers=layers), outer, blocks[:layers])
+        small = make_decoder(dataclasses.replace(config, num_layers=layers), outer, blocks[:layers])
         pipeline.quantize(small, TOKENS, SLIM)
         counts.append([step._cache_size() for step in steps])
     assert counts[0] == counts[1]

@@ -59,7 +59,7 @@ def pieces(score: float = 0.0) -> dict[str, Any]:
     return {f"tokenizer.ggml.{key}": value for key, value in own.items()}
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", None])
+@pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2", None])
 def test_byte_level_round_trip(pre: str | None, tmp_path: Path) -> None:
     tokenizer = gguf_tokenizer(byte_level(pre=pre), "x")
     save_tokenizer(tokenizer, tmp_path)
@@ -78,6 +78,7 @@ def test_byte_level_round_trip(pre: str | None, tmp_path: Path) -> None:
         ("gpt-2", ["Ġthe", "Ġ2", "0", "2", "4"]),  # the space belongs to the number
         ("smollm", ["Ġthe", "Ġ", "2", "0", "2", "4"]),  # each digit alone
         ("llama-bpe", ["Ġthe", "Ġ", "202", "4"]),  # three digits at most, and no space before them
+        ("qwen2", ["Ġthe", "Ġ", "2", "0", "2", "4"]),
     ],
 )
 def test_cut_into_words(pre: str, cut: list[str]) -> None:

@@ -1,12 +1,15 @@
 """The families that can be read and written. A new one is a file here and a line in ``FAMILIES``."""
 
 from convert.errors import ConvertError
-from convert.families import llama, opt
+from convert.families import gemma, llama, opt, phi, qwen
 from convert.families.family import Family, GGUFFormat, HFFormat, Names
 
 __all__ = ["FAMILIES", "Family", "GGUFFormat", "HFFormat", "Names", "by_architecture", "by_gguf", "by_name"]
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, opt.FAMILY)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen.FAMILY, gemma.FAMILY, phi.FAMILY, opt.FAMILY)
+
+
+GUIDE = "docs/adding-a-family.md says how to add a family"
 
 
 def by_architecture(architecture: str) -> Family:
@@ -18,7 +21,7 @@ def by_architecture(architecture: str) -> Family:
     known = {name: family for family in FAMILIES for name in family.hf.architectures}
     if architecture not in known:
         raise ConvertError(
-            f"architecture {architecture!r} is not supported, expected one of {', '.join(known)}"
+            f"architecture {architecture!r} is not supported, expected one of {', '.join(known)}; {GUIDE}"
         )
     return known[architecture]
 
@@ -32,7 +35,8 @@ def by_gguf(architecture: str) -> GGUFFormat:
     known = {name: f.gguf for f in FAMILIES if f.gguf for name in f.gguf.architectures}
     if architecture not in known:
         raise ConvertError(
-            f"general.architecture {architecture!r} is not supported, expected one of {', '.join(known)}"
+            f"general.architecture {architecture!r} is not supported, expected one of {', '.join(known)};"
+            f" {GUIDE}"
         )
     return known[architecture]
 

@@ -4,7 +4,7 @@ It knows no family and reads no file.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from convert.errors import ConvertError
@@ -29,7 +29,8 @@ class Names:
     """How a format names the modules of the decoder.
 
     Our parameter ``attn.q.weight`` of block 3 is called ``blocks.format(3) + block["attn.q"] + ".weight"``
-    there. A norm's ``scale`` is a ``weight`` everywhere but here.
+    there. A norm's ``scale`` is a ``weight`` everywhere but here. Where several of our modules are mapped to
+    one of theirs, it is split: it holds their output features one after another, in the table's order.
 
     Attributes:
       outer: our modules outside the blocks -> theirs, such as ``"norm" -> "norm"``.
@@ -50,6 +51,14 @@ class Names:
         if index is None:
             return f"{self.outer[module]}.{suffix}"
         return f"{self.blocks.format(index)}{self.block[module]}.{suffix}"
+
+    def tensors(self, ours: Iterable[str], index: int | None = None) -> dict[str, list[str]]:
+        """Their tensors that hold our parameters, each with the parameters in it in their order there."""
+        order = {module: i for i, module in enumerate(self.outer if index is None else self.block)}
+        held: dict[str, list[str]] = {}
+        for name in sorted(ours, key=lambda name: order.get(name.rpartition(".")[0], -1)):
+            held.setdefault(self.of(name, index), []).append(name)
+        return held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +169,46 @@ def activation(config: Mapping[str, Any], key: str, default: str) -> Any:
 def hf_activation(config: DecoderConfig) -> str:
     """The inverse of :func:`activation`."""
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+
+
+LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
+"""Hugging Face's names of attention kinds, and whether there is a window."""
+
+
+def read_windows(
+    hf: Mapping[str, Any], window: int | None, default: Sequence[bool]
+) -> tuple[int | None, tuple[int, ...]]:
+    """``sliding_window`` and ``global_layers`` of our config.
+
+    Args:
+      hf: config.json, whose ``layer_types`` say which blocks have the window.
+      window: how far they see.
+      default: which blocks have it where there are no ``layer_types``.
+
+    Raises:
+      ConvertError: ``layer_types`` names another kind of attention, or not one per block.
+    """
+    kinds = hf.get("layer_types")
+    layers = count(hf, "num_hidden_layers")
+    if kinds is not None:
+        unknown = [kind for kind in kinds if kind not in LAYER_TYPES]
+        if unknown:
+            raise ConvertError(f"layer_types has {unknown[0]!r}, expected {' or '.join(LAYER_TYPES)}")
+        if len(kinds) != layers:
+            raise ConvertError(f"layer_types has {len(kinds)} entries, expected num_hidden_layers = {layers}")
+    local = default if kinds is None else [LAYER_TYPES[kind] for kind in kinds]
+    if window is None or not any(local):
+        return None, ()
+    return window, tuple(i for i in range(layers) if not local[i])
+
+
+def layer_types(config: DecoderConfig) -> list[str]:
+    """The inverse of :func:`read_windows`."""
+    windowed = config.sliding_window is not None
+    return [
+        "sliding_attention" if windowed and i not in config.global_layers else "full_attention"
+        for i in range(config.num_layers)
+    ]
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

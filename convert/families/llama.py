@@ -31,6 +31,8 @@ HF_NAMES = Names(
         "attn.k": "self_attn.k_proj",
         "attn.v": "self_attn.v_proj",
         "attn.o": "self_attn.o_proj",
+        "attn.q_norm": "self_attn.q_norm",
+        "attn.k_norm": "self_attn.k_norm",
         "mlp_norm": "post_attention_layernorm",
         "mlp.gate": "mlp.gate_proj",
         "mlp.up": "mlp.up_proj",
@@ -47,6 +49,8 @@ GGUF_NAMES = Names(
         "attn.k": "attn_k",
         "attn.v": "attn_v",
         "attn.o": "attn_output",
+        "attn.q_norm": "attn_q_norm",
+        "attn.k_norm": "attn_k_norm",
         "mlp_norm": "ffn_norm",
         "mlp.gate": "ffn_gate",
         "mlp.up": "ffn_up",
@@ -55,14 +59,18 @@ GGUF_NAMES = Names(
 )
 
 
-def read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, from ``rope_parameters`` or the two older keys.
+
+    Args:
+      hf: config.json.
+      theta: the base where none is given.
 
     Raises:
       ConvertError: a kind of scaling that the decoder does not know.
     """
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    theta = field(rope, "rope_theta", float, field(hf, "rope_theta", float, 10000.0))
+    theta = field(rope, "rope_theta", float, field(hf, "rope_theta", float, theta))
     require({**hf, **rope}, "partial_rotary_factor", 1.0, 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -93,52 +101,58 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, "rope_scaling": rope}
 
 
-def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
-    mistral = "MistralForCausalLM" in hf["architectures"]
+def read_base(
+    hf: Mapping[str, Any],
+    family: str,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    max_positions: int,
+    norm_eps: float = 1e-6,
+    tied: bool = False,
+    activation_key: str = "hidden_act",
+    default_activation: str = "silu",
+) -> DecoderConfig:
+    """What the decoders that descend from Llama have in common; the rest of the config is Llama's.
+
+    Args:
+      hf: config.json.
+      family: its name.
+      kv_heads: default of ``num_key_value_heads``; None for that of the heads.
+      head_dim: default of ``head_dim``; None for ``hidden_size / num_attention_heads``.
+      max_positions: default of ``max_position_embeddings``.
+      norm_eps: default of ``rms_norm_eps``.
+      tied: default of ``tie_word_embeddings``.
+      activation_key: the key that names the activation function.
+      default_activation: its default.
+
+    Raises:
+      ConvertError: a value is missing or of another type.
+    """
     heads, hidden = count(hf, "num_attention_heads"), count(hf, "hidden_size")
-    theta, scaling = read_rope(hf)
-    biased = not mistral and field(hf, "attention_bias", bool, False)
-    window = hf.get("sliding_window", 4096) if mistral else None
     return DecoderConfig(
-        family="llama",
+        family=family,
         vocab_size=field(hf, "vocab_size", int),
         hidden_size=hidden,
         intermediate_size=field(hf, "intermediate_size", int),
         num_layers=count(hf, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=field(hf, "num_key_value_heads", int, 8 if mistral else heads),
-        head_dim=field(hf, "head_dim", int, hidden // heads),
-        max_positions=field(hf, "max_position_embeddings", int, 131072 if mistral else 2048),
-        norm_eps=field(hf, "rms_norm_eps", float, 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        activation=activation(hf, "hidden_act", "silu"),
-        qkv_bias=biased,
-        o_bias=biased,
-        mlp_bias=not mistral and field(hf, "mlp_bias", bool, False),
-        sliding_window=window,
-        tied_head=field(hf, "tie_word_embeddings", bool, False),
+        num_kv_heads=field(hf, "num_key_value_heads", int, kv_heads or heads),
+        head_dim=field(hf, "head_dim", int, head_dim or hidden // heads),
+        max_positions=field(hf, "max_position_embeddings", int, max_positions),
+        norm_eps=field(hf, "rms_norm_eps", float, norm_eps),
+        activation=activation(hf, activation_key, default_activation),
+        tied_head=field(hf, "tie_word_embeddings", bool, tied),
         bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=token_ids(hf.get("eos_token_id")),
     )
 
 
-def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_hf`: a Mistral where there is a window, a Llama otherwise.
-
-    Raises:
-      ConvertError: neither class of transformers has these biases.
-    """
-    mistral = config.sliding_window is not None
-    if config.qkv_bias != config.o_bias or (mistral and (config.qkv_bias or config.mlp_bias)):
-        raise ConvertError("this combination of biases and sliding window exists in no class of transformers")
-    only = {"sliding_window": config.sliding_window}
-    if not mistral:
-        only = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+def write_base(config: DecoderConfig, architecture: str, model_type: str) -> dict[str, Any]:
+    """The inverse of :func:`read_base`."""
     return {
-        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
-        "model_type": "mistral" if mistral else "llama",
+        "architectures": [architecture],
+        "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -152,8 +166,44 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_head,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": one_or_list(config.eos_token_ids),
+    }
+
+
+def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    mistral = "MistralForCausalLM" in hf["architectures"]
+    kv_heads, max_positions = (8, 131072) if mistral else (None, 2048)
+    theta, scaling = read_rope(hf)
+    biased = not mistral and field(hf, "attention_bias", bool, False)
+    return dataclasses.replace(
+        read_base(hf, "llama", kv_heads=kv_heads, max_positions=max_positions),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=biased,
+        o_bias=biased,
+        mlp_bias=not mistral and field(hf, "mlp_bias", bool, False),
+        sliding_window=hf.get("sliding_window", 4096) if mistral else None,
+    )
+
+
+def write_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of :func:`read_hf`: a Mistral where there is a window, a Llama otherwise.
+
+    Raises:
+      ConvertError: neither class of transformers has these biases.
+    """
+    mistral = config.sliding_window is not None
+    if config.qkv_bias != config.o_bias or (mistral and (config.qkv_bias or config.mlp_bias)):
+        raise ConvertError("this combination of biases and sliding window exists in no class of transformers")
+    if mistral:
+        base = write_base(config, "MistralForCausalLM", "mistral")
+        return {**base, **write_rope(config), "sliding_window": config.sliding_window}
+    base = write_base(config, "LlamaForCausalLM", "llama")
+    return {
+        **base,
         **write_rope(config),
-        **only,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
     }
 
 
@@ -185,10 +235,10 @@ def read_gguf_rope(meta: Mapping[str, Any], tensors: Any, head_dim: int, theta: 
 
 
 def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
-    """Our config from a GGUF's metadata; biases and a tied head show in the tensors that are there.
+    """Our config from a GGUF's metadata; biases, q/k norms and a tied head show in the tensors there.
 
     Raises:
-      ConvertError: a feature of llama.cpp's "llama" that the decoder lacks, such as experts.
+      ConvertError: a feature that the decoder lacks, such as partly rotated heads.
     """
     require(meta, "expert_count", 0, 0)
     heads, hidden = count(meta, "attention.head_count"), count(meta, "embedding_length")
@@ -214,6 +264,7 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         qkv_bias="blk.0.attn_q.bias" in tensors.shapes,
         o_bias="blk.0.attn_output.bias" in tensors.shapes,
         mlp_bias="blk.0.ffn_up.bias" in tensors.shapes,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors.shapes,
         sliding_window=field(meta, "attention.sliding_window", int, None),
         tied_head="output.weight" not in tensors.shapes,
         bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),

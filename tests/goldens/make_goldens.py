@@ -1,24 +1,42 @@
 """Makes the golden models: tiny random ones, run by PyTorch's transformers, one `.npz` each.
 
-    /path/to/python-with-torch-and-transformers tests/goldens/make_goldens.py
+    /path/to/python-with-torch-and-transformers tests/goldens/make_goldens.py [NAME ...]
 
-Each file holds ``config`` (config.json as bytes), ``tokens [B, T]``, ``logits [B, T, vocab]``,
-``hidden [layers + 1, B, T, hidden]`` (the input of the first block, then each block's output) and
-``weight:NAME`` for the state dict. Everything is float32. Made with torch 2.13.0, transformers 5.23.0.
+Names are those of the cases to make, all by default. Each file holds ``config`` (config.json as bytes),
+``tokens [B, T]``, ``logits [B, T, vocab]``, ``hidden [layers + 1, B, T, hidden]`` (the input of the first
+block, then each block's output) and ``weight:NAME`` for every tensor of a saved checkpoint. Everything is
+float32. Made with torch 2.13.0, transformers 5.23.0.
 """
 
 import json
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 HERE = Path(__file__).parent
@@ -54,6 +72,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 48,
 }
+GQA = {**LLAMA, "num_key_value_heads": 2}
+# Scores and logits are several times as large as these caps, and sequences longer than the window.
+GEMMA = {**GQA, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
+PADDED = {"pad_token_id": 0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+    "original_max_position_embeddings": 16,
+}
 
 # The wavelengths of head_dim 8 and theta 100 lie on both sides of the two limits of LLAMA3, and between.
 CASES = {
@@ -87,6 +115,53 @@ CASES = {
         {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
     ),
     "opt_no_bias": (OPTForCausalLM, OPTConfig, {**OPT, "enable_bias": False, "activation_function": "gelu"}),
+    "qwen2_bias": (Qwen2ForCausalLM, Qwen2Config, GQA),
+    "qwen2_window": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {
+            **GQA,
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**GQA, "head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 15.0},
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            **{k: v for k, v in GEMMA.items() if k != "rope_theta"},
+            "num_hidden_layers": 3,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "phi3_window": (Phi3ForCausalLM, Phi3Config, {**GQA, **PADDED, "sliding_window": 7}),
+    "phi3_longrope": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {**GQA, **PADDED, "original_max_position_embeddings": 16, "rope_scaling": LONGROPE},
+    ),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {**GQA, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**GQA, "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
 }
 
 
@@ -96,10 +171,11 @@ def randomize(model: torch.nn.Module) -> None:
     They are rounded to bfloat16, which loses nothing in tests of float32 and halves the files.
     """
     generator = torch.Generator().manual_seed(SEED)
+    mean = 0 if "gemma" in model.config.model_type else 1  # Gemma adds 1 to the scales of its norms
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
-            parameter.data = (1 + 0.3 * noise) if name.endswith("weight") else 0.3 * noise
+            parameter.data = (mean + 0.3 * noise) if name.endswith("weight") else 0.3 * noise
         elif name.endswith("bias"):
             parameter.data = 0.3 * noise
         elif "embed" in name:
@@ -127,25 +203,30 @@ def run(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.nd
     return logits.numpy(), torch.stack(hidden).detach().numpy()
 
 
+def saved_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint as the hub has them: tied heads left out, experts one by one."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return load_file(Path(directory) / "model.safetensors")
+
+
 def main() -> None:
-    """Writes every case beside this file."""
-    for name, (model_class, config_class, fields) in CASES.items():
+    """Writes the cases beside this file."""
+    for name in sys.argv[1:] or CASES:
+        model_class, config_class, fields = CASES[name]
         model = model_class._from_config(config_class(**fields), attn_implementation="eager").eval()
         randomize(model)
         generator = torch.Generator().manual_seed(SEED + 1)
         tokens = torch.randint(3, fields["vocab_size"], (BATCH, TIME), generator=generator)
         logits, hidden = run(model, tokens)
         config = {**model.config.to_dict(), "architectures": [model_class.__name__]}
-        weights = {k: v.numpy() for k, v in model.state_dict().items()}
-        if fields.get("tie_word_embeddings", model_class is OPTForCausalLM):
-            weights.pop("lm_head.weight", None)
         np.savez_compressed(
             HERE / f"{name}.npz",
             config=np.frombuffer(json.dumps(config, sort_keys=True).encode(), np.uint8),
             tokens=tokens.numpy().astype(np.int32),
             logits=logits,
             hidden=hidden,
-            **{f"weight:{k}": v for k, v in weights.items()},
+            **{f"weight:{k}": v for k, v in saved_weights(model).items()},
         )
         print(f"{name}: {(HERE / f'{name}.npz').stat().st_size} bytes, logits up to {abs(logits).max():.2f}")
 

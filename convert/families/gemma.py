@@ -1,0 +1,183 @@
+"""Gemma 2 and 3 (text): norms before and after attention and MLP, local and global blocks.
+
+Gemma 2 caps scores and logits; Gemma 3 norms queries and keys instead, and its local blocks rotate them
+with another base.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from convert.errors import ConvertError
+from convert.families import llama
+from convert.families.family import (
+    Family,
+    GGUFFormat,
+    HFFormat,
+    Names,
+    field,
+    layer_types,
+    read_windows,
+)
+from slim_jax.decoder import DecoderConfig, RopeScaling
+
+PERIOD_2, PERIOD_3 = 2, 6
+"""Every so many blocks, one is global, in Gemma 2 and in Gemma 3."""
+
+HF_NAMES = Names(
+    outer=llama.HF_NAMES.outer,
+    blocks=llama.HF_NAMES.blocks,
+    block={
+        **llama.HF_NAMES.block,
+        "attn_out_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    },
+)
+
+GGUF_NAMES = Names(
+    outer=llama.GGUF_NAMES.outer,
+    blocks=llama.GGUF_NAMES.blocks,
+    block={
+        **llama.GGUF_NAMES.block,
+        "attn_out_norm": "post_attention_norm",
+        "mlp_out_norm": "post_ffw_norm",
+    },
+)
+
+
+def _gemma(config: DecoderConfig, **changes: Any) -> DecoderConfig:
+    """``config`` with what no file says, since all Gemmas have it."""
+    return dataclasses.replace(
+        config,
+        family="gemma",
+        norm_offset=1.0,
+        output_norms=True,
+        embed_scale=config.hidden_size**0.5,
+        **changes,
+    )
+
+
+def _periodic(period: int, layers: int) -> list[bool]:
+    """Which blocks are local where each ``period``-th is global."""
+    return [(i + 1) % period != 0 for i in range(layers)]
+
+
+def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    third = "Gemma3ForCausalLM" in hf["architectures"]
+    if hf.get("use_bidirectional_attention"):
+        raise ConvertError("use_bidirectional_attention is true, only causal attention is supported")
+    base = llama.read_base(
+        {"bos_token_id": 2, "eos_token_id": 1, **hf},
+        "gemma",
+        kv_heads=4,
+        head_dim=256,
+        max_positions=131072 if third else 8192,
+        tied=True,
+        activation_key="hidden_activation",
+        default_activation="gelu_pytorch_tanh",
+    )
+    period = field(hf, "sliding_window_pattern", int, PERIOD_3) if third else PERIOD_2
+    window, global_layers = read_windows(
+        hf, hf.get("sliding_window", 4096), _periodic(period, base.num_layers)
+    )
+    theta, scaling, local = _read_ropes(hf) if third else (*llama.read_rope(hf), None)
+    biased = field(hf, "attention_bias", bool, False)
+    return _gemma(
+        base,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        local_rope_theta=local,
+        qkv_bias=biased,
+        o_bias=biased,
+        qk_norm=third,
+        query_pre_attn_scalar=field(hf, "query_pre_attn_scalar", float, 256.0),
+        attn_softcap=hf.get("attn_logit_softcapping", None if third else 50.0),
+        logit_softcap=hf.get("final_logit_softcapping", None if third else 30.0),
+        sliding_window=window,
+        global_layers=global_layers,
+    )
+
+
+def _read_ropes(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]:
+    """Base and scaling of Gemma 3's global blocks, and the base of its local ones.
+
+    Raises:
+      ConvertError: those of the local blocks are scaled too.
+    """
+    by_kind = hf.get("rope_parameters") or {}
+    older = {key: hf.get(key) for key in ("rope_theta", "rope_scaling")}
+    theta, scaling = llama.read_rope({**older, "rope_parameters": by_kind.get("full_attention")}, 1e6)
+    older = {"rope_theta": hf.get("rope_local_base_freq")}
+    local, other = llama.read_rope({**older, "rope_parameters": by_kind.get("sliding_attention")})
+    if other is not None:
+        raise ConvertError(
+            f"rope_parameters of sliding_attention is {other.kind!r}, only 'default' is supported"
+        )
+    return theta, scaling, local
+
+
+def write_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of :func:`read_hf`: a Gemma 3 where there are q/k norms, a Gemma 2 otherwise."""
+    third = config.qk_norm
+    fields = llama.write_base(
+        config, "Gemma3ForCausalLM" if third else "Gemma2ForCausalLM", "gemma3_text" if third else "gemma2"
+    )
+    scalar = config.query_pre_attn_scalar or config.head_dim
+    return {
+        **fields,
+        **llama.write_rope(config),
+        **({"rope_local_base_freq": config.local_rope_theta} if third else {}),
+        "hidden_activation": fields.pop("hidden_act"),
+        "attention_bias": config.qkv_bias,
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attn_logit_softcapping": config.attn_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+        "sliding_window": config.sliding_window,
+        "layer_types": layer_types(config),
+    }
+
+
+def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
+    """Our config from a GGUF's metadata, with llama.cpp's defaults for what converters leave out.
+
+    Raises:
+      ConvertError: see :func:`convert.families.llama.read_gguf`.
+    """
+    third = meta["general.architecture"] == "gemma3"
+    base = llama.read_gguf(meta, tensors)
+    period = field(meta, "attention.sliding_window_pattern", int, PERIOD_3 if third else PERIOD_2)
+    local = _periodic(period, base.num_layers)
+    # No key holds the scale of the scores: llama.cpp too tells the 27B models by their blocks.
+    largest = base.num_layers == (62 if third else 46)
+    return _gemma(
+        base,
+        activation="gelu_tanh",
+        local_rope_theta=field(meta, "rope.freq_base_swa", float, 10000.0) if third else None,
+        query_pre_attn_scalar=float(base.hidden_size // base.num_heads if largest else base.head_dim),
+        attn_softcap=None if third else field(meta, "attn_logit_softcapping", float, 50.0),
+        logit_softcap=field(meta, "final_logit_softcapping", float, None if third else 30.0),
+        sliding_window=base.sliding_window or 4096,  # early files of Gemma 2 leave it out
+        global_layers=tuple(i for i in range(base.num_layers) if not local[i]),
+    )
+
+
+FAMILY = Family(
+    name="gemma",
+    hf=HFFormat(
+        architectures=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        read_config=read_hf,
+        write_config=write_hf,
+        names=HF_NAMES,
+        prefix="model.",
+        prefixes=("model.",),
+        ignored=(r".*rotary_emb\.inv_freq",),
+    ),
+    gguf=GGUFFormat(
+        architectures=("gemma2", "gemma3"),
+        read_config=read_gguf,
+        names=GGUF_NAMES,
+        ignored=(r"rope_freqs\.weight",),
+    ),
+)
