@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convert.display import Stream, print_layers, progress
+from convert.display import Stream, print_layers, print_plan, progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from slim_jax.decoder import Decoder
+    from slim_jax.decoder import Decoder, DecoderConfig
     from slim_jax.report import BlockReport
     from slim_jax.source import Source
 
@@ -400,6 +400,46 @@ def inspect(
 
 
 @app.command()
+def plan(
+    source: SourceArgument,
+    bits: Annotated[int, typer.Option(help="Mean bit width.")] = 2,
+    group_size: Annotated[int, typer.Option(help="Input channels that share a scale.")] = 128,
+    method: Annotated[str, typer.Option(metavar="slim|slim-plus|gptq|rtn")] = "slim",
+    devices: Annotated[
+        str, typer.Option(metavar="KIND[:COUNT]", help="Where the model is to run, such as v5e:4 or h100.")
+    ] = "v5e",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that each has room for.")] = 4096,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model would need at a bit width, and whether it fits. Reads its config, no weights.
+
+    slim-jax plan models/Llama-2-7b --bits 2 --devices v5e
+
+    slim-jax plan models/Llama-2-70b --bits 2 --devices v5e:4 --context 2048 --json
+    """
+    from slim_jax.config import SlimConfig
+    from slim_jax.plan import make_plan, parse_devices
+
+    settings = SlimConfig(bits=bits, group_size=group_size, method=method)
+    found = make_plan(
+        _config(source),
+        settings,
+        *parse_devices(devices),
+        batch=batch,
+        context=context,
+        samples=samples,
+        length=length,
+    )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print_plan(source, found)
+
+
+@app.command()
 def export(
     source: SourceArgument,
     out: OutArgument,
@@ -433,6 +473,14 @@ def _open(spec: str, dtype: str | None = None) -> "Source":
     if is_checkpoint(Path(spec)):
         return CheckpointSource(Path(spec))
     return load_source(spec, dtype)
+
+
+def _config(spec: str) -> "DecoderConfig":
+    """The config of the model that a SOURCE argument names."""
+    from convert.load import load_config
+    from slim_jax.checkpoint import CheckpointSource, is_checkpoint
+
+    return CheckpointSource(Path(spec)).config if is_checkpoint(Path(spec)) else load_config(spec)
 
 
 def _decoder(spec: str, source: "Source") -> "Decoder":

@@ -4,9 +4,12 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from slim_jax.plan import Plan
 
 
 class Progress:
@@ -125,3 +128,33 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
         ),
         highlight=False,
     )
+
+
+def print_plan(name: str, plan: "Plan") -> None:
+    """A plan in words and gibibytes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def gib(size: float) -> str:
+        return f"{size / 2**30:.2f} GiB"
+
+    cut: dict[str, list[str]] = {}
+    for layer, how in plan.sharding.items():
+        cut.setdefault(how, []).append(layer)
+    words = {"n": "over output channels", "k": "over input channels", "replicated": "on every device"}
+    table = Table(title=name, title_justify="left", show_header=False)
+    table.add_row("parameters", f"{plan.parameters:,}, of which {plan.quantized:,} quantized")
+    table.add_row("in bfloat16", gib(plan.bfloat16_bytes))
+    table.add_row("packed", f"{gib(plan.packed_bytes)}, {plan.bits_per_weight:.3f} bits per quantized weight")
+    table.add_row("cache of a token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
+    table.add_row("to quantize", f"about {gib(plan.calibration_bytes)} of memory")
+    table.add_row(
+        f"each of {plan.devices} {plan.device}",
+        f"{gib(plan.device_bytes)} of {gib(plan.capacity)} for {plan.batch} x {plan.context} tokens",
+    )
+    for how, layers in cut.items() if plan.devices > 1 else ():
+        table.add_row("", f"{words[how]}: {', '.join(layers)}")
+    console = Console()
+    console.print(table)
+    verdict = "fits" if plan.fits else "does not fit"
+    console.print(f"{verdict}; room for {plan.max_context:,} tokens per sequence", highlight=False)

@@ -11,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 from convert.errors import ConvertError, first_line, listed
 from convert.families import by_architecture
+from convert.families.family import Family
 from convert.source import ModelSource, parse_dtype
 from convert.tokenizer import load_tokenizer
+from slim_jax.decoder import DecoderConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F32", "F16", "BF16")
@@ -140,15 +142,11 @@ def _header(path: Path) -> bytes:
         return f"{path.name} {path.stat().st_size}\n".encode() + file.read(int.from_bytes(size, "little"))
 
 
-def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
-    """The model of a Hugging Face directory.
-
-    Args:
-      directory: holds config.json and safetensors.
-      dtype: float32 or bfloat16; None keeps the file's (float16 becomes float32).
+def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
+    """Family and config of a Hugging Face directory, from its JSON files alone.
 
     Raises:
-      ConvertError: the directory, its config or its tensors are not what is expected.
+      ConvertError: config.json is missing, or not what is expected.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -166,10 +164,24 @@ def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
         hf = {**hf, "eos_token_id": eos}
     try:
         family = by_architecture((hf.get("architectures") or ["none"])[0])
-        config = family.hf.read_config(hf)
+        return family, family.hf.read_config(hf)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
+
+
+def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
+    """The model of a Hugging Face directory.
+
+    Args:
+      directory: holds config.json and safetensors.
+      dtype: float32 or bfloat16; None keeps the file's (float16 becomes float32).
+
+    Raises:
+      ConvertError: the directory, its config or its tensors are not what is expected.
+    """
+    family, config = read_config(directory)
     store = SafetensorsStore(directory, family.hf.prefixes)
+    path = directory / "config.json"
     digest = hashlib.sha256(path.read_bytes() + store.fingerprint.encode()).hexdigest()
     origin = {"kind": "hf", "path": str(directory.resolve()), "fingerprint": digest}
     return ModelSource(

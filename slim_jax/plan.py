@@ -1,0 +1,175 @@
+"""What a quantized model would need, from its config alone: sizes, cache, memory of each device."""
+
+import dataclasses
+import math
+
+from pallas_kernels.layout import abstract_tensor, group_count
+from slim_jax.config import SlimConfig
+from slim_jax.decoder import DecoderConfig, block_params, linear_groups, outer_params
+
+GIB = 2**30
+
+DEVICES = {
+    "v4": 32 * GIB,
+    "v5e": 16 * GIB,
+    "v5p": 95 * GIB,
+    "v6e": 32 * GIB,
+    "v7x": 192 * GIB,
+    "t4": 16 * GIB,
+    "l4": 24 * GIB,
+    "rtx3090": 24 * GIB,
+    "rtx4090": 24 * GIB,
+    "a100-40": 40 * GIB,
+    "a100-80": 80 * GIB,
+    "h100": 80 * GIB,
+    "h200": 141 * GIB,
+    "b200": 180 * GIB,
+}
+"""Memory of a device in bytes, from the vendors' datasheets."""
+
+USABLE = 0.92
+"""What a program gets of a device's memory; the rest is the runtime's and fragments."""
+
+OVER_K = ("attn.o", "mlp.down")
+"""Layers that are cut over input channels, because the layers before them are cut over output channels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes unless it says otherwise.
+
+    Attributes:
+      parameters: number of all parameters.
+      quantized: number of those that would be quantized.
+      bfloat16_bytes: the whole model in bfloat16.
+      packed_bytes: the whole model with packed linear layers, the rest in bfloat16.
+      bits_per_weight: of the packed layers, everything counted.
+      cache_bytes_per_token: keys and values of one token in bfloat16.
+      calibration_bytes: the most that quantizing needs at once, beside the runtime: activations, one
+        block in float32 twice, and the Hessian with its factors.
+      device: a key of :data:`DEVICES`.
+      devices: how many.
+      capacity: usable memory of one device.
+      device_bytes: what one device would hold, for ``batch`` sequences of ``context`` tokens.
+      fits: whether it does.
+      max_context: tokens that each sequence may have.
+      sharding: layer -> "n" (output channels), "k" (input channels) or "replicated".
+    """
+
+    parameters: int
+    quantized: int
+    bfloat16_bytes: int
+    packed_bytes: int
+    bits_per_weight: float
+    cache_bytes_per_token: int
+    calibration_bytes: int
+    device: str
+    devices: int
+    capacity: int
+    batch: int
+    context: int
+    device_bytes: int
+    fits: bool
+    max_context: int
+    sharding: dict[str, str]
+
+
+def parse_devices(text: str) -> tuple[str, int]:
+    """``"v5e:4"`` -> ``("v5e", 4)``; one device where no number follows.
+
+    Raises:
+      ValueError: no such device, or no positive number.
+    """
+    name, colon, count = text.partition(":")
+    if name not in DEVICES:
+        raise ValueError(f"device is {name!r}, expected one of {', '.join(DEVICES)}")
+    if colon and (not count.isdecimal() or int(count) < 1):
+        raise ValueError(f"number of devices is {count!r}, expected a positive number as in {name}:4")
+    return name, int(count) if colon else 1
+
+
+def make_plan(
+    config: DecoderConfig,
+    settings: SlimConfig,
+    device: str,
+    devices: int = 1,
+    *,
+    batch: int = 1,
+    context: int = 4096,
+    samples: int = 128,
+    length: int = 2048,
+) -> Plan:
+    """Plans the quantization of a model and its run.
+
+    Args:
+      config: the decoder's.
+      settings: how it would be quantized; groups are counted at the mean width.
+      device: a key of :data:`DEVICES`.
+      devices: how many share the model, cut as in `pallas_kernels.sharding`.
+      batch: sequences that run at once.
+      context: tokens that each has room for.
+      samples: calibration windows.
+      length: their tokens.
+    """
+    block, outer = block_params(config), outer_params(config)
+    linear = [name for names in linear_groups(config).values() for name in names]
+    sizes = {name: math.prod(shape.shape) for name, shape in block.items()}
+    packed = {name: _packed_bytes(block[f"{name}.weight"].shape, settings) for name in linear}
+    sharding = {name: _cut(name, block[f"{name}.weight"].shape, settings, devices) for name in linear}
+    quantized = sum(sizes[f"{name}.weight"] for name in linear)
+    rest = 2 * (sum(sizes.values()) - quantized)
+    outside = sum(math.prod(shape.shape) for shape in outer.values())
+
+    layers = config.num_layers
+    share = sum(
+        size if sharding[name] == "replicated" else -(-size // devices) for name, size in packed.items()
+    )
+    weights = layers * (share + rest) + 2 * outside
+    heads = config.num_kv_heads if config.num_kv_heads % devices else config.num_kv_heads // devices
+    cache_here = 2 * 2 * layers * heads * config.head_dim
+    working = 4 * batch * (config.vocab_size + 8 * config.intermediate_size)
+    capacity = int(USABLE * DEVICES[device])
+    room = capacity - weights - working
+    device_bytes = weights + working + batch * context * cache_here
+    return Plan(
+        parameters=layers * sum(sizes.values()) + outside,
+        quantized=layers * quantized,
+        bfloat16_bytes=2 * (layers * sum(sizes.values()) + outside),
+        packed_bytes=layers * (sum(packed.values()) + rest) + 2 * outside,
+        bits_per_weight=8 * sum(packed.values()) / quantized,
+        cache_bytes_per_token=2 * 2 * layers * config.num_kv_heads * config.head_dim,
+        calibration_bytes=_calibration_bytes(config, settings, sum(sizes.values()), samples * length),
+        device=device,
+        devices=devices,
+        capacity=capacity,
+        batch=batch,
+        context=context,
+        device_bytes=device_bytes,
+        fits=device_bytes <= capacity,
+        max_context=max(0, min(config.max_positions, room // (batch * cache_here))),
+        sharding=sharding,
+    )
+
+
+def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:
+    groups = group_count(shape[0], settings.group_size)
+    segments = tuple(groups if width == settings.bits else 0 for width in settings.widths)
+    return abstract_tensor(
+        shape, widths=settings.widths, segments=segments, group_size=settings.group_size
+    ).nbytes
+
+
+def _cut(name: str, shape: tuple[int, int], settings: SlimConfig, devices: int) -> str:
+    """How a layer is cut over the devices, as `pallas_kernels.sharding.stack_parts` can."""
+    k, n = shape
+    if devices > 1 and name in OVER_K and k % (devices * settings.group_size) == 0:
+        return "k"
+    return "n" if devices > 1 and n % devices == 0 else "replicated"
+
+
+def _calibration_bytes(config: DecoderConfig, settings: SlimConfig, block: int, tokens: int) -> int:
+    """Residual stream in float32 (for "slim-plus" also two targets and the reference), a stage's inputs in
+    bfloat16, a block twice in float32, and the widest Hessian with its inverse and factor."""
+    widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    streams = 4 if settings.method == "slim-plus" else 1
+    return tokens * (4 * streams * config.hidden_size + 2 * widest) + 2 * 4 * block + 3 * 4 * widest**2

@@ -1,0 +1,97 @@
+"""Planning a model from its config alone: sizes against a model that was made, fits against the arithmetic."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from golden_models import load_golden, write_hf
+from test_cli import refused, said
+from test_pipeline import CONFIG
+
+from slim_jax import plan, quantize
+from slim_jax.config import SlimConfig
+from slim_jax.decoder import Decoder, DecoderConfig, split_params
+
+LLAMA_2_7B = DecoderConfig(
+    family="llama",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    max_positions=4096,
+    tied_head=False,
+)
+
+GROUPS = ("--group-size", 32)
+
+
+@pytest.fixture
+def model() -> Decoder:
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+def test_llama_2_7b():
+    found = plan.make_plan(LLAMA_2_7B, SlimConfig(bits=2), "v5e")
+    assert found.parameters == 6_738_415_616  # as its paper's repository counts them
+    assert found.bfloat16_bytes == 2 * found.parameters
+    assert found.cache_bytes_per_token == 2 * 32 * 4096 * 2
+    assert found.bits_per_weight == pytest.approx(2 + (16 + 4) / 128, rel=1e-3)
+    assert found.fits
+    assert found.max_context == 4096
+    assert not plan.make_plan(LLAMA_2_7B, SlimConfig(bits=7), "v5e", batch=64).fits
+
+
+def test_sizes_are_those_of_a_quantized_model(model):
+    settings = SlimConfig(bits=2, group_size=32, method="gptq")
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 16))
+    quantized, _ = quantize(model, tokens, settings)
+    outer, blocks = split_params(quantized)
+    found = plan.make_plan(model.config, settings, "v5e")
+    packed = sum(leaf.nbytes for block in blocks for leaf in block.values() if hasattr(leaf, "words"))
+    rest = sum(leaf.size for block in blocks for leaf in block.values() if not hasattr(leaf, "words"))
+    assert found.packed_bytes == packed + 2 * rest + 2 * sum(leaf.size for leaf in outer.values())
+    dense = sum(leaf.size for leaf in jax.tree.leaves(split_params(model)))
+    assert found.parameters == dense
+
+
+def test_devices_share_what_can_be_cut():
+    one, four = (plan.make_plan(LLAMA_2_7B, SlimConfig(bits=2), "v5e", n) for n in (1, 4))
+    assert set(one.sharding.values()) == {"replicated"}
+    assert four.sharding["attn.q"] == "n"
+    assert four.sharding["attn.o"] == "k"
+    # 86 groups of 128 input channels do not divide by four, 4096 output channels do.
+    assert four.sharding["mlp.down"] == "n"
+    assert four.device_bytes < one.device_bytes
+    odd = plan.make_plan(
+        dataclasses.replace(LLAMA_2_7B, num_heads=28, num_kv_heads=28), SlimConfig(), "v5e", 3
+    )
+    assert odd.sharding["attn.o"] == "replicated"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("v5e", ("v5e", 1)), ("h100:8", ("h100", 8))])
+def test_devices(text, expected):
+    assert plan.parse_devices(text) == expected
+
+
+@pytest.mark.parametrize("text", ["v9", "v5e:", "v5e:0", "v5e:x", ""])
+def test_bad_devices(text):
+    with pytest.raises(ValueError, match="expected"):
+        plan.parse_devices(text)
+
+
+def test_command_needs_no_weights(tmp_path, capsys):
+    directory = write_hf(load_golden("llama_gqa_tied"), tmp_path / "hf")
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    found = json.loads(said(capsys, "plan", directory, "--bits", 3, *GROUPS, "--devices", "v6e:2", "--json"))
+    assert found["devices"] == 2
+    assert math.isfinite(found["bits_per_weight"])
+    assert "fits" in said(capsys, "plan", directory, *GROUPS)
+    assert "device is 'v9'" in refused(capsys, "plan", directory, "--devices", "v9")
