@@ -98,7 +98,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def test_help_has_examples(capsys):
     assert "slim-jax quantize smollm2" in said(capsys, "--help")
-    for command in ("convert", "quantize", "eval", "generate", "inspect", "export"):
+    for command in ("convert", "quantize", "eval", "generate", "inspect", "plan", "export"):
         assert f"slim-jax {command}" in said(capsys, command, "--help")
     assert said(capsys) == said(capsys, "--help")
     assert said(capsys, "--version").startswith("slim-jax ")

@@ -1,6 +1,5 @@
-"""Planning a model from its config alone: sizes against a model that was made, fits against the arithmetic."""
+"""Planning a model from its config alone: sizes against those of a model that was made."""
 
-import dataclasses
 import json
 import math
 
@@ -69,9 +68,7 @@ def test_devices_share_what_can_be_cut():
     # 86 groups of 128 input channels do not divide by four, 4096 output channels do.
     assert four.sharding["mlp.down"] == "n"
     assert four.device_bytes < one.device_bytes
-    odd = plan.make_plan(
-        dataclasses.replace(LLAMA_2_7B, num_heads=28, num_kv_heads=28), SlimConfig(), "v5e", 3
-    )
+    odd = plan.make_plan(LLAMA_2_7B, SlimConfig(), "v5e", 3)
     assert odd.sharding["attn.o"] == "replicated"
 
 
