@@ -572,6 +572,8 @@ def _require_positions(name: str, tokens: int, source: "Source") -> None:
 
 def _figures(block: "BlockReport") -> str:
     """What the progress display says of a finished block."""
+    if block.warning:
+        _say(block.warning)
     learning = block.learning
     if learning is None:
         return f"error {block.error:.3g}"

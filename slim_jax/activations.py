@@ -5,16 +5,26 @@ one that a resumed run only passes through go through the same steps, so the act
 are the same to the last bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from slim_jax.decoder import Block, Params, embed, linear_groups, make_block, make_outer, sequence_positions
+from slim_jax.decoder import (
+    MLP,
+    Block,
+    Params,
+    embed,
+    linear_groups,
+    make_block,
+    make_expert,
+    make_outer,
+    sequence_positions,
+)
 from slim_jax.hessian import gram
 from slim_jax.source import Source
 
@@ -30,28 +40,67 @@ class Observation(NamedTuple):
 
     Attributes:
       gram: ``float32[K, K]``, ``x^T x``.
-      sample: ``float32[T / stride, K]``, evenly spaced inputs.
+      sample: ``float32[S, K]``, evenly spaced inputs.
+      tokens: how many inputs there were, ``T``.
     """
 
     gram: jax.Array
     sample: jax.Array
+    tokens: int
+
+    def or_weights_only(self) -> "Observation":
+        """Itself; where no input was seen, one that lets weights speak for themselves (``H = 2 I``)."""
+        return self if self.tokens else Observation(jnp.eye(len(self.gram)), self.sample, 1)
+
+
+class Inputs(NamedTuple):
+    """The inputs of a group of layers.
+
+    Attributes:
+      x: ``[B, T, K]`` a batch.
+      seen: ``bool[B, T]`` a batch, the tokens that go through these layers; None for all.
+    """
+
+    x: list[jax.Array]
+    seen: list[jax.Array] | None = None
 
 
 @partial(jax.jit, static_argnames="stride")
-def _observe(x: Float[Array, "b t k"], *, stride: int) -> Observation:
+def _observe(x: Float[Array, "b t k"], *, stride: int) -> tuple[jax.Array, jax.Array]:
     tokens = x.reshape(-1, x.shape[-1])
-    return Observation(gram(tokens), tokens[::stride].astype(jnp.float32))
+    return gram(tokens), tokens[::stride].astype(jnp.float32)
 
 
-def observe(batches: Sequence[jax.Array], stride: int) -> Observation:
-    """Sums the Gram matrices of all batches ``[B, T, K]`` and joins every ``stride``-th of their inputs."""
-    total, samples = None, []
-    for x in batches:
-        seen = _observe(x, stride=stride)
-        total = seen.gram if total is None else total + seen.gram
-        samples.append(seen.sample)
+@partial(jax.jit, static_argnames="stride")
+def _observe_seen(
+    x: Float[Array, "b t k"], seen: Bool[Array, "b t"], *, stride: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As :func:`_observe` for the tokens that are ``seen``, and how many they are.
+
+    The sample has its usual size: few tokens are in it several times, and zeros where there are none.
+    """
+    mask = seen.reshape(-1)
+    tokens = jnp.where(mask[:, None], x.reshape(-1, x.shape[-1]), 0)
+    count, size = jnp.sum(mask, dtype=jnp.int32), len(range(0, len(mask), stride))
+    places = jnp.argsort(~mask, stable=True)  # of the seen tokens, in order, then of the others
+    evenly = jnp.arange(size, dtype=jnp.int32) * count // size
+    return gram(tokens), tokens[places[evenly]].astype(jnp.float32), count
+
+
+def observe(inputs: Inputs, stride: int) -> Observation:
+    """Sums the Gram matrices of all batches and joins every ``stride``-th of their inputs."""
+    total, samples, tokens = None, [], 0
+    for i, x in enumerate(inputs.x):
+        if inputs.seen is None:
+            part, sample = _observe(x, stride=stride)
+            tokens += x.shape[0] * x.shape[1]
+        else:
+            part, sample, count = _observe_seen(x, inputs.seen[i], stride=stride)
+            tokens += int(count)
+        total = part if total is None else total + part
+        samples.append(sample)
     assert total is not None
-    return Observation(total, jnp.concatenate(samples))
+    return Observation(total, jnp.concatenate(samples), tokens)
 
 
 @jax.jit
@@ -75,13 +124,30 @@ def _mlp_input(block: Block, h: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _down_input(block: Block, x: jax.Array) -> jax.Array:
-    return block.mlp.hidden(x).astype(COMPUTE_DTYPE)
+def _down_input(mlp: MLP, x: jax.Array) -> jax.Array:
+    return mlp.hidden(x).astype(COMPUTE_DTYPE)
 
 
 @jax.jit
 def _after_mlp(block: Block, h: jax.Array, x: jax.Array) -> jax.Array:
-    return block.after_mlp(h, x)
+    assert block.mlp is not None
+    return block.after_mlp(h, block.mlp.down(x))
+
+
+@jax.jit
+def _route(block: Block, x: jax.Array) -> jax.Array:
+    assert block.moe is not None
+    return block.moe.route(x)
+
+
+@partial(jax.jit, donate_argnums=1)
+def _add_expert(expert: MLP, y: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return y + weight[..., None] * expert.down(x)
+
+
+@jax.jit
+def _after_experts(block: Block, h: jax.Array, y: jax.Array) -> jax.Array:
+    return block.after_mlp(h, y)
 
 
 class Activations:
@@ -96,37 +162,64 @@ class Activations:
         outer = make_outer(source.config, source.outer())
         self.batches = [embed(outer, jnp.asarray(rows, jnp.int32)) for rows in _split(tokens)]
 
-    def stages(self, params: Params) -> Iterator[tuple[tuple[str, ...], list[jax.Array]]]:
-        """Passes a block; on the way, yields each group of layers with its inputs ``[B, T, K]``.
+    def stages(self, params: Params) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+        """Passes a block; on the way, yields each group of layers with its inputs.
 
         What the caller does to the weights in ``params`` between two stages takes effect from there on.
         """
-        attn, o, mlp, down = linear_groups(self._config).values()
+        groups = linear_groups(self._config)
         block = self._block(params)
         x = [_attn_input(block, h) for h in self.batches]
-        yield attn, x
+        yield groups["attn"], Inputs(x)
         block = self._block(params)
         for i, attn_input in enumerate(x):
             x[i] = _o_input(block, attn_input)
-        yield o, x
+        yield groups["attn.o"], Inputs(x)
         block = self._block(params)
         self.batches = [_after_attn(block, h, o_input) for h, o_input in zip(self.batches, x)]
         x = [_mlp_input(block, h) for h in self.batches]
-        yield mlp, x
+        if self._config.num_experts:
+            yield from self._experts(params, block, x)
+            return
+        yield groups["mlp"], Inputs(x)
         block = self._block(params)
         for i, mlp_input in enumerate(x):
-            x[i] = _down_input(block, mlp_input)
-        yield down, x
+            x[i] = _down_input(block.mlp, mlp_input)
+        yield groups["mlp.down"], Inputs(x)
         block = self._block(params)
         self.batches = [_after_mlp(block, h, down_input) for h, down_input in zip(self.batches, x)]
 
+    def _experts(
+        self, params: Params, block: Block, x: list[jax.Array]
+    ) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+        """The rest of a block with experts; each sees the tokens that are routed to it."""
+        groups = linear_groups(self._config)
+        weights = [_route(block, mlp_input) for mlp_input in x]
+        y = [jnp.zeros_like(h) for h in self.batches]
+        for index in range(self._config.num_experts):
+            name, of_expert = f"moe.experts.{index}", [w[..., index] for w in weights]
+            seen = [w > 0 for w in of_expert]
+            yield groups[name], Inputs(x, seen)
+            expert = self._expert(params, index)
+            hidden = [_down_input(expert, mlp_input) for mlp_input in x]
+            yield groups[f"{name}.down"], Inputs(hidden, seen)
+            expert = self._expert(params, index)
+            y = [_add_expert(expert, *parts) for parts in zip(y, hidden, of_expert)]
+        self.batches = [_after_experts(block, h, part) for h, part in zip(self.batches, y)]
+
     def _block(self, params: Params) -> Block:
         """The block with matrices dense in the compute dtype, the rest in float32."""
-        return make_block(self._config, {name: _dense(value) for name, value in params.items()})
+        return make_block(self._config, {name: as_computed(name, value) for name, value in params.items()})
+
+    def _expert(self, params: Params, index: int) -> MLP:
+        own = {n: as_computed(n, v) for n, v in params.items() if n.startswith(f"moe.experts.{index}.")}
+        return make_expert(self._config, own, index)
 
 
-def _dense(value: Any) -> jax.Array:
-    return jnp.asarray(value, COMPUTE_DTYPE if value.ndim == 2 else jnp.float32)
+def as_computed(name: str, value: Any) -> jax.Array:
+    """A dense parameter in the dtype that calibration computes in: a router's choices are not rounded."""
+    rounded = value.ndim == 2 and name != "moe.router.weight"
+    return jnp.asarray(value, COMPUTE_DTYPE if rounded else jnp.float32)
 
 
 def _split(tokens: np.ndarray) -> Iterator[np.ndarray]:

@@ -60,10 +60,12 @@ class DecoderConfig:
       attn_softcap: scores ``s`` become ``cap * tanh(s / cap)``; ``logit_softcap`` does that to logits.
       global_layers: blocks that see all positions although there is a sliding window.
       embed_scale: factor of token embeddings, rounded to their dtype.
+      num_experts: 0 for one dense MLP; else ``intermediate_size`` is that of one expert.
+      norm_topk: the weights of the ``experts_per_token`` experts of a token are made to sum to 1.
 
     Raises:
-      ValueError: a size is not positive, heads are no multiple of key-value heads, or ``global_layers``
-        are given without a sliding window.
+      ValueError: a size is not positive, heads are no multiple of key-value heads, ``global_layers``
+        are given without a sliding window, or there are fewer experts than a token needs.
     """
 
     family: str
@@ -95,6 +97,9 @@ class DecoderConfig:
     query_pre_attn_scalar: float | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    norm_topk: bool = True
     sliding_window: int | None = None
     global_layers: tuple[int, ...] = ()
     tied_head: bool = True
@@ -113,6 +118,11 @@ class DecoderConfig:
             )
         if self.global_layers and self.sliding_window is None:
             raise ValueError("sliding_window is None, expected a number beside global_layers")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token is {self.experts_per_token}, expected 1 to num_experts = "
+                f"{self.num_experts}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The config as JSON values; :meth:`from_json` is the inverse."""
@@ -307,15 +317,54 @@ class MLP(nnx.Module):
         return activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
 
 
+class MoE(nnx.Module):
+    """A mixture of experts: each token goes through the few MLPs that a router chooses for it.
+
+    Experts take turns, each on all tokens, and one that no token needs is left out: right everywhere
+    and quick where few tokens pass at once. For many tokens it costs ``num_experts / experts_per_token``
+    times the products of a program that sorts tokens by expert.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.router = Linear(config.hidden_size, config.num_experts, bias=False, rngs=rngs)
+        self.experts = nnx.List([MLP(config, rngs=rngs) for _ in range(config.num_experts)])
+        self.top_k, self.norm_topk = config.experts_per_token, config.norm_topk
+
+    def route(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
+        """Weight of every expert for every token, 0 for those that do not see it."""
+        probabilities = jax.nn.softmax(self.router(x))
+        weights, chosen = jax.lax.top_k(probabilities, self.top_k)
+        if self.norm_topk:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        one_hot = jax.nn.one_hot(chosen, probabilities.shape[-1])  # [b, t, k, e]
+        return jnp.sum(weights[..., None] * one_hot, axis=-2)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        weights, y = self.route(x), jnp.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            weight = weights[..., i : i + 1]
+            y = jax.lax.cond(
+                jnp.any(weight > 0),
+                lambda y, expert=expert, weight=weight: y + weight * expert.down(expert.hidden(x)),
+                lambda y: y,
+                y,
+            )
+        return y
+
+
 class Block(nnx.Module):
-    """One transformer block. ``taps`` is where calibration reads the inputs of the linear layers."""
+    """One transformer block, with an ``mlp`` or, in its place, a ``moe``.
+
+    Calibration goes through it in the steps of which ``__call__`` is made.
+    """
 
     def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
         self.attn_norm = Norm(config.hidden_size, config)
         self.attn = Attention(config, index, rngs=rngs)
         self.attn_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
         self.mlp_norm = Norm(config.hidden_size, config)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = None if config.num_experts else MLP(config, rngs=rngs)
+        self.moe = MoE(config, rngs=rngs) if config.num_experts else None
         self.mlp_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
         self.pre_norm = config.pre_norm
 
@@ -324,7 +373,6 @@ class Block(nnx.Module):
         h: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
         cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
-        taps: dict[str, jax.Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[jax.Array, jax.Array]]:
         """Output of the block and its keys and values.
 
@@ -332,15 +380,14 @@ class Block(nnx.Module):
           h: the residual stream.
           positions: of each token; -1 for padding.
           cache: see :meth:`Attention.attend`.
-          taps: filled, where given, with the input of each group of :func:`linear_groups`.
         """
-        taps = {} if taps is None else taps
-        taps["attn"] = self.attn_input(h)
-        taps["attn.o"], kv = self.attn.attend(taps["attn"], positions, cache)
-        h = self.after_attn(h, taps["attn.o"])
-        taps["mlp"] = self.mlp_input(h)
-        taps["mlp.down"] = self.mlp.hidden(taps["mlp"])
-        return self.after_mlp(h, taps["mlp.down"]), kv
+        x, kv = self.attn.attend(self.attn_input(h), positions, cache)
+        h = self.after_attn(h, x)
+        x = self.mlp_input(h)
+        if self.moe is not None:
+            return self.after_mlp(h, self.moe(x)), kv
+        assert self.mlp is not None
+        return self.after_mlp(h, self.mlp.down(self.mlp.hidden(x))), kv
 
     def attn_input(self, h: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of q, k and v."""
@@ -353,12 +400,11 @@ class Block(nnx.Module):
         return h if self.pre_norm else self.attn_norm(h)
 
     def mlp_input(self, h: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """The input of gate and up."""
+        """The input of gate and up, and of a router."""
         return self.mlp_norm(h) if self.pre_norm else h
 
-    def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t inner"]) -> Float[Array, "b t d"]:
-        """The residual stream after the block; ``x`` is the input of down."""
-        y = self.mlp.down(x)
+    def after_mlp(self, h: Float[Array, "b t d"], y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The residual stream after the block; ``y`` is what down, or all experts together, gave."""
         h = h + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
         return h if self.pre_norm else self.mlp_norm(h)
 
@@ -366,15 +412,17 @@ class Block(nnx.Module):
 def linear_groups(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     """The linear layers of a block that share one input, in the order in which data flows.
 
+    A router is none of them: it stays as it is.
+
     Returns:
-      Name of the tap -> names of the layers, such as ``"attn" -> ("attn.q", "attn.k", "attn.v")``.
+      Name of the input -> names of the layers, such as ``"attn" -> ("attn.q", "attn.k", "attn.v")``.
     """
-    return {
-        "attn": ("attn.q", "attn.k", "attn.v"),
-        "attn.o": ("attn.o",),
-        "mlp": ("mlp.gate", "mlp.up") if config.gated else ("mlp.up",),
-        "mlp.down": ("mlp.down",),
-    }
+    experts = [f"moe.experts.{i}" for i in range(config.num_experts)]
+    groups: dict[str, tuple[str, ...]] = {"attn": ("attn.q", "attn.k", "attn.v"), "attn.o": ("attn.o",)}
+    for mlp in experts or ["mlp"]:
+        groups[mlp] = (f"{mlp}.gate", f"{mlp}.up") if config.gated else (f"{mlp}.up",)
+        groups[f"{mlp}.down"] = (f"{mlp}.down",)
+    return groups
 
 
 class Decoder(nnx.Module):
@@ -483,6 +531,17 @@ def make_block(config: DecoderConfig, params: Params) -> Block:
     block = _abstract(config, Block)
     _fill(block, params)
     return block
+
+
+def make_expert(config: DecoderConfig, params: Params, index: int) -> MLP:
+    """One expert, from the parameters of its block.
+
+    Raises:
+      ValueError: names or shapes do not fit.
+    """
+    expert, prefix = nnx.eval_shape(lambda: MLP(config, rngs=nnx.Rngs(0))), f"moe.experts.{index}."
+    _fill(expert, {n.removeprefix(prefix): value for n, value in params.items() if n.startswith(prefix)})
+    return expert
 
 
 def make_decoder(config: DecoderConfig, outer: Params, blocks: Sequence[Params]) -> Decoder:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from pallas_kernels import MixedTensor
-from slim_jax.activations import COMPUTE_DTYPE
+from slim_jax.activations import as_computed
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import DecoderConfig, Params
 from slim_jax.plus import Layer, Learned, Samples, SlimPlus, clip_start, solved_start
@@ -165,7 +165,7 @@ class BlockLearner:
             else:
                 learned[name], layers[name] = solved_start(tensor, w, bits, rounding=learn == "rounding")
         rest = {
-            name: jnp.asarray(value, COMPUTE_DTYPE if value.ndim == 2 else jnp.float32)
+            name: as_computed(name, value)
             for name, value in dense.items()
             if name.removesuffix(".weight") not in packed
         }

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,6 @@ class BlockQuantizer:
         self.source, self.config, self.bits = source, config, bits
         self.zero_bits = zero_bits(_widths(config, bits))
         self.activations = Activations(source, tokens)
-        self.tokens = tokens.size
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
         if config.method == "slim-plus":
@@ -90,14 +90,14 @@ class BlockQuantizer:
         if packed:
             raise ValueError(f"blocks.{index}.{packed[0]} is already quantized, expected a dense model")
         before = self.activations.batches
-        tensors, layers = self._solve_block(f"blocks.{index}.", dense)
+        tensors, layers, expert_tokens = self._solve_block(f"blocks.{index}.", dense)
         learning = None
         if self.learner is not None:
             samples = self._samples(dense, before)
             tensors, learning = self.learner.improve(index, dense, tensors, samples, on_epoch)
             if self.config.learn == "clip-gptq":
                 self.activations.batches = before
-                again, _ = self._solve_block(f"blocks.{index}.", dense, tensors)
+                again, *_ = self._solve_block(f"blocks.{index}.", dense, tensors)
                 tensors, learning = self.learner.better(dense, tensors, again, samples, learning)
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
         if self.learner is not None:
@@ -105,27 +105,35 @@ class BlockQuantizer:
             _pass(self.activations, result)
         allocation = {f"blocks.{index}.{name}": tensor.bits().tolist() for name, tensor in tensors.items()}
         seconds = time.monotonic() - start
-        report = BlockReport(index, self.source.config.num_layers, layers, seconds, allocation, learning)
+        total = self.source.config.num_layers
+        report = BlockReport(index, total, layers, seconds, allocation, learning, expert_tokens)
+        if report.warning:
+            warnings.warn(report.warning, stacklevel=2)
         return result, report
 
     def _solve_block(
         self, prefix: str, dense: Params, given: Mapping[str, MixedTensor] | None = None
-    ) -> tuple[dict[str, MixedTensor], list[LayerReport]]:
+    ) -> tuple[dict[str, MixedTensor], list[LayerReport], list[int]]:
         """Quantizes every layer of a block, by name in the block, and passes the activations on.
 
-        ``given`` are layers whose bits and grids serve again; only codes are found anew.
+        ``given`` are layers whose bits and grids serve again; only codes are found anew. Also returns the
+        number of tokens that each expert saw.
         """
         current = dict(dense)
         tensors: dict[str, MixedTensor] = {}
         layers: list[LayerReport] = []
+        expert_tokens: list[int] = []
         for names, observation in self._observations(current):
+            if names[0].startswith("moe.experts.") and not names[0].endswith(".down"):
+                expert_tokens.append(observation.tokens)
+            observation = observation.or_weights_only()
             weights = [jnp.asarray(dense[f"{name}.weight"], jnp.float32) for name in names]
             like = [given[name] for name in names] if given else None
             solved = self._solve([prefix + name for name in names], weights, observation, like)
             for name, (tensor, report) in zip(names, solved):
                 tensors[name], current[f"{name}.weight"] = tensor, _dense(tensor)
                 layers.append(report)
-        return tensors, layers
+        return tensors, layers, expert_tokens
 
     def _samples(self, dense: Params, before: list[jax.Array]) -> Samples:
         """What the block at hand learns from; passes the full-precision activations on."""
@@ -152,12 +160,12 @@ class BlockQuantizer:
         yield from seen
         _pass(self.activations, params)
 
-    def _statistics(self, total: jax.Array, names: list[str]) -> Statistics:
+    def _statistics(self, observation: Observation, names: list[str]) -> Statistics:
         damping = self.config.damping
         for _ in range(DAMPING_TRIES):
             found = statistics(
-                total,
-                jnp.float32(self.tokens),
+                observation.gram,
+                jnp.float32(observation.tokens),
                 jnp.float32(damping),
                 group_size=self.config.group_size,
             )
@@ -178,7 +186,7 @@ class BlockQuantizer:
     ) -> Iterator[tuple[MixedTensor, LayerReport]]:
         """Quantizes the layers that share the input with this Gram matrix, in one stacked solve."""
         config, k = self.config, weights[0].shape[0]
-        found = self._statistics(observation.gram, names)
+        found = self._statistics(observation, names)
         padding = ((0, found.alive.shape[0] - k), (0, 0))
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in weights]
         x = jnp.pad(observation.sample, ((0, 0), (0, padding[0][1])))

@@ -65,6 +65,7 @@ class BlockReport:
       seconds: wall seconds.
       allocation: bit widths of every group of every layer.
       learning: how SliM-LLM+ went on from there, where it did.
+      expert_tokens: calibration tokens that were routed to each expert; empty where there are none.
     """
 
     index: int
@@ -73,6 +74,20 @@ class BlockReport:
     seconds: float
     allocation: dict[str, list[int]]
     learning: LearningReport | None = None
+    expert_tokens: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def unreached(self) -> list[str]:
+        """The experts that calibration never reached, such as ``"blocks.3.moe.experts.7"``."""
+        return [f"blocks.{self.index}.moe.experts.{i}" for i, n in enumerate(self.expert_tokens) if n == 0]
+
+    @property
+    def warning(self) -> str:
+        """What the user should know of these experts; empty if there are none."""
+        if not self.unreached:
+            return ""
+        names = ", ".join(self.unreached)
+        return f"no calibration token was routed to {names}: quantized by their weights alone"
 
     @property
     def error(self) -> float:
@@ -121,4 +136,5 @@ class Report:
                 None if block.learning is None else dataclasses.asdict(block.learning)
                 for block in self.blocks
             ],
+            "expert_tokens": [block.expert_tokens for block in self.blocks],
         }

@@ -1,12 +1,19 @@
 """The families that can be read and written. A new one is a file here and a line in ``FAMILIES``."""
 
 from convert.errors import ConvertError
-from convert.families import gemma, llama, opt, phi, qwen
+from convert.families import gemma, llama, mixtral, opt, phi, qwen
 from convert.families.family import Family, GGUFFormat, HFFormat, Names
 
 __all__ = ["FAMILIES", "Family", "GGUFFormat", "HFFormat", "Names", "by_architecture", "by_gguf", "by_name"]
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen.FAMILY, gemma.FAMILY, phi.FAMILY, opt.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mixtral.FAMILY,
+    qwen.FAMILY,
+    gemma.FAMILY,
+    phi.FAMILY,
+    opt.FAMILY,
+)
 
 
 GUIDE = "docs/adding-a-family.md says how to add a family"

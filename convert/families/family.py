@@ -4,6 +4,7 @@ It knows no family and reads no file.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class Names:
     Our parameter ``attn.q.weight`` of block 3 is called ``blocks.format(3) + block["attn.q"] + ".weight"``
     there. A norm's ``scale`` is a ``weight`` everywhere but here. Where several of our modules are mapped to
     one of theirs, it is split: it holds their output features one after another, in the table's order.
+    ``{}`` stands for the index of an expert on both sides.
 
     Attributes:
       outer: our modules outside the blocks -> theirs, such as ``"norm" -> "norm"``.
@@ -50,15 +52,21 @@ class Names:
         suffix = "bias" if leaf == "bias" else "weight"
         if index is None:
             return f"{self.outer[module]}.{suffix}"
-        return f"{self.blocks.format(index)}{self.block[module]}.{suffix}"
+        pattern, expert = _pattern(module)
+        return f"{self.blocks.format(index)}{self.block[pattern].format(*expert)}.{suffix}"
 
     def tensors(self, ours: Iterable[str], index: int | None = None) -> dict[str, list[str]]:
         """Their tensors that hold our parameters, each with the parameters in it in their order there."""
         order = {module: i for i, module in enumerate(self.outer if index is None else self.block)}
         held: dict[str, list[str]] = {}
-        for name in sorted(ours, key=lambda name: order.get(name.rpartition(".")[0], -1)):
+        for name in sorted(ours, key=lambda name: order.get(_pattern(name.rpartition(".")[0])[0], -1)):
             held.setdefault(self.of(name, index), []).append(name)
         return held
+
+
+def _pattern(module: str) -> tuple[str, list[str]]:
+    """``moe.experts.3.up`` -> ``moe.experts.{}.up`` and the index."""
+    return re.sub(r"\d+", "{}", module), re.findall(r"\d+", module)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3: Llama's architecture with q/k/v biases (2, 2.5) or q/k norms (3)."""
+"""Qwen 2, 2.5 and 3: Llama's architecture with q/k/v biases (2, 2.5) or q/k norms (3), also with experts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,52 +6,106 @@ from typing import Any
 
 from convert.errors import ConvertError
 from convert.families import llama
-from convert.families.family import Family, GGUFFormat, HFFormat, field, layer_types, read_windows
+from convert.families.family import (
+    Family,
+    GGUFFormat,
+    HFFormat,
+    Names,
+    field,
+    layer_types,
+    read_windows,
+    require,
+)
 from slim_jax.decoder import DecoderConfig
+
+HF_NAMES = Names(
+    outer=llama.HF_NAMES.outer,
+    blocks=llama.HF_NAMES.blocks,
+    block={
+        **llama.HF_NAMES.block,
+        "moe.router": "mlp.gate",
+        "moe.experts.{}.gate": "mlp.experts.{}.gate_proj",
+        "moe.experts.{}.up": "mlp.experts.{}.up_proj",
+        "moe.experts.{}.down": "mlp.experts.{}.down_proj",
+    },
+)
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Our config from config.json, with transformers' defaults for the keys that may be left out."""
-    third = "Qwen3ForCausalLM" in hf["architectures"]
-    base = llama.read_base(hf, "qwen", kv_heads=32, head_dim=128 if third else None, max_positions=32768)
+    architecture = hf["architectures"][0]
+    second, experts = architecture == "Qwen2ForCausalLM", architecture == "Qwen3MoeForCausalLM"
+    head_dim = 128 if architecture == "Qwen3ForCausalLM" else None
+    base = llama.read_base(hf, "qwen", kv_heads=4 if experts else 32, head_dim=head_dim, max_positions=32768)
     theta, scaling = llama.read_rope(hf)
     window = hf.get("sliding_window", 4096) if field(hf, "use_sliding_window", bool, False) else None
-    full = field(hf, "max_window_layers", int, 28)
+    full = 0 if experts else field(hf, "max_window_layers", int, 28)
     window, global_layers = read_windows(hf, window, [i >= full for i in range(base.num_layers)])
-    biased = third and field(hf, "attention_bias", bool, False)
+    biased = not second and field(hf, "attention_bias", bool, False)
     return dataclasses.replace(
         base,
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias=biased or not third,
+        qkv_bias=biased or second,
         o_bias=biased,
-        qk_norm=third,
+        qk_norm=not second,
         sliding_window=window,
         global_layers=global_layers,
+        **(_read_experts(hf) if experts else {}),
     )
+
+
+def _read_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture of experts.
+
+    Raises:
+      ConvertError: some blocks have a dense MLP instead.
+    """
+    require(hf, "decoder_sparse_step", 1, 1)
+    require({**hf, "mlp_only_layers": hf.get("mlp_only_layers") or []}, "mlp_only_layers", [], [])
+    return {
+        "intermediate_size": field(hf, "moe_intermediate_size", int, 768),
+        "num_experts": field(hf, "num_experts", int, field(hf, "num_local_experts", int, 128)),
+        "experts_per_token": field(hf, "num_experts_per_tok", int, 8),
+        "norm_topk": field(hf, "norm_topk_prob", bool, False),
+    }
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
     """The inverse of :func:`read_hf`: a Qwen3 where there are q/k norms, a Qwen2 otherwise.
 
     Raises:
-      ConvertError: neither class of transformers has these biases.
+      ConvertError: no class of transformers has these biases, norms and windows.
     """
-    third = config.qk_norm
+    third, experts = config.qk_norm, config.num_experts > 0
     if config.o_bias != (config.qkv_bias and third) or not (config.qkv_bias or third):
         raise ConvertError("this combination of biases and q/k norms exists in no class of transformers")
-    fields = llama.write_base(
-        config, "Qwen3ForCausalLM" if third else "Qwen2ForCausalLM", "qwen3" if third else "qwen2"
+    if experts and (not third or config.global_layers):
+        raise ConvertError("experts without q/k norms, or beside global layers, exist in no Qwen")
+    architecture, model_type = (
+        ("Qwen3MoeForCausalLM", "qwen3_moe") if experts else ("Qwen2ForCausalLM", "qwen2")
     )
+    if third and not experts:
+        architecture, model_type = "Qwen3ForCausalLM", "qwen3"
     windowed = config.sliding_window is not None
-    return {
-        **fields,
+    fields = {
+        **llama.write_base(config, architecture, model_type),
         **llama.write_rope(config),
         **({"attention_bias": config.qkv_bias} if third else {}),
         "use_sliding_window": windowed,
         "sliding_window": config.sliding_window,
-        "max_window_layers": len(config.global_layers) if windowed else config.num_layers,
-        "layer_types": layer_types(config),
+    }
+    if not experts:
+        fields["max_window_layers"] = len(config.global_layers) if windowed else config.num_layers
+        return {**fields, "layer_types": layer_types(config)}
+    return {
+        **fields,
+        "moe_intermediate_size": config.intermediate_size,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "norm_topk_prob": config.norm_topk,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     }
 
 
@@ -63,10 +117,10 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
 FAMILY = Family(
     name="qwen",
     hf=HFFormat(
-        architectures=("Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+        architectures=("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         read_config=read_hf,
         write_config=write_hf,
-        names=llama.HF_NAMES,
+        names=HF_NAMES,
         prefix="model.",
         prefixes=("model.",),
         ignored=(r".*rotary_emb\.inv_freq",),

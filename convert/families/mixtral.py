@@ -1,0 +1,66 @@
+"""Mixtral: Mistral's architecture with a mixture of experts in every block."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from convert.families import llama
+from convert.families.family import Family, HFFormat, Names, field
+from slim_jax.decoder import DecoderConfig
+
+NAMES = Names(
+    outer=llama.HF_NAMES.outer,
+    blocks=llama.HF_NAMES.blocks,
+    block={
+        **llama.HF_NAMES.block,
+        "moe.router": "block_sparse_moe.gate",
+        "moe.experts.{}.gate": "block_sparse_moe.experts.{}.w1",
+        "moe.experts.{}.up": "block_sparse_moe.experts.{}.w3",
+        "moe.experts.{}.down": "block_sparse_moe.experts.{}.w2",
+    },
+)
+
+
+def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    theta, scaling = llama.read_rope(hf)
+    base = llama.read_base(
+        {"bos_token_id": 1, "eos_token_id": 2, **hf},
+        "mixtral",
+        kv_heads=8,
+        max_positions=131072,
+        norm_eps=1e-5,
+    )
+    return dataclasses.replace(
+        base,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        sliding_window=hf.get("sliding_window"),
+        num_experts=field(hf, "num_local_experts", int, 8),
+        experts_per_token=field(hf, "num_experts_per_tok", int, 2),
+    )
+
+
+def write_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of :func:`read_hf`."""
+    return {
+        **llama.write_base(config, "MixtralForCausalLM", "mixtral"),
+        **llama.write_rope(config),
+        "sliding_window": config.sliding_window,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+    }
+
+
+FAMILY = Family(
+    name="mixtral",
+    hf=HFFormat(
+        architectures=("MixtralForCausalLM",),
+        read_config=read_hf,
+        write_config=write_hf,
+        names=NAMES,
+        prefix="model.",
+        prefixes=("model.",),
+        ignored=(r".*rotary_emb\.inv_freq",),
+    ),
+)

@@ -1,0 +1,150 @@
+"""Mixtures of experts: what each is calibrated on, experts that no token reached, packed and resumed."""
+
+import dataclasses
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint, dense
+
+from slim_jax import activations, pipeline
+from slim_jax.activations import Activations, Inputs, observe
+from slim_jax.decoder import Decoder, MoE, make_decoder, sequence_positions, split_params
+from slim_jax.generate import generate
+from slim_jax.perplexity import perplexity
+from slim_jax.report import BlockReport
+from slim_jax.source import DecoderSource
+
+MOE = dataclasses.replace(CONFIG, num_layers=2, num_experts=3, experts_per_token=1)
+UNREACHED = "blocks.1.moe.experts.2"
+
+
+def random_model(layers: int = 2, **changes) -> Decoder:
+    """A decoder whose last expert no token of block 1 reaches: its logit, 0, is never the greatest."""
+    model = Decoder(dataclasses.replace(MOE, num_layers=layers, **changes), rngs=nnx.Rngs(0))
+    if layers > 1:
+        router = model.blocks[1].moe.router.weight
+        v = router[...][:, 0]
+        router.set_value(jnp.stack([v, -v, jnp.zeros_like(v)], axis=1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def quantized(model):
+    with pytest.warns(UserWarning, match=f"no calibration token was routed to {UNREACHED}:"):
+        return pipeline.quantize(model, TOKENS, SLIM)
+
+
+@pytest.mark.parametrize("norm_topk", [True, False])
+def test_mixture_is_the_weighted_sum_of_the_chosen_experts(norm_topk):
+    config = dataclasses.replace(MOE, experts_per_token=2, norm_topk=norm_topk)
+    moe = MoE(config, rngs=nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(0), (1, 5, 64))
+    logits = np.asarray(x[0] @ moe.router.weight[...], np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    outputs = [np.asarray(expert.down(expert.hidden(x)))[0] for expert in moe.experts]
+    for t in range(5):
+        chosen = np.argsort(-p[t])[:2]
+        weights = p[t, chosen] / (p[t, chosen].sum() if norm_topk else 1)
+        expected = sum(w * outputs[e][t] for w, e in zip(weights, chosen))
+        np.testing.assert_allclose(moe(x)[0, t], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_is_calibrated_on_its_own_tokens():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 4, 16, 8)).astype(np.float32)
+    seen = rng.random((2, 4, 16)) < 0.3
+    found = observe(Inputs(list(map(jnp.asarray, x)), list(map(jnp.asarray, seen))), 4)
+    rows = x[seen]
+    np.testing.assert_allclose(found.gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    assert found.tokens == len(rows)
+    assert found.sample.shape == observe(Inputs(list(map(jnp.asarray, x))), 4).sample.shape
+    assert {tuple(row) for row in np.asarray(found.sample)} <= {tuple(row) for row in rows}
+    none = observe(Inputs([jnp.asarray(x[0])], [jnp.zeros((4, 16), bool)]), 4)
+    assert (none.tokens, float(abs(none.sample).max())) == (0, 0.0)
+    np.testing.assert_array_equal(none.or_weights_only().gram, np.eye(8))
+
+
+def test_stages_are_the_block(model):
+    passing = Activations(DecoderSource(model), TOKENS)
+    x = passing.batches[0]
+    groups = [names for names, _ in passing.stages(DecoderSource(model).block(0))]
+    assert groups[1:4] == [("attn.o",), ("moe.experts.0.gate", "moe.experts.0.up"), ("moe.experts.0.down",)]
+    assert len(groups) == 2 + 2 * 3
+    expected = model.blocks[0](x, sequence_positions(x))[0]
+    assert float(jnp.abs(passing.batches[0] - expected).max() / jnp.abs(expected).max()) < 0.02  # bfloat16
+
+
+def test_coverage_is_in_the_report(quantized):
+    report = quantized[1]
+    for block in report.blocks:
+        assert sum(block.expert_tokens) == TOKENS.size
+        assert BlockReport.from_json(dataclasses.asdict(block)) == block
+    assert [block.unreached for block in report.blocks] == [[], [UNREACHED]]
+    assert report.to_json()["expert_tokens"] == [block.expert_tokens for block in report.blocks]
+    assert len(report.layers) == 2 * (4 + 3 * 3)
+
+
+def test_router_stays_and_packed_equals_fake_quantized(model, quantized):
+    decoder, plain = quantized[0], dense(quantized[0])
+    for before, after in zip(model.blocks, decoder.blocks):
+        np.testing.assert_array_equal(after.moe.router.weight[...], before.moe.router.weight[...])
+    packed, fake = (perplexity(m, TOKENS.reshape(-1)[:64], 32).perplexity for m in (decoder, plain))
+    assert packed == pytest.approx(fake, rel=1e-4)
+    prompts = [TOKENS[0, :9].tolist()]
+    assert generate(decoder, prompts, max_tokens=5) == generate(plain, prompts, max_tokens=5)
+
+
+@pytest.mark.filterwarnings("ignore:no calibration token")
+def test_an_unreached_expert_depends_on_its_weights_alone(model, quantized):
+    other, _ = pipeline.quantize(model, TOKENS[::-1, ::-1], SLIM)
+    for name in ("gate", "up", "down"):
+        get = operator.attrgetter(f"{name}.weight")
+        first, second = (get(m.blocks[1].moe.experts[2]).get_value() for m in (quantized[0], other))
+        np.testing.assert_array_equal(first.dequantize(), second.dequantize())
+        assert set(first.bits().tolist()) == {2}
+
+
+@pytest.mark.filterwarnings("ignore:no calibration token")
+def test_resumed_equals_uninterrupted(model, tmp_path):
+    source = DecoderSource(model)
+    pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "whole")
+
+    def kill(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", on_block=kill)
+    pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", resume=True)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.filterwarnings("ignore:no calibration token")
+def test_each_step_compiles_once_per_model(model):
+    steps = [
+        *(activations._route, activations._down_input, activations._add_expert, activations._after_experts),
+        *(activations._observe_seen, pipeline.statistics, pipeline.solve),
+    ]
+    counts = []
+    for layers in (1, 2):
+        for step in steps:
+            step.clear_cache()
+        outer, blocks = split_params(model)
+        small = make_decoder(dataclasses.replace(MOE, num_layers=layers), outer, blocks[:layers])
+        pipeline.quantize(small, TOKENS, SLIM)
+        counts.append([step._cache_size() for step in steps])
+    assert counts[0] == counts[1]
+    assert counts[0][:4] == [1] * 4
+
+
+def test_too_few_experts():
+    with pytest.raises(ValueError, match="experts_per_token is 4, expected 1 to num_experts = 3"):
+        dataclasses.replace(MOE, experts_per_token=4)
