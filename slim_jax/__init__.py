@@ -14,6 +14,8 @@ from slim_jax.decoder import Decoder as Decoder
 from slim_jax.decoder import DecoderConfig as DecoderConfig
 from slim_jax.generate import generate as generate
 from slim_jax.generate import sample_text as sample_text
+from slim_jax.module import ModuleReport as ModuleReport
+from slim_jax.module import quantize_module as quantize_module
 from slim_jax.perplexity import perplexity as perplexity
 from slim_jax.pipeline import quantize as quantize
 from slim_jax.pipeline import quantize_to_checkpoint as quantize_to_checkpoint

@@ -19,31 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pallas_kernels import MixedTensor, pack
-from pallas_kernels.layout import zero_bits
+from pallas_kernels import MixedTensor
 from slim_jax.activations import COMPUTE_DTYPE, Activations, Observation, observe
-from slim_jax.allocation import Allocation, allocate, output_divergence, scores
-from slim_jax.calibration import Grid, stored_grids
+from slim_jax.allocation import Allocation
 from slim_jax.checkpoint import CheckpointWriter
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, Params, make_decoder
-from slim_jax.gptq import Solution, solve
-from slim_jax.hessian import Statistics, statistics
 from slim_jax.learning import BlockLearner, OnEpoch
 from slim_jax.plus import Samples
 from slim_jax.report import BlockReport, LayerReport, Report
+from slim_jax.solver import LayerSolver
 from slim_jax.source import DecoderSource, Source
 
 OnBlock = Callable[[BlockReport], None]
-
-DAMPING_TRIES = 4
-"""How often damping is raised tenfold before a Hessian is given up."""
-
-
-@jax.jit
-def _power(w: jax.Array, h: jax.Array) -> jax.Array:
-    """``diag(W^T H W)``, twice the mean squared output of every channel, ``[N]``."""
-    return jnp.sum(w * (h @ w), axis=0)
 
 
 def _dense(value: Any) -> Any:
@@ -67,14 +55,14 @@ class BlockQuantizer:
         bits: Allocation | None,
         optimizer: optax.GradientTransformation | None = None,
     ) -> None:
-        self.source, self.config, self.bits = source, config, bits
-        self.zero_bits = zero_bits(_widths(config, bits))
+        self.source, self.config = source, config
+        self.solver = LayerSolver(config, bits)
         self.activations = Activations(source, tokens)
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
         if config.method == "slim-plus":
             self.reference = Activations(source, tokens)  # behind full-precision blocks
-            self.learner = BlockLearner(source.config, config, self.zero_bits, len(tokens), optimizer)
+            self.learner = BlockLearner(source.config, config, self.solver.zero_bits, len(tokens), optimizer)
 
     def skip(self, index: int, params: Params) -> None:
         """Carries the activations over a block that an earlier run has quantized."""
@@ -129,7 +117,7 @@ class BlockQuantizer:
             observation = observation.or_weights_only()
             weights = [jnp.asarray(dense[f"{name}.weight"], jnp.float32) for name in names]
             like = [given[name] for name in names] if given else None
-            solved = self._solve([prefix + name for name in names], weights, observation, like)
+            solved = self.solver.solve([prefix + name for name in names], weights, observation, like)
             for name, (tensor, report) in zip(names, solved):
                 tensors[name], current[f"{name}.weight"] = tensor, _dense(tensor)
                 layers.append(report)
@@ -159,138 +147,6 @@ class BlockQuantizer:
         self.activations.batches = before
         yield from seen
         _pass(self.activations, params)
-
-    def _statistics(self, observation: Observation, names: list[str]) -> Statistics:
-        damping = self.config.damping
-        for _ in range(DAMPING_TRIES):
-            found = statistics(
-                observation.gram,
-                jnp.float32(observation.tokens),
-                jnp.float32(damping),
-                group_size=self.config.group_size,
-            )
-            if bool(jnp.all(jnp.isfinite(found.u))):
-                return found
-            damping *= 10
-        raise ValueError(
-            f"the Hessian of {', '.join(names)} is not positive definite, damped by {damping / 10:g}: "
-            "are the calibration activations finite?"
-        )
-
-    def _solve(
-        self,
-        names: list[str],
-        weights: list[jax.Array],
-        observation: Observation,
-        like: list[MixedTensor] | None,
-    ) -> Iterator[tuple[MixedTensor, LayerReport]]:
-        """Quantizes the layers that share the input with this Gram matrix, in one stacked solve."""
-        config, k = self.config, weights[0].shape[0]
-        found = self._statistics(observation, names)
-        padding = ((0, found.alive.shape[0] - k), (0, 0))
-        padded = [jnp.pad(w, padding) * found.alive[:, None] for w in weights]
-        x = jnp.pad(observation.sample, ((0, 0), (0, padding[0][1])))
-        if like is None:
-            chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
-            grids = None
-        else:
-            chosen = [(tensor.bits(), None) for tensor in like]
-            all_grids = [stored_grids(tensor) for tensor in like]
-            grids = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *all_grids)
-        solutions = self._solutions(padded, found, [bits for bits, _ in chosen], grids)
-        if config.criterion != "paper" and any(mixed for _, mixed in chosen):
-            uniform = [np.full_like(bits, config.bits) for bits, _ in chosen]
-            plain = self._solutions(padded, found, uniform)
-            for i, (w, (_, mixed)) in enumerate(zip(padded, chosen)):
-                if mixed and not _pays(w, x, solutions[i], plain[i]):
-                    solutions[i], chosen[i] = plain[i], (uniform[i], 0)
-        for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
-            tensor = self._pack(solution, bits, k)
-            error = float(jnp.sum(solution.error) / jnp.maximum(jnp.sum(_power(w, found.h)), 1e-30))
-            yield tensor, LayerReport.of(name, tensor, error, mixed)
-
-    def _solutions(
-        self, weights: list[jax.Array], found: Statistics, bits: list[np.ndarray], grids: Grid | None = None
-    ) -> list[Solution]:
-        """Every layer's solution for its bits, from one stacked solve; ``grids`` instead of fits."""
-        config = self.config
-        widths = [
-            jnp.broadcast_to(b[:, None].astype(np.float32), (len(b), w.shape[1]))
-            for b, w in zip(bits, weights)
-        ]
-        solution = solve(
-            jnp.concatenate(weights, axis=1),
-            found.u,
-            found.importance,
-            jnp.concatenate(widths, axis=1),
-            group_size=config.group_size,
-            zero_bits=self.zero_bits,
-            sqc=config.sqc or "search",
-            feedback=config.method != "rtn",
-            grids=grids,
-        )
-        ends = np.cumsum([w.shape[1] for w in weights]).tolist()
-        return [solution.part(slice(end - w.shape[1], end)) for w, end in zip(weights, ends)]
-
-    def _allocate(
-        self, name: str, w: jax.Array, x: jax.Array, found: Statistics
-    ) -> tuple[np.ndarray, int | None]:
-        """Bit width of each group of a layer, and the ``p`` of the search if there was one."""
-        config = self.config
-        groups = w.shape[0] // config.group_size
-        if self.bits is not None:
-            given = self.bits.get(name)
-            if given is None or len(given) != groups:
-                has = "nothing" if given is None else f"{len(given)} groups"
-                raise ValueError(f"the allocation has {has} for {name}, expected {groups} groups")
-            return np.asarray(given), None
-        if not config.mixed:
-            return np.full(groups, config.bits), None
-        score, order = scores(
-            w,
-            x,
-            found.importance,
-            bits=config.bits,
-            group_size=config.group_size,
-            zero_bits=self.zero_bits,
-            sqc="minmax" if config.criterion == "paper" else config.sqc or "search",
-            criterion=config.criterion or "kl",
-        )
-        candidates = np.asarray(score)
-        first = 0
-        if config.criterion == "paper" and groups > 3:  # the authors always mix, and stop one p earlier
-            first, candidates = 1, candidates[: groups // 2]
-        p = first + int(np.argmin(candidates[first:]))
-        return allocate(np.asarray(order), p, config.bits), p
-
-    def _pack(self, solution: Solution, bits: np.ndarray, k: int) -> MixedTensor:
-        zero_unit = np.exp2(bits - self.zero_bits)[:, None]
-        return pack(
-            np.asarray(solution.code[:k]),
-            np.asarray(solution.scale),
-            np.rint(np.asarray(solution.zero) / zero_unit).astype(np.uint8),
-            bits,
-            group_size=self.config.group_size,
-            widths=_widths(self.config, self.bits),
-        )
-
-
-def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> bool:
-    """Whether mixed widths diverge less than uniform ones also as solved.
-
-    The search scores what is rounded to nearest. Feeding errors forward gains most where all groups
-    are alike, so some of the mixes that win there lose here.
-    """
-    return bool(output_divergence(w, _weight(mixed), x) < output_divergence(w, _weight(uniform), x))
-
-
-_weight = jax.jit(Solution.weight)
-
-
-def _widths(config: SlimConfig, bits: Allocation | None) -> tuple[int, ...]:
-    if bits is None:
-        return config.widths
-    return tuple(sorted({b for layer in bits.values() for b in layer}))
 
 
 def _check(source: Source, tokens: np.ndarray) -> np.ndarray:

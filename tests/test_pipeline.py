@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import MixedTensor
-from slim_jax import activations, checkpoint, pipeline
+from slim_jax import activations, checkpoint, pipeline, solver
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, DecoderConfig, make_decoder, split_params
 from slim_jax.perplexity import perplexity
@@ -111,7 +111,7 @@ def test_each_step_compiles_once_per_model(config):
     steps = [
         *(activations._attn_input, activations._o_input, activations._after_attn),
         *(activations._mlp_input, activations._down_input, activations._after_mlp, activations._observe),
-        *(pipeline.statistics, pipeline.solve, pipeline.scores),
+        *(solver.statistics, solver.solve, solver.scores),
     ]
     counts = []
     for layers in (1, 3):

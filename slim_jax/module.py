@@ -1,0 +1,267 @@
+"""Quantizing any Flax NNX module: its linear layers and convolutions, found in its graph.
+
+The module runs as it is, outside of jit, on the calibration batches; the products of its layers are
+watched (`nnx.Linear` and `nnx.Conv` take the function that multiplies as an attribute). A convolution
+is quantized as the matrix ``[height * width * channels, out]`` that multiplies its patches.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from pallas_kernels import MixedTensor, mixed_matmul
+from slim_jax.activations import Inputs, observe
+from slim_jax.config import SlimConfig
+from slim_jax.report import LayerReport
+from slim_jax.solver import LayerSolver
+
+Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv
+Forward = Callable[[Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleReport:
+    """What was done to a module.
+
+    Attributes:
+      layers: the quantized ones, in the order in which the module calls them.
+      skipped: path -> why a layer that was selected is as it was.
+      unmatched: patterns of ``select`` that no layer's path matches.
+    """
+
+    layers: list[LayerReport]
+    skipped: dict[str, str]
+    unmatched: list[str]
+
+
+class PackedLinear(nnx.Module):
+    """A quantized `nnx.Linear` or `nnx.LinearGeneral`.
+
+    Attributes:
+      weight: the packed matrix ``[K, N]``.
+      bias: of the shape of an output, or None.
+      axes: how many of the last axes of an input make up ``K``.
+      out_shape: what ``N`` is in an output.
+    """
+
+    def __init__(self, weight: MixedTensor, bias: jax.Array | None, axes: int, out_shape: tuple[int, ...]):
+        self.weight = nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.axes, self.out_shape = axes, out_shape
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """``[..., K]`` -> ``[..., N]`` in the dtype of ``x``; ``out_sharding`` as `nnx.Linear` takes it."""
+        batch = x.shape[: x.ndim - self.axes]
+        y = mixed_matmul(x.reshape(*batch, -1), self.weight.get_value()).reshape(*batch, *self.out_shape)
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
+        y = y.astype(x.dtype)
+        return y if out_sharding is None else jax.reshard(y, out_sharding)
+
+
+class PackedKernel(nnx.Param):
+    """The packed kernel of a convolution; indexing it, as `nnx.Conv` does, gives the dense one."""
+
+    def __getitem__(self, key: Any) -> jax.Array:
+        return self.get_value().dequantize().reshape(self.kernel_shape)[key]  # type: ignore[attr-defined]
+
+
+def quantize_module(
+    module: Any,
+    batches: Iterable[Any],
+    config: SlimConfig,
+    *,
+    select: Sequence[str] | None = None,
+    forward: Forward | None = None,
+) -> tuple[Any, ModuleReport]:
+    """Quantizes the `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Conv` layers of a module.
+
+    Each layer is calibrated on what the quantized layers before it give, unless ``config.sequential`` is
+    False; that costs a run of the module, up to the layer, for each layer.
+
+    Args:
+      module: an NNX module that runs outside of jit; it is not changed.
+      batches: inputs, one a call; they must fit in memory.
+      config: how to quantize; any method but "slim-plus", which needs blocks.
+      select: patterns such as ``"blocks.*.mlp.*"`` (`fnmatch`) of the paths to quantize; all by default.
+      forward: ``forward(module, batch)``; by default ``module(batch)``.
+
+    Returns:
+      A copy with packed layers, and a report.
+
+    Raises:
+      ValueError: there are no batches, no layer is selected, or a selected layer is called inside a
+        transformation such as jit or scan, where its inputs have no values.
+    """
+    if config.method == "slim-plus":
+        raise ValueError("method is 'slim-plus', which learns decoder blocks; expected slim, gptq or rtn")
+    module, batches = nnx.clone(module), list(batches)
+    if not batches:
+        raise ValueError("there are no batches, expected at least one to calibrate on")
+    run = forward or (lambda module, batch: module(batch))
+    layers = dict(_layers(module))
+    patterns = ["*"] if select is None else list(select)
+    chosen = {p: layer for p, layer in layers.items() if any(fnmatch.fnmatchcase(p, s) for s in patterns)}
+    if not chosen:
+        raise ValueError(f"select is {patterns}, which matches none of {', '.join(layers) or 'no layers'}")
+    skipped = {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
+    chosen = {path: layer for path, layer in chosen.items() if path not in skipped}
+
+    calls = _watch(chosen, partial(run, module, batches[0]))
+    skipped |= {path: "it is not called" for path in chosen if path not in calls}
+    reports = []
+    stages = [[path] for path in calls] if config.sequential else [list(calls)]
+    for paths in stages:
+        seen = _inputs(module, {path: chosen[path] for path in paths}, batches, run, calls)
+        for path in paths:
+            report = _quantize_layer(module, path, chosen[path], seen.pop(path), config)
+            reports.append(report)
+    unmatched = [s for s in patterns if not any(fnmatch.fnmatchcase(p, s) for p in layers)]
+    return module, ModuleReport(reports, skipped, unmatched)
+
+
+def _layers(module: Any) -> Iterator[tuple[str, Layer]]:
+    """Path and layer of all that can be quantized; a layer that is in several places counts once."""
+    for path, node in nnx.iter_graph(module):
+        if type(node) in (nnx.Linear, nnx.LinearGeneral, nnx.Conv):
+            yield ".".join(map(str, path)), node
+
+
+def _refusal(layer: Layer) -> str | None:
+    """Why a layer cannot be quantized."""
+    if isinstance(layer, nnx.Conv) and layer.feature_group_count != 1:
+        return f"its channels are in {layer.feature_group_count} groups, expected 1"
+    if isinstance(layer, nnx.Conv) and layer.mask is not None:
+        return "it has a mask"
+    if isinstance(layer, nnx.LinearGeneral):
+        axes = layer.axis if isinstance(layer.axis, tuple) else (layer.axis,)
+        if layer.batch_axis or tuple(axes) != tuple(range(-len(axes), 0)):
+            return f"it multiplies the axes {axes}, expected the last ones, in order"
+    return None
+
+
+class _Enough(Exception):
+    """All that is to be seen of a batch has been seen."""
+
+
+def _watch(
+    layers: dict[str, Layer], run: Callable[[], Any], see: Callable[[str, jax.Array], None] | None = None
+) -> dict[str, int]:
+    """Runs the module and shows ``see`` the inputs ``[T, K]`` of its layers; calls of each, in order."""
+    calls: dict[str, int] = {}
+
+    def watched(path: str, multiply: Callable[..., jax.Array], rows: Callable[..., jax.Array]):
+        def product(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+            if isinstance(x, jax.core.Tracer):
+                raise ValueError(f"{path} is called inside a JAX transformation, expected plain Python")
+            calls[path] = calls.get(path, 0) + 1
+            if see is not None:
+                see(path, rows(x, kernel, *arguments, **options))
+            return multiply(x, kernel, *arguments, **options)
+
+        return product
+
+    attributes = {
+        path: "conv_general_dilated" if isinstance(layer, nnx.Conv) else "dot_general"
+        for path, layer in layers.items()
+    }
+    before = {path: getattr(layers[path], name) for path, name in attributes.items()}
+    try:
+        for path, name in attributes.items():
+            rows = _patches if isinstance(layers[path], nnx.Conv) else _rows
+            multiply = before[path] or lax.dot_general
+            setattr(layers[path], name, watched(path, multiply, rows))
+        run()
+    except _Enough:
+        pass
+    finally:
+        for path, name in attributes.items():
+            setattr(layers[path], name, before[path])
+    return calls
+
+
+def _rows(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
+    """The input of a product, ``[T, K]``; what is contracted are the last axes, see :func:`_refusal`."""
+    del options
+    return x.reshape(-1, math.prod(kernel.shape[: len(dimensions[0][0])]))
+
+
+def _patches(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+    """The patches that a kernel ``[..., C, N]`` is multiplied by, ``[T, K]`` in the order of its entries."""
+    *window, channels, _ = kernel.shape
+    patches = lax.conv_general_dilated_patches(
+        x,
+        window,
+        strides,
+        padding,
+        lhs_dilation=options["lhs_dilation"],
+        rhs_dilation=options["rhs_dilation"],
+        dimension_numbers=options["dimension_numbers"],
+    )
+    # Channels come first there, and last in the kernel.
+    patches = patches.reshape(-1, channels, math.prod(window)).swapaxes(1, 2)
+    return patches.reshape(patches.shape[0], -1)
+
+
+def _inputs(
+    module: Any, layers: dict[str, Layer], batches: list[Any], run: Forward, calls: dict[str, int]
+) -> dict[str, list[jax.Array]]:
+    """What each layer was given, ``[T, K]`` a call."""
+    seen: dict[str, list[jax.Array]] = {path: [] for path in layers}
+    wanted = sum(calls[path] for path in layers)
+
+    for batch in batches:
+        left = wanted
+
+        def see(path: str, x: jax.Array) -> None:
+            nonlocal left
+            seen[path].append(x)
+            left -= 1
+            if not left:
+                raise _Enough
+
+        _watch(layers, partial(run, module, batch), see)
+    return seen
+
+
+def _quantize_layer(
+    module: Any, path: str, layer: Layer, x: list[jax.Array], config: SlimConfig
+) -> LayerReport:
+    """Replaces one layer of ``module``."""
+    kernel = layer.kernel[...]
+    k = x[0].shape[1]
+    tokens = sum(len(rows) for rows in x)
+    solver = LayerSolver(config, None)
+    seen = observe(Inputs([rows[None] for rows in x]), max(1, tokens // config.search_tokens))
+    weight = jnp.asarray(kernel, jnp.float32).reshape(k, -1)
+    ((tensor, report),) = solver.solve([path], [weight], seen)
+    tensor = dataclasses.replace(tensor, dtype=kernel.dtype)
+    if isinstance(layer, nnx.Conv):
+        layer.kernel = PackedKernel(tensor, kernel_shape=kernel.shape)
+        return report
+    out_shape = layer.out_features if isinstance(layer.out_features, tuple) else (layer.out_features,)
+    bias = None if layer.bias is None else layer.bias[...]
+    packed = PackedLinear(tensor, bias, kernel.ndim - len(out_shape), tuple(out_shape))
+    _replace(module, layer, packed)
+    return report
+
+
+def _replace(module: Any, old: Any, new: Any) -> None:
+    """Puts ``new`` wherever ``old`` is."""
+    for _, node in list(nnx.iter_graph(module)):
+        if not isinstance(node, nnx.Module):
+            continue
+        for key, child in list(nnx.iter_children(node)):
+            if child is old:
+                if isinstance(key, int):
+                    node[key] = new  # type: ignore[index]
+                else:
+                    setattr(node, str(key), new)

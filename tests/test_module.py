@@ -1,0 +1,128 @@
+"""Quantizing Flax modules that are no decoders."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slim_jax import SlimConfig, quantize_module
+from slim_jax.module import PackedKernel, PackedLinear
+
+CONFIG = SlimConfig(bits=4, group_size=32)
+
+
+class Net(nnx.Module):
+    """A convolution with stride and dilation, attention, a layer that is used twice, one that is not."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(3, 16, (3, 5), strides=(2, 1), kernel_dilation=(1, 2), rngs=rngs)
+        self.attn = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+        self.twice = nnx.List([nnx.Linear(16, 16, rngs=rngs)])
+        self.again = self.twice[0]
+        self.named = nnx.Dict(head=nnx.Linear(16, 4, use_bias=False, rngs=rngs))
+        self.unused = nnx.Linear(3, 3, rngs=rngs)
+        self.grouped = nnx.Conv(16, 16, (1,), feature_group_count=2, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(x)
+        x = x.reshape(x.shape[0], -1, 16)
+        x = x + self.attn(x)
+        x = self.grouped(self.again(nnx.relu(self.twice[0](x))))
+        return self.named["head"](x)
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    return Net(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[np.ndarray]:
+    return [np.random.default_rng(i).normal(size=(4, 6, 5, 3)).astype(np.float32) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def quantized(net, batches):
+    return quantize_module(net, batches, CONFIG)
+
+
+def test_what_was_quantized_and_what_not(net, quantized):
+    found, report = quantized
+    names = [layer.name for layer in report.layers]
+    assert names[0] == "conv"
+    assert names[-1] == "named.head"
+    assert names.index("attn.out") > max(names.index(f"attn.{n}") for n in ("query", "key", "value"))
+    assert len(names) == len(set(names)) == 7
+    assert report.skipped == {
+        "grouped": "its channels are in 2 groups, expected 1",
+        "unused": "it is not called",
+    }
+    assert isinstance(found.conv.kernel, PackedKernel)
+    assert isinstance(found.attn.out, PackedLinear)
+    assert found.again is found.twice[0]
+    assert isinstance(found.again, PackedLinear)
+    assert type(net.again) is nnx.Linear  # the module that was given is as it was
+
+
+def test_outputs_are_near(net, quantized, batches):
+    found, _ = quantized
+    expected = net(batches[0])
+    for run in (lambda x: found(x), nnx.jit(lambda x: found(x))):
+        error = jnp.sqrt(jnp.mean((run(batches[0]) - expected) ** 2) / jnp.mean(expected**2))
+        assert 0 < error < 0.2
+
+
+def test_eight_bits_are_almost_exact(net, batches):
+    """The order of a patch's entries, the shapes of attention: with any of them wrong, this is far off."""
+    found, report = quantize_module(net, batches, SlimConfig(bits=8, group_size=32, method="gptq"))
+    expected = net(batches[0])
+    np.testing.assert_allclose(found(batches[0]), expected, atol=0.02 * float(jnp.abs(expected).max()))
+    assert max(layer.error for layer in report.layers) < 1e-3
+
+
+def test_calibration_sees_the_patches(net, batches):
+    """GPTQ feeds errors along the inputs' correlations: on smooth images it beats rounding to nearest."""
+    smooth = [np.cumsum(np.cumsum(x, axis=1), axis=2) for x in batches]
+    errors = {}
+    for method in ("gptq", "rtn"):
+        config = SlimConfig(bits=2, group_size=32, method=method, sqc="search")
+        found, _ = quantize_module(net, smooth, config, select=["conv"])
+        errors[method] = sum(float(jnp.sum((found.conv(x) - net.conv(x)) ** 2)) for x in smooth)
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_selection(net, batches):
+    found, report = quantize_module(net, batches, CONFIG, select=["attn.*", "heads.*"])
+    assert {layer.name for layer in report.layers} == {f"attn.{n}" for n in ("query", "key", "value", "out")}
+    assert report.unmatched == ["heads.*"]
+    assert type(found.again) is nnx.Linear
+
+
+def test_state_passes_through_split_and_merge(quantized, batches):
+    found, _ = quantized
+    merged = nnx.merge(*nnx.split(found))
+    np.testing.assert_array_equal(merged(batches[0]), found(batches[0]))
+
+
+class Jitted(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.inner = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.jit(lambda layer, x: layer(x))(self.inner, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": []}, "no batches"),
+        ({"select": ["head.*"]}, "matches none of again, attn.key"),
+        ({"config": SlimConfig(method="slim-plus")}, "expected slim, gptq or rtn"),
+        ({"module": Jitted(nnx.Rngs(0)), "batches": [jnp.ones((1, 4))]}, "inside a JAX transformation"),
+    ],
+)
+def test_mistakes(net, batches, change, message):
+    arguments = {"module": net, "batches": batches, "config": CONFIG, **change}
+    with pytest.raises(ValueError, match=message):
+        quantize_module(**arguments)
