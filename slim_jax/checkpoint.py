@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from pallas_kernels import MixedTensor
-from slim_jax.decoder import Decoder, DecoderConfig, Params, make_decoder
+from slim_jax.decoder import Decoder, DecoderConfig, Params, block_buffers, make_decoder
 from slim_jax.report import BlockReport, Report
 from slim_jax.source import DecoderSource, Source
 
@@ -305,6 +305,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
       CheckpointError: see :func:`read_manifest`.
     """
     manifest = read_manifest(path)
+    buffers = block_buffers(DecoderConfig.from_json(manifest["decoder"]), 0)
     layers, weights, packed_bytes, total_bytes, parameters = [], 0, 0, 0, 0
     for index, entry in [(-1, manifest["outer"]), *enumerate(manifest["blocks"])]:
         sizes = {name: _size(*array) for name, array in entry["arrays"].items()}
@@ -327,7 +328,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
                     "mixed": row.get("mixed"),
                 }
             )
-        parameters += sum(count for count, _ in sizes.values())
+        parameters += sum(count for name, (count, _) in sizes.items() if name not in buffers)
     return {
         "format_version": manifest["version"],
         "family": manifest["decoder"]["family"],
