@@ -203,6 +203,10 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last finished block of an interrupted run.")
     ] = False,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload-activations", help="Keep calibration activations on disk, not in memory."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model with SliM-LLM and store it packed.
@@ -260,6 +264,7 @@ def quantize(
             out,
             allocation=chosen,
             resume=resume,
+            offload=offload,
             on_block=lambda block: step(_figures(block)),
             on_epoch=lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
         )

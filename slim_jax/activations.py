@@ -5,8 +5,9 @@ one that a resumed run only passes through go through the same steps, so the act
 are the same to the last bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from slim_jax.decoder import (
     sequence_positions,
 )
 from slim_jax.hessian import gram
+from slim_jax.offload import Batches, OnDisk
 from slim_jax.source import Source
 
 BATCH_TOKENS = 4096
@@ -61,7 +63,7 @@ class Inputs(NamedTuple):
       seen: ``bool[B, T]`` a batch, the tokens that go through these layers; None for all.
     """
 
-    x: list[jax.Array]
+    x: Batches
     seen: list[jax.Array] | None = None
 
 
@@ -155,12 +157,17 @@ class Activations:
 
     Attributes:
       batches: ``float32[B, T, D]`` each.
+
+    Args:
+      source: whose embeddings they start from.
+      tokens: ``int[samples, length]``.
+      offload: a folder for the activations of all but one batch; None keeps them in memory.
     """
 
-    def __init__(self, source: Source, tokens: np.ndarray) -> None:
-        self._config = source.config
+    def __init__(self, source: Source, tokens: np.ndarray, offload: Path | None = None) -> None:
+        self._config, self._offload = source.config, offload
         outer = make_outer(source.config, source.outer())
-        self.batches = [embed(outer, jnp.asarray(rows, jnp.int32)) for rows in _split(tokens)]
+        self.batches = self._keep(embed(outer, jnp.asarray(rows, jnp.int32)) for rows in _split(tokens))
 
     def stages(self, params: Params) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """Passes a block; on the way, yields each group of layers with its inputs.
@@ -169,15 +176,15 @@ class Activations:
         """
         groups = linear_groups(self._config)
         block = self._block(params)
-        x = [_attn_input(block, h) for h in self.batches]
+        x = self._keep(_attn_input(block, h) for h in self.batches)
         yield groups["attn"], Inputs(x)
         block = self._block(params)
         for i, attn_input in enumerate(x):
             x[i] = _o_input(block, attn_input)
         yield groups["attn.o"], Inputs(x)
         block = self._block(params)
-        self.batches = [_after_attn(block, h, o_input) for h, o_input in zip(self.batches, x)]
-        x = [_mlp_input(block, h) for h in self.batches]
+        self.batches = self._keep(_after_attn(block, h, o_input) for h, o_input in zip(self.batches, x))
+        x = self._keep(_mlp_input(block, h) for h in self.batches)
         if self._config.num_experts:
             yield from self._experts(params, block, x)
             return
@@ -187,25 +194,26 @@ class Activations:
             x[i] = _down_input(block.mlp, mlp_input)
         yield groups["mlp.down"], Inputs(x)
         block = self._block(params)
-        self.batches = [_after_mlp(block, h, down_input) for h, down_input in zip(self.batches, x)]
+        self.batches = self._keep(_after_mlp(block, h, down_input) for h, down_input in zip(self.batches, x))
 
-    def _experts(
-        self, params: Params, block: Block, x: list[jax.Array]
-    ) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+    def _experts(self, params: Params, block: Block, x: Batches) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """The rest of a block with experts; each sees the tokens that are routed to it."""
         groups = linear_groups(self._config)
         weights = [_route(block, mlp_input) for mlp_input in x]
-        y = [jnp.zeros_like(h) for h in self.batches]
+        y = self._keep(jnp.zeros_like(h) for h in self.batches)
         for index in range(self._config.num_experts):
             name, of_expert = f"moe.experts.{index}", [w[..., index] for w in weights]
             seen = [w > 0 for w in of_expert]
             yield groups[name], Inputs(x, seen)
             expert = self._expert(params, index)
-            hidden = [_down_input(expert, mlp_input) for mlp_input in x]
+            hidden = self._keep(_down_input(expert, mlp_input) for mlp_input in x)
             yield groups[f"{name}.down"], Inputs(hidden, seen)
             expert = self._expert(params, index)
-            y = [_add_expert(expert, *parts) for parts in zip(y, hidden, of_expert)]
-        self.batches = [_after_experts(block, h, part) for h, part in zip(self.batches, y)]
+            y = self._keep(_add_expert(expert, *parts) for parts in zip(y, hidden, of_expert))
+        self.batches = self._keep(_after_experts(block, h, part) for h, part in zip(self.batches, y))
+
+    def _keep(self, arrays: Iterable[jax.Array]) -> Batches:
+        return list(arrays) if self._offload is None else OnDisk(arrays, self._offload)
 
     def _block(self, params: Params) -> Block:
         """The block with matrices dense in the compute dtype, the rest in float32."""

@@ -5,16 +5,17 @@ are in memory: the source is read, and the result handed on, block by block. All
 shapes, so each jitted step here compiles once per model.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -26,6 +27,7 @@ from slim_jax.checkpoint import CheckpointWriter
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, Params, make_decoder
 from slim_jax.learning import BlockLearner, OnEpoch
+from slim_jax.offload import Batches
 from slim_jax.plus import Samples
 from slim_jax.report import BlockReport, LayerReport, Report
 from slim_jax.solver import LayerSolver
@@ -54,14 +56,15 @@ class BlockQuantizer:
         config: SlimConfig,
         bits: Allocation | None,
         optimizer: optax.GradientTransformation | None = None,
+        offload: Path | None = None,
     ) -> None:
         self.source, self.config = source, config
         self.solver = LayerSolver(config, bits)
-        self.activations = Activations(source, tokens)
+        self.activations = Activations(source, tokens, offload)
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
         if config.method == "slim-plus":
-            self.reference = Activations(source, tokens)  # behind full-precision blocks
+            self.reference = Activations(source, tokens, offload)  # behind full-precision blocks
             self.learner = BlockLearner(source.config, config, self.solver.zero_bits, len(tokens), optimizer)
 
     def skip(self, index: int, params: Params) -> None:
@@ -123,13 +126,13 @@ class BlockQuantizer:
                 layers.append(report)
         return tensors, layers, expert_tokens
 
-    def _samples(self, dense: Params, before: list[jax.Array]) -> Samples:
+    def _samples(self, dense: Params, before: Batches) -> Samples:
         """What the block at hand learns from; passes the full-precision activations on."""
         here = copy.copy(self.activations)
         here.batches = before
         _pass(here, dense)
         _pass(self.reference, dense)
-        x, y, y_here = (jnp.concatenate(b) for b in (before, self.reference.batches, here.batches))
+        x, y, y_here = (jnp.concatenate(list(b)) for b in (before, self.reference.batches, here.batches))
         return Samples(x, y, y_here)
 
     def _observations(self, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
@@ -215,6 +218,7 @@ def quantize_to_checkpoint(
     allocation: Allocation | None = None,
     resume: bool = False,
     optimizer: optax.GradientTransformation | None = None,
+    offload: bool = False,
     on_block: OnBlock | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Report:
@@ -224,6 +228,8 @@ def quantize_to_checkpoint(
       path: the checkpoint's folder; must not exist or be empty, unless ``resume``.
       resume: continue an interrupted run with the same model, tokens and settings; the result is the
         same, bit for bit.
+      offload: keep the calibration activations in files beside the checkpoint, not in memory ("slim-plus"
+        still has those of one block in memory).
 
     Raises:
       ValueError: as :func:`quantize`; or ``path`` holds something else, or a run with other settings.
@@ -235,21 +241,35 @@ def quantize_to_checkpoint(
         return Report([BlockReport.from_json(entry["report"]) for entry in writer.blocks])
     if not writer.blocks:
         writer.write_outer(source.outer())
-    quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer)
-    reports = []
-    for index in range(source.config.num_layers):
-        if index < len(writer.blocks):
-            report = BlockReport.from_json(writer.blocks[index]["report"])
-            quantizer.skip(index, writer.read_block(index))
-        else:
-            params, report = quantizer.quantize(index, on_epoch)
-            writer.write_block(params, report)
-        reports.append(report)
-        if on_block is not None:
-            on_block(report)
-    finished = Report(reports)
+    with _scratch(path / "activations" if offload else None) as folder:
+        quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, folder)
+        reports = []
+        for index in range(source.config.num_layers):
+            if index < len(writer.blocks):
+                report = BlockReport.from_json(writer.blocks[index]["report"])
+                quantizer.skip(index, writer.read_block(index))
+            else:
+                params, report = quantizer.quantize(index, on_epoch)
+                writer.write_block(params, report)
+            reports.append(report)
+            if on_block is not None:
+                on_block(report)
     writer.finish()
-    return finished
+    return Report(reports)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path | None) -> Iterator[Path | None]:
+    """A folder that is empty at first, and gone in the end."""
+    if folder is None:
+        yield None
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fingerprint(tokens: np.ndarray, allocation: Mapping[str, list[int]] | None) -> dict[str, Any]:

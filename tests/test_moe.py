@@ -114,6 +114,7 @@ def test_an_unreached_expert_depends_on_its_weights_alone(model, quantized):
 
 
 @pytest.mark.filterwarnings("ignore:no calibration token")
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(model, tmp_path):
     source = DecoderSource(model)
     pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "whole")
@@ -128,6 +129,7 @@ def test_resumed_equals_uninterrupted(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:no calibration token")
+@pytest.mark.slow
 def test_each_step_compiles_once_per_model(model):
     steps = [
         *(activations._route, activations._down_input, activations._add_expert, activations._after_experts),

@@ -129,6 +129,7 @@ def test_each_step_compiles_once_per_model(config):
     "slim", [SLIM, SlimConfig(bits=3, group_size=32, sqc="paper")], ids=["search", "paper"]
 )
 def test_resumed_equals_uninterrupted(model, tmp_path, killed_after, slim):
+    offload = killed_after == 1  # where activations are changes nothing
     source = DecoderSource(model)
     pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "whole")
 
@@ -140,13 +141,18 @@ def test_resumed_equals_uninterrupted(model, tmp_path, killed_after, slim):
             raise Killed
 
     with pytest.raises(Killed):
-        pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "parts", on_block=kill)
+        pipeline.quantize_to_checkpoint(
+            source, TOKENS, slim, tmp_path / "parts", on_block=kill, offload=offload
+        )
+    assert not (tmp_path / "parts/activations").exists()
+    (tmp_path / "parts/activations/left/by/kill-9").mkdir(parents=True)
     with pytest.raises(ValueError, match="unfinished"):
         checkpoint.load(tmp_path / "parts")
     # A block folder that was written just before the manifest could be.
     shutil.copytree(tmp_path / "parts/blocks/000", tmp_path / "parts/blocks" / f"{killed_after + 1:03d}")
-    pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "parts", resume=True)
+    pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "parts", resume=True, offload=offload)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
+    assert (tmp_path / "parts/activations").exists() != offload
     before = (tmp_path / "parts/slim.json").read_bytes()
     pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "parts", resume=True)
     assert (tmp_path / "parts/slim.json").read_bytes() == before
