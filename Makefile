@@ -40,7 +40,7 @@ demo: $(STAMP)
 	@$(SLIM) generate $(DEMO) $(DEMO_GENERATE)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
