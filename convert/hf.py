@@ -92,14 +92,21 @@ class SafetensorsStore:
             raise ConvertError(f"{path} is truncated or no safetensors file: {first_line(error)}") from None
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """See :class:`convert.source.TensorStore`. float16 comes as float32: TPUs cannot load it."""
+        """See :class:`convert.source.TensorStore`. float16 comes as float32: TPUs cannot load it.
+
+        Raises:
+          ConvertError: a shard is not there any more, or damaged.
+        """
         by_shard: dict[Path, list[str]] = {}
         for name in names:
             by_shard.setdefault(self._places[name][0], []).append(name)
         tensors: dict[str, np.ndarray] = {}
         for path, wanted in by_shard.items():
-            with safe_open(path, framework="numpy") as shard:
-                tensors |= {name: _loadable(shard.get_tensor(self._places[name][1])) for name in wanted}
+            try:
+                with safe_open(path, framework="numpy") as shard:
+                    tensors |= {name: _loadable(shard.get_tensor(self._places[name][1])) for name in wanted}
+            except (OSError, SafetensorError) as error:
+                raise ConvertError(f"{path} cannot be read: {first_line(error)}") from None
         return tensors
 
 

@@ -57,8 +57,18 @@ def _write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def _remove(folder: Path) -> None:
+    """Removes what was written, or half written, of an Orbax folder."""
+    for left in (folder, *folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _save_params(folder: Path, params: Params) -> dict[str, Any]:
-    """Writes one Orbax folder; what the manifest needs to read it back."""
+    """Writes one Orbax folder; what the manifest needs to read it back.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
     arrays, tensors = {}, {}
     for name, value in params.items():
         if isinstance(value, MixedTensor):
@@ -66,9 +76,13 @@ def _save_params(folder: Path, params: Params) -> dict[str, Any]:
             arrays.update({f"{name}.{leaf}": getattr(value, leaf) for leaf in LEAVES})
         else:
             arrays[name] = jnp.asarray(value)
-    if folder.exists():
-        shutil.rmtree(folder)  # of a run that died between this folder and its manifest
-    ocp.save(folder.absolute(), arrays)
+    _remove(folder)  # of a run that died between this folder and its manifest
+    try:
+        ocp.save(folder.absolute(), arrays)
+    except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
+        _remove(folder)  # Orbax's threads may still write: what they leave goes with the next attempt
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be written: {reason}") from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "arrays": {name: [list(value.shape), str(value.dtype)] for name, value in arrays.items()},

@@ -21,6 +21,7 @@ class LayerReport:
         as solved: SliM-LLM+ lowers the block's, see :class:`LearningReport`.
       mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
         None where the bits were given.
+      damping: of its Hessian: the config's, or what it took to make the Hessian positive definite.
     """
 
     name: str
@@ -30,12 +31,16 @@ class LayerReport:
     bits_per_weight: float
     error: float
     mixed: int | None = None
+    damping: float | None = None
 
     @classmethod
-    def of(cls, name: str, tensor: MixedTensor, error: float, mixed: int | None) -> "LayerReport":
+    def of(
+        cls, name: str, tensor: MixedTensor, error: float, mixed: int | None, damping: float
+    ) -> "LayerReport":
         """Reads shape and bits off the packed weight."""
         counts = {str(width): n for width, n in sorted(Counter(tensor.bits().tolist()).items())}
-        return cls(name, tensor.shape, tensor.group_size, counts, tensor.bits_per_weight, error, mixed)
+        stored = tensor.bits_per_weight
+        return cls(name, tensor.shape, tensor.group_size, counts, stored, error, mixed, damping)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Quantizing the layers that share an input: statistics, bit search, one stacked solve, packing."""
 
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -57,7 +58,7 @@ class LayerSolver:
           ValueError: the Hessian is not positive definite, or the given bits do not fit.
         """
         config, k = self.config, weights[0].shape[0]
-        found = self._statistics(observation, names)
+        found, damping = self._statistics(observation, names)
         padding = ((0, found.alive.shape[0] - k), (0, 0))
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in weights]
         x = jnp.pad(observation.sample, ((0, 0), (0, padding[0][1])))
@@ -78,9 +79,10 @@ class LayerSolver:
         for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
             tensor = self._pack(solution, bits, k)
             error = float(jnp.sum(solution.error) / jnp.maximum(jnp.sum(_power(w, found.h)), 1e-30))
-            yield tensor, LayerReport.of(name, tensor, error, mixed)
+            yield tensor, LayerReport.of(name, tensor, error, mixed, damping)
 
-    def _statistics(self, observation: Observation, names: list[str]) -> Statistics:
+    def _statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
+        """With the damping that it took: raised tenfold until the Hessian is positive definite."""
         damping = self.config.damping
         for _ in range(DAMPING_TRIES):
             found = statistics(
@@ -90,7 +92,10 @@ class LayerSolver:
                 group_size=self.config.group_size,
             )
             if bool(jnp.all(jnp.isfinite(found.u))):
-                return found
+                if damping > self.config.damping:
+                    needed = f"is positive definite only when damped by {damping:g}"
+                    warnings.warn(f"the Hessian of {', '.join(names)} {needed}", stacklevel=2)
+                return found, damping
             damping *= 10
         raise ValueError(
             f"the Hessian of {', '.join(names)} is not positive definite, damped by {damping / 10:g}: "
