@@ -23,6 +23,7 @@ LLAMA_2_7B = DecoderConfig(
     num_kv_heads=32,
     head_dim=128,
     max_positions=4096,
+    tied_head=False,
 )
 
 

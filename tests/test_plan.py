@@ -11,22 +11,10 @@ from golden_models import load_golden, write_hf
 from test_cli import refused, said
 from test_pipeline import CONFIG
 
+from bench.aot_decoder import LLAMA_2_7B
 from slim_jax import plan, quantize
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import Decoder, DecoderConfig, split_params
-
-LLAMA_2_7B = DecoderConfig(
-    family="llama",
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    max_positions=4096,
-    tied_head=False,
-)
+from slim_jax.decoder import Decoder, split_params
 
 GROUPS = ("--group-size", 32)
 
