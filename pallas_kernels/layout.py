@@ -110,8 +110,9 @@ def vary_like(value: jax.Array, like: Any) -> jax.Array:
     between equals has that type in every version of JAX, and XLA drops it.
     """
     for leaf in jax.tree.leaves(like):
-        first = leaf[(0,) * leaf.ndim]
-        value = lax.select(first == first, value, value)
+        if leaf.size:
+            first = leaf[(0,) * leaf.ndim]
+            value = lax.select(first == first, value, value)
     return value
 
 
