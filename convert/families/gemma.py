@@ -13,8 +13,6 @@ from convert.families import llama
 from convert.families.family import (
     Family,
     GGUFFormat,
-    HFFormat,
-    Names,
     field,
     layer_types,
     read_windows,
@@ -24,9 +22,8 @@ from slim_jax.decoder import DecoderConfig, RopeScaling
 PERIOD_2, PERIOD_3 = 2, 6
 """Every so many blocks, one is global, in Gemma 2 and in Gemma 3."""
 
-HF_NAMES = Names(
-    outer=llama.HF_NAMES.outer,
-    blocks=llama.HF_NAMES.blocks,
+HF_NAMES = dataclasses.replace(
+    llama.HF_NAMES,
     block={
         **llama.HF_NAMES.block,
         "attn_out_norm": "post_attention_layernorm",
@@ -35,9 +32,8 @@ HF_NAMES = Names(
     },
 )
 
-GGUF_NAMES = Names(
-    outer=llama.GGUF_NAMES.outer,
-    blocks=llama.GGUF_NAMES.blocks,
+GGUF_NAMES = dataclasses.replace(
+    llama.GGUF_NAMES,
     block={
         **llama.GGUF_NAMES.block,
         "attn_out_norm": "post_attention_norm",
@@ -165,14 +161,11 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
 
 FAMILY = Family(
     name="gemma",
-    hf=HFFormat(
+    hf=llama.hf_format(
         architectures=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
         read_config=read_hf,
         write_config=write_hf,
         names=HF_NAMES,
-        prefix="model.",
-        prefixes=("model.",),
-        ignored=(r".*rotary_emb\.inv_freq",),
     ),
     gguf=GGUFFormat(
         architectures=("gemma2", "gemma3"),

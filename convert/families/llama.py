@@ -1,7 +1,7 @@
 """Llama 1, 2 and 3, SmolLM2 and Mistral: RMSNorm, rotary positions, gated MLP, grouped-query attention."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -272,16 +272,31 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
     )
 
 
+def hf_format(
+    architectures: tuple[str, ...],
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig],
+    write_config: Callable[[DecoderConfig], dict[str, Any]],
+    names: Names,
+) -> HFFormat:
+    """How Hugging Face stores the decoders that descend from Llama."""
+    return HFFormat(
+        architectures,
+        read_config,
+        write_config,
+        names,
+        prefix="model.",
+        prefixes=("model.",),
+        ignored=(r".*rotary_emb\.inv_freq",),
+    )
+
+
 FAMILY = Family(
     name="llama",
-    hf=HFFormat(
+    hf=hf_format(
         architectures=("LlamaForCausalLM", "MistralForCausalLM"),
         read_config=read_hf,
         write_config=write_hf,
         names=HF_NAMES,
-        prefix="model.",
-        prefixes=("model.",),
-        ignored=(r".*rotary_emb\.inv_freq",),
     ),
     gguf=GGUFFormat(
         architectures=("llama",),

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.families import llama
-from convert.families.family import Family, HFFormat, Names, field
+from convert.families.family import Family, field
 from slim_jax.decoder import DecoderConfig
 
-NAMES = Names(
-    outer=llama.HF_NAMES.outer,
-    blocks=llama.HF_NAMES.blocks,
+NAMES = dataclasses.replace(
+    llama.HF_NAMES,
     block={
         **llama.HF_NAMES.block,
         "moe.router": "block_sparse_moe.gate",
@@ -54,13 +53,10 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="mixtral",
-    hf=HFFormat(
+    hf=llama.hf_format(
         architectures=("MixtralForCausalLM",),
         read_config=read_hf,
         write_config=write_hf,
         names=NAMES,
-        prefix="model.",
-        prefixes=("model.",),
-        ignored=(r".*rotary_emb\.inv_freq",),
     ),
 )

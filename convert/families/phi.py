@@ -7,12 +7,11 @@ from typing import Any
 
 from convert.errors import ConvertError
 from convert.families import llama
-from convert.families.family import Family, HFFormat, Names, field, require
+from convert.families.family import Family, field, require
 from slim_jax.decoder import DecoderConfig, RopeScaling
 
-NAMES = Names(
-    outer=llama.HF_NAMES.outer,
-    blocks=llama.HF_NAMES.blocks,
+NAMES = dataclasses.replace(
+    llama.HF_NAMES,
     block={
         "attn_norm": "input_layernorm",
         "attn.q": "self_attn.qkv_proj",
@@ -108,13 +107,10 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="phi",
-    hf=HFFormat(
+    hf=llama.hf_format(
         architectures=("Phi3ForCausalLM",),
         read_config=read_hf,
         write_config=write_hf,
         names=NAMES,
-        prefix="model.",
-        prefixes=("model.",),
-        ignored=(r".*rotary_emb\.inv_freq",),
     ),
 )

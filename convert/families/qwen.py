@@ -9,8 +9,6 @@ from convert.families import llama
 from convert.families.family import (
     Family,
     GGUFFormat,
-    HFFormat,
-    Names,
     field,
     layer_types,
     read_windows,
@@ -18,9 +16,8 @@ from convert.families.family import (
 )
 from slim_jax.decoder import DecoderConfig
 
-HF_NAMES = Names(
-    outer=llama.HF_NAMES.outer,
-    blocks=llama.HF_NAMES.blocks,
+HF_NAMES = dataclasses.replace(
+    llama.HF_NAMES,
     block={
         **llama.HF_NAMES.block,
         "moe.router": "mlp.gate",
@@ -116,14 +113,11 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
 
 FAMILY = Family(
     name="qwen",
-    hf=HFFormat(
+    hf=llama.hf_format(
         architectures=("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         read_config=read_hf,
         write_config=write_hf,
         names=HF_NAMES,
-        prefix="model.",
-        prefixes=("model.",),
-        ignored=(r".*rotary_emb\.inv_freq",),
     ),
     gguf=GGUFFormat(
         architectures=("qwen2", "qwen3"),
