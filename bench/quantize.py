@@ -153,10 +153,10 @@ def _quantize_random(layers: int) -> None:
     tokens = np.random.default_rng(0).integers(0, 256, (16, 128))
     with tempfile.TemporaryDirectory() as folder:
         quantize_to_checkpoint(source, tokens, SlimConfig(bits=2, group_size=64), Path(folder) / "out")
-    print(_peak_mib())
+    print(peak_mib())
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
     """Of this process alone: Linux lets ``ru_maxrss`` begin at the parent's."""
     try:
         status = Path("/proc/self/status").read_text()
