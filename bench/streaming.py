@@ -1,6 +1,6 @@
 """A checkpoint larger than the memory that quantizing it takes.
 
-    python -m bench.streaming /tmp/streaming              # 12 GB of random float32 weights, in a llama's shape
+    python -m bench.streaming /tmp/streaming       # 12 GB of random float32 weights, in a llama's shape
 
 Writes the checkpoint as sharded safetensors unless it is there already, quantizes it block by block with
 the activations on disk, and prints the peak resident memory of the process that did it.
@@ -83,7 +83,8 @@ def main() -> None:
         write_checkpoint(dense, arguments.layers)
     size = sum(file.stat().st_size for file in dense.iterdir())
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (arguments.samples, LENGTH))
-    before, start, out = peak_mib(), time.monotonic(), arguments.folder / f"{arguments.method}-{arguments.layers}"
+    out = arguments.folder / f"{arguments.method}-{arguments.layers}"
+    before, start = peak_mib(), time.monotonic()
     report = quantize_to_checkpoint(
         convert.load_source(dense),
         tokens,

@@ -28,10 +28,11 @@ from slim_jax.decoder import (
 )
 from slim_jax.hessian import gram
 from slim_jax.offload import Batches, OnDisk
+from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.source import Source
 
 BATCH_TOKENS = 4096
-"""Calibration tokens that pass through a block at once."""
+"""Calibration tokens that pass through a block at once, on each device."""
 
 COMPUTE_DTYPE = jnp.dtype(jnp.bfloat16)
 """Of the products with dense weights: on CPUs too the faster one where many tokens pass at once."""
@@ -89,7 +90,7 @@ def _observe_seen(
     return gram(tokens), tokens[places[evenly]].astype(jnp.float32), count
 
 
-def observe(inputs: Inputs, stride: int) -> Observation:
+def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> Observation:
     """Sums the Gram matrices of all batches and joins every ``stride``-th of their inputs."""
     total, samples, tokens = None, [], 0
     for i, x in enumerate(inputs.x):
@@ -100,9 +101,9 @@ def observe(inputs: Inputs, stride: int) -> Observation:
             part, sample, count = _observe_seen(x, inputs.seen[i], stride=stride)
             tokens += int(count)
         total = part if total is None else total + part
-        samples.append(sample)
+        samples.append(placement.whole(sample))
     assert total is not None
-    return Observation(total, jnp.concatenate(samples), tokens)
+    return Observation(placement.whole(total), jnp.concatenate(samples), tokens)
 
 
 @jax.jit
@@ -110,9 +111,13 @@ def _attn_input(block: Block, h: jax.Array) -> jax.Array:
     return block.attn_input(h).astype(COMPUTE_DTYPE)
 
 
-@jax.jit
-def _o_input(block: Block, x: jax.Array) -> jax.Array:
-    return block.attn.attend(x, sequence_positions(x))[0].astype(COMPUTE_DTYPE)
+@partial(jax.jit, static_argnames="placement")
+def _o_input(block: Block, x: jax.Array, *, placement: Placement) -> jax.Array:
+    def attend(block: Block, x: jax.Array) -> jax.Array:
+        return block.attn.attend(x, sequence_positions(x))[0].astype(COMPUTE_DTYPE)
+
+    # On CPUs attention loops over samples: each device must have a loop over its own.
+    return placement.over_samples(attend)(block, x)
 
 
 @jax.jit
@@ -162,12 +167,23 @@ class Activations:
       source: whose embeddings they start from.
       tokens: ``int[samples, length]``.
       offload: a folder for the activations of all but one batch; None keeps them in memory.
+      placement: the devices that share the samples.
+
+    Raises:
+      ValueError: the devices do not divide the number of samples.
     """
 
-    def __init__(self, source: Source, tokens: np.ndarray, offload: Path | None = None) -> None:
-        self._config, self._offload = source.config, offload
-        outer = make_outer(source.config, source.outer())
-        self.batches = self._keep(embed(outer, jnp.asarray(rows, jnp.int32)) for rows in _split(tokens))
+    def __init__(
+        self,
+        source: Source,
+        tokens: np.ndarray,
+        offload: Path | None = None,
+        placement: Placement = ONE_DEVICE,
+    ) -> None:
+        self._config, self._offload, self._placement = source.config, offload, placement
+        outer = make_outer(source.config, {n: placement.whole(v) for n, v in source.outer().items()})
+        batches = _split(tokens.astype(np.int32), placement.devices)
+        self.batches = self._keep(embed(outer, placement.samples(rows)) for rows in batches)
 
     def stages(self, params: Params) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """Passes a block; on the way, yields each group of layers with its inputs.
@@ -180,7 +196,7 @@ class Activations:
         yield groups["attn"], Inputs(x)
         block = self._block(params)
         for i, attn_input in enumerate(x):
-            x[i] = _o_input(block, attn_input)
+            x[i] = _o_input(block, attn_input, placement=self._placement)
         yield groups["attn.o"], Inputs(x)
         block = self._block(params)
         self.batches = self._keep(_after_attn(block, h, o_input) for h, o_input in zip(self.batches, x))
@@ -217,11 +233,14 @@ class Activations:
 
     def _block(self, params: Params) -> Block:
         """The block with matrices dense in the compute dtype, the rest in float32."""
-        return make_block(self._config, {name: as_computed(name, value) for name, value in params.items()})
+        return make_block(self._config, self._computed(params))
 
     def _expert(self, params: Params, index: int) -> MLP:
-        own = {n: as_computed(n, v) for n, v in params.items() if n.startswith(f"moe.experts.{index}.")}
-        return make_expert(self._config, own, index)
+        own = {n: v for n, v in params.items() if n.startswith(f"moe.experts.{index}.")}
+        return make_expert(self._config, self._computed(own), index)
+
+    def _computed(self, params: Params) -> dict[str, jax.Array]:
+        return {name: self._placement.whole(as_computed(name, value)) for name, value in params.items()}
 
 
 def as_computed(name: str, value: Any) -> jax.Array:
@@ -230,10 +249,12 @@ def as_computed(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value, COMPUTE_DTYPE if rounded else jnp.float32)
 
 
-def _split(tokens: np.ndarray) -> Iterator[np.ndarray]:
+def _split(tokens: np.ndarray, devices: int) -> Iterator[np.ndarray]:
     """Rows of ``tokens`` in equal batches, so that one program serves all of them."""
+    if tokens.shape[0] % devices:
+        raise ValueError(f"there are {tokens.shape[0]} samples, expected a multiple of the {devices} devices")
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    while tokens.shape[0] % batch:
+    while tokens.shape[0] % (devices * batch):
         batch -= 1
-    for start in range(0, tokens.shape[0], batch):
-        yield tokens[start : start + batch]
+    for start in range(0, tokens.shape[0], devices * batch):
+        yield tokens[start : start + devices * batch]

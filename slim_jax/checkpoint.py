@@ -20,10 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from pallas_kernels import MixedTensor
 from slim_jax.decoder import Decoder, DecoderConfig, Params, block_buffers, make_decoder
+from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.report import BlockReport, Report
 from slim_jax.source import DecoderSource, Source
 
@@ -47,8 +50,16 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def barrier(name: str) -> None:
+    """Every process of a distributed run waits here for all others."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def _write_json(path: Path, value: Any) -> None:
-    """Writes whole, then renames: a reader sees the old file or the new one."""
+    """Writes whole, then renames: a reader sees the old file or the new one. One process writes."""
+    if jax.process_index() != 0:
+        return
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
         json.dump(value, file, indent=1)
@@ -63,8 +74,10 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _save_params(folder: Path, params: Params) -> dict[str, Any]:
+def _save_params(folder: Path, params: Params, placement: Placement) -> dict[str, Any]:
     """Writes one Orbax folder; what the manifest needs to read it back.
+
+    Of several processes each writes what its devices have.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -75,8 +88,10 @@ def _save_params(folder: Path, params: Params) -> dict[str, Any]:
             tensors[name] = {"shape": value.shape, "group_size": value.group_size, "widths": value.widths}
             arrays.update({f"{name}.{leaf}": getattr(value, leaf) for leaf in LEAVES})
         else:
-            arrays[name] = jnp.asarray(value)
-    _remove(folder)  # of a run that died between this folder and its manifest
+            arrays[name] = placement.channels(value)
+    if jax.process_index() == 0:
+        _remove(folder)  # of a run that died between this folder and its manifest
+    barrier(f"{folder} is free")
     try:
         ocp.save(folder.absolute(), arrays)
     except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
@@ -91,7 +106,9 @@ def _save_params(folder: Path, params: Params) -> dict[str, Any]:
     }
 
 
-def _load_params(folder: Path, entry: dict[str, Any], dtype: jnp.dtype | None) -> dict[str, Any]:
+def _load_params(
+    folder: Path, entry: dict[str, Any], dtype: jnp.dtype | None, placement: Placement
+) -> dict[str, Any]:
     """Reads what :func:`_save_params` wrote, every file's digest compared first."""
     for name, digest in entry["files"].items():
         path = folder / name
@@ -99,9 +116,8 @@ def _load_params(folder: Path, entry: dict[str, Any], dtype: jnp.dtype | None) -
             raise CheckpointError(f"{path} is missing, though {MANIFEST} lists it")
         if _digest(path) != digest:
             raise CheckpointError(f"{path} is damaged: its content is not what {MANIFEST} vouches for")
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
-        name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(kind), sharding=where)
+        name: placement.abstract(tuple(shape), jnp.dtype(kind))
         for name, (shape, kind) in entry["arrays"].items()
     }
     arrays = dict(ocp.load(folder.absolute(), abstract))
@@ -133,6 +149,7 @@ class CheckpointWriter:
       origin: of the source.
       quantization: settings that a resumed run must share, as JSON values; None for dense weights.
       resume: continue in a folder that an interrupted run left.
+      placement: the devices that have the arrays.
 
     Raises:
       CheckpointError: the folder holds something else, or a run with other settings.
@@ -146,8 +163,9 @@ class CheckpointWriter:
         quantization: dict[str, Any] | None,
         *,
         resume: bool = False,
+        placement: Placement = ONE_DEVICE,
     ) -> None:
-        self.path = Path(path)
+        self.path, self._placement = Path(path), placement
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -158,17 +176,18 @@ class CheckpointWriter:
             "outer": None,
             "blocks": [],
         }
-        if resume and is_checkpoint(self.path):
-            found = read_manifest(self.path, complete=False)
-            _check_same(self.path, found, manifest)
-            manifest = found
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if jax.process_index() == 0 and not (resume and is_checkpoint(self.path)):
+            self._create(manifest)
+        barrier(f"{self.path} is there")
+        self._manifest = read_manifest(self.path, complete=False)
+        _check_same(self.path, self._manifest, manifest)
+
+    def _create(self, manifest: dict[str, Any]) -> None:
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             hint = ": --resume continues an interrupted run" if is_checkpoint(self.path) else ""
             raise CheckpointError(f"{self.path} exists and is not an empty folder{hint}")
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write_json(self.path / MANIFEST, manifest)
-        self._manifest = manifest
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_json(self.path / MANIFEST, manifest)
 
     @property
     def blocks(self) -> list[dict[str, Any]]:
@@ -182,19 +201,19 @@ class CheckpointWriter:
 
     def write_outer(self, params: Params) -> None:
         """Writes the parameters outside the blocks."""
-        self._manifest["outer"] = _save_params(self.path / "outer", params)
+        self._manifest["outer"] = _save_params(self.path / "outer", params, self._placement)
         _write_json(self.path / MANIFEST, self._manifest)
 
     def write_block(self, params: Params, report: BlockReport | None = None) -> None:
         """Writes the next block."""
-        entry = _save_params(self._folder(len(self.blocks)), params)
+        entry = _save_params(self._folder(len(self.blocks)), params, self._placement)
         entry["report"] = None if report is None else dataclasses.asdict(report)
         self._manifest["blocks"].append(entry)
         _write_json(self.path / MANIFEST, self._manifest)
 
     def read_block(self, index: int) -> dict[str, Any]:
         """Reads a finished block back."""
-        return _load_params(self._folder(index), self.blocks[index], None)
+        return _load_params(self._folder(index), self.blocks[index], None, self._placement)
 
     def finish(self) -> None:
         """Declares the checkpoint complete."""
@@ -249,13 +268,15 @@ class CheckpointSource:
       path: the checkpoint's folder.
       dtype: of dense parameters and of products with packed ones; by default dense ones as they are
         stored, products in float32 on CPUs and bfloat16 elsewhere.
+      mesh: devices over which the output channels of every weight are cut; the default device has all
+        without.
 
     Raises:
       CheckpointError: on construction as :func:`read_manifest`; on reading, where a file is damaged.
     """
 
-    def __init__(self, path: str | Path, dtype: jnp.dtype | None = None) -> None:
-        self.path, self._dtype = Path(path), dtype
+    def __init__(self, path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> None:
+        self.path, self._dtype, self._placement = Path(path), dtype, Placement(mesh)
         self._manifest = read_manifest(path)
         self.config = DecoderConfig.from_json(self._manifest["decoder"])
         digest = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
@@ -263,17 +284,17 @@ class CheckpointSource:
 
     def outer(self) -> Params:
         """See `Source`."""
-        return _load_params(self.path / "outer", self._manifest["outer"], self._dtype)
+        return _load_params(self.path / "outer", self._manifest["outer"], self._dtype, self._placement)
 
     def block(self, index: int) -> Params:
         """See `Source`."""
         entry = self._manifest["blocks"][index]
-        return _load_params(self.path / "blocks" / f"{index:03d}", entry, self._dtype)
+        return _load_params(self.path / "blocks" / f"{index:03d}", entry, self._dtype, self._placement)
 
 
-def load(path: str | Path, dtype: jnp.dtype | None = None) -> Decoder:
+def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Decoder:
     """Loads a checkpoint, dense or packed; arguments and errors are those of :class:`CheckpointSource`."""
-    source = CheckpointSource(path, dtype)
+    source = CheckpointSource(path, dtype, mesh)
     blocks = [source.block(index) for index in range(source.config.num_layers)]
     return make_decoder(source.config, source.outer(), blocks)
 

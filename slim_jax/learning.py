@@ -13,6 +13,7 @@ from pallas_kernels import MixedTensor
 from slim_jax.activations import as_computed
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import DecoderConfig, Params
+from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.plus import Layer, Learned, Samples, SlimPlus, clip_start, solved_start
 from slim_jax.report import LearningReport
 
@@ -57,6 +58,7 @@ class BlockLearner:
       zero_bits: bits of a stored zero point.
       samples: number of calibration samples.
       optimizer: instead of :func:`default_optimizer`.
+      placement: the devices that share the samples of a batch, where they divide its size.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class BlockLearner:
         zero_bits: int,
         samples: int,
         optimizer: optax.GradientTransformation | None = None,
+        placement: Placement = ONE_DEVICE,
     ) -> None:
-        self.config = config
+        self.config, self.placement = config, placement
         self.batch = min(config.batch_size, samples)
         self.judges = self.learners = np.arange(samples)
         if samples >= 2 * self.batch:  # a single batch has nothing to hold out: it judges itself
@@ -80,6 +83,7 @@ class BlockLearner:
             zero_bits,
             optimizer or default_optimizer(config, steps),
             config.augmented,
+            placement.of_samples(),
         )
 
     def improve(
@@ -100,10 +104,10 @@ class BlockLearner:
           on_epoch: called after every epoch.
         """
         learned, layers, rest = self.start(dense, packed)
-        judge_order = self._judge_order()
+        samples, judge_order = self.placement.tree(samples), self._judge_order()
         best = jax.tree.map(jnp.copy, learned)
         before = best_loss = float(self.plus.evaluate(learned, layers, rest, samples, judge_order))
-        state = self.plus.optimizer.init(learned)
+        state = self.placement.tree(self.plus.optimizer.init(learned))
         rng, best_epoch, losses = np.random.default_rng(seed), 0, [before]
         note = ""
         for epoch in range(1, self.config.epochs + 1):
@@ -126,7 +130,9 @@ class BlockLearner:
         report = LearningReport(losses, best_epoch, note)
         if best_epoch == 0 and not self.config.clips:
             return dict(packed), report
-        return {name: self.plus.pack(best[name], layers[name], packed[name]) for name in packed}, report
+        best = self.placement.tree(best)
+        result = {name: self.plus.pack(best[name], layers[name], packed[name]) for name in packed}
+        return {name: self.placement.tensor(tensor) for name, tensor in result.items()}, report
 
     def better(
         self,
@@ -157,7 +163,7 @@ class BlockLearner:
         layers: dict[str, Layer] = {}
         g = self.config.group_size
         for name, tensor in packed.items():
-            w = jnp.asarray(dense[f"{name}.weight"], jnp.float32)
+            w = self.placement.whole(dense[f"{name}.weight"]).astype(jnp.float32)
             w = jnp.pad(w, ((0, tensor.groups * g - w.shape[0]), (0, 0))).reshape(tensor.groups, g, -1)
             bits = jnp.asarray(tensor.bits(), jnp.float32)[:, None, None]
             if learn.startswith("clip"):
@@ -165,11 +171,11 @@ class BlockLearner:
             else:
                 learned[name], layers[name] = solved_start(tensor, w, bits, rounding=learn == "rounding")
         rest = {
-            name: as_computed(name, value)
+            name: self.placement.whole(as_computed(name, value))
             for name, value in dense.items()
             if name.removesuffix(".weight") not in packed
         }
-        return learned, layers, rest
+        return *self.placement.tree((learned, layers)), rest
 
     def _judge_order(self) -> jax.Array:
         batch = math.gcd(len(self.judges), self.batch)

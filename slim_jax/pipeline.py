@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from pallas_kernels import MixedTensor
 from slim_jax.activations import COMPUTE_DTYPE, Activations, Observation, observe
@@ -28,6 +30,7 @@ from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, Params, make_decoder
 from slim_jax.learning import BlockLearner, OnEpoch
 from slim_jax.offload import Batches
+from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.plus import Samples
 from slim_jax.report import BlockReport, LayerReport, Report
 from slim_jax.solver import LayerSolver
@@ -57,15 +60,18 @@ class BlockQuantizer:
         bits: Allocation | None,
         optimizer: optax.GradientTransformation | None = None,
         offload: Path | None = None,
+        placement: Placement = ONE_DEVICE,
     ) -> None:
-        self.source, self.config = source, config
-        self.solver = LayerSolver(config, bits)
-        self.activations = Activations(source, tokens, offload)
+        self.source, self.config, self.placement = source, config, placement
+        self.solver = LayerSolver(config, bits, placement)
+        self.activations = Activations(source, tokens, offload, placement)
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
         if config.method == "slim-plus":
-            self.reference = Activations(source, tokens, offload)  # behind full-precision blocks
-            self.learner = BlockLearner(source.config, config, self.solver.zero_bits, len(tokens), optimizer)
+            self.reference = Activations(source, tokens, offload, placement)  # behind full-precision blocks
+            self.learner = BlockLearner(
+                source.config, config, self.solver.zero_bits, len(tokens), optimizer, placement
+            )
 
     def skip(self, index: int, params: Params) -> None:
         """Carries the activations over a block that an earlier run has quantized."""
@@ -118,7 +124,7 @@ class BlockQuantizer:
             if names[0].startswith("moe.experts.") and not names[0].endswith(".down"):
                 expert_tokens.append(observation.tokens)
             observation = observation.or_weights_only()
-            weights = [jnp.asarray(dense[f"{name}.weight"], jnp.float32) for name in names]
+            weights = [dense[f"{name}.weight"] for name in names]
             like = [given[name] for name in names] if given else None
             solved = self.solver.solve([prefix + name for name in names], weights, observation, like)
             for name, (tensor, report) in zip(names, solved):
@@ -143,10 +149,12 @@ class BlockQuantizer:
         """
         if self.config.sequential:
             for names, x in self.activations.stages(params):
-                yield names, observe(x, self.stride)
+                yield names, observe(x, self.stride, self.placement)
             return
         before = self.activations.batches
-        seen = [(names, observe(x, self.stride)) for names, x in self.activations.stages(params)]
+        seen = [
+            (names, observe(x, self.stride, self.placement)) for names, x in self.activations.stages(params)
+        ]
         self.activations.batches = before
         yield from seen
         _pass(self.activations, params)
@@ -177,6 +185,7 @@ def quantize(
     *,
     allocation: Allocation | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh | None = None,
     on_block: OnBlock | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[Decoder, Report]:
@@ -188,6 +197,8 @@ def quantize(
       config: how to quantize.
       allocation: bit widths of every group, instead of a search.
       optimizer: of "slim-plus", instead of `slim_jax.learning.default_optimizer`.
+      mesh: devices that share the work, of one process or several (then every process makes this call);
+        all axes count alike. Their number must divide that of the samples.
       on_block: called with every finished block.
       on_epoch: of "slim-plus": called after every epoch with its number, the number of all, and the loss.
 
@@ -198,7 +209,9 @@ def quantize(
       ValueError: the tokens or the allocation do not fit the model.
     """
     source = DecoderSource(model) if isinstance(model, Decoder) else model
-    quantizer = BlockQuantizer(source, _check(source, tokens), config, allocation, optimizer)
+    quantizer = BlockQuantizer(
+        source, _check(source, tokens), config, allocation, optimizer, None, Placement(mesh)
+    )
     blocks, reports = [], []
     for index in range(source.config.num_layers):
         params, report = quantizer.quantize(index, on_epoch)
@@ -219,6 +232,7 @@ def quantize_to_checkpoint(
     resume: bool = False,
     optimizer: optax.GradientTransformation | None = None,
     offload: bool = False,
+    mesh: Mesh | None = None,
     on_block: OnBlock | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Report:
@@ -236,13 +250,16 @@ def quantize_to_checkpoint(
     """
     tokens = _check(source, tokens)
     settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
-    writer = CheckpointWriter(path, source.config, source.origin, settings, resume=resume)
+    placement = Placement(mesh)
+    writer = CheckpointWriter(
+        path, source.config, source.origin, settings, resume=resume, placement=placement
+    )
     if writer.complete:
         return Report([BlockReport.from_json(entry["report"]) for entry in writer.blocks])
     if not writer.blocks:
         writer.write_outer(source.outer())
-    with _scratch(path / "activations" if offload else None) as folder:
-        quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, folder)
+    with _scratch(path / f"activations.{jax.process_index()}" if offload else None) as folder:
+        quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, folder, placement)
         reports = []
         for index in range(source.config.num_layers):
             if index < len(writer.blocks):

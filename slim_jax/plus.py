@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor, pack
@@ -152,6 +153,7 @@ class SlimPlus:
       optimizer: any gradient transformation; its state starts anew for every block.
       augmented: weight of the paper's augmented term, which asks for the full-precision block's output
         on the quantized block's own inputs.
+      sharding: of a batch's samples over several devices, where these divide it.
     """
 
     config: DecoderConfig
@@ -159,6 +161,7 @@ class SlimPlus:
     zero_bits: int
     optimizer: optax.GradientTransformation
     augmented: float = 1.0
+    sharding: NamedSharding | None = None
 
     def weights(self, learned: Learned, layers: Mapping[str, Layer]) -> dict[str, jax.Array]:
         """Every layer's quantized weight ``[K', N]``, differentiable."""
@@ -199,7 +202,7 @@ class SlimPlus:
 
         def step(carry: tuple[Learned, Any], rows: jax.Array):
             learned, state = carry
-            batch = jax.tree.map(lambda a: a[rows], samples)
+            batch = self._batch(samples, rows)
             loss, gradient = jax.value_and_grad(self.loss)(learned, layers, rest, batch)
             updates, state = self.optimizer.update(gradient, state, learned)
             return (optax.apply_updates(learned, updates), state), loss
@@ -219,10 +222,16 @@ class SlimPlus:
         """Mean loss over the rows of ``order``."""
 
         def step(total: jax.Array, rows: jax.Array):
-            batch = jax.tree.map(lambda a: a[rows], samples)
+            batch = self._batch(samples, rows)
             return total + self.loss(learned, layers, rest, batch), None
 
         return lax.scan(step, jnp.zeros(()), order)[0] / order.shape[0]
+
+    def _batch(self, samples: Samples, rows: jax.Array) -> Samples:
+        batch = jax.tree.map(lambda a: a[rows], samples)
+        if self.sharding is None or len(rows) % self.sharding.num_devices:
+            return batch
+        return lax.with_sharding_constraint(batch, self.sharding)
 
     def pack(self, learned: Mapping[str, jax.Array], layer: Layer, like: MixedTensor) -> MixedTensor:
         """The packed weight that the loss has seen, with the shape and widths of ``like``."""

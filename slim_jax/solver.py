@@ -15,6 +15,7 @@ from slim_jax.calibration import Grid, stored_grids
 from slim_jax.config import SlimConfig
 from slim_jax.gptq import Solution, solve
 from slim_jax.hessian import Statistics, statistics
+from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.report import LayerReport
 
 DAMPING_TRIES = 4
@@ -33,10 +34,13 @@ class LayerSolver:
     Args:
       config: how to quantize.
       bits: widths of every group of every layer, by name, instead of a search.
+      placement: the devices that share the output channels.
     """
 
-    def __init__(self, config: SlimConfig, bits: Allocation | None) -> None:
-        self.config, self.bits = config, bits
+    def __init__(
+        self, config: SlimConfig, bits: Allocation | None, placement: Placement = ONE_DEVICE
+    ) -> None:
+        self.config, self.bits, self.placement = config, bits, placement
         self.zero_bits = zero_bits(_widths(config, bits))
 
     def solve(
@@ -50,7 +54,7 @@ class LayerSolver:
 
         Args:
           names: of the layers, for the allocation and the report.
-          weights: float32 ``[K, N]`` each.
+          weights: ``[K, N]`` each.
           observation: of the shared input.
           like: packed weights whose bits and grids serve again, so that only codes are found anew.
 
@@ -60,8 +64,9 @@ class LayerSolver:
         config, k = self.config, weights[0].shape[0]
         found, damping = self._statistics(observation, names)
         padding = ((0, found.alive.shape[0] - k), (0, 0))
-        padded = [jnp.pad(w, padding) * found.alive[:, None] for w in weights]
-        x = jnp.pad(observation.sample, ((0, 0), (0, padding[0][1])))
+        placed = [self.placement.channels(w).astype(jnp.float32) for w in weights]
+        padded = [jnp.pad(w, padding) * found.alive[:, None] for w in placed]
+        x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
         if like is None:
             chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
             grids = None
@@ -86,7 +91,7 @@ class LayerSolver:
         damping = self.config.damping
         for _ in range(DAMPING_TRIES):
             found = statistics(
-                observation.gram,
+                self.placement.whole(observation.gram),
                 jnp.float32(observation.tokens),
                 jnp.float32(damping),
                 group_size=self.config.group_size,
@@ -107,15 +112,12 @@ class LayerSolver:
     ) -> list[Solution]:
         """Every layer's solution for its bits, from one stacked solve; ``grids`` instead of fits."""
         config = self.config
-        widths = [
-            jnp.broadcast_to(b[:, None].astype(np.float32), (len(b), w.shape[1]))
-            for b, w in zip(bits, weights)
-        ]
+        widths = [np.repeat(b[:, None].astype(np.float32), w.shape[1], axis=1) for b, w in zip(bits, weights)]
         solution = solve(
-            jnp.concatenate(weights, axis=1),
+            self.placement.channels(jnp.concatenate(weights, axis=1)),
             found.u,
             found.importance,
-            jnp.concatenate(widths, axis=1),
+            self.placement.channels(np.concatenate(widths, axis=1)),
             group_size=config.group_size,
             zero_bits=self.zero_bits,
             sqc=config.sqc or "search",
@@ -158,14 +160,16 @@ class LayerSolver:
 
     def _pack(self, solution: Solution, bits: np.ndarray, k: int) -> MixedTensor:
         zero_unit = np.exp2(bits - self.zero_bits)[:, None]
-        return pack(
-            np.asarray(solution.code[:k]),
-            np.asarray(solution.scale),
-            np.rint(np.asarray(solution.zero) / zero_unit).astype(np.uint8),
+        code, scale, zero, _ = map(self.placement.fetch, solution)
+        tensor = pack(
+            code[:k],
+            scale,
+            np.rint(zero / zero_unit).astype(np.uint8),
             bits,
             group_size=self.config.group_size,
             widths=_widths(self.config, self.bits),
         )
+        return self.placement.tensor(tensor)
 
 
 def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> bool:

@@ -144,7 +144,7 @@ def test_resumed_equals_uninterrupted(model, tmp_path, killed_after, slim):
         pipeline.quantize_to_checkpoint(
             source, TOKENS, slim, tmp_path / "parts", on_block=kill, offload=offload
         )
-    assert not (tmp_path / "parts/activations").exists()
+    assert not (tmp_path / "parts/activations.0").exists()
     (tmp_path / "parts/activations/left/by/kill-9").mkdir(parents=True)
     with pytest.raises(ValueError, match="unfinished"):
         checkpoint.load(tmp_path / "parts")
@@ -152,7 +152,7 @@ def test_resumed_equals_uninterrupted(model, tmp_path, killed_after, slim):
     shutil.copytree(tmp_path / "parts/blocks/000", tmp_path / "parts/blocks" / f"{killed_after + 1:03d}")
     pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "parts", resume=True, offload=offload)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
-    assert (tmp_path / "parts/activations").exists() != offload
+    assert (tmp_path / "parts/activations.0").exists() != offload
     before = (tmp_path / "parts/slim.json").read_bytes()
     pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "parts", resume=True)
     assert (tmp_path / "parts/slim.json").read_bytes() == before

@@ -1,0 +1,109 @@
+"""Where arrays lie when several devices, of one process or of several, share a quantization.
+
+The devices of a mesh stand in one row. While activations pass a block, calibration samples are cut over
+them (Gram matrices are then summed over all); while SBA, SQC and GPTQ solve a layer, its output channels
+are. Everything else is whole on every device. XLA's partitioner derives the communication, so the code
+is the same for one device and for many.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import MixedTensor
+
+AXIS = "devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How arrays are laid over devices; without a mesh, JAX's default device has all.
+
+    Attributes:
+      mesh: any mesh, of which the devices count and not the axes.
+    """
+
+    mesh: Mesh | None = None
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def whole(self, value: Any) -> jax.Array:
+        """The array on every device."""
+        return self._put(value, P())
+
+    def tree(self, values: Any) -> Any:
+        """Every array of a tree on every device."""
+        return values if self.mesh is None else jax.tree.map(self.whole, values)
+
+    def samples(self, value: Any) -> jax.Array:
+        """The leading axis, a multiple of the number of devices, cut over them."""
+        return self._put(value, P(AXIS))
+
+    def channels(self, value: Any) -> jax.Array:
+        """A matrix with its last axis, the output channels, cut over the devices if they divide it.
+
+        Other arrays are whole.
+        """
+        return self._put(value, self._cut(value.shape))
+
+    def abstract(self, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        """What :meth:`channels` would make of an array."""
+        if self.mesh is None:
+            sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
+        else:
+            sharding = self._sharding(self._cut(shape))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def tensor(self, w: MixedTensor) -> MixedTensor:
+        """A packed weight with its output channels cut over the devices."""
+        if self.mesh is None:
+            return w
+        return jax.tree.map(self.channels, w)
+
+    def fetch(self, value: jax.Array) -> np.ndarray:
+        """The whole array in this process's memory."""
+        return np.asarray(value if value.is_fully_addressable else self.whole(value))
+
+    def over_samples(self, function: Callable[[Any, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+        """``function(whole, samples)``, on every device for its own samples."""
+        if self.mesh is None:
+            return function
+        mesh = self._sharding(P()).mesh
+        return jax.shard_map(function, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+
+    def of_samples(self) -> NamedSharding | None:
+        """The sharding that :meth:`samples` gives, None without a mesh."""
+        return None if self.mesh is None else self._sharding(P(AXIS))
+
+    def _cut(self, shape: tuple[int, ...]) -> P:
+        return P(None, AXIS) if len(shape) == 2 and shape[1] % self.devices == 0 else P()
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        assert self.mesh is not None
+        return NamedSharding(Mesh(self.mesh.devices.reshape(-1), (AXIS,)), spec)
+
+    def _put(self, value: Any, spec: P) -> jax.Array:
+        if self.mesh is None:
+            return jnp.asarray(value)
+        sharding = self._sharding(spec)
+        if isinstance(value, jax.Array) and (sharding.is_fully_addressable or not value.is_fully_addressable):
+            return jax.device_put(value, sharding)
+        return from_host(np.asarray(value), sharding)
+
+
+ONE_DEVICE = Placement()
+"""JAX's default device."""
+
+
+def from_host(value: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array that every process holds whole, laid out; nothing is sent between processes."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

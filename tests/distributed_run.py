@@ -1,0 +1,52 @@
+"""One process of a distributed quantization: python distributed_run.py PORT COUNT ID OUT BLOCKS.
+
+Stops after so many blocks, as if it had been interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from slim_jax import pipeline
+from slim_jax.config import SlimConfig
+from slim_jax.decoder import Decoder, DecoderConfig
+from slim_jax.report import BlockReport
+from slim_jax.source import DecoderSource
+
+CONFIG = DecoderConfig(
+    family="llama",
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=112,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=64,
+)
+SLIM = SlimConfig(bits=2, group_size=32)
+TOKENS = np.random.default_rng(0).integers(0, 64, (16, 32))
+
+
+def main() -> None:
+    """Joins the others, then quantizes together with them."""
+    port, count, index, out, blocks = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    source = DecoderSource(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+
+    def stop(report: BlockReport) -> None:
+        if report.index + 1 == int(blocks) < report.total:
+            jax.distributed.shutdown()
+            sys.exit()
+
+    pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, Path(out), mesh=mesh, resume=True, on_block=stop)
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Quantization by eight devices, and by two processes, against one device: the same bits and codes."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from distributed_run import CONFIG, SLIM, TOKENS
+from flax import nnx
+from test_pipeline import folder_arrays
+
+from slim_jax import checkpoint, pipeline
+from slim_jax.activations import Activations
+from slim_jax.config import SlimConfig
+from slim_jax.decoder import Decoder, split_params
+from slim_jax.perplexity import perplexity
+from slim_jax.placement import Placement
+from slim_jax.source import DecoderSource
+
+TIES = 8
+"""Values that may differ in an array: sums over devices differ in their last bits, codes at a tie follow."""
+
+
+@pytest.fixture(scope="module")
+def source() -> DecoderSource:
+    return DecoderSource(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("alone") / "out"
+    pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, path)
+    return path
+
+
+@pytest.fixture
+def mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh((4, 2), ("data", "model"))
+
+
+def assert_same_codes(path: Path, wanted: Path) -> None:
+    for (*where, found), (*same, value) in zip(folder_arrays(path), folder_arrays(wanted), strict=True):
+        assert where == same
+        ties = 0 if value.dtype == np.int32 else TIES  # which groups have which width must agree
+        assert np.sum(found != value) <= ties, where
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_eight_devices_find_the_same_codes(source, alone, mesh, tmp_path, offload):
+    pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "out", mesh=mesh, offload=offload)
+    assert_same_codes(tmp_path / "out", alone)
+
+
+def quantize_by_two_processes(out: Path, stop_after: int) -> list[dict[str, Any]]:
+    """The manifest's blocks after two processes, of two devices each, have run together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parent / "distributed_run.py"
+    command = [sys.executable, str(script), str(port), "2"]
+    processes = [
+        subprocess.Popen([*command, str(i), str(out), str(stop_after)], stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors
+    return checkpoint.read_manifest(out, complete=False)["blocks"]
+
+
+def test_two_processes_find_the_same_codes(alone, tmp_path):
+    blocks = quantize_by_two_processes(tmp_path / "out", CONFIG.num_layers)
+    written_by = {Path(file).parts[1] for file in blocks[0]["files"]}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written_by
+    assert_same_codes(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_two_processes_resume(alone, tmp_path):
+    assert len(quantize_by_two_processes(tmp_path / "out", 1)) == 1
+    assert len(quantize_by_two_processes(tmp_path / "out", CONFIG.num_layers)) == CONFIG.num_layers
+    assert_same_codes(tmp_path / "out", alone)
+
+
+def test_samples_and_channels_lie_on_all_devices(source, mesh):
+    placement = Placement(mesh)
+    activations = Activations(source, TOKENS, placement=placement)
+    seen = {names: x.x for names, x in activations.stages(source.block(0))}
+    for batches in (*seen.values(), activations.batches):
+        for x in batches:
+            assert {shard.data.shape[0] for shard in x.addressable_shards} == {len(TOKENS) // 8}
+    assert placement.channels(np.zeros((3, 16))).addressable_shards[0].data.shape == (3, 2)
+    assert placement.channels(np.zeros((3, 12))).is_fully_replicated
+
+
+def test_a_checkpoint_loads_over_several_devices(alone, mesh):
+    model, spread = checkpoint.load(alone), checkpoint.load(alone, mesh=mesh)
+    words = split_params(spread)[1][0]["mlp.down.weight"].words
+    assert len({shard.index for shard in words.addressable_shards}) == 8
+    tokens = TOKENS.reshape(-1)[:128]
+    assert perplexity(spread, tokens, 32).perplexity == pytest.approx(
+        perplexity(model, tokens, 32).perplexity, rel=1e-5
+    )
+
+
+def test_learning_over_several_devices(source, mesh):
+    config = SlimConfig(bits=2, group_size=32, method="slim-plus", epochs=2, batch_size=8)
+    losses = {}
+    for name, devices in (("one", None), ("eight", mesh)):
+        _, report = pipeline.quantize(source, TOKENS, config, mesh=devices)
+        losses[name] = report.blocks[0].learning.losses
+    assert len(losses["eight"]) > 1
+    np.testing.assert_allclose(losses["eight"], losses["one"], rtol=1e-2)
+
+
+def test_the_number_of_samples_must_fit(source, mesh):
+    with pytest.raises(ValueError, match="12 samples, expected a multiple of the 8 devices"):
+        pipeline.quantize(source, TOKENS[:12], SLIM, mesh=mesh)
