@@ -31,16 +31,17 @@ OnEpoch = Callable[[int, int, float], None]
 def default_optimizer(config: SlimConfig, steps: int) -> optax.GradientTransformation:
     """AdamW without weight decay; rates fall along a cosine to a twentieth over ``steps``.
 
-    ``learning_rate`` is that of clipping parameters and of codes; zero points and logarithms of
-    scales, which all weights of a group share, move at a half and a fifth of it. Equal arguments give
-    the same object, so that steps compiled with it serve again.
+    Clipping learns at a constant rate, as in the paper's code. ``learning_rate`` is that of clipping
+    parameters and of codes; zero points and logarithms of scales, which all weights of a group share,
+    move at a half and a fifth of it. Equal arguments give the same object, so that steps compiled with it
+    serve again.
     """
     rate = config.learning_rate
     assert rate is not None
 
     def adam(part: float) -> optax.GradientTransformation:
-        schedule = optax.cosine_decay_schedule(part * rate, steps, alpha=0.05)
-        return optax.adamw(schedule, weight_decay=0.0)
+        falling = optax.cosine_decay_schedule(part * rate, steps, alpha=0.05)
+        return optax.adamw(part * rate if config.clips else falling, weight_decay=0.0)
 
     def rates(learned: Learned) -> dict[str, dict[str, str]]:
         return {layer: {name: name for name in leaves} for layer, leaves in learned.items()}
