@@ -22,6 +22,7 @@ import typer
 from convert.display import Stream, print_layers, print_plan, progress
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
 
     from slim_jax.decoder import Decoder, DecoderConfig
@@ -207,6 +208,9 @@ def quantize(
         bool,
         typer.Option("--offload-activations", help="Keep calibration activations on disk, not in memory."),
     ] = False,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Share the work among so many of this machine's devices.")
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model with SliM-LLM and store it packed.
@@ -245,6 +249,7 @@ def quantize(
         raise ValueError(f"--save-allocation: {save_allocation.parent} is not a directory")
     if not resume:
         _require_new(out, "; --resume goes on with an interrupted run")
+    mesh = _mesh(devices)
     model = _open(source)
     _require_positions("--length", length, model)
     if text is None:
@@ -265,6 +270,7 @@ def quantize(
             allocation=chosen,
             resume=resume,
             offload=offload,
+            mesh=mesh,
             on_block=lambda block: step(_figures(block)),
             on_epoch=lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
         )
@@ -273,6 +279,16 @@ def quantize(
         write_allocation(report.allocation, save_allocation)
     found = report.to_json()
     _print(found, f"{out}: {found['bits_per_weight']:.3f} bits per weight", as_json)
+
+
+def _mesh(devices: int) -> "jax.sharding.Mesh | None":
+    """Of the first devices; None for one."""
+    import jax
+
+    found = jax.devices()
+    if devices > len(found):
+        raise ValueError(f"--devices is {devices}, this machine has {len(found)} ({found[0].platform})")
+    return jax.make_mesh((devices,), ("devices",), devices=found[:devices]) if devices > 1 else None
 
 
 @app.command("eval")

@@ -5,4 +5,5 @@ from pallas_kernels.api import use_implementation as use_implementation
 from pallas_kernels.layout import MixedTensor as MixedTensor
 from pallas_kernels.layout import pack as pack
 from pallas_kernels.sharding import part as part
+from pallas_kernels.sharding import sharded_matmul as sharded_matmul
 from pallas_kernels.sharding import stack_parts as stack_parts

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import xla
-from pallas_kernels.layout import MixedTensor
+from pallas_kernels.layout import MixedTensor, vary_like
 
 Kernel = Callable[[jax.Array, MixedTensor], jax.Array]
 
@@ -92,6 +92,7 @@ def mixed_matmul(
     _check(x, w, bias)
     k, n = w.shape
     batch = x.shape[:-1]
+    x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
     y = _matmul(names, x.reshape(math.prod(batch), k), w).reshape(*batch, n)
     if bias is None:
         return y

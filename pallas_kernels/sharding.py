@@ -1,6 +1,8 @@
-"""Packed weights over several devices: cut into parts that are stacked, one part for each device.
+"""Packed weights over several devices: cut in place, or into parts that are stacked, one for each device.
 
-A part is a whole packed weight of its own, with the groups and the widths that fall to it, so inside
+:func:`sharded_matmul` takes a weight whose arrays lie over a mesh, cut along its output channels. With
+:func:`stack_parts` a program writes its own `jax.shard_map`, over output or input channels. A part is a
+whole packed weight of its own, with the groups and the widths that fall to it, so inside
 `jax.shard_map` every kernel works as it does on one device:
 
     w = stack_parts(w, 4, over="k")                     # leaves [4, ...]
@@ -19,8 +21,37 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.api import mixed_matmul
 from pallas_kernels.layout import MixedTensor, pack
+
+
+def sharded_matmul(x: jax.Array, w: MixedTensor, mesh: Mesh) -> jax.Array:
+    """:func:`~pallas_kernels.mixed_matmul` on every device of a mesh, each for its own output channels.
+
+    Args:
+      x: ``[..., K]``, whole on every device.
+      w: ``[K, N]``; words, scales and zeros are cut along ``N``, or whole if the devices do not divide it.
+      mesh: of which all axes count alike.
+
+    Returns:
+      float32 ``[..., N]``, cut as ``w``.
+    """
+    k, n = w.shape
+    if n % mesh.size:
+        cut, own = P(), n
+    else:
+        cut, own = P(None, mesh.axis_names), n // mesh.size
+
+    def local(x: jax.Array, w: MixedTensor) -> jax.Array:
+        return mixed_matmul(x, dataclasses.replace(w, shape=(k, own)))
+
+    leaves, structure = jax.tree.flatten(w)
+    specs = jax.tree.unflatten(structure, [cut if leaf.ndim == 2 else P() for leaf in leaves])
+    y = P(*[None] * (x.ndim - 1), *cut[1:])
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(), specs), out_specs=y)(x, w)
 
 
 def stack_parts(w: MixedTensor, parts: int, *, over: Literal["k", "n"]) -> MixedTensor:

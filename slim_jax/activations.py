@@ -167,10 +167,7 @@ class Activations:
       source: whose embeddings they start from.
       tokens: ``int[samples, length]``.
       offload: a folder for the activations of all but one batch; None keeps them in memory.
-      placement: the devices that share the samples.
-
-    Raises:
-      ValueError: the devices do not divide the number of samples.
+      placement: the devices that share the samples; they divide their number.
     """
 
     def __init__(
@@ -251,8 +248,6 @@ def as_computed(name: str, value: Any) -> jax.Array:
 
 def _split(tokens: np.ndarray, devices: int) -> Iterator[np.ndarray]:
     """Rows of ``tokens`` in equal batches, so that one program serves all of them."""
-    if tokens.shape[0] % devices:
-        raise ValueError(f"there are {tokens.shape[0]} samples, expected a multiple of the {devices} devices")
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     while tokens.shape[0] % (devices * batch):
         batch -= 1

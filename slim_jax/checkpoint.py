@@ -276,7 +276,7 @@ class CheckpointSource:
     """
 
     def __init__(self, path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> None:
-        self.path, self._dtype, self._placement = Path(path), dtype, Placement(mesh)
+        self.path, self._dtype, self.placement = Path(path), dtype, Placement(mesh)
         self._manifest = read_manifest(path)
         self.config = DecoderConfig.from_json(self._manifest["decoder"])
         digest = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
@@ -284,19 +284,19 @@ class CheckpointSource:
 
     def outer(self) -> Params:
         """See `Source`."""
-        return _load_params(self.path / "outer", self._manifest["outer"], self._dtype, self._placement)
+        return _load_params(self.path / "outer", self._manifest["outer"], self._dtype, self.placement)
 
     def block(self, index: int) -> Params:
         """See `Source`."""
         entry = self._manifest["blocks"][index]
-        return _load_params(self.path / "blocks" / f"{index:03d}", entry, self._dtype, self._placement)
+        return _load_params(self.path / "blocks" / f"{index:03d}", entry, self._dtype, self.placement)
 
 
 def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Decoder:
     """Loads a checkpoint, dense or packed; arguments and errors are those of :class:`CheckpointSource`."""
     source = CheckpointSource(path, dtype, mesh)
     blocks = [source.block(index) for index in range(source.config.num_layers)]
-    return make_decoder(source.config, source.outer(), blocks)
+    return make_decoder(source.config, source.outer(), blocks, source.placement.mesh)
 
 
 def save_source(source: Source, path: str | Path, on_block: Callable[[int, int], None] | None = None) -> None:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import MixedTensor, mixed_matmul
+from pallas_kernels import MixedTensor, mixed_matmul, sharded_matmul
 from slim_jax.attention import attention
 
 Params = Mapping[str, Any]
@@ -153,16 +154,21 @@ class Buffer(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """``y = x @ weight + bias``, weight ``[K, N]`` dense or a :class:`MixedTensor`; ``y`` is float32."""
+    """``y = x @ weight + bias``, weight ``[K, N]`` dense or a :class:`MixedTensor`; ``y`` is float32.
+
+    Attributes:
+      mesh: over which a packed weight's output channels are cut; None on one device.
+    """
 
     def __init__(self, k: int, n: int, *, bias: bool, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (k, n)) * k**-0.5)
         self.bias = nnx.Param(jnp.zeros(n)) if bias else None
+        self.mesh: Mesh | None = None
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
         weight = self.weight.get_value()
         if isinstance(weight, MixedTensor):
-            y = mixed_matmul(x, weight)
+            y = mixed_matmul(x, weight) if self.mesh is None else sharded_matmul(x, weight, self.mesh)
         else:
             y = jnp.dot(x.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
         if self.bias is None:
@@ -544,8 +550,12 @@ def make_expert(config: DecoderConfig, params: Params, index: int) -> MLP:
     return expert
 
 
-def make_decoder(config: DecoderConfig, outer: Params, blocks: Sequence[Params]) -> Decoder:
+def make_decoder(
+    config: DecoderConfig, outer: Params, blocks: Sequence[Params], mesh: Mesh | None = None
+) -> Decoder:
     """A decoder from the parameters outside its blocks and those of each block.
+
+    ``mesh`` is where the parameters lie, cut along output channels, if not on one device.
 
     Raises:
       ValueError: names or shapes do not fit; the message lists all that do not.
@@ -553,6 +563,9 @@ def make_decoder(config: DecoderConfig, outer: Params, blocks: Sequence[Params])
     decoder = _abstract(config, Decoder)
     named = {f"blocks.{i}.{name}": value for i, block in enumerate(blocks) for name, value in block.items()}
     _fill(decoder, {**outer, **named})
+    for _, module in nnx.iter_modules(decoder):
+        if isinstance(module, Linear):
+            module.mesh = mesh
     return decoder
 
 

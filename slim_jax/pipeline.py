@@ -160,7 +160,7 @@ class BlockQuantizer:
         _pass(self.activations, params)
 
 
-def _check(source: Source, tokens: np.ndarray) -> np.ndarray:
+def _check(source: Source, tokens: np.ndarray, devices: int) -> np.ndarray:
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
@@ -175,6 +175,8 @@ def _check(source: Source, tokens: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"samples are {tokens.shape[1]} tokens long, expected at most {source.config.max_positions}"
         )
+    if tokens.shape[0] % devices:
+        raise ValueError(f"there are {tokens.shape[0]} samples, expected a multiple of the {devices} devices")
     return tokens
 
 
@@ -209,9 +211,9 @@ def quantize(
       ValueError: the tokens or the allocation do not fit the model.
     """
     source = DecoderSource(model) if isinstance(model, Decoder) else model
-    quantizer = BlockQuantizer(
-        source, _check(source, tokens), config, allocation, optimizer, None, Placement(mesh)
-    )
+    placement = Placement(mesh)
+    tokens = _check(source, tokens, placement.devices)
+    quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, None, placement)
     blocks, reports = [], []
     for index in range(source.config.num_layers):
         params, report = quantizer.quantize(index, on_epoch)
@@ -219,7 +221,8 @@ def quantize(
         reports.append(report)
         if on_block is not None:
             on_block(report)
-    return make_decoder(source.config, source.outer(), blocks), Report(reports)
+    outer = {name: placement.channels(value) for name, value in source.outer().items()}
+    return make_decoder(source.config, outer, blocks, placement.mesh), Report(reports)
 
 
 def quantize_to_checkpoint(
@@ -248,9 +251,9 @@ def quantize_to_checkpoint(
     Raises:
       ValueError: as :func:`quantize`; or ``path`` holds something else, or a run with other settings.
     """
-    tokens = _check(source, tokens)
-    settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
     placement = Placement(mesh)
+    tokens = _check(source, tokens, placement.devices)
+    settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
     writer = CheckpointWriter(
         path, source.config, source.origin, settings, resume=resume, placement=placement
     )

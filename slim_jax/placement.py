@@ -26,10 +26,14 @@ class Placement:
     """How arrays are laid over devices; without a mesh, JAX's default device has all.
 
     Attributes:
-      mesh: any mesh, of which the devices count and not the axes.
+      mesh: any mesh; only its devices count, and they are put in a row.
     """
 
     mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None:
+            object.__setattr__(self, "mesh", Mesh(self.mesh.devices.reshape(-1), (AXIS,)))
 
     @property
     def devices(self) -> int:
@@ -77,8 +81,7 @@ class Placement:
         """``function(whole, samples)``, on every device for its own samples."""
         if self.mesh is None:
             return function
-        mesh = self._sharding(P()).mesh
-        return jax.shard_map(function, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
 
     def of_samples(self) -> NamedSharding | None:
         """The sharding that :meth:`samples` gives, None without a mesh."""
@@ -89,7 +92,7 @@ class Placement:
 
     def _sharding(self, spec: P) -> NamedSharding:
         assert self.mesh is not None
-        return NamedSharding(Mesh(self.mesh.devices.reshape(-1), (AXIS,)), spec)
+        return NamedSharding(self.mesh, spec)
 
     def _put(self, value: Any, spec: P) -> jax.Array:
         if self.mesh is None:

@@ -239,6 +239,8 @@ def test_interrupt_and_resume(room, capsys, tmp_path, monkeypatch):
         (["--allocation", "{room}/none.json"], "none.json"),
         (["--allocation", "{room}/calib.txt"], "calib.txt"),
         (["--save-allocation", "{room}/none/bits.json"], "is not a directory"),
+        (["--devices", "99"], "--devices is 99, this machine has"),
+        (["--devices", "3"], "4 samples, expected a multiple of the 3 devices"),
         (["--colour"], "--colour"),
     ],
 )

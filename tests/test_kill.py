@@ -10,6 +10,8 @@ import pytest
 from test_cli import QUANTIZE, write_model, write_text
 from test_pipeline import assert_same_checkpoint
 
+KILLS = 20
+
 
 def start(model: Path, text: Path, out: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "convert.cli", "quantize", model, out, "--calibration", text, *QUANTIZE]
@@ -28,9 +30,10 @@ def test_killed_at_random_moments(tmp_path, method):
     assert whole.returncode == 0, errors
     seconds = time.monotonic() - begin
 
-    rng, kills = random.Random(0), 0
-    for _ in range(20):
-        part = start(model, text, tmp_path / "parts", *options, "--resume")
+    rng, kills, runs = random.Random(0), 0, 0
+    while kills < KILLS:
+        out = tmp_path / f"parts-{runs}"
+        part = start(model, text, out, *options, "--resume")
         try:
             _, errors = part.communicate(timeout=rng.uniform(0.2, 1.0) * seconds)
         except subprocess.TimeoutExpired:
@@ -39,10 +42,9 @@ def test_killed_at_random_moments(tmp_path, method):
             kills += 1
             continue
         assert part.returncode == 0, errors
-        break
-    else:
-        last = start(model, text, tmp_path / "parts", *options, "--resume")
-        _, errors = last.communicate()
-        assert last.returncode == 0, errors
-    assert kills > 0
-    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
+        assert_same_checkpoint(tmp_path / "whole", out)
+        runs += 1
+    last = start(model, text, out, *options, "--resume")
+    _, errors = last.communicate()
+    assert last.returncode == 0, errors
+    assert_same_checkpoint(tmp_path / "whole", out)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from matmul_cases import random_weight, random_x
 
-from pallas_kernels import mixed_matmul, part, stack_parts
+from pallas_kernels import mixed_matmul, part, sharded_matmul, stack_parts
 
 
 def product(parts: int, over: str):
@@ -31,6 +31,18 @@ def test_sharded_product(over, m, parts):
     x = random_x(m, 256)
     found = product(parts, over)(x, stacked)
     np.testing.assert_allclose(found, np.asarray(x) @ dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [24, 27])
+def test_product_with_channels_cut_over_a_mesh(n):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    w, dense = random_weight(256, n, 32, [1, 1, 1, 1, 3, 3, 2, 4], widths=(1, 2, 3, 4))
+    x = random_x(6, 256).reshape(2, 3, 256)
+    y = jax.jit(sharded_matmul, static_argnums=2)(x, w, mesh)
+    np.testing.assert_allclose(y, np.asarray(x) @ dense, rtol=1e-4, atol=1e-4)
+    assert y.sharding.is_fully_replicated == (n == 27)
+    gradient = jax.grad(lambda x: (sharded_matmul(x, w, mesh) ** 2).sum())(x)
+    np.testing.assert_allclose(gradient, 2 * (np.asarray(x) @ dense) @ dense.T, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("over", ["k", "n"])
