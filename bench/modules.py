@@ -2,9 +2,9 @@
 
     python -m bench.modules [--seconds 100] [--bits 2,3,4] [--json]
 
-Each is trained for so many CPU seconds (a minute on two cores) on data that is made here, then quantized on a few batches of it.
-Accuracy is measured on fresh data: of classes for the transformer and the MLP, of pixels for the
-encoder-decoder.
+Each is trained for so many CPU seconds (a minute on two cores) on data that is made here, then quantized
+on a few batches of it. Accuracy is measured on fresh data: of classes for the transformer and the MLP, of
+pixels for the encoder-decoder.
 """
 
 import argparse
