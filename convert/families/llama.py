@@ -59,6 +59,12 @@ GGUF_NAMES = Names(
 )
 
 
+def rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What config.json says of the rotary embedding, in its old and new keys, and the kind of scaling."""
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    return rope, rope.get("rope_type", rope.get("type", "default"))
+
+
 def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, from ``rope_parameters`` or the two older keys.
 
@@ -69,10 +75,9 @@ def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, Rop
     Raises:
       ConvertError: a kind of scaling that the decoder does not know.
     """
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope, kind = rope_fields(hf)
     theta = field(rope, "rope_theta", float, field(hf, "rope_theta", float, theta))
     require({**hf, **rope}, "partial_rotary_factor", 1.0, 1.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind == "linear":

@@ -44,8 +44,7 @@ def _read_rope(hf: Mapping[str, Any], base: DecoderConfig) -> tuple[float, RopeS
     Raises:
       ConvertError: another scaling, or factors that do not fit the heads.
     """
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope, kind = llama.rope_fields(hf)
     if kind not in ("longrope", "su"):
         if kind != "default":
             raise ConvertError(f"rope_scaling type is {kind!r}, expected default or longrope")
