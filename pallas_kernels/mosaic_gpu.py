@@ -1,21 +1,25 @@
 """The matmul on NVIDIA GPUs: one Pallas Mosaic GPU kernel for sm_80, sm_90a and sm_100a, decode and prefill.
 
 A *block* of 128 threads (four warps) computes a tile of ``y``: ``block_m`` rows by ``block_n`` columns, over
-all groups or, with ``split_k``, over a share of each width's groups; XLA then adds the shares. It walks
-through the groups of one width after another. How many groups a width has is data, so each width has a loop
-of its own whose trip count is read from memory, and no branch depends on the width of a group.
+all groups. It walks through the groups of one width after another. How many groups a width has is data, so
+each width has a loop of its own whose trip count is read from memory, and no branch depends on the width of a
+group. The warps share the columns or, with ``split_k``, the groups of each width: blocks are then narrower
+and more, while what a warp does, and costs, stays the same. The shares are added through shared memory, so
+``y`` is written once and partial sums never.
 
 *Codes are never converted one by one.* A bfloat16 in [128, 256) has 7 bits of mantissa worth 64 ... 1, so
 
     (word >> shift) & (mask * 0x00010001 << bit) | 0x43004300
 
 is two bfloat16 numbers, ``128 + 2**bit * code`` of slot ``s`` (low half) and of slot ``s + slots / 2`` (high
-half), and goes to the tensor cores as it is. Several slots share one shift (three of 2 bits, seven of 1).
+half), and goes to the tensor cores as it is. Several slots share one shift. The planes of a code of up to 4
+bits deliver the same channels, each plane at bits of its own in the mantissa (the 1-bit plane of 3 bits two
+bits further up), and are joined: one product. Wider codes are two, the second worth 16 times as much.
 What is wrong with these numbers is put right elsewhere, where it costs little, or nothing per weight:
 
-* ``2**bit`` is divided out of x, and a plane's worth in the code (4 for the 1-bit plane of 3 bits) is
-  multiplied in: powers of two, exact. x is also brought into the order in which words yield channels
-  (:func:`~pallas_kernels.mosaic_gpu_operands.channel_order`). XLA does both before the kernel; x is small.
+* ``2**bit`` is divided out of x, exactly. x is also brought into the order in which words yield channels,
+  which is the same for all widths (:func:`~pallas_kernels.mosaic_gpu_operands.fields`). XLA does both before
+  the kernel, in one copy of x.
 * the 128: a group's sum starts at ``-128 * sum(x')`` and not at 0 (``constant``).
 * scales multiply a group's finished sum, ``[block_m, block_n]``.
 * zero points: ``y -= (sum of x per group) @ (scale * zero)``, a product with one column per *group*, taken
@@ -23,9 +27,10 @@ What is wrong with these numbers is put right elsewhere, where it costs little, 
   (:func:`~pallas_kernels.mosaic_gpu_operands.chunked`).
 
 *Memory.* A word is used by one thread only (but by all ``block_m`` rows), so words and scales go straight
-from memory into registers, loaded one step ahead of their use; x, which all warps share, is pipelined
-through shared memory. In decode the words are nearly all that is read; in prefill a masked word serves
-``block_m / 16`` tensor-core instructions.
+from memory into registers, loaded one step ahead of their use; x is pipelined through shared memory. Every
+block reads all of its rows of x, from the L2 cache: ``split_k`` of 4 makes that four times as much as 1. In
+decode the words are nearly all that comes from memory; in prefill a masked word serves ``block_m / 16``
+tensor-core instructions.
 
 x is rounded to bfloat16; products are exact and summed in float32. Because a sum runs over ``128 + code``,
 its rounding error is that of float32 sums some 2**6 times larger than the result: about 1e-5 of
@@ -73,9 +78,10 @@ class Config:
       block_m: rows of x per block; 16, 32, 64 or 128.
       block_n: columns per block; 32, 64, 128 or 256.
       stages: steps of x in flight, or in use, in shared memory.
-      groups_per_step: groups between two waits; also how far ahead words are loaded. What is left of a
-        width when its groups do not divide by this is done one group a step.
-      split_k: shares of the groups that the four warps of a block take; 1, 2 or 4.
+      groups_per_step: groups of a warp between two waits; also how far ahead words are loaded. What is left
+        of a width when its groups do not divide by ``groups_per_step * split_k`` is done one group a step.
+      split_k: 1, 2 or 4 shares of the groups, each taken by as many of a block's four warps as are left;
+        a warp has ``block_n * split_k / 4`` columns.
 
     Raises:
       ValueError: a field is not as above, or not in 1..16.
@@ -102,8 +108,9 @@ class Config:
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     """A configuration from counts of instructions and blocks; nothing here was timed.
 
-    Decode takes one tile of 16 rows and splits K until every multiprocessor has a block; prefill takes 64
-    rows, which share each masked word, and one group a step, for their sums fill the registers.
+    Decode takes one tile of 16 rows and narrows blocks, whose warps then split K, until most multiprocessors
+    have one; a weight of few columns leaves some idle. Prefill takes 64 rows, which share each masked word,
+    and one group a step, for their sums fill the registers.
     """
     block_n = next(width for width in (128, 64, 32) if n >= width or width == 32)
     if m > DECODE_ROWS:
@@ -216,7 +223,10 @@ def _body(plan, words, scale, zero_code, x, constant, sums, *refs, w, config, n,
         return plgpu.load(ref, layout=warps.results(block_n).reduce(0), optimized=False)
 
     def fetch(b, position, row, end):
-        """Starts loading a group per share from memory to registers; from ``end`` on, scales are zero."""
+        """Starts loading a group per share from memory to registers; from ``end`` on, scales are zero.
+
+        A place past the last group gives the last.
+        """
         rows = g * b // WORD_BITS
 
         def of_share(share):
