@@ -80,8 +80,8 @@ class Config:
       stages: steps of x in flight, or in use, in shared memory.
       groups_per_step: groups of a warp between two waits; also how far ahead words are loaded. What is left
         of a width when its groups do not divide by ``groups_per_step * split_k`` is done one group a step.
-      split_k: 1, 2 or 4 shares of the groups, each taken by as many of a block's four warps as are left;
-        a warp has ``block_n * split_k / 4`` columns.
+      split_k: 1, 2 or 4 shares of the groups, each taken by ``4 / split_k`` of a block's warps; a warp has
+        ``block_n * split_k / 4`` columns.
 
     Raises:
       ValueError: a field is not as above, or not in 1..16.
@@ -316,8 +316,8 @@ def _body(plan, words, scale, zero_code, x, constant, sums, *refs, w, config, n,
         )
         return pipeline(*[x] * tile_count)[0]
 
-    zeros_16 = jnp.zeros((warps.rows, block_n), jnp.float32)
-    acc = [plgpu.layout_cast(zeros_16, warps.accumulator) for _ in row_tiles]
+    nothing = jnp.zeros((warps.rows, block_n), jnp.float32)
+    acc = [plgpu.layout_cast(nothing, warps.accumulator) for _ in row_tiles]
     per_step = config.groups_per_step
     for i, b in enumerate(w.widths):
         rows = g * b // WORD_BITS
