@@ -81,7 +81,7 @@ class Config:
       groups_per_step: groups of a warp between two waits; also how far ahead words are loaded. What is left
         of a width when its groups do not divide by ``groups_per_step * split_k`` is done one group a step.
       split_k: 1, 2 or 4 shares of the groups, each taken by ``4 / split_k`` of a block's warps; a warp has
-        ``block_n * split_k / 4`` columns.
+        ``block_n * split_k / 4`` columns. Above 1 with a ``block_m`` of 16 only.
 
     Raises:
       ValueError: a field is not as above, or not in 1..16.
@@ -100,6 +100,8 @@ class Config:
             raise ValueError(f"block_n is {self.block_n}, expected 32, 64, 128 or 256")
         if self.split_k not in (1, 2, 4):
             raise ValueError(f"split_k is {self.split_k}, expected 1, 2 or 4")
+        if self.split_k > 1 and self.block_m != ROW_TILE:
+            raise ValueError(f"split_k is {self.split_k}, expected 1 where block_m is not {ROW_TILE}")
         for name in ("stages", "groups_per_step"):
             if not 1 <= getattr(self, name) <= 16:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 to 16")
@@ -197,27 +199,27 @@ def _product(
     )
     # The magic number comes from memory because as a literal it would be loaded again before every mask.
     plan = jnp.concatenate([jnp.full((1,), MAGIC, jnp.int32), w.segments, *w.segment_starts()])
-    operands = activations(x, w, rows, config.split_k)
+    operands = activations(x, w, rows, config.block_m, config.split_k)
     return kernel(plan, *padded, *operands, *([] if bias is None else [bias]))
 
 
 def _body(plan, words, scale, zero_code, x, constant, sums, *refs, w, config, n, interpret):  # type: ignore[no-untyped-def]
     """One block. Arguments are references to memory; ``refs``: the bias if any, y."""
     *bias, out = refs
-    g, block_n, split = w.group_size, config.block_n, config.split_k
+    g, block_m, block_n, split = w.group_size, config.block_m, config.block_n, config.split_k
     warps = Warps(split, interpret)
     place = places(w.widths, g)
     column = lax.min(lax.axis_index("n") * block_n, n - block_n)
     columns = pl.ds(column, block_n)
     # The instruction takes 16 rows; with more in one operand, Mosaic would give each warp its own rows and
     # have all four unpack the same words. So everything with rows comes as a list of tiles of 16.
-    tile_count = config.block_m // ROW_TILE
-    row_tiles = [lax.axis_index("m") * tile_count + r for r in range(tile_count)]
-    per_tile = w.groups + split - 1  # groups of x
+    tile_count = block_m // ROW_TILE
+    row_block = lax.axis_index("m")
+    row_tiles = [row_block * tile_count + r for r in range(tile_count)]
     magic = plan[0].astype(jnp.uint32)
 
-    def rows_of(position):  # of the groups that the shares take together
-        return pl.ds(position * ROW_TILE, warps.rows)
+    def rows_of(position):  # of x, in the groups that the shares take together, by tiles of 16
+        return [pl.ds(position * block_m + r * ROW_TILE, warps.rows) for r in range(tile_count)]
 
     def load_row(ref, warps):
         return plgpu.load(ref, layout=warps.results(block_n).reduce(0), optimized=False)
@@ -246,10 +248,9 @@ def _body(plan, words, scale, zero_code, x, constant, sums, *refs, w, config, n,
                 scales = jnp.where(kept, scales, jnp.zeros_like(scales))
             return planes, scales
 
-        own_rows = rows_of(lax.min(position, w.groups - 1))
         starts = [
-            plgpu.load(constant.at[tile, own_rows], layout=warps.accumulator.reduce(1), optimized=False)
-            for tile in row_tiles
+            plgpu.load(constant.at[row_block, rows_16], layout=warps.accumulator.reduce(1), optimized=False)
+            for rows_16 in rows_of(lax.min(position, w.groups - 1))
         ]
         return *warps.own(of_share), starts
 
@@ -284,24 +285,21 @@ def _body(plan, words, scale, zero_code, x, constant, sums, *refs, w, config, n,
         """Adds ``steps * per_step * split`` groups: x by shared memory, words one step ahead in registers."""
         rows = g * b // WORD_BITS
         lanes = min(g, 64)
-        x_specs = [
-            plgpu.BlockSpec(
-                (pl.Element(per_step * warps.rows), pl.Element(g)),
-                lambda t, tile=tile: ((tile * per_tile + begin + t * per_step * split) * ROW_TILE, 0),
-                transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)),
-                oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-            )
-            for tile in row_tiles
-        ]
+        first = row_block * (w.groups + split - 1) + begin
+        x_spec = plgpu.BlockSpec(
+            (pl.Element(per_step * split * block_m), pl.Element(g)),
+            lambda t: ((first + t * per_step * split) * block_m, 0),
+            transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)),
+            oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+        )
 
         def fetch_nth(i):
             return fetch(b, begin + i * split, row + i * split * rows, end)
 
-        def step(indices, *refs):
-            *x_tiles, (acc, groups) = refs
+        def step(indices, x_step, carry):
+            acc, groups = carry
             for u in range(per_step):
-                own_rows = rows_of(u * split)
-                x_groups = [plgpu.load(ref.at[own_rows], layout=warps.left) for ref in x_tiles]
+                x_groups = [plgpu.load(x_step.at[rows], layout=warps.left) for rows in rows_of(u * split)]
                 acc = add_groups(b, acc, x_groups, groups[u])
                 # Only now, so that the registers just read are those loaded into.
                 groups[u] = fetch_nth((indices[0] + 1) * per_step + u)
@@ -310,11 +308,11 @@ def _body(plan, words, scale, zero_code, x, constant, sums, *refs, w, config, n,
         pipeline = plgpu.emit_pipeline(
             step,
             grid=(steps,),
-            in_specs=x_specs,
+            in_specs=[x_spec],
             max_concurrent_steps=stages,
             init_carry=(acc, [fetch_nth(u) for u in range(per_step)]),
         )
-        return pipeline(*[x] * tile_count)[0]
+        return pipeline(x)[0]
 
     nothing = jnp.zeros((warps.rows, block_n), jnp.float32)
     acc = [plgpu.layout_cast(nothing, warps.accumulator) for _ in row_tiles]
@@ -363,7 +361,7 @@ def _body(plan, words, scale, zero_code, x, constant, sums, *refs, w, config, n,
             products = [p - lax.bitcast_convert_type(top, jnp.float32) for p, top in zip(products, tops)]
         for r, tile in enumerate(row_tiles):
             for part in range(3):
-                own_rows = rows_of(t * split)
+                own_rows = pl.ds(t * warps.rows, warps.rows)
                 left = plgpu.load(sums.at[tile, part, own_rows], layout=warps.left, optimized=False)
                 for right in rights:
                     acc[r] = warps.mma(acc[r], left, right)

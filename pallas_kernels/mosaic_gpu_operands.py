@@ -56,16 +56,17 @@ def fields(n: int, shift: int, group_size: int, place: np.ndarray) -> list[Field
 
 
 def activations(
-    x: jax.Array, w: MixedTensor, rows: int, split: int
+    x: jax.Array, w: MixedTensor, rows: int, block: int, split: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x and its sums as the kernel wants them, for ``T = rows / 16`` tiles of rows.
+    """x and its sums as the kernel wants them, for ``B = rows / block`` blocks of rows.
 
-    A tile's groups follow each other in storage order, 16 rows each, so that ``split`` adjacent ones are
-    one block. ``split - 1`` more follow, of any values.
+    A block's groups follow each other in storage order, ``block`` rows each, so that one copy takes
+    several. ``split - 1`` more follow, of any values.
 
     Returns:
-      ``bfloat16[T * G' * 16, g]``, x divided by two to the :func:`places`; ``float32[T, G' * 16]``, what
-      takes its sum off again :data:`OFFSET` times; and the sums times the steps of zeros, :func:`chunked`.
+      ``bfloat16[B * G' * block, g]``, x divided by two to the :func:`places`; ``float32[B, G' * block]``,
+      what takes its sum off again :data:`OFFSET` times; and the sums times the steps of zeros,
+      :func:`chunked`.
     """
     (m, k), groups, g = x.shape, w.groups, w.group_size
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, rows - m), (0, groups * g - k)))
@@ -80,8 +81,8 @@ def activations(
     steps = jnp.repeat(steps, w.segments, total_repeat_length=groups)
     sums = chunked(-(x.astype(jnp.float32) * power).sum(-1)[:, :groups] * steps[None], split)
 
-    def by_group(a: jax.Array) -> jax.Array:  # [rows, G, ...] -> [T, G' * 16, ...]
-        a = jnp.swapaxes(a.reshape(-1, ROW_TILE, *a.shape[1:]), 1, 2)
+    def by_group(a: jax.Array) -> jax.Array:  # [rows, G', ...] -> [B, G' * block, ...]
+        a = jnp.swapaxes(a.reshape(-1, block, *a.shape[1:]), 1, 2)
         return a.reshape(a.shape[0], -1, *a.shape[3:])
 
     return by_group(x).reshape(-1, g), by_group(constant), sums

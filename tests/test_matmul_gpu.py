@@ -57,7 +57,7 @@ class TestMosaicGpu(MatmulCases):
         [
             Config(block_m=64, block_n=128, stages=2, groups_per_step=1),
             Config(block_m=16, block_n=64, stages=3, groups_per_step=4),
-            Config(block_m=32, block_n=64, stages=2, groups_per_step=2, split_k=2),
+            Config(block_m=16, block_n=64, stages=2, groups_per_step=2, split_k=2),
         ],
     )
     def test_other_tiles(self, config):
@@ -116,7 +116,15 @@ def test_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"block_m": 8}, {"block_n": 100}, {"stages": 0}, {"groups_per_step": 0}, {"split_k": 3}]
+    "wrong",
+    [
+        {"block_m": 8},
+        {"block_n": 100},
+        {"stages": 0},
+        {"groups_per_step": 0},
+        {"split_k": 3},
+        {"split_k": 2, "block_m": 32},
+    ],
 )
 def test_config_is_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
