@@ -63,7 +63,7 @@ def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
     record = aot_gpu.compile_for(target, builder, arguments)
     kernels = (record.get("kernels") or {}).values()
     loops = [loop for kernel in kernels for loop in kernel["inner_loops"]]
-    costs = [loop["per_plane_weight_and_16_rows"] for loop in loops]
+    costs = [loop["per_weight_and_16_rows"] for loop in loops]
     costs = sorted(cost for cost in costs if cost is not None)
     done = record["error"] is None
     return {

@@ -272,8 +272,8 @@ def _tensor_core(opcodes: list[str]) -> dict[str, int]:
 def _loop(opcodes: list[str]) -> Record:
     """A loop's instructions, and how many a thread spends per weight, if it multiplies by ``HMMA.16816``.
 
-    That instruction takes 16 rows of x by ``[16, 8]`` weights: 4 weights for each of 32 threads. A group of
-    3 bits is two planes, so its weights are multiplied twice: take twice what is printed.
+    That instruction takes 16 rows of x by ``[16, 8]`` weights: 4 weights for each of 32 threads. Codes of
+    more than 4 bits are multiplied in two pieces: take twice what is printed.
     """
     tensor_core = _tensor_core(opcodes)
     products = sum(n for op, n in tensor_core.items() if op.startswith("HMMA.16816"))
@@ -281,7 +281,7 @@ def _loop(opcodes: list[str]) -> Record:
         "instructions": len(opcodes),
         "by_opcode": dict(collections.Counter(op.split(".")[0] for op in opcodes).most_common()),
         "tensor_core": tensor_core,
-        "per_plane_weight_and_16_rows": round(len(opcodes) / (4 * products), 3) if products else None,
+        "per_weight_and_16_rows": round(len(opcodes) / (4 * products), 3) if products else None,
     }
 
 

@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "block_n": (64, 128, 256),
         "stages": (2, 3, 4),
         "groups_per_step": (1, 2, 4),
-        "split_k": (1, 2, 4, 8),
+        "split_k": (1, 2, 4),
     },
     "mosaic_tpu": {"strips": (4, 8, 16), "groups": (4, 8, 16), "join": (1, 2), "stack": (1, 2)},
 }

@@ -50,6 +50,16 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return (*widths, *(n for n in (2, 1) if bits % 4 & n))
 
 
+def pieces(bits: int) -> list[list[tuple[int, int]]]:
+    """Planes ``(width, shift)`` of a code, in pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
+    planes: list[tuple[int, int]] = []
+    shift = 0
+    for n in plane_widths(bits):
+        planes.append((n, shift))
+        shift += n
+    return [found for low in (0, 4) if (found := [plane for plane in planes if plane[1] // 4 * 4 == low])]
+
+
 def zero_bits(widths: tuple[int, ...]) -> int:
     """Bits of a stored zero point in a tensor whose groups have these widths: 4, or 8 above 4 bits."""
     return 4 if max(widths) <= 4 else 8

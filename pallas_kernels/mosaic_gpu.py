@@ -1,21 +1,25 @@
 """The matmul on NVIDIA GPUs: one Pallas Mosaic GPU kernel for sm_80, sm_90a and sm_100a, decode and prefill.
 
 A *block* of 128 threads (four warps) computes a tile of ``y``: ``block_m`` rows by ``block_n`` columns, over
-all groups or, with ``split_k``, over a share of each width's groups; XLA then adds the shares. It walks
-through the groups of one width after another. How many groups a width has is data, so each width has a loop
-of its own whose trip count is read from memory, and no branch depends on the width of a group.
+all groups. It walks through the groups of one width after another. How many groups a width has is data, so
+each width has a loop of its own whose trip count is read from memory, and no branch depends on the width of a
+group. The warps share the columns or, with ``split_k``, the groups of each width: blocks are then narrower
+and more, while what a warp does, and costs, stays the same. The shares are added through shared memory, so
+``y`` is written once and partial sums never.
 
 *Codes are never converted one by one.* A bfloat16 in [128, 256) has 7 bits of mantissa worth 64 ... 1, so
 
     (word >> shift) & (mask * 0x00010001 << bit) | 0x43004300
 
 is two bfloat16 numbers, ``128 + 2**bit * code`` of slot ``s`` (low half) and of slot ``s + slots / 2`` (high
-half), and goes to the tensor cores as it is. Several slots share one shift (three of 2 bits, seven of 1).
+half), and goes to the tensor cores as it is. Several slots share one shift. The planes of a code of up to 4
+bits deliver the same channels, each plane at bits of its own in the mantissa (the 1-bit plane of 3 bits two
+bits further up), and are joined: one product. Wider codes are two, the second worth 16 times as much.
 What is wrong with these numbers is put right elsewhere, where it costs little, or nothing per weight:
 
-* ``2**bit`` is divided out of x, and a plane's worth in the code (4 for the 1-bit plane of 3 bits) is
-  multiplied in: powers of two, exact. x is also brought into the order in which words yield channels
-  (:func:`~pallas_kernels.mosaic_gpu_operands.channel_order`). XLA does both before the kernel; x is small.
+* ``2**bit`` is divided out of x, exactly. x is also brought into the order in which words yield channels,
+  which is the same for all widths (:func:`~pallas_kernels.mosaic_gpu_operands.fields`). XLA does both before
+  the kernel, in one copy of x.
 * the 128: a group's sum starts at ``-128 * sum(x')`` and not at 0 (``constant``).
 * scales multiply a group's finished sum, ``[block_m, block_n]``.
 * zero points: ``y -= (sum of x per group) @ (scale * zero)``, a product with one column per *group*, taken
@@ -23,9 +27,10 @@ What is wrong with these numbers is put right elsewhere, where it costs little, 
   (:func:`~pallas_kernels.mosaic_gpu_operands.chunked`).
 
 *Memory.* A word is used by one thread only (but by all ``block_m`` rows), so words and scales go straight
-from memory into registers, loaded one step ahead of their use; x, which all warps share, is pipelined
-through shared memory. In decode the words are nearly all that is read; in prefill a masked word serves
-``block_m / 16`` tensor-core instructions.
+from memory into registers, loaded one step ahead of their use; x is pipelined through shared memory. Every
+block reads all of its rows of x, from the L2 cache: ``split_k`` of 4 makes that four times as much as 1. In
+decode the words are nearly all that comes from memory; in prefill a masked word serves ``block_m / 16``
+tensor-core instructions.
 
 x is rounded to bfloat16; products are exact and summed in float32. Because a sum runs over ``128 + code``,
 its rounding error is that of float32 sums some 2**6 times larger than the result: about 1e-5 of
@@ -43,25 +48,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor
-from pallas_kernels.mosaic_gpu_operands import CHUNK, DEPTH, activations, planes_of, slot_pairs
-from pallas_kernels.mosaic_gpu_registers import (
-    ACC,
-    LHS,
-    as_accumulator,
-    as_operand,
-    from_accumulator,
-    full_tiles,
-    load_words,
-    mma,
-    result_layout,
-    word_layout,
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_bits
+from pallas_kernels.mosaic_gpu_operands import (
+    DEPTH,
+    ROW_TILE,
+    WORD_ROWS,
+    activations,
+    fields,
+    halves,
+    last_start,
+    places,
 )
+from pallas_kernels.mosaic_gpu_registers import Warps
 from pallas_kernels.tuning import tuned
 
 MAGIC = 0x43004300  # two bfloat16 of 128
 DECODE_ROWS = 32
-ROW_TILE = 16
 COLUMN_MULTIPLE = 8  # rows of scales then start on 16 bytes
 
 # Multiprocessors by device kind: how many blocks it takes to busy them all.
@@ -76,9 +78,10 @@ class Config:
       block_m: rows of x per block; 16, 32, 64 or 128.
       block_n: columns per block; 32, 64, 128 or 256.
       stages: steps of x in flight, or in use, in shared memory.
-      groups_per_step: groups between two waits; also how far ahead words are loaded. What is left of a
-        width when its groups do not divide by this is done one group a step.
-      split_k: blocks that share the groups of one tile of y.
+      groups_per_step: groups of a warp between two waits; also how far ahead words are loaded. What is left
+        of a width when its groups do not divide by ``groups_per_step * split_k`` is done one group a step.
+      split_k: 1, 2 or 4 shares of the groups, each taken by ``4 / split_k`` of a block's warps; a warp has
+        ``block_n * split_k / 4`` columns. Above 1 with a ``block_m`` of 16 only.
 
     Raises:
       ValueError: a field is not as above, or not in 1..16.
@@ -95,7 +98,11 @@ class Config:
             raise ValueError(f"block_m is {self.block_m}, expected 16, 32, 64 or 128")
         if self.block_n not in (32, 64, 128, 256):
             raise ValueError(f"block_n is {self.block_n}, expected 32, 64, 128 or 256")
-        for name in ("stages", "groups_per_step", "split_k"):
+        if self.split_k not in (1, 2, 4):
+            raise ValueError(f"split_k is {self.split_k}, expected 1, 2 or 4")
+        if self.split_k > 1 and self.block_m != ROW_TILE:
+            raise ValueError(f"split_k is {self.split_k}, expected 1 where block_m is not {ROW_TILE}")
+        for name in ("stages", "groups_per_step"):
             if not 1 <= getattr(self, name) <= 16:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 to 16")
 
@@ -103,19 +110,22 @@ class Config:
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     """A configuration from counts of instructions and blocks; nothing here was timed.
 
-    Decode takes one tile of 16 rows and splits K until every multiprocessor has a block; prefill takes 64
-    rows, which share each masked word, and one group a step, for their sums fill the registers.
+    Decode takes one tile of 16 rows and narrows blocks, whose warps then split K, until most multiprocessors
+    have one; a weight of few columns leaves some idle. Prefill takes 64 rows, which share each masked word,
+    and one group a step, for their sums fill the registers.
     """
     block_n = next(width for width in (128, 64, 32) if n >= width or width == 32)
     if m > DECODE_ROWS:
         return Config(block_m=64, block_n=block_n, stages=3, groups_per_step=1)
     processors = next((count for name, count in MULTIPROCESSORS.items() if name in device_kind), 108)
-    blocks = -(-m // 16) * -(-n // block_n)
     split = 1
     # A share below 1024 channels would spend more on filling its pipelines than on its groups.
-    while blocks * split < processors // 2 and k // (2 * split) >= 1024 and split < 8:
+    while -(-m // 16) * -(-n // block_n) < processors // 2 and k // (2 * split) >= 1024 and split < 4:
         split *= 2
-    return Config(block_m=16, block_n=block_n, stages=3, groups_per_step=4, split_k=split)
+        block_n = min(block_n, 128 // split)
+    return Config(
+        block_m=16, block_n=block_n, stages=3 if split == 1 else 2, groups_per_step=4, split_k=split
+    )
 
 
 def choose(device_kind: str, m: int, k: int, n: int) -> Config:
@@ -159,7 +169,10 @@ def mixed_matmul(
     # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower
     # than a tile, or with N no multiple of 8, is copied on every call: correct, not fast, and rare.
     columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
-    padded = [jnp.pad(a, ((0, 0), (0, columns - n))) for a in (w.words, w.scale, w.zero_codes())]
+    half = halves(w.groups)[1][0] + WORD_ROWS  # at least as many rows as the product with zeros reads
+    least = {"words": 0, "scale": half, "zero": half if zero_bits(w.widths) == 8 else WORD_ROWS}
+    arrays = ((getattr(w, name), rows) for name, rows in least.items())
+    padded = [jnp.pad(a, ((0, max(0, rows - a.shape[0])), (0, columns - n))) for a, rows in arrays]
     if bias is not None:
         bias = jnp.pad(bias.astype(jnp.float32), (0, columns - n))
     return _product(x, w, padded, bias, config, interpret)[:m, :n]
@@ -174,123 +187,120 @@ def _product(
     interpret: bool,
 ) -> jax.Array:
     """``float32[rows, n]``: whole tiles of rows, and columns as in ``padded``: words, scale, zero codes."""
-    words, scale, zero_code = padded
-    n, groups, split = words.shape[1], w.groups, config.split_k
-    keys = sorted({p.key for b in w.widths for p in planes_of(b)})
+    n = padded[0].shape[1]
     rows = -(-x.shape[0] // config.block_m) * config.block_m
-    xs, constant, sums = activations(x, w, keys, rows)
-    if groups < CHUNK:
-        scale, zero_code = (jnp.pad(a, ((0, CHUNK - groups), (0, 0))) for a in (scale, zero_code))
-    fused = [bias] if bias is not None and split == 1 else []
     kernel = plgpu.kernel(
-        partial(_body, w=w, keys=keys, config=config, n=n, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct((split, rows, n), jnp.float32),
-        grid=(rows // config.block_m, -(-n // config.block_n), split),
-        grid_names=("m", "n", "s"),
+        partial(_body, w=w, config=config, n=n, interpret=interpret),
+        out_type=jax.ShapeDtypeStruct((rows, n), jnp.float32),
+        grid=(rows // config.block_m, -(-n // config.block_n)),
+        grid_names=("m", "n"),
         kernel_name="mixed_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    y = kernel(_plan(w, split), words, scale, zero_code, constant, sums, *xs, *fused)
-    if split == 1:
-        return y.reshape(rows, n)  # y[0] would copy
-    return y.sum(0) if bias is None else y.sum(0) + bias[None]
+    # The magic number comes from memory because as a literal it would be loaded again before every mask.
+    plan = jnp.concatenate([jnp.full((1,), MAGIC, jnp.int32), w.segments, *w.segment_starts()])
+    operands = activations(x, w, rows, config.block_m, config.split_k)
+    return kernel(plan, *padded, *operands, *([] if bias is None else [bias]))
 
 
-def _plan(w: MixedTensor, split: int) -> jax.Array:
-    """``int32[1 + 3 * widths * split]``: the magic number, then begin, count and first row of all shares.
-
-    The magic number is here because as a literal it would be loaded again before every mask.
-    """
-    first_group, first_row = w.segment_starts()
-    ends = w.segments[:, None] * jnp.arange(split + 1, dtype=jnp.int32)[None] // split
-    begin, count = ends[:, :-1], ends[:, 1:] - ends[:, :-1]
-    rows = jnp.asarray([w.group_size * b // WORD_BITS for b in w.widths], jnp.int32)[:, None]
-    shares = jnp.stack([first_group[:, None] + begin, count, first_row[:, None] + begin * rows])
-    return jnp.concatenate([jnp.full((1,), MAGIC, jnp.int32), shares.reshape(-1)])
-
-
-def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config, n, interpret):  # type: ignore[no-untyped-def]
-    """One block. Arguments are references to memory; ``refs``: x per key, the bias if any, y."""
-    *x_refs, out = refs[: len(keys)] + refs[-1:]
-    bias = refs[len(keys)] if len(refs) > len(keys) + 1 else None
-    g, block_m, block_n = w.group_size, config.block_m, config.block_n
-    split = config.split_k
-    row_block, s = lax.axis_index("m"), lax.axis_index("s")
+def _body(plan, words, scale, zero_code, x, constant, sums, *refs, w, config, n, interpret):  # type: ignore[no-untyped-def]
+    """One block. Arguments are references to memory; ``refs``: the bias if any, y."""
+    *bias, out = refs
+    g, block_m, block_n, split = w.group_size, config.block_m, config.block_n, config.split_k
+    warps = Warps(split, interpret)
+    place = places(w.widths, g)
     column = lax.min(lax.axis_index("n") * block_n, n - block_n)
     columns = pl.ds(column, block_n)
     # The instruction takes 16 rows; with more in one operand, Mosaic would give each warp its own rows and
     # have all four unpack the same words. So everything with rows comes as a list of tiles of 16.
-    tiles_16 = range(block_m // ROW_TILE)
-    own_rows = [pl.ds(row_block * block_m + r * ROW_TILE, ROW_TILE) for r in tiles_16]
+    tile_count = block_m // ROW_TILE
+    row_block = lax.axis_index("m")
+    row_tiles = [row_block * tile_count + r for r in range(tile_count)]
     magic = plan[0].astype(jnp.uint32)
 
-    def load_row(ref):
-        return plgpu.load(ref, layout=result_layout(block_n).reduce(0), optimized=False)
+    def rows_of(position):  # of x, in the groups that the shares take together, by tiles of 16
+        return [pl.ds(position * block_m + r * ROW_TILE, warps.rows) for r in range(tile_count)]
 
-    def down(row):  # [block_n] -> [16, block_n]
-        return lax.broadcast_in_dim(row, (ROW_TILE, block_n), [1])
+    def load_row(ref, warps):
+        return plgpu.load(ref, layout=warps.results(block_n).reduce(0), optimized=False)
 
-    def fetch(b, position, row):
-        """Starts loading one group from memory to registers; a place past the end gives the last group."""
+    def fetch(b, position, row, end):
+        """Starts loading a group per share from memory to registers; from ``end`` on, scales are zero.
+
+        A place past the last group gives the last.
+        """
         rows = g * b // WORD_BITS
-        position = lax.min(position, w.groups - 1)
-        row = lax.min(row, words.shape[0] - rows)
-        planes, first = [], 0
-        for plane in planes_of(b):
-            plane_rows = g * plane.bits // WORD_BITS
-            planes.append(load_words(words.at[pl.ds(row + first, plane_rows), columns]))
-            first += plane_rows
+
+        def of_share(share):
+            first = lax.min(row + share * rows, words.shape[0] - rows)
+            planes = [
+                [
+                    warps.load_words(
+                        words.at[pl.ds(first + g * shift // WORD_BITS, g * n // WORD_BITS), columns]
+                    )
+                    for n, shift in piece
+                ]
+                for piece in pieces(b)
+            ]
+            scales = load_row(scale.at[lax.min(position + share, w.groups - 1), columns], warps)
+            if end is not None:
+                kept = jnp.broadcast_to(position + share < end, scales.shape)
+                scales = jnp.where(kept, scales, jnp.zeros_like(scales))
+            return planes, scales
+
         starts = [
-            plgpu.load(constant.at[position, rows_16], layout=ACC.reduce(1), optimized=False)
-            for rows_16 in own_rows
+            plgpu.load(constant.at[row_block, rows_16], layout=warps.accumulator.reduce(1), optimized=False)
+            for rows_16 in rows_of(lax.min(position, w.groups - 1))
         ]
-        return planes, load_row(scale.at[position, columns]), starts
+        return *warps.own(of_share), starts
 
-    def add_group(b, acc, x, group):
-        """acc + what one group contributes; ``x`` gives a plane's channels, by tiles of 16 rows."""
-        planes, scale_row, starts = group
-        parts = [lax.broadcast_in_dim(start, (ROW_TILE, block_n), [0]) for start in starts]
-        for plane, tiles in zip(planes_of(b), planes):
-            x_plane = x[plane.key]
-            pairs = slot_pairs(plane.bits, g)
-            for i, tile in enumerate(full_tiles(tiles, len(pairs) * plane.bits, interpret)):
-                for t, (shift, bit) in enumerate(pairs):
-                    mask = jnp.uint32(((1 << plane.bits) - 1) * 0x10001 << bit)
-                    code = ((tile >> jnp.uint32(shift)) if shift else tile) & mask | magic
-                    k = (i * len(pairs) + t) * DEPTH
-                    operand = as_operand(code, interpret)
-                    for r in tiles_16:
-                        parts[r] = mma(parts[r], x_plane[r][:, k : k + DEPTH], operand, interpret)
-        scale_tile = down(as_accumulator(scale_row, interpret))
-        return [total + part * scale_tile for total, part in zip(acc, parts)]
+    def codes_of(piece, planes):
+        """The right operands of one piece of a group: ``128 + code``, two to a word."""
+        plane_fields = [fields(n, shift, g, place) for n, shift in piece]
+        planes = [warps.full_tiles(tiles, n) for (n, _), tiles in zip(piece, planes)]
+        for same_channels in zip(*plane_fields):
+            code = None
+            for field, tiles in zip(same_channels, planes):
+                tile, by = tiles[field.tile], jnp.uint32(abs(field.by))
+                shifted = tile >> by if field.by > 0 else tile << by if field.by < 0 else tile
+                masked = shifted & jnp.uint32(field.mask)
+                # With a second OR, LLVM would join the planes first, in one instruction more.
+                code = masked | magic if code is None else masked ^ code
+            yield warps.as_operand(code)
 
-    def segment(b, begin, row, steps, per_step, stages, acc):
-        """Adds ``steps * per_step`` groups: x through shared memory, words one step ahead in registers."""
+    def add_groups(b, acc, x, groups):
+        """acc + what one group per share contributes; ``x`` gives their channels, by tiles of 16 rows."""
+        planes, scale_row, starts = groups
+        scale_tile = warps.as_accumulator(scale_row)
+        for i, piece in enumerate(pieces(b)):
+            parts = [lax.broadcast_in_dim(start, (warps.rows, block_n), [0]) for start in starts]
+            for t, operand in enumerate(codes_of(piece, planes[i])):
+                k = slice(t * DEPTH, (t + 1) * DEPTH)
+                parts = [warps.mma(part, rows[:, k], operand) for part, rows in zip(parts, x)]
+            worth = scale_tile * 16.0**i if i else scale_tile
+            acc = [total + part * worth for total, part in zip(acc, parts)]
+        return acc
+
+    def segment(b, begin, row, steps, per_step, stages, acc, end=None):
+        """Adds ``steps * per_step * split`` groups: x by shared memory, words one step ahead in registers."""
         rows = g * b // WORD_BITS
         lanes = min(g, 64)
-        swizzled = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes))
-        used = [p.key for p in planes_of(b)]
+        first = row_block * (w.groups + split - 1) + begin
         x_spec = plgpu.BlockSpec(
-            (pl.Element(block_m), pl.Element(per_step * g)),
-            lambda t: (row_block * block_m, (begin + t * per_step) * g),
-            transforms=swizzled,
+            (pl.Element(per_step * split * block_m), pl.Element(g)),
+            lambda t: ((first + t * per_step * split) * block_m, 0),
+            transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)),
             oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
         )
 
         def fetch_nth(i):
-            return fetch(b, begin + i, row + i * rows)
+            return fetch(b, begin + i * split, row + i * split * rows, end)
 
-        def step(indices, *refs):
-            *x_step, (acc, groups) = refs
+        def step(indices, x_step, carry):
+            acc, groups = carry
             for u in range(per_step):
-                x = {
-                    key: [
-                        plgpu.load(ref.at[pl.ds(r * ROW_TILE, ROW_TILE), pl.ds(u * g, g)], layout=LHS)
-                        for r in tiles_16
-                    ]
-                    for key, ref in zip(used, x_step)
-                }
-                acc = add_group(b, acc, x, groups[u])
+                x_groups = [plgpu.load(x_step.at[rows], layout=warps.left) for rows in rows_of(u * split)]
+                acc = add_groups(b, acc, x_groups, groups[u])
                 # Only now, so that the registers just read are those loaded into.
                 groups[u] = fetch_nth((indices[0] + 1) * per_step + u)
             return acc, groups
@@ -298,52 +308,86 @@ def _body(plan, words, scale, zero_code, constant, sums, *refs, w, keys, config,
         pipeline = plgpu.emit_pipeline(
             step,
             grid=(steps,),
-            in_specs=[x_spec] * len(used),
+            in_specs=[x_spec],
             max_concurrent_steps=stages,
             init_carry=(acc, [fetch_nth(u) for u in range(per_step)]),
         )
-        return pipeline(*(x_refs[keys.index(key)] for key in used))[0]
+        return pipeline(x)[0]
 
-    acc = [plgpu.layout_cast(jnp.zeros((ROW_TILE, block_n), jnp.float32), ACC) for _ in tiles_16]
+    nothing = jnp.zeros((warps.rows, block_n), jnp.float32)
+    acc = [plgpu.layout_cast(nothing, warps.accumulator) for _ in row_tiles]
     per_step = config.groups_per_step
     for i, b in enumerate(w.widths):
-        if g * b // WORD_BITS > words.shape[0]:
+        rows = g * b // WORD_BITS
+        if rows > words.shape[0]:
             continue  # not even one group of this width fits
-        begin, count, row = (plan[1 + (j * len(w.widths) + i) * split + s] for j in range(3))
-        steps = lax.div(count, per_step)
-        acc = segment(b, begin, row, steps, per_step, config.stages, acc)
+        count, begin, row = (plan[1 + j * len(w.widths) + i] for j in range(3))
+        done = 0
         if per_step > 1:
-            done = steps * per_step
-            rest_row = row + done * (g * b // WORD_BITS)
-            acc = segment(b, begin + done, rest_row, count - done, 1, per_step, acc)
+            steps = lax.div(count, per_step * split)
+            acc = segment(b, begin, row, steps, per_step, config.stages, acc)
+            done = steps * (per_step * split)
+        steps = lax.div(count - done + (split - 1), split)
+        stages = max(config.stages, per_step)
+        end = begin + count if split > 1 else None
+        acc = segment(b, begin + done, row + done * rows, steps, 1, stages, acc, end)
 
     def correct(t, acc):
-        """acc - (sums of x) @ (scale * zero), for 16 groups; blocks share them as they share groups."""
-        chunk = s + t * split
-        start = lax.min(chunk * CHUNK, max(w.groups, CHUNK) - CHUNK)
-        products = []
-        for half in range(2):
-            at = pl.ds(start + half * (CHUNK // 2), CHUNK // 2)
-            zeros = plgpu.load(zero_code.at[at, columns], layout=word_layout(block_n), optimized=False)
-            scales = plgpu.load(scale.at[at, columns], layout=word_layout(block_n), optimized=False)
-            products.append(scales.astype(jnp.float32) * zeros.astype(jnp.int32).astype(jnp.float32))
+        """acc - (sums of x) @ (scale * zero), for 16 groups per share."""
+
+        def of_share(share):
+            products = []
+            for half, (begin, count) in enumerate(halves(w.groups)):
+                start = lax.min((t * split + share) * WORD_ROWS, last_start(count))
+                in_bytes = zero_bits(w.widths) == 8
+                codes, scales = (
+                    plgpu.load(
+                        ref.at[pl.ds(at, WORD_ROWS), columns], layout=warps.words(block_n), optimized=False
+                    )
+                    for ref, at in ((zero_code, begin * in_bytes + start), (scale, begin + start))
+                )
+                codes = codes.astype(jnp.int32)
+                if not in_bytes:
+                    codes = codes >> 4 if half else codes & 15
+                products.append(scales.astype(jnp.float32) * codes.astype(jnp.float32))
+            return products
+
+        products = warps.own(of_share)
         # A product of two numbers of 8 bits has 16, and is the sum of two bfloat16: cut off the top, twice.
         rights, upper_half = [], jnp.uint32(0xFFFF0000)
         for _ in range(2):
             tops = [lax.bitcast_convert_type(p, jnp.uint32) & upper_half for p in products]
-            rights.append(as_operand((tops[0] >> jnp.uint32(16)) | tops[1], interpret))
+            rights.append(warps.as_operand((tops[0] >> jnp.uint32(16)) | tops[1]))
             products = [p - lax.bitcast_convert_type(top, jnp.float32) for p, top in zip(products, tops)]
-        for r in tiles_16:
+        for r, tile in enumerate(row_tiles):
             for part in range(3):
-                left = plgpu.load(sums.at[chunk, part, own_rows[r]], layout=LHS, optimized=False)
+                own_rows = pl.ds(t * warps.rows, warps.rows)
+                left = plgpu.load(sums.at[tile, part, own_rows], layout=warps.left, optimized=False)
                 for right in rights:
-                    acc[r] = mma(acc[r], left, right, interpret)
+                    acc[r] = warps.mma(acc[r], left, right)
         return acc
 
-    chunk_count = -(-w.groups // CHUNK)
-    acc = lax.fori_loop(0, lax.div(chunk_count - s + (split - 1), split), correct, acc)
-    for rows_16, total in zip(own_rows, acc):
-        y = from_accumulator(total, interpret)
-        if bias is not None:
-            y = y + down(load_row(bias.at[columns]))
-        plgpu.store(out.at[s, rows_16, columns], y, optimized=False)
+    acc = lax.fori_loop(0, sums.shape[2] // warps.rows, correct, acc)
+
+    def store(r, y):
+        if bias:
+            row = load_row(bias[0].at[columns], Warps(1, interpret))
+            y = y + lax.broadcast_in_dim(row, y.shape, [1])
+        plgpu.store(out.at[pl.ds(row_tiles[r] * ROW_TILE, ROW_TILE), columns], y, optimized=False)
+
+    def add_shares(shares):
+        """The sum over the warps' shares, through shared memory."""
+        warps.barrier()  # what is stored over may still be read
+        for r, total in enumerate(acc):
+            plgpu.store(shares.at[r], warps.from_accumulator(total), optimized=False)
+        warps.barrier()
+        layout = Warps(1, interpret).results(block_n)
+        for r in range(tile_count):
+            rows = [shares.at[r, pl.ds(s * ROW_TILE, ROW_TILE)] for s in range(split)]
+            store(r, sum(plgpu.load(row, layout=layout, optimized=False) for row in rows))
+
+    if split > 1:
+        pl.run_scoped(add_shares, plgpu.SMEM((tile_count, warps.rows, block_n), jnp.float32))
+    else:
+        for r, total in enumerate(acc):
+            store(r, warps.from_accumulator(total))

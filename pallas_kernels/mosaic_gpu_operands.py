@@ -1,4 +1,4 @@
-"""How the GPU kernel sees a plane, and x brought into the order that follows from it.
+"""Where the GPU kernel finds each code in its words, and x brought into the order that follows from it.
 
 Plain arrays in, plain arrays out: nothing here knows Pallas. :mod:`pallas_kernels.mosaic_gpu` says why.
 """
@@ -9,112 +9,115 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor, zero_step
 
 OFFSET = 128.0  # what is added to every code
 MANTISSA_BITS = 7  # of a bfloat16
 WORD_ROWS = 8  # of words, the halves of which are the 16 rows of a right operand
 DEPTH = 16  # rows of a tensor-core instruction's right operand: channels per instruction
-CHUNK = 16  # groups per instruction in the product with the zero points
+ROW_TILE = 16  # rows of x per instruction
 
 
 @dataclasses.dataclass(frozen=True)
-class Plane:
-    """A plane of a code: its bits, how many planes of as many bits come before it, its place in the code."""
+class Field:
+    """Where the codes of one right operand lie: shift a tile of words right by ``by``, then mask."""
 
-    bits: int
-    copy: int
-    shift: int
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Which array of x it is multiplied by: planes of one width agree on the order of channels."""
-        return self.bits, self.copy
+    tile: int
+    by: int
+    mask: int
 
 
-def planes_of(width: int) -> tuple[Plane, ...]:
-    """The planes of a ``width``-bit code, in the order in which they are stored."""
-    planes: list[Plane] = []
-    shift = 0
-    for n in plane_widths(width):
-        planes.append(Plane(n, sum(p.bits == n for p in planes), shift))
-        shift += n
-    return tuple(planes)
+def places(widths: tuple[int, ...], group_size: int) -> np.ndarray:
+    """At which bit of their halves of a word the codes of every right operand stand, ``int[g / 16]``.
 
-
-def slot_pairs(bits: int, group_size: int) -> list[tuple[int, int]]:
-    """``(shift, bit)`` for each pair of slots of a word: how to bring it below the mask, and where that is.
-
-    A plane with fewer than 8 rows of words is read several times over to fill the 8 rows of a tile; each
-    time yields only its share of the pairs.
+    From one operand to the next, codes lie ``256 / g`` bits further up in all planes. As many as a mantissa
+    has room for stay where they are and share one shift. The places depend on the widest code that may
+    occur and not on a group's own: so x, from which they are divided out, is the same for all groups.
     """
-    rows = group_size * bits // WORD_BITS
-    pairs = WORD_BITS // (2 * bits) * min(rows, WORD_ROWS) // WORD_ROWS
-    together = MANTISSA_BITS // bits
-    return [(bits * (t - t % together), bits * (t % together)) for t in range(pairs)]
+    apart = 2 * 128 // group_size
+    together = (MANTISSA_BITS - min(4, max(widths))) // apart + 1
+    return np.arange(group_size // DEPTH) % together * apart
 
 
-def channel_order(bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which channel of its group each row of the right operands is, and at which bit its code stands.
+def fields(n: int, shift: int, group_size: int, place: np.ndarray) -> list[Field]:
+    """The plane of ``n`` bits that is ``shift`` bits up in the code, for every right operand of a group.
 
-    Operands follow each other by tile of 8 word rows, then by pair of slots; row ``2 i + h`` of one comes
-    from half ``h`` of word ``i`` of the tile.
-
-    Returns:
-      ``int32[group_size]``, a permutation, and ``int32[group_size]``.
+    Channel ``8 t + i`` of a half group is row ``i`` of operand ``t``, whichever the plane: one with more
+    than 8 rows of words takes tiles of 8 in turn; one with fewer repeats them, each time a slot further
+    (:meth:`~pallas_kernels.mosaic_gpu_registers.Warps.full_tiles`).
     """
-    rows, half_slots = group_size * bits // WORD_BITS, WORD_BITS // (2 * bits)
-    pairs = slot_pairs(bits, group_size)
-    channel, place = [], []
-    for tile in range(max(1, rows // WORD_ROWS)):
-        for t, (_, bit) in enumerate(pairs):
-            for i in range(WORD_ROWS):
-                repeat, row = (0, WORD_ROWS * tile + i) if rows >= WORD_ROWS else divmod(i, rows)
-                for half in range(2):
-                    slot = t + repeat * len(pairs) + half * half_slots
-                    channel.append(slot * rows + row)
-                    place.append(bit)
-    return np.asarray(channel, np.int32), np.asarray(place, np.int32)
+    rows = group_size * n // WORD_BITS
+    tiles, repeats = max(1, rows // WORD_ROWS), max(1, WORD_ROWS // rows)
+    found = []
+    for t, bit in enumerate(map(int, place)):
+        up = bit + shift % 4
+        found.append(Field(t % tiles, t // tiles * n * repeats - up, ((1 << n) - 1) * 0x10001 << up))
+    return found
 
 
 def activations(
-    x: jax.Array, w: MixedTensor, keys: list[tuple[int, int]], rows: int
-) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """x as the kernel wants it: ``bfloat16[rows, G * g]`` per key, ``constant[G, rows]``, :func:`chunked`."""
+    x: jax.Array, w: MixedTensor, rows: int, block: int, split: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x and its sums as the kernel wants them, for ``B = rows / block`` blocks of rows.
+
+    A block's groups follow each other in storage order, ``block`` rows each, so that one copy takes
+    several. ``split - 1`` more follow, of any values.
+
+    Returns:
+      ``bfloat16[B * G' * block, g]``, x divided by two to the :func:`places`; ``float32[B, G' * block]``,
+      what takes its sum off again :data:`OFFSET` times; and the sums times the steps of zeros,
+      :func:`chunked`.
+    """
     (m, k), groups, g = x.shape, w.groups, w.group_size
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, rows - m), (0, groups * g - k)))
+    # Rows 2 i and 2 i + 1 of a right operand are the halves of word i, channels of the two halves of a group.
+    channel = np.arange(g).reshape(2, g // DEPTH, WORD_ROWS).transpose(1, 2, 0).reshape(1, g)
+    power = jnp.asarray(np.repeat(2.0 ** places(w.widths, g), DEPTH), jnp.float32)[None, None]
+    order = jnp.pad(w.order, (0, split - 1))
+    x = x.at[:, order[:, None] * g + channel].get(mode="promise_in_bounds") / power.astype(jnp.bfloat16)
 
-    def by_group(table: list[float]) -> jax.Array:  # a number per width -> float32[G] in storage order
-        return jnp.repeat(jnp.asarray(table, jnp.float32), w.segments, total_repeat_length=groups)
+    constant = -OFFSET * x.astype(jnp.float32).sum(-1)
+    steps = jnp.asarray([zero_step(b, w.widths) for b in w.widths], jnp.float32)
+    steps = jnp.repeat(steps, w.segments, total_repeat_length=groups)
+    sums = chunked(-(x.astype(jnp.float32) * power).sum(-1)[:, :groups] * steps[None], split)
 
-    xs, constant = [], jnp.zeros((rows, groups), jnp.float32)
-    for key in keys:
-        channel, bit = channel_order(key[0], g)
-        worth = by_group([sum(2.0**p.shift for p in planes_of(b) if p.key == key) for b in w.widths])
-        factor = worth[:, None] * jnp.asarray(2.0**-bit, jnp.float32)[None]  # [G, g]
-        index = w.order[:, None] * g + jnp.asarray(channel)[None]
-        x_MxGxg = x.at[:, index].get(mode="promise_in_bounds") * factor.astype(jnp.bfloat16)[None]
-        constant -= OFFSET * x_MxGxg.astype(jnp.float32).sum(-1)
-        xs.append(x_MxGxg.reshape(rows, groups * g))
+    def by_group(a: jax.Array) -> jax.Array:  # [rows, G', ...] -> [B, G' * block, ...]
+        a = jnp.swapaxes(a.reshape(-1, block, *a.shape[1:]), 1, 2)
+        return a.reshape(a.shape[0], -1, *a.shape[3:])
 
-    total = x.astype(jnp.float32).reshape(rows, groups, g).sum(-1)
-    total = total.at[:, w.order].get(mode="promise_in_bounds")
-    steps = by_group([zero_step(b, w.widths) for b in w.widths])
-    return xs, constant.T, chunked(-total * steps[None])
+    return by_group(x).reshape(-1, g), by_group(constant), sums
 
 
-def chunked(sums: jax.Array) -> jax.Array:
-    """``float32[M, G]`` as left operands ``bfloat16[chunks, 3, M, 16]``: 3 parts that add up to it exactly.
+def halves(groups: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First group and number of groups of the two halves whose zero codes of 4 bits share bytes."""
+    first = -(-groups // 2)
+    return (0, first), (first, groups - first)
 
-    The last chunk starts 16 groups before the end; groups that it shares with the one before are zero in it.
+
+def last_start(count: int) -> int:
+    """Where, in a half of ``count`` groups, the last 8 of them begin."""
+    return max(count, WORD_ROWS) - WORD_ROWS
+
+
+def chunked(sums: jax.Array, split: int) -> jax.Array:
+    """``float32[M, G]`` as left operands ``bfloat16[M / 16, 3, C * 16, 16]``: 3 parts whose sum is exact.
+
+    A chunk is 8 groups of each half, ``C`` a multiple of ``split``. The last chunks start 8 groups before
+    the end of a half; where they share groups with the one before, or a half has none, they are zero.
     """
-    sums = jnp.pad(sums, ((0, 0), (0, max(0, CHUNK - sums.shape[1]))))
     groups = sums.shape[1]
-    regular = np.arange(0, groups, CHUNK)[:, None]
-    # As with words, rows 2 i and 2 i + 1 of the right operand are the halves of word i: groups i and i + 8.
-    halves = np.arange(CHUNK).reshape(2, CHUNK // 2).T.reshape(1, -1)
-    position = np.minimum(regular, groups - CHUNK) + halves
-    rest = jnp.where(jnp.asarray(position >= regular)[None], sums[:, position], 0).transpose(1, 0, 2)
+    chunks = -(-groups // (2 * WORD_ROWS * split)) * split
+    regular = np.arange(chunks)[:, None] * WORD_ROWS
+    position, valid = [], []
+    for begin, count in halves(groups):
+        at = np.minimum(regular, last_start(count)) + np.arange(WORD_ROWS)
+        valid.append((at >= regular) & (at < count))
+        position.append(np.minimum(begin + at, groups - 1))
+    # As with words, rows 2 i and 2 i + 1 of the right operand are the halves of word i.
+    index, keep = (np.stack(pair, -1).reshape(chunks, DEPTH) for pair in (position, valid))
+    rest = jnp.where(jnp.asarray(keep)[None], sums[:, index], 0)
+    rest = rest.reshape(-1, ROW_TILE, chunks, DEPTH).transpose(0, 2, 1, 3)
+    rest = rest.reshape(-1, chunks * ROW_TILE, DEPTH)
     parts = []
     for _ in range(3):
         parts.append(rest.astype(jnp.bfloat16))

@@ -5,21 +5,28 @@ which thread has which elements. The tensor-core instruction ``mma.m16n8k16`` wa
 layouts of its own: thread ``4 c + r`` of a warp has column ``c`` of a tile of 8 columns, and of the
 right operand rows ``2 r, 2 r + 1`` (one 32-bit register) and ``8 + 2 r, 8 + 2 r + 1`` (another).
 
-Two liberties are taken, and both are free, for they only rename what a register means:
+Three liberties are taken, and all are free, for they only rename what a register means:
 
 * *A word is two rows.* Thread ``4 c + r`` loads word rows ``r`` and ``r + 4``; each 32-bit word, once
-  masked, is a pair of bfloat16 (:func:`as_operand`). The order of rows that results is matched by x.
+  masked, is a pair of bfloat16 (:meth:`Warps.as_operand`). The order of rows that results is matched by x.
 * *Columns trade places.* A thread loads up to 4 *adjacent* columns at once, and uses each in another
   tile of 8. So the product's columns are permuted among the tiles of a warp; the scales are loaded in
   the same way and the result is stored in the same way, and the permutation is never seen
-  (:func:`as_accumulator`, :func:`from_accumulator`).
+  (:meth:`Warps.as_accumulator`, :meth:`Warps.from_accumulator`).
+* *Warps have groups of their own.* With ``split`` above 1 the accumulator has 16 rows for each of
+  ``split`` *shares* of the warps, and x's rows of one share are those of another group than the next
+  share's. The layout says that all shares hold the same right operand; but each has loaded the words of its
+  own group, by an address that differs from warp to warp (:meth:`Warps.own`).
 
-In interpret mode there are no registers: the first is a bitcast, the second is the identity, and
-``plgpu.mma`` (without an interpreter rule in jax 0.12.0.1) is ``jnp.dot``. Interpret mode therefore
-proves the arithmetic and the indices, not the three functions that rename registers; these rest on the
-definition of the layouts, until a device has run ``tests/test_matmul_gpu.py``.
+In interpret mode there are no registers: the first is a bitcast, the second is the identity, the third an
+array with a leading axis ``split``, and ``plgpu.mma`` (without an interpreter rule in jax 0.12.0.1) is a
+product per share. Interpret mode therefore proves the arithmetic and the indices, not the functions that
+rename registers; these rest on the definition of the layouts, until a device has run
+``tests/test_matmul_gpu.py``.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,147 +36,211 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu_operands import WORD_ROWS
+from pallas_kernels.mosaic_gpu_operands import ROW_TILE, WORD_ROWS
 
-ACC = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=1)
-LHS = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=1)
-RHS = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=1)
-WARP_COLUMNS = 32  # of one tile of 8 for each of four warps
+WARPS = 4
 
 
-def adjacent(block_n: int) -> int:
-    """How many adjacent columns a thread loads at once, in a block of ``block_n``."""
-    return min(4, block_n // WARP_COLUMNS)
+@dataclasses.dataclass(frozen=True)
+class Warps:
+    """How the four warps of a block share the work: ``split`` by groups, ``4 / split`` by columns."""
 
+    split: int
+    interpret: bool
 
-def word_layout(block_n: int, rows: int = WORD_ROWS) -> Any:
-    """``[rows, block_n]`` words; with fewer than 8 rows, the threads of one column share or repeat them."""
-    v = adjacent(block_n)
-    columns, tile = WARP_COLUMNS * v, 8 * v
-    tiling, repeat = plgpu.Tiling, plgpu.Replicated
-    args: tuple[Any, ...]
-    match rows:
-        case 8:
-            args = tiling(((8, columns), (4, tile), (v,))), (-4,), (-2, -3)
-        case 4:
-            args = tiling(((4, columns), (4, tile), (v,))), (-4,), (-2, -3)
-        case 2:
-            args = tiling(((2, columns), (2, tile), (v,))), (-4,), (-2, repeat(2), -3)
-        case 1:
-            args = tiling(((1, columns), (tile,), (v,))), (-3,), (-2, repeat(4))
-        case _:
-            raise ValueError(f"{rows} word rows, expected 1, 2, 4 or 8")
-    return plgpu.Layout.TILED(*args, vector_dim=-1)
+    @property
+    def rows(self) -> int:
+        """Rows of an accumulator: 16 for each share."""
+        return ROW_TILE * self.split
 
+    @property
+    def columns(self) -> int:
+        """Columns of one tile of 8 for each warp of a share."""
+        return 8 * WARPS // self.split
 
-def result_layout(block_n: int) -> Any:
-    """``[M, block_n]`` results, adjacent columns in one thread; ``.reduce(0)`` is a row of them."""
-    v = adjacent(block_n)
-    if v == 1:  # no columns trade places
-        return ACC
-    tiling = plgpu.Tiling(((16, WARP_COLUMNS * v), (8, 8 * v), (2 * v,)))
-    return plgpu.Layout.TILED(tiling, (-4,), (-3, -2), vector_dim=-1)
+    @property
+    def accumulator(self) -> Any:
+        """``float32[rows, n]``."""
+        return plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=self.split)
 
+    @property
+    def left(self) -> Any:
+        """``bfloat16[rows, 16]``, each share's own rows."""
+        return plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=self.split)
 
-def mma(acc: jax.Array, a: jax.Array, b: jax.Array, interpret: bool) -> jax.Array:
-    """``acc[M, n] + a[M, 16] @ b[16, n]`` on the tensor cores."""
-    if interpret:
-        return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
-    return plgpu.mma(acc, a, b)
+    @property
+    def right(self) -> Any:
+        """``bfloat16[16, n]``, each share's own words."""
+        return plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=self.split)
 
+    def adjacent(self, n: int) -> int:
+        """How many adjacent columns a thread loads at once, in a block of ``n``."""
+        return min(4, n // self.columns)
 
-def as_operand(words: jax.Array, interpret: bool) -> jax.Array:
-    """``uint32[8, n]``, each two bfloat16, as ``bfloat16[16, n]``: row ``2 j`` is word ``j``'s low half."""
-    rows, n = words.shape
-    if interpret:
-        return lax.bitcast_convert_type(words, jnp.bfloat16).transpose(0, 2, 1).reshape(2 * rows, n)
-    from jax._src.lib.mlir import ir
-    from jax.experimental.mosaic.gpu import utils
+    def words(self, n: int, rows: int = WORD_ROWS) -> Any:
+        """Layout of ``[rows, n]`` words; with fewer than 8 rows, threads of a column share or repeat them."""
+        v, repeat = self.adjacent(n), plgpu.Replicated
+        columns, tile = self.columns * v, 8 * v
+        match rows:
+            case 8 | 4:
+                return _tiled(((rows, columns), (4, tile), (v,)), (repeat(self.split), -4), (-2, -3))
+            case 2:
+                return _tiled(((2, columns), (2, tile), (v,)), (repeat(self.split), -4), (-2, repeat(2), -3))
+            case 1:
+                return _tiled(((1, columns), (tile,), (v,)), (repeat(self.split), -3), (-2, repeat(4)))
+        raise ValueError(f"{rows} word rows, expected 1, 2, 4 or 8")
 
-    v = adjacent(n)
+    def results(self, n: int) -> Any:
+        """Layout of ``[rows, n]`` results, adjacent columns in one thread; ``.reduce(0)`` is one row."""
+        v = self.adjacent(n)
+        tiling = (self.rows, self.columns * v), (ROW_TILE, 8 * v), (8, 8 * v), (2 * v,)
+        return _tiled(tiling, (-7, -6), (-3, -2))
 
-    def rename(old: np.ndarray, new: np.ndarray) -> None:
-        pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        for i, register in enumerate(old.flat):
-            tiles, upper = divmod(i, 2)
-            for t in range(v):
-                new.flat[2 * (tiles * v + t) + upper] = utils.bitcast(_element(register, t), pair)
+    def share(self) -> Any:
+        """Which share the thread's warp belongs to, a scalar that differs between warps."""
+        if self.split == 1:
+            return 0
+        scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(()))
 
-    return _renamed(words, word_layout(n), RHS, (2 * rows, n), jnp.bfloat16, rename)
+        @plgpu.inline_mgpu(return_type=scalar)
+        def inline(ctx):
+            from jax.experimental.mosaic.gpu import fragmented_array as fa
+            from jax.experimental.mosaic.gpu import utils
+            from jaxlib.mlir.dialects import arith
 
+            i32 = utils.dtype_to_ir_type(jnp.int32)
+            share = arith.divui(utils.warp_idx(), utils.c(WARPS // self.split, i32))
+            return fa.FragmentedArray.splat(share, (), is_signed=True)
 
-def as_accumulator(row: jax.Array, interpret: bool) -> jax.Array:
-    """A row ``bfloat16[n]`` loaded in ``result_layout(n).reduce(0)``, as a float32 row of the accumulator."""
-    (n,) = row.shape
-    if interpret:
-        return row.astype(jnp.float32)
-    from jax._src.lib.mlir import ir
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith
+        return inline()
 
-    v = adjacent(n)
+    def own(self, load: Callable[[Any], Any]) -> Any:
+        """``load(share)`` of every warp's own share; in interpret mode of all, along a new first axis."""
+        if not self.interpret:
+            return load(self.share())
+        return jax.tree.map(lambda *shares: jnp.stack(shares), *map(load, range(self.split)))
 
-    def rename(old: np.ndarray, new: np.ndarray) -> None:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        upper_half = utils.c(-(1 << 16), i32)
-        for i, register in enumerate(old.flat):
-            words = utils.bitcast(register, ir.VectorType.get((v,), i32))
-            values = []
-            for j in range(v):  # one instruction each, where a conversion of the upper half takes two
-                word = _element(words, j)
-                halves = arith.shli(word, utils.c(16, i32)), arith.andi(word, upper_half)
-                values += [utils.bitcast(half, f32) for half in halves]
-            for t in range(v):
-                new.flat[i * v + t] = _vector([values[t], values[v + t]])
+    def mma(self, acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """``acc[rows, n] + a[rows, 16] @ b[16, n]`` on the tensor cores, share by share."""
+        if not self.interpret:
+            return plgpu.mma(acc, a, b)
+        shares = a.reshape(self.split, ROW_TILE, -1)
+        return acc + jnp.matmul(shares, b, preferred_element_type=jnp.float32).reshape(acc.shape)
 
-    return _renamed(row, result_layout(n).reduce(0), ACC.reduce(0), (n,), jnp.float32, rename)
+    def as_operand(self, words: jax.Array) -> jax.Array:
+        """``uint32[8, n]``, each two bfloat16, as ``bfloat16[16, n]``: row ``2 j`` is a word's low half."""
+        *shares, rows, n = words.shape
+        if self.interpret:
+            pairs = jnp.moveaxis(lax.bitcast_convert_type(words, jnp.bfloat16), -1, -2)
+            return pairs.reshape(*shares, 2 * rows, n)
+        from jax._src.lib.mlir import ir
+        from jax.experimental.mosaic.gpu import utils
 
+        v = self.adjacent(n)
 
-def from_accumulator(acc: jax.Array, interpret: bool) -> jax.Array:
-    """The accumulator ``float32[M, n]`` in ``result_layout(n)``, ready to be stored."""
-    m, n = acc.shape
-    v = adjacent(n)
-    if interpret or v == 1:
-        return acc
-
-    def rename(old: np.ndarray, new: np.ndarray) -> None:
-        old = old.reshape(m // 16, n // (WARP_COLUMNS * v), v, 2)
-        for i, index in enumerate(np.ndindex(old.shape[0], old.shape[1], 2)):
-            tiles = old[index[0], index[1], :, index[2]]
-            new.flat[i] = _vector([_element(tile, e) for e in range(2) for tile in tiles])
-
-    return _renamed(acc, ACC, result_layout(n), (m, n), jnp.float32, rename)
-
-
-def load_words(ref: Any) -> list[jax.Array]:
-    """A plane of one group, ``uint32[rows, n]``, as tiles of 8 rows, or one of fewer."""
-    rows, n = ref.shape
-    step = min(rows, WORD_ROWS)
-    tiles = [ref.at[pl.ds(i, step)] for i in range(0, rows, step)]
-    return [plgpu.load(tile, layout=word_layout(n, step), optimized=False) for tile in tiles]
-
-
-def full_tiles(tiles: list[jax.Array], bits: int, interpret: bool) -> list[jax.Array]:
-    """Tiles ``uint32[8, n]``: one of fewer rows repeats them, each time shifted down by ``bits`` more."""
-    (rows, n), words = tiles[0].shape, tiles[0]
-    if rows == WORD_ROWS:
-        return tiles
-    if interpret:
-        return [jnp.concatenate([words >> jnp.uint32(i * bits) for i in range(WORD_ROWS // rows)])]
-    from jax._src.lib.mlir import ir
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith, vector
-
-    def rename(old: np.ndarray, new: np.ndarray) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        lane_row = arith.remui(utils.thread_idx(), utils.c(4, i32))
-        for upper in range(2):
-            tile_row = arith.addi(lane_row, utils.c(4 * upper, i32))
-            shift = arith.muli(arith.divui(tile_row, utils.c(rows, i32)), utils.c(bits, i32))
+        def rename(old: np.ndarray, new: np.ndarray) -> None:
+            pair = ir.VectorType.get((2,), ir.BF16Type.get())
             for i, register in enumerate(old.flat):
-                new.flat[2 * i + upper] = arith.shrui(register, vector.broadcast(register.type, shift))
+                tiles, upper = divmod(i, 2)
+                for t in range(v):
+                    new.flat[2 * (tiles * v + t) + upper] = utils.bitcast(_element(register, t), pair)
 
-    return [_renamed(words, word_layout(n, rows), word_layout(n), (WORD_ROWS, n), jnp.uint32, rename)]
+        return _renamed(words, self.words(n), self.right, (2 * rows, n), jnp.bfloat16, rename)
+
+    def as_accumulator(self, row: jax.Array) -> jax.Array:
+        """A row ``bfloat16[n]`` in the layout ``results(n).reduce(0)``, as every row of an accumulator."""
+        n = row.shape[-1]
+        if self.interpret:
+            return jnp.repeat(row.astype(jnp.float32), ROW_TILE, axis=0)
+        from jax._src.lib.mlir import ir
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir.dialects import arith
+
+        v = self.adjacent(n)
+
+        def rename(old: np.ndarray, new: np.ndarray) -> None:
+            i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            upper_half = utils.c(-(1 << 16), i32)
+            for i, register in enumerate(old.flat):
+                words = utils.bitcast(register, ir.VectorType.get((v,), i32))
+                values = []
+                for j in range(v):  # one instruction each, where a conversion of the upper half takes two
+                    word = _element(words, j)
+                    halves = arith.shli(word, utils.c(16, i32)), arith.andi(word, upper_half)
+                    values += [utils.bitcast(half, f32) for half in halves]
+                for t in range(v):
+                    new.flat[i * v + t] = _vector([values[t], values[v + t]])
+
+        layouts = self.results(n).reduce(0), self.accumulator.reduce(0)
+        return lax.broadcast_in_dim(_renamed(row, *layouts, (n,), jnp.float32, rename), (self.rows, n), [1])
+
+    def from_accumulator(self, acc: jax.Array) -> jax.Array:
+        """The accumulator ``float32[rows, n]`` in the layout ``results(n)``, ready to be stored."""
+        n = acc.shape[-1]
+        v = self.adjacent(n)
+        if self.interpret or v == 1:
+            return acc
+
+        def rename(old: np.ndarray, new: np.ndarray) -> None:
+            old = old.reshape(-1, v, 2)
+            for i, (columns, upper) in enumerate(np.ndindex(old.shape[0], 2)):
+                tiles = old[columns, :, upper]
+                new.flat[i] = _vector([_element(tile, e) for e in range(2) for tile in tiles])
+
+        return _renamed(acc, self.accumulator, self.results(n), acc.shape, jnp.float32, rename)
+
+    def load_words(self, ref: Any) -> list[jax.Array]:
+        """A plane of one group, ``uint32[rows, n]``, as tiles of 8 rows, or one of fewer."""
+        rows, n = ref.shape
+        step = min(rows, WORD_ROWS)
+        tiles = [ref.at[pl.ds(i, step)] for i in range(0, rows, step)]
+        return [plgpu.load(tile, layout=self.words(n, step), optimized=False) for tile in tiles]
+
+    def full_tiles(self, tiles: list[jax.Array], bits: int) -> list[jax.Array]:
+        """Tiles ``uint32[8, n]``: one of fewer rows repeats them, each time shifted down by ``bits`` more."""
+        words = tiles[0]
+        *_, rows, n = words.shape
+        if rows == WORD_ROWS:
+            return tiles
+        if self.interpret:
+            shifted = [words >> jnp.uint32(i * bits) for i in range(WORD_ROWS // rows)]
+            return [jnp.concatenate(shifted, axis=-2)]
+        from jax._src.lib.mlir import ir
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir.dialects import arith, vector
+
+        def rename(old: np.ndarray, new: np.ndarray) -> None:
+            i32 = ir.IntegerType.get_signless(32)
+            lane_row = arith.remui(utils.thread_idx(), utils.c(4, i32))
+            for upper in range(2):
+                tile_row = arith.addi(lane_row, utils.c(4 * upper, i32))
+                shift = arith.muli(arith.divui(tile_row, utils.c(rows, i32)), utils.c(bits, i32))
+                for i, register in enumerate(old.flat):
+                    new.flat[2 * i + upper] = arith.shrui(register, vector.broadcast(register.type, shift))
+
+        return [_renamed(words, self.words(n, rows), self.words(n), (WORD_ROWS, n), jnp.uint32, rename)]
+
+    def barrier(self) -> None:
+        """Waits until all four warps are here, and what they stored is seen."""
+        if self.interpret:
+            plgpu.commit_smem()
+            return
+
+        @plgpu.inline_mgpu()  # commit_smem has a fence besides, for TMA, which sm_80 has not
+        def inline(ctx):
+            from jax.experimental.mosaic.gpu import utils
+
+            utils.warpgroup_barrier()
+
+        inline()
+
+
+def _tiled(tiling: Any, warps: Any, lanes: Any) -> Any:
+    """A layout from tiles that may divide nothing, as those do that all warps would share out among them."""
+    from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout
+
+    layout = TiledLayout(plgpu.Tiling(tiling), warps, lanes, -1, _check_canonical=False).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
 def _renamed(array, old_layout, new_layout, shape, dtype, rename) -> jax.Array:

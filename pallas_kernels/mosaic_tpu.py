@@ -37,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, zero_bits
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_bits
 from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS
 from pallas_kernels.mosaic_tpu_config import Config as Config
 from pallas_kernels.mosaic_tpu_config import choose as choose
@@ -52,7 +52,7 @@ from pallas_kernels.mosaic_tpu_operands import (
     segments_of,
 )
 from pallas_kernels.mosaic_tpu_prefill import prefill
-from pallas_kernels.mosaic_tpu_unpack import pieces, unpack
+from pallas_kernels.mosaic_tpu_unpack import unpack
 
 DECODE_ROWS = 32
 GROUP_SIZES = (32, 64, 128, 256)

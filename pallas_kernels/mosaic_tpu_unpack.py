@@ -7,23 +7,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, plane_widths
+from pallas_kernels.layout import WORD_BITS
 from pallas_kernels.mosaic_tpu_config import SUBLANES
 
 
 def bit_of(t):
     """Where register ``t`` of a group's codes has its codes in a field."""
     return 2 * (t % 2)
-
-
-def pieces(bits: int) -> list[list[tuple[int, int]]]:
-    """Planes ``(width, shift)`` of a code, in pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
-    planes: list[tuple[int, int]] = []
-    shift = 0
-    for n in plane_widths(bits):
-        planes.append((n, shift))
-        shift += n
-    return [found for low in (0, 4) if (found := [plane for plane in planes if plane[1] // 4 * 4 == low])]
 
 
 def unpack(ref, row, piece, group_size: int, field: int) -> jax.Array:

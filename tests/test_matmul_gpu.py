@@ -8,11 +8,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from matmul_cases import MatmulCases, random_weight, random_x
 
-from pallas_kernels import mosaic_gpu, mosaic_gpu_operands
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.layout import pack_group, pieces
 from pallas_kernels.mosaic_gpu import Config
+from pallas_kernels.mosaic_gpu_operands import fields, places
 
 # The interpreted kernel becomes an XLA program whose compilation is all the time these tests take.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -41,7 +44,7 @@ class TestMosaicGpu(MatmulCases):
         self.matmul(random_x(1, 32), w)
         super().test_segment_sizes_are_data()
 
-    @pytest.mark.parametrize(("split_k", "n"), [(1, 72), (3, 40), (3, 30)])
+    @pytest.mark.parametrize(("split_k", "n"), [(1, 72), (2, 72), (4, 40), (4, 30)])
     def test_bias_split_and_ragged_columns(self, split_k, n):
         w, dense = random_weight(7 * 32, n, 32, [1, 2, 2, 2, 2, 3, 3])
         x, bias = random_x(3, 7 * 32, dtype=jnp.bfloat16), random_x(n, seed=2)
@@ -54,6 +57,7 @@ class TestMosaicGpu(MatmulCases):
         [
             Config(block_m=64, block_n=128, stages=2, groups_per_step=1),
             Config(block_m=16, block_n=64, stages=3, groups_per_step=4),
+            Config(block_m=16, block_n=64, stages=2, groups_per_step=2, split_k=2),
         ],
     )
     def test_other_tiles(self, config):
@@ -61,11 +65,12 @@ class TestMosaicGpu(MatmulCases):
         x = random_x(70, 9 * 64)
         self.assert_close(self.matmul(x, w, config=config), x, dense)
 
-    @pytest.mark.parametrize("groups", [17, 33])
-    def test_zero_points_of_many_groups(self, groups):
+    @pytest.mark.parametrize(("groups", "split_k"), [(17, 1), (33, 1), (33, 2)])
+    def test_zero_points_of_many_groups(self, groups, split_k):
         w, dense = random_weight(groups * 32, 32, 32, [2] * groups)
         x = random_x(2, groups * 32) + 1.0  # sums that do not vanish
-        self.assert_close(self.matmul(x, w), x, dense)
+        config = Config(block_n=32, stages=1, groups_per_step=1, split_k=split_k)
+        self.assert_close(self.matmul(x, w, config=config), x, dense)
 
     def test_stacked_layers_share_one_program(self):
         allocations = [1, 2, 3], [2, 2, 2], [3, 2, 1]
@@ -79,24 +84,29 @@ class TestMosaicGpu(MatmulCases):
             self.assert_close(y, x, dense)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("widths", [(1, 2, 3), (2, 4), (5, 6), (7, 8)])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_channel_order_reads_the_layout(bits, group_size):
-    """Every channel once, at the slot where its masked code stands, worth ``2**bit`` codes."""
-    channel, bit = mosaic_gpu_operands.channel_order(bits, group_size)
-    assert sorted(channel) == list(range(group_size))
-    rows = group_size * bits // 32
-    pairs = mosaic_gpu_operands.slot_pairs(bits, group_size)
-    assert len(pairs) * 16 * max(1, rows // 8) == group_size
-    for k, (c, b) in enumerate(zip(channel, bit)):
-        tile, i, half = k // 16, k % 16 // 2, k % 2
-        block, t = divmod(tile, len(pairs))
-        shift, at = pairs[t]
-        repeat = 0 if rows >= 8 else i // rows
-        position = shift + at + 16 * half + repeat * len(pairs) * bits
-        assert (c % rows, c // rows) == ((8 * block + i) if rows >= 8 else i % rows, position // bits)
-        assert b == at
-        assert at + bits <= 7
+def test_fields_read_the_layout(widths, group_size):
+    """Masked words hold the codes of channels ``8 t ...``, at the same place for all widths."""
+    g, place = group_size, places(widths, group_size)
+    for bits in widths:
+        codes = np.random.default_rng(bits).integers(0, 2**bits, (g, 1)).astype(np.uint32)
+        words = pack_group(codes, bits)[:, 0]
+        for piece in pieces(bits):
+            found = np.zeros((g // 16, 8), np.uint32)
+            for n, shift in piece:
+                plane = words[g * shift // 32 : g * (shift + n) // 32]
+                repeats = max(1, 8 // len(plane))
+                tiles = np.concatenate([plane >> np.uint32(i * n) for i in range(repeats)]).reshape(-1, 8)
+                for t, field in enumerate(fields(n, shift, g, place)):
+                    by, tile = np.uint32(abs(field.by)), tiles[field.tile]
+                    found[t] |= (tile >> by if field.by > 0 else tile << by) & np.uint32(field.mask)
+            width = sum(n for n, _ in piece)
+            assert max(place) + width <= 7
+            expected = codes.reshape(2, g // 16, 8) >> np.uint32(piece[0][1]) & np.uint32(2**width - 1)
+            for half in range(2):
+                value = found >> np.uint32(16 * half) & np.uint32(0xFFFF)
+                np.testing.assert_array_equal(value, expected[half] << place.astype(np.uint32)[:, None])
 
 
 def test_refuses_what_it_cannot_do():
@@ -106,7 +116,15 @@ def test_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"block_m": 8}, {"block_n": 100}, {"stages": 0}, {"groups_per_step": 0}, {"split_k": 17}]
+    "wrong",
+    [
+        {"block_m": 8},
+        {"block_n": 100},
+        {"stages": 0},
+        {"groups_per_step": 0},
+        {"split_k": 3},
+        {"split_k": 2, "block_m": 32},
+    ],
 )
 def test_config_is_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
