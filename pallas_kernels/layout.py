@@ -126,6 +126,11 @@ def vary_like(value: jax.Array, like: Any) -> jax.Array:
     return value
 
 
+def result_type(shape: tuple[int, ...], like: Any) -> Any:
+    """float32 of this shape, as a kernel's result is declared: it differs between devices as ``like`` does."""
+    return jax.typeof(vary_like(jnp.zeros(shape, jnp.float32), like))
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scale", "zero", "order", "segments"],

@@ -48,7 +48,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_bits
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type, zero_bits
 from pallas_kernels.mosaic_gpu_operands import (
     DEPTH,
     ROW_TILE,
@@ -191,7 +191,7 @@ def _product(
     rows = -(-x.shape[0] // config.block_m) * config.block_m
     kernel = plgpu.kernel(
         partial(_body, w=w, config=config, n=n, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct((rows, n), jnp.float32),
+        out_type=result_type((rows, n), (x, w)),
         grid=(rows // config.block_m, -(-n // config.block_n)),
         grid_names=("m", "n"),
         kernel_name="mixed_matmul",
