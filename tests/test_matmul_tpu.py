@@ -45,8 +45,12 @@ class Bfloat16(TpuCases):
 
 
 class Int8(TpuCases):
-    config = Config(strips=1, groups=2, stack=2, unpack="int8")
+    config = Config(strips=1, groups=2, deep=True, unpack="int8")
     tolerance = 1e-4  # fixed point of x, see the module's docstring
+
+
+class Joined(Int8):
+    config = Config(strips=2, groups=2, unpack="int8")
 
 
 INT8 = pytest.mark.parametrize("cases", [Int8()], ids=["int8"])
@@ -59,9 +63,10 @@ INT8 = pytest.mark.parametrize("cases", [Int8()], ids=["int8"])
         (Int8(), 1, 635, 300, 128, [1, 3, 2, 1, 3]),
         (Bfloat16(), 17, 380, 130, 128, [1, 2, 3]),
         (Int8(), 17, 127, 40, 32, [5, 6, 7, 8]),
+        (Joined(), 3, 384, 300, 128, [1, 2, 3]),
         (Bfloat16(), 1, 255, 40, 32, range(1, 9)),
     ],
-    ids=["int8-odd", "bfloat16", "int8-wide", "bfloat16-all"],
+    ids=["int8-odd", "bfloat16", "int8-wide", "joined", "bfloat16-all"],
 )
 def test_values(cases, m, k, n, group_size, bits):
     cases.check(m, k, n, group_size, list(bits))
@@ -149,7 +154,6 @@ def test_refuses_odd_group_sizes():
         {"strips": 0},
         {"strips": 3, "join": 2},
         {"groups": 0},
-        {"groups": 4, "stack": 3},
         {"unpack": "int4"},
         {"digits": 1},
         {"cores": 0},
