@@ -1,9 +1,10 @@
 """The matmul on TPUs in decode (few rows of ``x``): words are read once and unpacked in registers.
 
 The output is cut into tiles of columns, one per grid step. While a tile is computed, the kernel copies
-the next tile's words into VMEM (fast memory). A step runs one loop per bit width over *chunks* of
-``Config.groups`` groups. How many groups have which width is data, and so are trip counts and row
-numbers: one compiled kernel serves all allocations.
+the next tile's words into VMEM (fast memory), in four blocks of rows; the first tile is computed while its
+own blocks arrive. A step runs one loop per bit width over *chunks* of ``Config.groups`` groups. How many
+groups have which width is data, and so are trip counts and row numbers: one compiled kernel serves all
+allocations. Between two steps of a loop the matrix unit runs empty, hence the wide tiles.
 
 *Unpacking* (``unpack``). Codes are never converted one by one. A 32-bit word is taken as four fields of
 8 bits or two of 16, and one AND leaves one code in each field, at bit 0 or 2. For 8-bit fields that *is*
@@ -13,14 +14,17 @@ four int8 numbers ``q << bit``. For 16-bit fields an OR with ``0x4300`` makes tw
 *Order.* In every plane, field ``f`` of a word holds channels ``f * g / fields`` to ``(f + 1) * g / fields``
 of its group. Wherever a plane's rows fill registers of 8 rows only after being repeated, every copy is
 shifted by one slot more. Then codes of all widths come out in the same order, channel
-``f * g / fields + 8 * t + r`` in field ``f`` of row ``r`` of register ``t``: planes of a width can be
-joined with an OR, and one order of ``x`` serves all. Codes wider than 4 bits are two products of up to 4.
+``f * g / fields + 8 * t + r`` in field ``f`` of row ``r`` of register ``t``, and one order of ``x`` serves
+all. Planes of a width are joined with an OR; or, if ``Config.deep``, they lie under one another beside two
+copies of ``x``, which costs less where the matrix unit is 256 deep. Codes wider than 4 bits are two
+products of up to 4.
 
 *x* (``prepare``) is brought into that order in the first step, by a product with a permutation matrix.
-For int8 it becomes fixed point, ``x ≈ s * (65536 * a + 256 * b + c)``, with one ``s`` for each row and
-chunk: all digits go through the matrix unit together as three times the rows, and sums are exact integers.
-The error is at most ``2**-21`` of the largest ``|x|`` in the row and chunk: beside an outlier a thousand
-times the rest, which real activations have, the rest keeps 11 bits. (With two digits it would keep 3.)
+For int8 it becomes fixed point, ``x ≈ s * (256 * a + b)``, with one ``s`` for each row and group: both
+digits go through the matrix unit together as twice the rows, and sums are exact integers. The error is at
+most ``2**-16`` of the largest ``|x|`` in the row and group, and ``2**-14`` for channels whose codes are at
+bit 2: a twentieth of what rounding x to bfloat16 costs, and a third of that beside an outlier a thousand
+times the rest. (``digits=3``: 8 bits more.)
 On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
 
 *Scales and zeros* act on sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second term,
@@ -122,7 +126,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
         def chunk(c, have, s=s):
             end = s.first_row + (c + 1) * config.groups * (w.group_size * s.bits // WORD_BITS)
             have = wait(have, jnp.minimum((end + SUBLANES - 1) // height + 1, len(blocks)))
-            _chunk(c, order, s=s, half=half, w=w, config=config, scratch=scratch)
+            _chunk(c, s=s, half=half, w=w, config=config, scratch=scratch)
             return have
 
         have = lax.fori_loop(0, s.chunks, chunk, jnp.int32(have))
@@ -130,14 +134,13 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     out_ref[...] = acc_ref[: out_ref.shape[0]]
 
 
-def _chunk(c, order, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> None:
+def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> None:
     """Adds the product with one chunk's groups to ``acc_ref``."""
     x_groups, unit_ref, _, _, acc_ref, scale_rows, buffer, _ = scratch
     g, u, join, field = w.group_size, config.groups, config.join, UNPACKS[config.unpack]
-    rows, never = acc_ref.shape[0], order[0] < 0
-    total = [jnp.zeros((rows, LANES), jnp.float32)] * join
+    rows = acc_ref.shape[0]
     for j in range(0, config.strips, join):
-        total = [jnp.where(never, t, 0.0) for t in total]
+        total = [jnp.zeros((rows, LANES), jnp.float32)] * join
         for k in range(u):
             position = jnp.where(c * u + k < s.size, s.first_group + c * u + k, w.groups)
             x, products = x_groups[position], []

@@ -16,6 +16,7 @@ class Config:
     Attributes:
       strips: columns of an output tile, in units of 128.
       groups: groups in a chunk, all unrolled.
+      batch: groups whose channels of x are prepared together.
       join: strips that one product takes together; 2 fills a matrix unit 256 wide.
       deep: planes of a code lie under one another, for matrix units 256 deep, and are not joined.
       unpack: ``"int8"`` or ``"bfloat16"``, what the matrix unit multiplies.
@@ -25,6 +26,7 @@ class Config:
 
     strips: int = 8
     groups: int = 8
+    batch: int = 8
     join: int = 1
     deep: bool = False
     unpack: str = "int8"
@@ -36,6 +38,8 @@ class Config:
             raise ValueError(f"strips is {self.strips}, expected a positive multiple of join, {self.join}")
         if self.groups < 1:
             raise ValueError(f"groups is {self.groups}, expected at least 1")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}, expected at least 1")
         if self.digits not in (2, 3):
             raise ValueError(f"digits is {self.digits}, expected 2 or 3")
         if self.cores < 1:
@@ -56,7 +60,7 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     total, join = -(-n // LANES), 2 if wide and n > LANES else 1
     tiles = -(-total // (widest * cores)) * cores
     strips = -(-total // (tiles * join)) * join
-    return Config(strips, join=join, deep=deep, unpack=unpack, cores=cores)
+    return Config(strips, batch=16 if deep else 8, join=join, deep=deep, unpack=unpack, cores=cores)
 
 
 def choose(device_kind: str, m: int, k: int, n: int) -> Config:

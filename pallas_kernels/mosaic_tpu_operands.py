@@ -12,8 +12,6 @@ from pallas_kernels.layout import WORD_BITS, MixedTensor, zero_step
 from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS, Config
 from pallas_kernels.mosaic_tpu_unpack import pieces
 
-BATCH = 16  # groups that ``prepare`` takes together
-
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
@@ -49,8 +47,9 @@ def block_rows(rows: int) -> int:
 def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: MixedTensor, config: Config):
     """``x[rows, K]`` -> ``x_groups`` as codes come out, the value of its unit, and sums over groups.
 
-    ``unit_ref`` is ``[chunks, rows, 128]``, all lanes equal. ``sums_ref`` is ``[2, rows, 3 * G]`` and zeros
-    behind: what the scales, and what the scales times the zero codes, are multiplied by, three times.
+    Groups are in the order of storage. ``unit_ref`` is ``[G + 1, rows, 128]``, all lanes equal; the last
+    group of both is zero. ``sums_ref`` is ``[2, rows, 3 * G]`` and zeros behind: what the scales, and what
+    the scales times the zero codes, are multiplied by, three times. ``move_ref`` is for the permutation.
     """
     g, field = w.group_size, UNPACKS[config.unpack]
     rows, lanes = x_ref.shape[-2], sums_ref.shape[-1]
@@ -68,7 +67,7 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
 
     def batch(b, carry):
         lifted, sums = carry
-        positions = [jnp.minimum(b * BATCH + k, w.groups - 1) for k in range(BATCH)]
+        positions = [jnp.minimum(b * config.batch + k, w.groups - 1) for k in range(config.batch)]
         units, digits = [], []
         for position in positions:
             group = order[position]
@@ -92,7 +91,7 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
                 lifted = jnp.where(spot == position, jnp.sum(digits[-1], 1, keepdims=True), lifted)
         # Exact: int8 digits are bfloat16 numbers, too.
         found = dot(jnp.concatenate(digits).astype(jnp.bfloat16), move_ref[...])
-        count = found.shape[0] // BATCH
+        count = found.shape[0] // config.batch
         for k, position in enumerate(positions):
             moved = found[k * count : (k + 1) * count, :g]
             x_groups[position] = (moved.astype(jnp.int32) if field == 8 else moved).astype(x_groups.dtype)
@@ -108,7 +107,7 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
     x_groups[w.groups] = jnp.zeros(x_groups.shape[1:], x_groups.dtype)
     unit_ref[w.groups] = jnp.zeros(unit_ref.shape[1:], unit_ref.dtype)
     nothing = jnp.zeros((rows, lanes), jnp.float32)
-    lifted, sums = lax.fori_loop(0, -(-w.groups // BATCH), batch, (nothing, nothing))
+    lifted, sums = lax.fori_loop(0, -(-w.groups // config.batch), batch, (nothing, nothing))
     for s in segments:
         inside = (spot >= s.first_group) & (spot < s.first_group + s.size)
         lifted = jnp.where(inside, lifted * lift_of(s.bits, config.deep), lifted)
