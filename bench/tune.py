@@ -33,7 +33,7 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "groups_per_step": (1, 2, 4),
         "split_k": (1, 2, 4),
     },
-    "mosaic_tpu": {"strips": (4, 8, 16), "groups": (4, 8, 16), "join": (1, 2), "stack": (1, 2)},
+    "mosaic_tpu": {"strips": (8, 16, 32), "groups": (4, 8, 16), "join": (1, 2), "deep": (False, True)},
 }
 """What is tried of each field; the others keep the heuristic's value."""
 

@@ -1,9 +1,10 @@
 """The matmul on TPUs in decode (few rows of ``x``): words are read once and unpacked in registers.
 
 The output is cut into tiles of columns, one per grid step. While a tile is computed, the kernel copies
-the next tile's words into VMEM (fast memory). A step runs one loop per bit width over *chunks* of
-``Config.groups`` groups. How many groups have which width is data, and so are trip counts and row
-numbers: one compiled kernel serves all allocations.
+the next tile's words into VMEM (fast memory), in four blocks of rows; the first tile is computed while its
+own blocks arrive. A step runs one loop per bit width over *chunks* of ``Config.groups`` groups. How many
+groups have which width is data, and so are trip counts and row numbers: one compiled kernel serves all
+allocations. Between two steps of a loop the matrix unit runs empty, hence the wide tiles.
 
 *Unpacking* (``unpack``). Codes are never converted one by one. A 32-bit word is taken as four fields of
 8 bits or two of 16, and one AND leaves one code in each field, at bit 0 or 2. For 8-bit fields that *is*
@@ -13,14 +14,17 @@ four int8 numbers ``q << bit``. For 16-bit fields an OR with ``0x4300`` makes tw
 *Order.* In every plane, field ``f`` of a word holds channels ``f * g / fields`` to ``(f + 1) * g / fields``
 of its group. Wherever a plane's rows fill registers of 8 rows only after being repeated, every copy is
 shifted by one slot more. Then codes of all widths come out in the same order, channel
-``f * g / fields + 8 * t + r`` in field ``f`` of row ``r`` of register ``t``: planes of a width can be
-joined with an OR, and one order of ``x`` serves all. Codes wider than 4 bits are two products of up to 4.
+``f * g / fields + 8 * t + r`` in field ``f`` of row ``r`` of register ``t``, and one order of ``x`` serves
+all. Planes of a width are joined with an OR; or, if ``Config.deep``, they lie under one another beside two
+copies of ``x``, which costs less where the matrix unit is 256 deep. Codes wider than 4 bits are two
+products of up to 4.
 
 *x* (``prepare``) is brought into that order in the first step, by a product with a permutation matrix.
-For int8 it becomes fixed point, ``x ≈ s * (65536 * a + 256 * b + c)``, with one ``s`` for each row and
-chunk: all digits go through the matrix unit together as three times the rows, and sums are exact integers.
-The error is at most ``2**-21`` of the largest ``|x|`` in the row and chunk: beside an outlier a thousand
-times the rest, which real activations have, the rest keeps 11 bits. (With two digits it would keep 3.)
+For int8 it becomes fixed point, ``x ≈ s * (256 * a + b)``, with one ``s`` for each row and group: both
+digits go through the matrix unit together as twice the rows, and sums are exact integers. The error is at
+most ``2**-16`` of the largest ``|x|`` in the row and group, and ``2**-14`` for channels whose codes are at
+bit 2: a twentieth of what rounding x to bfloat16 costs, and a third of that beside an outlier a thousand
+times the rest. (``digits=3``: 8 bits more.)
 On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
 
 *Scales and zeros* act on sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second term,
@@ -44,12 +48,14 @@ from pallas_kernels.mosaic_tpu_config import choose as choose
 from pallas_kernels.mosaic_tpu_config import heuristic as heuristic
 from pallas_kernels.mosaic_tpu_operands import (
     Segment,
+    block_rows,
     concatenate,
     correct,
     dot,
     leading,
     prepare,
     segments_of,
+    thirds,
 )
 from pallas_kernels.mosaic_tpu_prefill import prefill
 from pallas_kernels.mosaic_tpu_unpack import unpack
@@ -63,87 +69,106 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     sizes, order, x_ref, scale_ref, zero_ref = refs[:5]
     bias_ref = refs[5] if has_bias else None
     words_ref, out_ref, *scratch = refs[5 + has_bias :]
-    x_groups, unit_ref, sums_ref, acc_ref, scale_rows, buffer, arrived = scratch
-    u, field = config.groups, UNPACKS[config.unpack]
-    segments = segments_of(sizes if trips is None else trips, w, u)
+    x_groups, unit_ref, sums_ref, move_ref, acc_ref, scale_rows, buffer, arrived = scratch
+    field = UNPACKS[config.unpack]
+    segments = segments_of(sizes if trips is None else trips, w, config.groups)
     strips, last = config.strips, words_ref.shape[1] // LANES - 1
     step, steps = pl.program_id(1), pl.num_programs(1)
     half = step % 2
+    height = block_rows(words_ref.shape[0])
+    blocks = [slice(r, min(r + height, words_ref.shape[0])) for r in range(0, words_ref.shape[0], height)]
 
-    def copy(step, half):  # of one tile's words, to half of the buffer
-        for j in range(strips):
-            strip = jnp.minimum((pl.program_id(0) * steps + step) * strips + j, last)
-            yield pltpu.make_async_copy(
-                words_ref.at[:, pl.ds(pl.multiple_of(strip * LANES, LANES), LANES)],
-                buffer.at[half, j, pl.ds(SUBLANES, words_ref.shape[0])],
-                arrived.at[half],
-            )
+    def start(step, half):  # copies of one tile's words to half of the buffer, in the order of their use
+        for r, rows in enumerate(blocks):
+            for j in range(strips):
+                strip = jnp.minimum((pl.program_id(0) * steps + step) * strips + j, last)
+                pltpu.make_async_copy(
+                    words_ref.at[rows, pl.ds(pl.multiple_of(strip * LANES, LANES), LANES)],
+                    buffer.at[half, j, pl.ds(SUBLANES + rows.start, rows.stop - rows.start)],
+                    arrived.at[half, r],
+                ).start()
+
+    def wait(have, need):  # for blocks of rows from the ``have``-th to before the ``need``-th
+        for r, rows in enumerate(blocks):
+            there = buffer.at[half, :, pl.ds(SUBLANES + rows.start, rows.stop - rows.start)]
+            pl.when((r >= have) & (r < need))(pltpu.make_async_copy(there, there, arrived.at[half, r]).wait)
+        return jnp.maximum(have, need)
 
     @pl.when(step == 0)
     def first():
-        for c in copy(0, 0):
-            c.start()
-        prepare(order, x_ref, x_groups, unit_ref, sums_ref, segments, w, config)
+        start(0, 0)
+        prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w, config)
 
     @pl.when(step + 1 < steps)
     def following():
-        for c in copy(step + 1, 1 - half):
-            c.start()
+        start(step + 1, 1 - half)
 
-    scale = scale_ref[...].astype(jnp.float32)  # [G, columns]
-    for j in range(strips):
-        scale_rows[j] = scale[:, j * LANES : (j + 1) * LANES]
+    lifted, sums = (thirds(sums_ref[i], w.groups, twice=i == 1) for i in (0, 1))
     zero = zero_ref[...].astype(jnp.int32)
     if zero_bits(w.widths) == 4:
         zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
-    offset = scale * zero.astype(jnp.float32)
-    high = leading(offset)
-    past = correct(sums_ref[1], [high, high, offset - high])
-    if field == 16:
-        past += correct(sums_ref[0], [scale] * 3)
-    acc_ref[...] = -past if bias_ref is None else jnp.broadcast_to(bias_ref[...], past.shape) - past
+    for j in range(strips):
+        lanes = slice(j * LANES, (j + 1) * LANES)
+        scale = scale_ref[:, lanes].astype(jnp.float32)  # [G, 128]
+        scale_rows[j] = scale
+        offset = scale * zero[:, lanes].astype(jnp.float32)
+        high = leading(offset)
+        past = correct(sums, [high, high, offset - high])
+        if field == 16:
+            past += correct(lifted, [scale] * 3)
+        acc_ref[:, lanes] = (
+            -past if bias_ref is None else jnp.broadcast_to(bias_ref[:, lanes], past.shape) - past
+        )
 
-    for c in copy(step, half):
-        c.wait()
-
+    have: jax.Array | int = 0
     for s in segments:
-        chunk = partial(_chunk, s=s, half=half, w=w, config=config, scratch=scratch)
-        lax.fori_loop(0, s.chunks, chunk, 0)
+
+        def chunk(c, have, s=s):
+            end = s.first_row + (c + 1) * config.groups * (w.group_size * s.bits // WORD_BITS)
+            have = wait(have, jnp.minimum((end + SUBLANES - 1) // height + 1, len(blocks)))
+            _chunk(c, s=s, half=half, w=w, config=config, scratch=scratch)
+            return have
+
+        have = lax.fori_loop(0, s.chunks, chunk, jnp.int32(have))
+    wait(have, len(blocks))
     out_ref[...] = acc_ref[: out_ref.shape[0]]
 
 
-def _chunk(c, carry, *, s: Segment, half, w: MixedTensor, config: Config, scratch):
+def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> None:
     """Adds the product with one chunk's groups to ``acc_ref``."""
-    x_groups, unit_ref, _, acc_ref, scale_rows, buffer, _ = scratch
+    x_groups, unit_ref, _, _, acc_ref, scale_rows, buffer, _ = scratch
     g, u, join, field = w.group_size, config.groups, config.join, UNPACKS[config.unpack]
-    rows, t, stack = acc_ref.shape[0], s.first_chunk + c, config.stack
-    group_rows = g * s.bits // WORD_BITS
+    rows = acc_ref.shape[0]
     for j in range(0, config.strips, join):
         total = [jnp.zeros((rows, LANES), jnp.float32)] * join
-        for first in range(0, u, stack):
-            x, products = x_groups[(t * u + first) // stack], []
+        for k in range(u):
+            position = jnp.where(c * u + k < s.size, s.first_group + c * u + k, w.groups)
+            x, products = x_groups[position], []
             # Past the segment's end x is zero, and the buffer goes on for a chunk.
-            begins = [SUBLANES + s.first_row + (c * u + first + k) * group_rows for k in range(stack)]
+            row = SUBLANES + s.first_row + (c * u + k) * (g * s.bits // WORD_BITS)
             for piece in reversed(pieces(s.bits)):
+                planes = [[plane] for plane in piece] if config.deep else [piece]
                 strips = [
-                    concatenate([unpack(buffer.at[half, j + i], row, piece, g, field) for row in begins], 0)
+                    concatenate([unpack(buffer.at[half, j + i], row, p, g, field) for p in planes], 0)
                     for i in range(join)
                 ]
-                products.append(dot(x, concatenate(strips, 1), jnp.int32 if field == 8 else jnp.float32))
+                products.append(
+                    dot(
+                        concatenate([x] * len(planes), 1),
+                        concatenate(strips, 1),
+                        jnp.int32 if field == 8 else jnp.float32,
+                    )
+                )
             found = products[0] if len(products) == 1 else products[0] * 16 + products[1]  # highest first
-            size = found.shape[0] // stack
-            for k in range(stack):
-                part = found[k * size : (k + 1) * size]
-                if field == 8:
-                    part = _value([part[d * rows : (d + 1) * rows] for d in range(config.digits)])
-                scale_row = jnp.minimum(s.first_group + c * u + first + k, w.groups - 1)
-                for i in range(join):
-                    scale = scale_rows[j + i, pl.ds(scale_row, 1), :]
-                    total[i] += part[:, i * LANES : (i + 1) * LANES] * scale
+            if field == 8:
+                found = _value([found[d * rows : (d + 1) * rows] for d in range(config.digits)])
+            scale_row = jnp.minimum(position, w.groups - 1)
+            for i in range(join):
+                scale = scale_rows[j + i, pl.ds(scale_row, 1), :]
+                part = found[:, i * LANES : (i + 1) * LANES] * scale
+                total[i] += part * unit_ref[position] if field == 8 else part
         for i in range(join):
-            lanes = slice((j + i) * LANES, (j + i + 1) * LANES)
-            acc_ref[:, lanes] += total[i] * unit_ref[t] if field == 8 else total[i]
-    return carry
+            acc_ref[:, (j + i) * LANES : (j + i + 1) * LANES] += total[i]
 
 
 def _value(digits) -> jax.Array:
@@ -206,14 +231,13 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
         strips = max(config.join, strips // 2 // config.join * config.join)
     if 2 * strips * buffer_rows * LANES * 4 > VMEM_BYTES:
         raise NotImplementedError(f"{config.join * LANES} columns of {k} channels do not fit into VMEM")
-    config = dataclasses.replace(config, strips=strips, stack=config.stack if g == LANES else 1)
+    config = dataclasses.replace(config, strips=strips)
     columns = strips * LANES
     tiles = pl.cdiv(n, columns)
     cores = config.cores if tiles % config.cores == 0 else 1
     steps = tiles // cores
-    chunks = (w.groups + len(w.widths) * (u - 1)) // u + 1  # the most there can be, and one, see prepare
-    int8, stack = config.unpack == "int8", config.stack
-    x_shape = (chunks * u // stack, stack * (config.digits * rows if int8 else rows), stack * g)
+    int8 = config.unpack == "int8"
+    x_shape = (w.groups + 1, config.digits * rows if int8 else rows, g)
 
     def whole(a):
         return pl.BlockSpec(a.shape, lambda core, i, *_: (0,) * a.ndim)
@@ -241,12 +265,13 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
             out_specs=column(m),
             scratch_shapes=[
                 pltpu.VMEM(x_shape, jnp.int8 if int8 else jnp.bfloat16),
-                pltpu.VMEM((chunks, rows, LANES), jnp.float32),
+                pltpu.VMEM((w.groups + 1, rows, LANES), jnp.float32),
                 pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.float32),
+                pltpu.VMEM((g, g + LANES), jnp.bfloat16),
                 pltpu.VMEM((rows, columns), jnp.float32),
                 pltpu.VMEM((strips, w.groups, LANES), jnp.float32),
                 pltpu.VMEM((2, strips, buffer_rows, LANES), jnp.uint32),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2, -(-words.shape[0] // block_rows(words.shape[0])))),
             ],
         ),
         compiler_params=pltpu.CompilerParams(

@@ -16,8 +16,9 @@ class Config:
     Attributes:
       strips: columns of an output tile, in units of 128.
       groups: groups in a chunk, all unrolled.
+      batch: groups whose channels of x are prepared together.
       join: strips that one product takes together; 2 fills a matrix unit 256 wide.
-      stack: groups of 128 channels that one product takes together; 2 fills a matrix unit 256 deep.
+      deep: planes of a code lie under one another, for matrix units 256 deep, and are not joined.
       unpack: ``"int8"`` or ``"bfloat16"``, what the matrix unit multiplies.
       digits: of 8 bits, that x has in int8; 2 or 3.
       cores: cores of a device that share the columns; 2 on v4 and v5p.
@@ -25,17 +26,20 @@ class Config:
 
     strips: int = 8
     groups: int = 8
+    batch: int = 8
     join: int = 1
-    stack: int = 1
+    deep: bool = False
     unpack: str = "int8"
-    digits: int = 3
+    digits: int = 2
     cores: int = 1
 
     def __post_init__(self) -> None:
         if self.strips < 1 or self.join < 1 or self.strips % self.join:
             raise ValueError(f"strips is {self.strips}, expected a positive multiple of join, {self.join}")
-        if self.groups < 1 or self.stack < 1 or self.groups % self.stack:
-            raise ValueError(f"groups is {self.groups}, expected a positive multiple of stack, {self.stack}")
+        if self.groups < 1:
+            raise ValueError(f"groups is {self.groups}, expected at least 1")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}, expected at least 1")
         if self.digits not in (2, 3):
             raise ValueError(f"digits is {self.digits}, expected 2 or 3")
         if self.cores < 1:
@@ -48,11 +52,15 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     """The configuration for a device (``jax.Device.device_kind``) and a product ``[m, k] @ [k, n]``."""
     del k
     kind = device_kind.lower()
-    strips = min(8 if m <= 16 else 4, 1 << (-(-n // LANES) - 1).bit_length())
     unpack = "bfloat16" if "7" in kind else "int8"
-    wide = "v6" in kind or "7" in kind
+    deep, wide = "v6" in kind, "v6" in kind or "7" in kind
     cores = 2 if kind in ("tpu v4", "tpu v5", "tpu v5p") else 1
-    return Config(strips, join=2 if wide and strips % 2 == 0 else 1, unpack=unpack, cores=cores)
+    # Between two loops the matrix unit runs empty, so tiles are wide, but all strips are unrolled.
+    widest = (32 if deep else 16 if unpack == "int8" else 8) // (1 if m <= 16 else 2)
+    total, join = -(-n // LANES), 2 if wide and n > LANES else 1
+    tiles = -(-total // (widest * cores)) * cores
+    strips = -(-total // (tiles * join)) * join
+    return Config(strips, batch=16 if deep else 8, join=join, deep=deep, unpack=unpack, cores=cores)
 
 
 def choose(device_kind: str, m: int, k: int, n: int) -> Config:
