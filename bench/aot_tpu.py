@@ -3,7 +3,8 @@
 ``compile_for("v5e", function, arguments)`` runs libtpu's compiler in a child process (it reads its flags
 once per process, and aborts where it fails) and returns a :class:`Record`. The function is named, not
 passed: ``"module:name"`` of a builder that, called with keyword arguments, returns the function to compile
-(jitted if something is to be donated) and its arguments as ``jax.ShapeDtypeStruct`` trees.
+(jitted if something is to be donated) and its arguments as ``jax.ShapeDtypeStruct`` trees. One that takes
+``mesh`` is given that of all the target's devices.
 
     python -m bench.aot_tpu v6e bench.aot_tpu:decode '{"m": 16, "k": 4096, "n": 4096}'
 
@@ -50,6 +51,7 @@ ONE_CHIP = {"chips_per_host_bounds": (1, 1, 1)}
 # https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, .../tpu7x. v7x: one device is half a chip.
 TARGETS = {
     "v5e": Target("v5e:1x1", ONE_CHIP, 819e9, 1.5e9),
+    "v5e-4": Target("v5e:2x2", {"chips_per_host_bounds": (2, 2, 1)}, 819e9, 1.5e9),
     "v5p": Target("v5p:2x2x1", {}, 2765e9, 1.75e9),
     "v6e": Target("v6e:1x1", ONE_CHIP, 1640e9, 1.75e9),
     "v7x": Target("tpu7x:2x2x1", {}, 7380e9 / 2, 2.2e9, estimates=False),
@@ -173,13 +175,19 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     module, name = request["builder"].split(":")
     builder = getattr(importlib.import_module(module), name)
     arguments = request["arguments"]
-    if "device_kind" in inspect.signature(builder).parameters:
+    wanted = inspect.signature(builder).parameters
+    if "device_kind" in wanted:
         arguments = {"device_kind": device.device_kind} | arguments
+    mesh = Mesh(np.array(topology.devices if "mesh" in wanted else [device]), ("devices",))
+    if "mesh" in wanted:
+        arguments = {"mesh": mesh} | arguments
     function, shapes = builder(**arguments)
     place = SingleDeviceSharding(device)
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or place), shapes
+    )
     # Pallas asks the mesh which chip it lowers for; without one, it would ask this machine's CPU.
-    with use_abstract_mesh(Mesh(np.array([device]), ("one",)).abstract_mesh):
+    with use_abstract_mesh(mesh.abstract_mesh):
         jitted = function if hasattr(function, "lower") else jax.jit(function)
         lowered = jitted.lower(*shapes)
     compiled = lowered.compile()
@@ -305,6 +313,29 @@ def packed(
 
     x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
     return lambda x, w: mosaic_tpu.mixed_matmul(x, fixed(w), config=chosen), (x, w)
+
+
+def sharded(mesh: Any, m: int, k: int, n: int):
+    """Builder: the TPU kernels on every device of a target, each for its own output channels."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from pallas_kernels import sharded_matmul, use_implementation
+    from pallas_kernels.layout import abstract_tensor
+
+    def place(s: jax.ShapeDtypeStruct, *spec: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    w = abstract_tensor((k, n), widths=(1, 2, 3), segments=(8, 16, 8), group_size=128, dtype=jnp.bfloat16)
+    w = jax.tree.map(lambda s: place(s, None, "devices") if len(s.shape) == 2 else place(s), w)
+
+    def product(x, w):
+        with use_implementation("mosaic_tpu"):
+            return sharded_matmul(x, w, mesh)
+
+    return product, (place(jax.ShapeDtypeStruct((m, k), jnp.bfloat16)), w)
 
 
 def dense(m: int, k: int, n: int):

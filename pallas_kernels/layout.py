@@ -127,7 +127,7 @@ def vary_like(value: jax.Array, like: Any) -> jax.Array:
 
 
 def result_type(shape: tuple[int, ...], like: Any) -> Any:
-    """float32 of this shape, as a kernel's result is declared: it differs between devices as ``like`` does."""
+    """The type of a kernel's float32 result, which differs between devices where ``like`` does."""
     return jax.typeof(vary_like(jnp.zeros(shape, jnp.float32), like))
 
 

@@ -41,7 +41,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_bits
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type, zero_bits
 from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS
 from pallas_kernels.mosaic_tpu_config import Config as Config
 from pallas_kernels.mosaic_tpu_config import choose as choose
@@ -251,7 +251,7 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
     return pl.pallas_call(
         partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None),
         name="mixed_matmul_decode",
-        out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+        out_shape=result_type((m, n), (x, w)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(cores, steps),

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_step
 from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS, Config
-from pallas_kernels.mosaic_tpu_unpack import pieces
 
 
 @dataclasses.dataclass(frozen=True)

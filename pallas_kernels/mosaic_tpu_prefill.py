@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_bits, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, result_type, zero_bits, zero_step
 
 LANES = 128
 SUBLANES = 8
@@ -56,7 +56,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Arr
     return pl.pallas_call(
         partial(_kernel, w=w, strips=strips, trips=trips),
         name="mixed_matmul_prefill",
-        out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+        out_shape=result_type((m, n), (x, w)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(n, columns), pl.cdiv(m, rows)),

@@ -33,6 +33,13 @@ def test_tpu_decode_with_segment_sizes_as_data(target):
     assert record.error is None
 
 
+def test_tpu_over_four_devices():
+    record = aot_tpu.compile_for("v5e-4", "bench.aot_tpu:sharded", SHAPE)
+    assert record.error is None
+    assert record.argument_bytes <= 1.05 * (PACKED_BYTES / 4 + 16 * 4096 * 2)  # x is whole on each
+    assert record.temp_bytes <= 2**20  # nobody gathers the weight
+
+
 @pytest.mark.parametrize(("target", "ratio"), [("v5e", 1.25), ("v6e", 1.28)])
 def test_tpu_prefill(target, ratio):
     shape = SHAPE | {"m": 2048}
