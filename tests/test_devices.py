@@ -108,6 +108,7 @@ def test_a_checkpoint_loads_over_several_devices(alone, mesh):
     )
 
 
+@pytest.mark.slow
 def test_learning_over_several_devices(source, mesh):
     config = SlimConfig(bits=2, group_size=32, method="slim-plus", epochs=2, batch_size=8)
     losses = {}
