@@ -50,7 +50,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def barrier(name: str) -> None:
+def _barrier(name: str) -> None:
     """Every process of a distributed run waits here for all others."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -91,7 +91,7 @@ def _save_params(folder: Path, params: Params, placement: Placement) -> dict[str
             arrays[name] = placement.channels(value)
     if jax.process_index() == 0:
         _remove(folder)  # of a run that died between this folder and its manifest
-    barrier(f"{folder} is free")
+    _barrier(f"{folder} is free")
     try:
         ocp.save(folder.absolute(), arrays)
     except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
@@ -178,7 +178,7 @@ class CheckpointWriter:
         }
         if jax.process_index() == 0 and not (resume and is_checkpoint(self.path)):
             self._create(manifest)
-        barrier(f"{self.path} is there")
+        _barrier(f"{self.path} is there")
         self._manifest = read_manifest(self.path, complete=False)
         _check_same(self.path, self._manifest, manifest)
 

@@ -166,7 +166,7 @@ class BlockLearner:
         for name, tensor in packed.items():
             w = self.placement.whole(dense[f"{name}.weight"]).astype(jnp.float32)
             w = jnp.pad(w, ((0, tensor.groups * g - w.shape[0]), (0, 0))).reshape(tensor.groups, g, -1)
-            bits = jnp.asarray(tensor.bits(), jnp.float32)[:, None, None]
+            bits = self.placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
             if learn.startswith("clip"):
                 learned[name], layers[name] = clip_start(w, bits)
             else:
