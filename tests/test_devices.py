@@ -74,8 +74,8 @@ def quantize_by_two_processes(out: Path, stop_after: int) -> list[dict[str, Any]
 
 def test_two_processes_find_the_same_codes(alone, tmp_path):
     blocks = quantize_by_two_processes(tmp_path / "out", CONFIG.num_layers)
-    written_by = {Path(file).parts[1] for file in blocks[0]["files"]}
-    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written_by
+    for index in range(2):
+        assert any(f"ocdbt.process_{index}/" in file for file in blocks[0]["files"])
     assert_same_codes(tmp_path / "out", alone)
 
 

@@ -145,7 +145,7 @@ def test_resumed_equals_uninterrupted(model, tmp_path, killed_after, slim):
             source, TOKENS, slim, tmp_path / "parts", on_block=kill, offload=offload
         )
     assert not (tmp_path / "parts/activations.0").exists()
-    (tmp_path / "parts/activations/left/by/kill-9").mkdir(parents=True)
+    (tmp_path / "parts/activations.0/left/by/kill-9").mkdir(parents=True)
     with pytest.raises(ValueError, match="unfinished"):
         checkpoint.load(tmp_path / "parts")
     # A block folder that was written just before the manifest could be.
