@@ -6,7 +6,7 @@ are the same to the last bit.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,39 +68,59 @@ class Inputs(NamedTuple):
     seen: list[jax.Array] | None = None
 
 
-@partial(jax.jit, static_argnames="stride")
-def _observe(x: Float[Array, "b t k"], *, stride: int) -> tuple[jax.Array, jax.Array]:
-    tokens = x.reshape(-1, x.shape[-1])
-    return gram(tokens), tokens[::stride].astype(jnp.float32)
+@partial(jax.jit, static_argnames=("stride", "placement"))
+def _observe(x: Float[Array, "b t k"], *, stride: int, placement: Placement) -> tuple[jax.Array, jax.Array]:
+    """The Gram matrix of every device's inputs, ``[devices, K, K]``, and the sample."""
+
+    def own(_: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens = x.reshape(-1, x.shape[-1])
+        return gram(tokens)[None], tokens[::stride].astype(jnp.float32)
+
+    return placement.over_samples(own)((), x)
 
 
-@partial(jax.jit, static_argnames="stride")
+@partial(jax.jit, static_argnames=("stride", "placement"))
 def _observe_seen(
-    x: Float[Array, "b t k"], seen: Bool[Array, "b t"], *, stride: int
+    x: Float[Array, "b t k"], seen: Bool[Array, "b t"], *, stride: int, placement: Placement
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As :func:`_observe` for the tokens that are ``seen``, and how many they are.
 
     The sample has its usual size: few tokens are in it several times, and zeros where there are none.
     """
-    mask = seen.reshape(-1)
-    tokens = jnp.where(mask[:, None], x.reshape(-1, x.shape[-1]), 0)
-    count, size = jnp.sum(mask, dtype=jnp.int32), len(range(0, len(mask), stride))
-    places = jnp.argsort(~mask, stable=True)  # of the seen tokens, in order, then of the others
-    evenly = jnp.arange(size, dtype=jnp.int32) * count // size
-    return gram(tokens), tokens[places[evenly]].astype(jnp.float32), count
+
+    def own(_: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, seen = inputs
+        mask = seen.reshape(-1)
+        tokens = jnp.where(mask[:, None], x.reshape(-1, x.shape[-1]), 0)
+        count, size = jnp.sum(mask, dtype=jnp.int32), len(range(0, len(mask), stride))
+        places = jnp.argsort(~mask, stable=True)  # of the seen tokens, in order, then of the others
+        evenly = jnp.arange(size, dtype=jnp.int32) * count // size
+        return gram(tokens)[None], tokens[places[evenly]].astype(jnp.float32), count[None]
+
+    parts, sample, counts = placement.over_samples(own)((), (x, seen))
+    return parts, sample, jnp.sum(counts)
+
+
+@jax.jit
+def _add_in_order(total: jax.Array | None, parts: Float[Array, "devices k k"]) -> Float[Array, "k k"]:
+    return reduce(jnp.add, list(parts) if total is None else [total, *parts])
 
 
 def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> Observation:
-    """Sums the Gram matrices of all batches and joins every ``stride``-th of their inputs."""
+    """Sums the Gram matrices of all batches and joins every ``stride``-th of their inputs.
+
+    A device's batch is as large as it would be if there were no others, and the sums are taken in the
+    order of samples: GPTQ would turn a difference in their last bits into other codes.
+    """
     total, samples, tokens = None, [], 0
     for i, x in enumerate(inputs.x):
         if inputs.seen is None:
-            part, sample = _observe(x, stride=stride)
+            parts, sample = _observe(x, stride=stride, placement=placement)
             tokens += x.shape[0] * x.shape[1]
         else:
-            part, sample, count = _observe_seen(x, inputs.seen[i], stride=stride)
+            parts, sample, count = _observe_seen(x, inputs.seen[i], stride=stride, placement=placement)
             tokens += int(count)
-        total = part if total is None else total + part
+        total = _add_in_order(total, placement.rows(parts))
         samples.append(placement.whole(sample))
     assert total is not None
     return Observation(placement.whole(total), jnp.concatenate(samples), tokens)

@@ -59,6 +59,10 @@ class Placement:
         """
         return self._put(value, self._cut(value.shape))
 
+    def rows(self, value: jax.Array) -> jax.Array:
+        """The second of three axes cut over the devices if they divide it; else whole."""
+        return self._put(value, P() if value.shape[1] % self.devices else P(None, AXIS))
+
     def abstract(self, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         """What :meth:`channels` would make of an array."""
         if self.mesh is None:
@@ -77,8 +81,8 @@ class Placement:
         """The whole array in this process's memory."""
         return np.asarray(value if value.is_fully_addressable else self.whole(value))
 
-    def over_samples(self, function: Callable[[Any, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-        """``function(whole, samples)``, on every device for its own samples."""
+    def over_samples(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """``function(whole, samples)``, on every device for its own samples; results are joined."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
