@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from slim_jax.calibration import FITS
@@ -83,7 +84,7 @@ def paper_divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Floa
     return jnp.mean(jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=1))
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size", "zero_bits", "sqc", "criterion"))
+@partial(jax.jit, static_argnames=("bits", "group_size", "zero_bits", "sqc", "criterion", "whole"))
 def scores(
     w: Float[Array, "k n"],
     x: Float[Array, "t k"],
@@ -94,6 +95,7 @@ def scores(
     zero_bits: int,
     sqc: str,
     criterion: str,
+    whole: NamedSharding | None = None,
 ) -> tuple[Float[Array, " candidates"], Int[Array, " groups"]]:
     """Divergence of every candidate ``p = 0 ... (G - 1) // 2``, and the groups by ascending salience.
 
@@ -109,8 +111,14 @@ def scores(
       zero_bits: bits of a stored zero point.
       sqc: the calibration that candidates are rounded with, a name of `slim_jax.calibration.FITS`.
       criterion: "kl"; "paper" for the authors' variant; "error" for ``sum (w - w_hat)^2 / u^2``.
+      whole: of an array that every device has; for ``w`` that is cut over devices along its channels.
     """
-    order = jnp.argsort(group_salience(w, importance, group_size))
+
+    def gather(a: jax.Array) -> jax.Array:
+        """What is summed over channels, whole: sums do not depend on the number of devices."""
+        return a if whole is None else lax.with_sharding_constraint(a, whole)
+
+    order = jnp.argsort(group_salience(gather(w), importance, group_size))
     groups = order.shape[0]
     candidates = (groups - 1) // 2 + 1
     at = partial(quantized_at, w, importance, group_size=group_size, zero_bits=zero_bits, sqc=sqc)
@@ -121,7 +129,7 @@ def scores(
     if criterion == "error":
 
         def group_error(w_hat: jax.Array) -> jax.Array:
-            error = jnp.sum((w - w_hat) ** 2, axis=1) * importance
+            error = jnp.sum(gather((w - w_hat) ** 2), axis=1) * importance
             return error.reshape(groups, group_size).sum(axis=1)
 
         error = group_error(middle)
@@ -129,7 +137,7 @@ def scores(
         total = jnp.sum(error) + jnp.concatenate([jnp.zeros(1), jnp.cumsum(change)])
         return total, order
 
-    y = x @ w
+    y = gather(x @ w)
     by_group = x.reshape(x.shape[0], groups, group_size)
 
     def product(group: jax.Array, w_hat: jax.Array) -> jax.Array:
@@ -140,11 +148,11 @@ def scores(
 
     def step(y_hat: jax.Array, change: tuple[jax.Array, jax.Array]):
         y_hat = y_hat + product(change[0], low) + product(change[1], high)
-        return y_hat, score(y_hat)
+        return y_hat, score(gather(y_hat))
 
     start = x @ middle
     _, rest = lax.scan(step, start, (down, up))
-    return jnp.concatenate([score(start)[None], rest]), order
+    return jnp.concatenate([score(gather(start))[None], rest]), order
 
 
 def allocate(order: np.ndarray, p: int, bits: int) -> np.ndarray:

@@ -91,6 +91,10 @@ class Placement:
         """The sharding that :meth:`samples` gives, None without a mesh."""
         return None if self.mesh is None else self._sharding(P(AXIS))
 
+    def of_whole(self) -> NamedSharding | None:
+        """The sharding that :meth:`whole` gives, None without a mesh."""
+        return None if self.mesh is None else self._sharding(P())
+
     def _cut(self, shape: tuple[int, ...]) -> P:
         return P(None, AXIS) if len(shape) == 2 and shape[1] % self.devices == 0 else P()
 

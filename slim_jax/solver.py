@@ -79,7 +79,7 @@ class LayerSolver:
             uniform = [np.full_like(bits, config.bits) for bits, _ in chosen]
             plain = self._solutions(padded, found, uniform)
             for i, (w, (_, mixed)) in enumerate(zip(padded, chosen)):
-                if mixed and not _pays(w, x, solutions[i], plain[i]):
+                if mixed and not _pays(*self.placement.tree((w, x, solutions[i], plain[i]))):
                     solutions[i], chosen[i] = plain[i], (uniform[i], 0)
         for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
             tensor = self._pack(solution, bits, k)
@@ -150,6 +150,7 @@ class LayerSolver:
             zero_bits=self.zero_bits,
             sqc="minmax" if config.criterion == "paper" else config.sqc or "search",
             criterion=config.criterion or "kl",
+            whole=self.placement.of_whole(),
         )
         candidates = np.asarray(score)
         first = 0
