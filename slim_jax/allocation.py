@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from slim_jax.calibration import FITS
+from slim_jax.panels import in_panels
+from slim_jax.placement import ONE_DEVICE, Placement
 
 Allocation = dict[str, list[int]]
 """Bit width of every group, by the layer's name (``"blocks.3.attn.q"``)."""
@@ -43,18 +44,23 @@ def quantized_at(
     group_size: int,
     zero_bits: int,
     sqc: str,
+    placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "k n"]:
     """``w`` with every group rounded to nearest at one width, on the grid that ``sqc`` fits to it."""
-    k, n = w.shape
-    fit = FITS[sqc]
 
-    def group(_: None, block: tuple[jax.Array, jax.Array]):
-        w_group, importance_group = block
-        grid = fit(w_group, importance_group, jnp.full(n, bits, jnp.float32), zero_bits)
-        return None, grid.value(grid.code(w_group))
+    def own(importance: jax.Array, w: jax.Array) -> jax.Array:
+        def group(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+            w_group, importance_group = block
+            widths = jnp.full(w_group.shape[1], bits, jnp.float32)
+            grid = FITS[sqc](w_group, importance_group, widths, zero_bits)
+            return grid.value(grid.code(w_group))
 
-    blocks = w.reshape(-1, group_size, n), importance.reshape(-1, group_size)
-    return lax.scan(group, None, blocks)[1].reshape(k, n)
+        blocks = w.reshape(-1, group_size, w.shape[1]), importance.reshape(-1, group_size)
+        return lax.map(group, blocks).reshape(w.shape)
+
+    return placement.over_channels(lambda whole, w: in_panels(partial(own, whole), w), w.shape[1])(
+        importance, w
+    )
 
 
 def divergence_from(y: Float[Array, "t n"]) -> Callable[[jax.Array], jax.Array]:
@@ -84,7 +90,7 @@ def paper_divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Floa
     return jnp.mean(jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=1))
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size", "zero_bits", "sqc", "criterion", "whole"))
+@partial(jax.jit, static_argnames=("bits", "group_size", "zero_bits", "sqc", "criterion", "placement"))
 def scores(
     w: Float[Array, "k n"],
     x: Float[Array, "t k"],
@@ -95,7 +101,7 @@ def scores(
     zero_bits: int,
     sqc: str,
     criterion: str,
-    whole: NamedSharding | None = None,
+    placement: Placement = ONE_DEVICE,
 ) -> tuple[Float[Array, " candidates"], Int[Array, " groups"]]:
     """Divergence of every candidate ``p = 0 ... (G - 1) // 2``, and the groups by ascending salience.
 
@@ -111,17 +117,26 @@ def scores(
       zero_bits: bits of a stored zero point.
       sqc: the calibration that candidates are rounded with, a name of `slim_jax.calibration.FITS`.
       criterion: "kl"; "paper" for the authors' variant; "error" for ``sum (w - w_hat)^2 / u^2``.
-      whole: of an array that every device has; for ``w`` that is cut over devices along its channels.
+      placement: the devices that share the output channels.
     """
 
     def gather(a: jax.Array) -> jax.Array:
         """What is summed over channels, whole: sums do not depend on the number of devices."""
+        whole = placement.of_whole()
         return a if whole is None else lax.with_sharding_constraint(a, whole)
 
     order = jnp.argsort(group_salience(gather(w), importance, group_size))
     groups = order.shape[0]
     candidates = (groups - 1) // 2 + 1
-    at = partial(quantized_at, w, importance, group_size=group_size, zero_bits=zero_bits, sqc=sqc)
+    at = partial(
+        quantized_at,
+        w,
+        importance,
+        group_size=group_size,
+        zero_bits=zero_bits,
+        sqc=sqc,
+        placement=placement,
+    )
     low, middle, high = at(bits - 1), at(bits), at(bits + 1)
     # Step p turns group `down[p]` to N - 1 bits and group `up[p]` to N + 1.
     down, up = order[: candidates - 1], order[::-1][: candidates - 1]

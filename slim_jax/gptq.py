@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from slim_jax.calibration import FITS, Grid
+from slim_jax.calibration import FITS, Fit, Grid
+from slim_jax.panels import in_panels
+from slim_jax.placement import ONE_DEVICE, Placement
 
 
 class Solution(NamedTuple):
@@ -59,7 +61,7 @@ def _round_group(w: jax.Array, u: jax.Array, grid: Grid) -> tuple[jax.Array, jax
     return codes, errors
 
 
-@partial(jax.jit, static_argnames=("group_size", "zero_bits", "sqc", "feedback"))
+@partial(jax.jit, static_argnames=("group_size", "zero_bits", "sqc", "feedback", "placement"))
 def solve(
     w: Float[Array, "k n"],
     u: Float[Array, "k k"],
@@ -71,6 +73,7 @@ def solve(
     sqc: str,
     feedback: bool = True,
     grids: Grid | None = None,
+    placement: Placement = ONE_DEVICE,
 ) -> Solution:
     """Quantizes a weight, or several side by side, group by group.
 
@@ -88,9 +91,31 @@ def solve(
       sqc: a name of `slim_jax.calibration.FITS`.
       feedback: False rounds to nearest, the error stays where it is.
       grids: what to round to, ``[G, N]``, instead of a fit.
+      placement: the devices that share the output channels.
     """
+
+    def own(whole: tuple[jax.Array, jax.Array], channels: tuple[jax.Array, jax.Array, Grid | None]):
+        def panel(part: tuple[jax.Array, jax.Array, Grid | None]) -> Solution:
+            (u, importance), (w, bits, grids) = whole, part
+            return _solve(w, u, importance, bits, grids, group_size, zero_bits, FITS[sqc], feedback)
+
+        return in_panels(panel, channels)
+
+    return placement.over_channels(own, w.shape[1])((u, importance), (w, bits, grids))
+
+
+def _solve(
+    w: jax.Array,
+    u: jax.Array,
+    importance: jax.Array,
+    bits: jax.Array,
+    grids: Grid | None,
+    group_size: int,
+    zero_bits: int,
+    fit: Fit,
+    feedback: bool,
+) -> Solution:
     k, n = w.shape
-    fit = FITS[sqc]
 
     def group(w: jax.Array, at: tuple[jax.Array, Grid | None]):
         index, grid = at

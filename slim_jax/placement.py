@@ -2,8 +2,8 @@
 
 The devices of a mesh stand in one row. While activations pass a block, calibration samples are cut over
 them (Gram matrices are then summed over all); while SBA, SQC and GPTQ solve a layer, its output channels
-are. Everything else is whole on every device. XLA's partitioner derives the communication, so the code
-is the same for one device and for many.
+are. Everything else is whole on every device. Where last bits matter each device runs the very program
+that it would run alone, on its part; elsewhere XLA's partitioner cuts.
 """
 
 import dataclasses
@@ -86,6 +86,27 @@ class Placement:
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+
+    def over_channels(self, function: Callable[[Any, Any], Any], n: int) -> Callable[[Any, Any], Any]:
+        """``function(whole, channels)``, on every device for its own; results are joined.
+
+        Arrays of ``channels``, and all results, end in the ``n`` output channels. They are not cut if the
+        devices do not divide ``n``.
+        """
+        if self.mesh is None or n % self.devices:
+            return function
+
+        def last(a: jax.Array) -> P:
+            return P(*[None] * (a.ndim - 1), AXIS)
+
+        def cut(whole: Any, channels: Any) -> Any:
+            out = jax.tree.map(last, jax.eval_shape(function, whole, channels))
+            specs = (P(), jax.tree.map(last, channels))
+            # Unchecked: loops start from constants, which no device owns.
+            over = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
+            return over(whole, channels)
+
+        return cut
 
     def of_samples(self) -> NamedSharding | None:
         """The sharding that :meth:`samples` gives, None without a mesh."""

@@ -123,6 +123,7 @@ class LayerSolver:
             sqc=config.sqc or "search",
             feedback=config.method != "rtn",
             grids=grids,
+            placement=self.placement,
         )
         ends = np.cumsum([w.shape[1] for w in weights]).tolist()
         return [solution.part(slice(end - w.shape[1], end)) for w, end in zip(weights, ends)]
@@ -150,7 +151,7 @@ class LayerSolver:
             zero_bits=self.zero_bits,
             sqc="minmax" if config.criterion == "paper" else config.sqc or "search",
             criterion=config.criterion or "kl",
-            whole=self.placement.of_whole(),
+            placement=self.placement,
         )
         candidates = np.asarray(score)
         first = 0
