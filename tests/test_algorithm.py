@@ -225,6 +225,29 @@ def test_feedback_beats_rounding_to_nearest(layer):
     assert loss(fixed()) < 0.9 * loss(fixed(feedback=False))
 
 
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_channel_does_not_depend_on_those_beside_it(layer, parts):
+    """To the last bit: however many devices share a layer, each finds what one would."""
+    _, w, u = layer
+    k, n = len(w), 576
+    w = np.random.default_rng(0).normal(size=(k, n)).astype(np.float32)
+    solve_part = partial(
+        solve,
+        u=jnp.asarray(u, jnp.float32),
+        importance=jnp.asarray(1 / np.diag(u) ** 2, jnp.float32),
+        bits=jnp.full((k // G, n), 2.0),
+        group_size=G,
+        zero_bits=ZERO_BITS,
+        sqc="search",
+    )
+    whole = solve_part(jnp.asarray(w))
+    width = n // parts
+    for start in range(0, n, width):
+        own = slice(start, start + width)
+        found = solve_part(jnp.asarray(w[:, own]), bits=jnp.full((k // G, width), 2.0))
+        jax.tree.map(np.testing.assert_array_equal, found, whole.part(own))
+
+
 def test_stored_is_what_was_calibrated(layer):
     """Unpacked weights equal the solver's, bit for bit; its grids, given again, give its codes."""
     _, w, u = layer

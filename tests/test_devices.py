@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from distributed_run import CONFIG, SLIM, TOKENS
 from flax import nnx
-from test_pipeline import folder_arrays
+from test_pipeline import assert_same_checkpoint
 
 from slim_jax import checkpoint, pipeline
 from slim_jax.activations import Activations
@@ -20,9 +20,6 @@ from slim_jax.decoder import Decoder, split_params
 from slim_jax.perplexity import perplexity
 from slim_jax.placement import Placement
 from slim_jax.source import DecoderSource
-
-TIES = 8
-"""Values that may differ in an array: sums over devices differ in their last bits, codes at a tie follow."""
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +39,10 @@ def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((4, 2), ("data", "model"))
 
 
-def assert_same_codes(path: Path, wanted: Path) -> None:
-    for (*where, found), (*same, value) in zip(folder_arrays(path), folder_arrays(wanted), strict=True):
-        assert where == same
-        ties = 0 if value.dtype == np.int32 else TIES  # which groups have which width must agree
-        assert np.sum(found != value) <= ties, where
-
-
 @pytest.mark.parametrize("offload", [False, True])
 def test_eight_devices_find_the_same_codes(source, alone, mesh, tmp_path, offload):
     pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "out", mesh=mesh, offload=offload)
-    assert_same_codes(tmp_path / "out", alone)
+    assert_same_checkpoint(tmp_path / "out", alone)
 
 
 def quantize_by_two_processes(out: Path, stop_after: int) -> list[dict[str, Any]]:
@@ -76,14 +66,14 @@ def test_two_processes_find_the_same_codes(alone, tmp_path):
     blocks = quantize_by_two_processes(tmp_path / "out", CONFIG.num_layers)
     for index in range(2):
         assert any(f"ocdbt.process_{index}/" in file for file in blocks[0]["files"])
-    assert_same_codes(tmp_path / "out", alone)
+    assert_same_checkpoint(tmp_path / "out", alone)
 
 
 @pytest.mark.slow
 def test_two_processes_resume(alone, tmp_path):
     assert len(quantize_by_two_processes(tmp_path / "out", 1)) == 1
     assert len(quantize_by_two_processes(tmp_path / "out", CONFIG.num_layers)) == CONFIG.num_layers
-    assert_same_codes(tmp_path / "out", alone)
+    assert_same_checkpoint(tmp_path / "out", alone)
 
 
 def test_samples_and_channels_lie_on_all_devices(source, mesh):
