@@ -141,7 +141,7 @@ def print_plan(name: str, plan: "Plan") -> None:
     cut: dict[str, list[str]] = {}
     for layer, how in plan.sharding.items():
         cut.setdefault(how, []).append(layer)
-    words = {"n": "over output channels", "k": "over input channels", "replicated": "on every device"}
+    words = {"n": "over output channels", "replicated": "on every device"}
     table = Table(title=name, title_justify="left", show_header=False)
     table.add_row("parameters", f"{plan.parameters:,}, of which {plan.quantized:,} quantized")
     table.add_row("in bfloat16", gib(plan.bfloat16_bytes))

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import MixedTensor
@@ -33,8 +35,8 @@ class State:
     """What a batch has seen. Slots ``>= length`` are empty.
 
     Attributes:
-      kv: keys and values, each ``float32[L, B, num_kv_heads, S, head_dim]`` where blocks are scanned
-        over, else one such pair without ``L`` a block: each is then updated where it lies.
+      kv: keys and values, each ``[L, B, num_kv_heads, S, head_dim]`` where blocks are scanned over,
+        else one such pair without ``L`` a block: each is then updated where it lies.
       positions: ``int32[B, S]``, position of the token in each slot, -1 where a slot holds none.
       length: ``int32[]``, slots in use.
     """
@@ -44,13 +46,28 @@ class State:
     length: jax.Array
 
     @classmethod
-    def empty(cls, config: DecoderConfig, batch: int, size: int, *, stacked: bool) -> "State":
+    def empty(
+        cls,
+        config: DecoderConfig,
+        batch: int,
+        size: int,
+        *,
+        stacked: bool,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        mesh: Mesh | None = None,
+    ) -> "State":
+        """No tokens, and room for ``size``; heads are cut over a mesh if its devices divide them."""
         shape = (batch, config.num_kv_heads, size, config.head_dim)
         layers = config.num_layers
+        device = None
+        if mesh is not None:
+            cut = mesh.axis_names if config.num_kv_heads % mesh.size == 0 else None
+            device = NamedSharding(mesh, P(*[None] * (2 if stacked else 1), cut))
+        zeros = partial(jnp.zeros, dtype=dtype, device=device)
         # Every buffer is its own: all of them are donated.
-        kv: Any = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(0 if stacked else layers)]
+        kv: Any = [(zeros(shape), zeros(shape)) for _ in range(0 if stacked else layers)]
         if stacked:
-            kv = (jnp.zeros((layers, *shape)), jnp.zeros((layers, *shape)))
+            kv = (zeros((layers, *shape)), zeros((layers, *shape)))
         return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def grown(self, size: int) -> "State":
@@ -187,6 +204,7 @@ def _round_up(length: int) -> int:
 class Generator:
     """A decoder made ready to generate: its weights as they are now, stacked once where they can be.
 
+    Keys and values are kept in the dtype that the model multiplies in, over the devices that it lies on.
     Packed blocks are copied, so a caller short of memory drops the model after making a generator.
 
     Attributes:
@@ -198,6 +216,14 @@ class Generator:
         self.config: DecoderConfig = model.config
         blocks: Any = list(model.blocks)
         self.stacked: bool = _stackable(blocks)
+        keys = blocks[0].attn.k
+        self._empty = partial(
+            State.empty,
+            model.config,
+            stacked=self.stacked,
+            dtype=keys.weight.get_value().dtype,
+            mesh=keys.mesh,
+        )
         if self.stacked:
             blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
@@ -229,7 +255,7 @@ class Generator:
             tokens[row, width - len(prompt) :] = prompt
             positions[row, width - len(prompt) :] = np.arange(len(prompt))
 
-        state = State.empty(config, batch, _round_up(width + max_tokens - 1), stacked=self.stacked)
+        state = self._empty(batch, _round_up(width + max_tokens - 1))
         choice = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
         results: list[list[int]] = [[] for _ in prompts]
         active = set(range(batch))
@@ -275,7 +301,7 @@ class Generator:
         starts = [*([] if config.bos_token_id is None else [config.bos_token_id]), *config.eos_token_ids]
         logits = jnp.zeros(config.vocab_size)
         if starts:
-            state = State.empty(config, 1, 1, stacked=self.stacked)
+            state = self._empty(1, 1)
             token = jnp.full((1, 1), starts[0], jnp.int32)
             logits = _next_logits(self._treedef, self._leaves, state, token)[0]
         # Gumbel top-k: the order of perturbed logits is that of draws without replacement.
@@ -288,7 +314,7 @@ class Generator:
         """``int32[B, length - len(column)]``: ``first`` and what the model writes after it."""
         batch, before = len(first), len(column)
         sizes = _sizes(length)
-        state = State.empty(self.config, batch, sizes[0], stacked=self.stacked)
+        state = self._empty(batch, sizes[0])
         written = [first[None]]
         token, done = jnp.asarray(first), before
         if before:

@@ -30,9 +30,6 @@ DEVICES = {
 USABLE = 0.92
 """What a program gets of a device's memory; the rest is the runtime's and fragments."""
 
-OVER_K = ("attn.o", "mlp.down")
-"""Layers that are cut over input channels, because the layers before them are cut over output channels."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -53,7 +50,7 @@ class Plan:
       device_bytes: what one device would hold, for ``batch`` sequences of ``context`` tokens.
       fits: whether it does.
       max_context: tokens that each sequence may have.
-      sharding: layer -> "n" (output channels), "k" (input channels) or "replicated".
+      sharding: layer -> "n" (its output channels are cut over the devices) or "replicated".
     """
 
     parameters: int
@@ -105,7 +102,7 @@ def make_plan(
       config: the decoder's.
       settings: how it would be quantized; groups are counted at the mean width.
       device: a key of :data:`DEVICES`.
-      devices: how many share the model, cut as in `pallas_kernels.sharding`.
+      devices: how many share the model, as `slim_jax.load` with a mesh cuts it.
       batch: sequences that run at once.
       context: tokens that each has room for.
       samples: calibration windows.
@@ -115,7 +112,8 @@ def make_plan(
     linear = [name for names in linear_groups(config).values() for name in names]
     sizes = {name: math.prod(shape.shape) for name, shape in block.items()}
     packed = {name: _packed_bytes(block[f"{name}.weight"].shape, settings) for name in linear}
-    sharding = {name: _cut(name, block[f"{name}.weight"].shape, settings, devices) for name in linear}
+    outputs = {name: block[f"{name}.weight"].shape[1] for name in linear}
+    sharding = {name: "replicated" if devices == 1 or n % devices else "n" for name, n in outputs.items()}
     quantized = sum(sizes[f"{name}.weight"] for name in linear)
     rest = 2 * (sum(sizes.values()) - quantized)
     outside = sum(math.prod(shape.shape) for shape in outer.values())
@@ -157,14 +155,6 @@ def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:
     return abstract_tensor(
         shape, widths=settings.widths, segments=segments, group_size=settings.group_size
     ).nbytes
-
-
-def _cut(name: str, shape: tuple[int, int], settings: SlimConfig, devices: int) -> str:
-    """How a layer is cut over the devices, as `pallas_kernels.sharding.stack_parts` can."""
-    k, n = shape
-    if devices > 1 and name in OVER_K and k % (devices * settings.group_size) == 0:
-        return "k"
-    return "n" if devices > 1 and n % devices == 0 else "replicated"
 
 
 def _calibration_bytes(config: DecoderConfig, settings: SlimConfig, block: int, tokens: int) -> int:

@@ -17,6 +17,7 @@ from slim_jax import checkpoint, pipeline
 from slim_jax.activations import Activations
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import Decoder, split_params
+from slim_jax.generate import Generator
 from slim_jax.perplexity import perplexity
 from slim_jax.placement import Placement
 from slim_jax.source import DecoderSource
@@ -96,6 +97,16 @@ def test_a_checkpoint_loads_over_several_devices(alone, mesh):
     assert perplexity(spread, tokens, 32).perplexity == pytest.approx(
         perplexity(model, tokens, 32).perplexity, rel=1e-5
     )
+
+
+def test_generating_over_several_devices(alone):
+    """Each device keeps the keys and values of its own heads."""
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    generator = Generator(checkpoint.load(alone, mesh=mesh))
+    assert len({shard.index for shard in generator._empty(1, 16).kv[0].addressable_shards}) == 2
+    prompts = [[3, 4, 5], [7, 8]]
+    wanted = Generator(checkpoint.load(alone)).generate(prompts, max_tokens=5)
+    assert generator.generate(prompts, max_tokens=5) == wanted
 
 
 @pytest.mark.slow

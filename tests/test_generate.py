@@ -1,5 +1,6 @@
 """Generation on tiny random decoders, against a full forward pass without a cache."""
 
+import dataclasses
 import importlib
 import operator
 
@@ -134,6 +135,18 @@ def test_packed_equals_dequantized(alike, variant):
     dense = Generator(dequantized(model))
     assert not dense.stacked
     assert found == dense.generate(prompts, max_tokens=count)
+
+
+def test_the_cache_has_the_dtype_of_products():
+    model = packed(tiny(), alike=True)
+    assert Generator(model)._empty(1, 16).kv[0].dtype == jnp.float32
+    for block in model.blocks:
+        for linear in linears(block, model.config):
+            weight = linear.weight.get_value()
+            linear.weight.set_value(dataclasses.replace(weight, dtype=jnp.dtype(jnp.bfloat16)))
+    generator = Generator(model)
+    assert generator._empty(1, 16).kv[0].dtype == jnp.bfloat16
+    assert len(generator.generate(PROMPTS, max_tokens=3)[0]) == 3
 
 
 def test_sampling_repeats_with_its_seed_only():

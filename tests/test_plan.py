@@ -51,10 +51,7 @@ def test_sizes_are_those_of_a_quantized_model(model):
 def test_devices_share_what_can_be_cut():
     one, four = (plan.make_plan(LLAMA_2_7B, SlimConfig(bits=2), "v5e", n) for n in (1, 4))
     assert set(one.sharding.values()) == {"replicated"}
-    assert four.sharding["attn.q"] == "n"
-    assert four.sharding["attn.o"] == "k"
-    # 86 groups of 128 input channels do not divide by four, 4096 output channels do.
-    assert four.sharding["mlp.down"] == "n"
+    assert set(four.sharding.values()) == {"n"}
     assert four.device_bytes < one.device_bytes
     odd = plan.make_plan(LLAMA_2_7B, SlimConfig(), "v5e", 3)
     assert odd.sharding["attn.o"] == "replicated"
