@@ -247,15 +247,18 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
 
     # Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
     trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
-    arguments = [x, w.scale, w.zero, *([] if bias is None else [bias]), words]
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    arguments = [w.segments, w.order, x, w.scale, w.zero, *([] if bias is None else [bias]), words]
     return pl.pallas_call(
         partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None),
         name="mixed_matmul_decode",
         out_shape=result_type((m, n), (x, w)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=0,
             grid=(cores, steps),
             in_specs=[
+                scalars,
+                scalars,
                 whole(x),
                 column(w.groups),
                 column(w.zero.shape[0]),
@@ -282,7 +285,7 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
         ),
         cost_estimate=_cost(m, w, arguments),
         interpret=interpret,
-    )(w.segments, w.order, *arguments)
+    )(*arguments)
 
 
 def _pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -293,6 +296,6 @@ def _pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
 
 def _cost(m: int, w: MixedTensor, arguments) -> pl.CostEstimate:
     """Every argument is read once, and the result written once."""
-    read = sum(a.size * a.dtype.itemsize for a in (w.segments, w.order, *arguments))
+    read = sum(a.size * a.dtype.itemsize for a in arguments)
     k, n = w.shape
     return pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=read + m * n * 4)
