@@ -48,14 +48,14 @@ from pallas_kernels.mosaic_tpu_config import choose as choose
 from pallas_kernels.mosaic_tpu_config import heuristic as heuristic
 from pallas_kernels.mosaic_tpu_operands import (
     Segment,
-    block_rows,
+    blocks_of,
     concatenate,
     correct,
     dot,
-    leading,
     prepare,
     segments_of,
     thirds,
+    truncated,
 )
 from pallas_kernels.mosaic_tpu_prefill import prefill
 from pallas_kernels.mosaic_tpu_unpack import unpack
@@ -66,77 +66,98 @@ VMEM_BYTES = 40 << 20  # for words; of 64 MiB on the smallest, v7x
 
 
 def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
-    sizes, order, x_ref, scale_ref, zero_ref = refs[:5]
-    bias_ref = refs[5] if has_bias else None
-    words_ref, out_ref, *scratch = refs[5 + has_bias :]
-    x_groups, unit_ref, sums_ref, move_ref, acc_ref, scale_rows, buffer, arrived = scratch
+    sizes_ref, order_ref, x_ref, words_ref = refs[:4]
+    column_refs = refs[4 : 6 + has_bias]  # scales, zeros and the bias: a few rows for each column
+    out_ref, *scratch = refs[6 + has_bias :]
+    sizes, order, x, *column_buffers = scratch[: 5 + has_bias]
+    here, arrived, *scratch = scratch[5 + has_bias :]
+    x_groups, unit_ref, sums_ref, move_ref, acc_ref, scale_rows, buffer = scratch
     field = UNPACKS[config.unpack]
-    segments = segments_of(sizes if trips is None else trips, w, config.groups)
     strips, last = config.strips, words_ref.shape[1] // LANES - 1
     step, steps = pl.program_id(1), pl.num_programs(1)
     half = step % 2
-    height = block_rows(words_ref.shape[0])
-    blocks = [slice(r, min(r + height, words_ref.shape[0])) for r in range(0, words_ref.shape[0], height)]
+    blocks = blocks_of(words_ref.shape[0])
 
-    def start(step, half):  # copies of one tile's words to half of the buffer, in the order of their use
+    def start(step, half):  # copies of one tile's operands to half of the buffers, in the order of their use
+        def strip(j, copies):
+            at = jnp.minimum((pl.program_id(0) * steps + step) * strips + j, last) * LANES
+            for there, copy, done in copies:
+                lanes = pl.ds(pl.multiple_of(at, LANES), LANES)
+                pltpu.make_async_copy(there.at[:, lanes], copy.at[j], arrived.at[half, done]).start()
+            return copies
+
+        def each(copies, unroll):  # a loop, for the compiler would reorder copies
+            lax.fori_loop(0, strips, lambda j, _: strip(j, copies) and None, None, unroll=unroll)
+
+        each([(a, b.at[half], len(blocks)) for a, b in zip(column_refs, column_buffers, strict=True)], 8)
         for r, rows in enumerate(blocks):
-            for j in range(strips):
-                strip = jnp.minimum((pl.program_id(0) * steps + step) * strips + j, last)
-                pltpu.make_async_copy(
-                    words_ref.at[rows, pl.ds(pl.multiple_of(strip * LANES, LANES), LANES)],
-                    buffer.at[half, j, pl.ds(SUBLANES + rows.start, rows.stop - rows.start)],
-                    arrived.at[half, r],
-                ).start()
+            here = pl.ds(SUBLANES + rows.start, rows.stop - rows.start)
+            each([(words_ref.at[rows], buffer.at[half, :, here], r)], 32)
 
-    def wait(have, need):  # for blocks of rows from the ``have``-th to before the ``need``-th
+    def wait(have, need):  # for blocks of rows that begin from row ``have`` to before row ``need``
         for r, rows in enumerate(blocks):
             there = buffer.at[half, :, pl.ds(SUBLANES + rows.start, rows.stop - rows.start)]
-            pl.when((r >= have) & (r < need))(pltpu.make_async_copy(there, there, arrived.at[half, r]).wait)
+            wanted = (rows.start >= have) & (rows.start < need)
+            pl.when(wanted)(pltpu.make_async_copy(there, there, arrived.at[half, r]).wait)
         return jnp.maximum(have, need)
 
     @pl.when(step == 0)
     def first():
+        copies = [
+            pltpu.make_async_copy(there, copy, here.at[i])
+            for i, (there, copy) in enumerate([(sizes_ref, sizes), (order_ref, order), (x_ref, x)])
+        ]
+        for copy in copies:
+            copy.start()
         start(0, 0)
-        prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w, config)
+        for copy in copies:
+            copy.wait()
+        segments = segments_of(sizes if trips is None else trips, w, config.groups)
+        prepare(order, x, x_groups, unit_ref, sums_ref, move_ref, segments, w, config)
 
     @pl.when(step + 1 < steps)
     def following():
         start(step + 1, 1 - half)
 
+    segments = segments_of(sizes if trips is None else trips, w, config.groups)
+    for copy in column_buffers:
+        pltpu.make_async_copy(copy.at[half], copy.at[half], arrived.at[half, len(blocks)]).wait()
     lifted, sums = (thirds(sums_ref[i], w.groups, twice=i == 1) for i in (0, 1))
-    zero = zero_ref[...].astype(jnp.int32)
-    if zero_bits(w.widths) == 4:
-        zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
-    for j in range(strips):
-        lanes = slice(j * LANES, (j + 1) * LANES)
-        scale = scale_ref[:, lanes].astype(jnp.float32)  # [G, 128]
-        scale_rows[j] = scale
-        offset = scale * zero[:, lanes].astype(jnp.float32)
-        high = leading(offset)
+    for j in range(0, strips, config.join):
+        scale, zero, *bias = (
+            concatenate([copy[half, j + i] for i in range(config.join)], 1) for copy in column_buffers
+        )
+        zero = zero.astype(jnp.int32)
+        if zero_bits(w.widths) == 4:
+            zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
+        scale = scale.astype(jnp.float32)  # [G, join * 128]
+        for i in range(config.join):
+            scale_rows[j + i] = scale[:, i * LANES : (i + 1) * LANES]
+        offset = scale * zero.astype(jnp.float32)
+        high = truncated(offset)
         past = correct(sums, [high, high, offset - high])
         if field == 16:
             past += correct(lifted, [scale] * 3)
-        acc_ref[:, lanes] = (
-            -past if bias_ref is None else jnp.broadcast_to(bias_ref[:, lanes], past.shape) - past
-        )
+        past = jnp.broadcast_to(bias[0], past.shape) - past if bias else -past
+        acc_ref[:, j * LANES : (j + config.join) * LANES] = past
 
     have: jax.Array | int = 0
     for s in segments:
 
         def chunk(c, have, s=s):
             end = s.first_row + (c + 1) * config.groups * (w.group_size * s.bits // WORD_BITS)
-            have = wait(have, jnp.minimum((end + SUBLANES - 1) // height + 1, len(blocks)))
+            have = wait(have, end + SUBLANES - 1)
             _chunk(c, s=s, half=half, w=w, config=config, scratch=scratch)
             return have
 
         have = lax.fori_loop(0, s.chunks, chunk, jnp.int32(have))
-    wait(have, len(blocks))
+    wait(have, words_ref.shape[0])
     out_ref[...] = acc_ref[: out_ref.shape[0]]
 
 
 def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> None:
     """Adds the product with one chunk's groups to ``acc_ref``."""
-    x_groups, unit_ref, _, _, acc_ref, scale_rows, buffer, _ = scratch
+    x_groups, unit_ref, _, _, acc_ref, scale_rows, buffer = scratch
     g, u, join, field = w.group_size, config.groups, config.join, UNPACKS[config.unpack]
     rows = acc_ref.shape[0]
     for j in range(0, config.strips, join):
@@ -147,7 +168,7 @@ def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> N
             # Past the segment's end x is zero, and the buffer goes on for a chunk.
             row = SUBLANES + s.first_row + (c * u + k) * (g * s.bits // WORD_BITS)
             for piece in reversed(pieces(s.bits)):
-                planes = [[plane] for plane in piece] if config.deep else [piece]
+                planes = [[plane] for plane in piece] if config.deep and k % 4 else [piece]
                 strips = [
                     concatenate([unpack(buffer.at[half, j + i], row, p, g, field) for p in planes], 0)
                     for i in range(join)
@@ -217,12 +238,10 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
     m, (k, n), g, u = x.shape[0], w.shape, w.group_size, config.groups
     # Copies in the kernel are whole registers; nothing to do here for balanced allocations and usual N.
     words = _pad(w.words, SUBLANES, LANES)
-    x = _pad(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
+    x = _pad(x, 8 * 4 // x.dtype.itemsize, w.groups * g)  # registers of bfloat16 have 16 rows
+    rows = SUBLANES if m <= SUBLANES else x.shape[0]
     if g % LANES:  # groups begin within registers
         x = x.reshape(x.shape[0], w.groups, g).swapaxes(0, 1)
-    rows = x.shape[-2]
-    if x.dtype != jnp.float32 and rows == SUBLANES:
-        x = x.astype(jnp.float32)  # registers of bfloat16 have 16 rows
 
     # A chunk may go on past the end of its segment, and a load of 8 rows begin before its group.
     buffer_rows = words.shape[0] + u * g * max(w.widths) // WORD_BITS + 2 * SUBLANES
@@ -239,16 +258,10 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
     int8 = config.unpack == "int8"
     x_shape = (w.groups + 1, config.digits * rows if int8 else rows, g)
 
-    def whole(a):
-        return pl.BlockSpec(a.shape, lambda core, i, *_: (0,) * a.ndim)
-
-    def column(height):
-        return pl.BlockSpec((height, columns), lambda core, i, *_: (0, core * steps + i))
-
     # Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
     trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
-    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    arguments = [w.segments, w.order, x, w.scale, w.zero, *([] if bias is None else [bias]), words]
+    columns_of = [_pad(a, 1, LANES) for a in (w.scale, w.zero, *([] if bias is None else [bias]))]
+    arguments = [w.segments, w.order, x, words, *columns_of]
     return pl.pallas_call(
         partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None),
         name="mixed_matmul_decode",
@@ -256,25 +269,22 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=0,
             grid=(cores, steps),
-            in_specs=[
-                scalars,
-                scalars,
-                whole(x),
-                column(w.groups),
-                column(w.zero.shape[0]),
-                *([] if bias is None else [column(1)]),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
-            out_specs=column(m),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arguments),
+            out_specs=pl.BlockSpec((m, columns), lambda core, i: (0, core * steps + i)),
             scratch_shapes=[
+                pltpu.SMEM(w.segments.shape, jnp.int32),
+                pltpu.SMEM(w.order.shape, jnp.int32),
+                pltpu.VMEM(x.shape, x.dtype),
+                *(pltpu.VMEM((2, strips, a.shape[0], LANES), a.dtype) for a in columns_of),
+                pltpu.SemaphoreType.DMA((3,)),
+                pltpu.SemaphoreType.DMA((2, len(blocks_of(words.shape[0])) + 1)),
                 pltpu.VMEM(x_shape, jnp.int8 if int8 else jnp.bfloat16),
                 pltpu.VMEM((w.groups + 1, rows, LANES), jnp.float32),
                 pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.float32),
-                pltpu.VMEM((g, g + LANES), jnp.bfloat16),
+                pltpu.VMEM((g, g), x.dtype),
                 pltpu.VMEM((rows, columns), jnp.float32),
                 pltpu.VMEM((strips, w.groups, LANES), jnp.float32),
                 pltpu.VMEM((2, strips, buffer_rows, LANES), jnp.uint32),
-                pltpu.SemaphoreType.DMA((2, -(-words.shape[0] // block_rows(words.shape[0])))),
             ],
         ),
         compiler_params=pltpu.CompilerParams(

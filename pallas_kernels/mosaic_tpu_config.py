@@ -60,7 +60,7 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     total, join = -(-n // LANES), 2 if wide and n > LANES else 1
     tiles = -(-total // (widest * cores)) * cores
     strips = -(-total // (tiles * join)) * join
-    return Config(strips, batch=16 if deep else 8, join=join, deep=deep, unpack=unpack, cores=cores)
+    return Config(strips, batch=32 if deep else 8, join=join, deep=deep, unpack=unpack, cores=cores)
 
 
 def choose(device_kind: str, m: int, k: int, n: int) -> Config:

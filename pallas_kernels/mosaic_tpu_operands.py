@@ -1,10 +1,10 @@
 """The other operands of the TPU kernel in decode: where groups lie, x as codes come out, scales and zeros."""
 
 import dataclasses
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -38,9 +38,10 @@ def lift_of(bits: int, deep: bool) -> float:
     return 128.0 * sum(16**i * (len(piece) if deep else 1) for i, piece in enumerate(pieces(bits)))
 
 
-def block_rows(rows: int) -> int:
-    """Height of the blocks that words are copied in: a quarter, so that work begins early."""
-    return -(-rows // (4 * SUBLANES)) * SUBLANES
+def blocks_of(rows: int) -> list[slice]:
+    """The blocks that words are copied in; the first are smaller, so that work begins early."""
+    ends = [0, *(-(-rows * part // (16 * SUBLANES)) * SUBLANES for part in (3, 6, 10)), rows]
+    return [slice(start, end) for start, end in zip(ends, ends[1:]) if start < end]
 
 
 def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: MixedTensor, config: Config):
@@ -49,57 +50,48 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
     Groups are in the order of storage. ``unit_ref`` is ``[G + 1, rows, 128]``, all lanes equal; the last
     group of both is zero. ``sums_ref`` is ``[2, rows, 3 * G]`` and zeros behind: what the scales, and what
     the scales times the zero codes, are multiplied by, three times. ``move_ref`` is for the permutation.
+    ``x_ref`` may have more rows; it is ``[G, rows, g]`` where groups begin within registers.
     """
     g, field = w.group_size, UNPACKS[config.unpack]
-    rows, lanes = x_ref.shape[-2], sums_ref.shape[-1]
-    fields = WORD_BITS // field
+    rows, lanes = sums_ref.shape[1:]
+    fields, given = WORD_BITS // field, x_ref.shape[-2]
     # Row = channel as in x, column = place in the order of codes; see "Order" in the module's docstring.
-    # Codes that are at bit 2 are four times as large; 128 more columns sum up what x was before that.
-    row, column = (lax.broadcasted_iota(jnp.int32, (g, g + LANES), axis) for axis in (0, 1))
+    row, column = (lax.broadcasted_iota(jnp.int32, (g, g), axis) for axis in (0, 1))
     place = column % fields * (g // fields) + column // fields
-    larger = jnp.where(row % (g // fields) // SUBLANES % 2 == 1, 4.0, 1.0)
-    move_ref[...] = jnp.where(column < g, (row == place).astype(jnp.float32), larger).astype(jnp.bfloat16)
-    register = lax.broadcasted_iota(jnp.int32, (rows, g), 1) % (g // fields) // SUBLANES
-    smaller = jnp.where(register % 2 == 1, 0.25, 1.0)
+    move_ref[...] = (row == place).astype(jnp.float32).astype(x_ref.dtype)
+    # Codes that are at bit 2 are four times as large.
+    register = lax.broadcasted_iota(jnp.int32, (rows, g), 1) // fields // SUBLANES
+    larger, smaller = (jnp.where(register % 2 == 1, factor, 1.0) for factor in (4.0, 0.25))
     lane = lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
     spot = jnp.where(lane < 3 * w.groups, lane % w.groups, -2)
+
+    def load(group):
+        if len(x_ref.shape) == 3:
+            return x_ref[group]
+        return x_ref[:, pl.ds(pl.multiple_of(group * g, LANES), g)]
 
     def batch(b, carry):
         lifted, sums = carry
         positions = [jnp.minimum(b * config.batch + k, w.groups - 1) for k in range(config.batch)]
-        units, digits = [], []
-        for position in positions:
-            group = order[position]
-            if len(x_ref.shape) == 3:
-                x = x_ref[group].astype(jnp.float32)
-            else:
-                x = x_ref[:, pl.ds(pl.multiple_of(group * g, LANES), g)].astype(jnp.float32)
+        moved = jnp.dot(
+            jnp.concatenate([load(order[position]) for position in positions]),
+            move_ref[...],
+            precision=lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None,  # exact
+            preferred_element_type=jnp.float32,
+        )
+        for k, position in enumerate(positions):
+            x, unit = moved[k * given : k * given + rows], 1.0
             if field == 8:
                 largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-                units.append(jnp.where(largest > 0, largest / (127.0 * 256 ** (config.digits - 1)), 1.0))
-                rest = jnp.floor(x * (1.0 / units[-1]) * smaller + 0.5)
-                for d in range(config.digits - 1, 0, -1):
-                    # So that what rests is from -128 to 127 in each of the digits below.
-                    below = 128 * sum(256**i for i in range(d))
-                    digit = jnp.floor((rest + float(below)) * 256.0**-d)
-                    digits.append(digit)
-                    rest = rest - digit * 256.0**d
-                digits.append(rest)
+                unit = jnp.where(largest > 0, largest / (127.0 * 256 ** (config.digits - 1)), 1.0)
+                x = jnp.floor(x * (1.0 / unit) * smaller + 0.5)
+                x_groups[position] = _digits(x.astype(jnp.int32), config.digits)
+                unit_ref[position] = jnp.broadcast_to(unit, (rows, LANES))
             else:
-                digits.append(leading(x * smaller))
-                lifted = jnp.where(spot == position, jnp.sum(digits[-1], 1, keepdims=True), lifted)
-        # Exact: int8 digits are bfloat16 numbers, too.
-        found = dot(jnp.concatenate(digits).astype(jnp.bfloat16), move_ref[...])
-        count = found.shape[0] // config.batch
-        for k, position in enumerate(positions):
-            moved = found[k * count : (k + 1) * count, :g]
-            x_groups[position] = (moved.astype(jnp.int32) if field == 8 else moved).astype(x_groups.dtype)
-            totals = [found[i : i + rows, g:] for i in range(k * count, (k + 1) * count, rows)]
-            total = reduce(lambda high, low: high * 256.0 + low, totals)
-            if field == 8:
-                total *= units[k]
-                unit_ref[position] = jnp.broadcast_to(units[k], (rows, LANES))
-            sums = jnp.where(spot == position, jnp.concatenate([total] * (lanes // LANES), 1), sums)
+                x = leading(x * smaller)
+                x_groups[position] = x.astype(jnp.bfloat16)
+                lifted = jnp.where(spot == position, jnp.sum(x, axis=1, keepdims=True), lifted)
+            sums = jnp.where(spot == position, jnp.sum(x * larger, axis=1, keepdims=True) * unit, sums)
         return lifted, sums
 
     # What chunks take that go on past the end of their segment.
@@ -114,10 +106,24 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
     sums_ref[0], sums_ref[1] = lifted, sums
 
 
+def _digits(x, count: int) -> jax.Array:
+    """int32 ``x[rows, g]`` as ``count`` digits from -128 to 127, highest first: int8 ``[count * rows, g]``."""
+    found: list = []
+    for _ in range(count):
+        found.insert(0, x)
+        x = (x + 128) >> 8
+    return jnp.concatenate(found).astype(jnp.int8)  # keeps the low 8 bits
+
+
 def leading(x):
     """float32 rounded to 8 bits, which bfloat16 has (Veltkamp): XLA may drop a cast and its inverse."""
     scaled = x * 65537.0
     return scaled - (scaled - x)
+
+
+def truncated(x):
+    """float32 cut off after 8 bits, which bfloat16 has: cheaper than ``leading``, half as good."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000), jnp.float32)
 
 
 def dot(a, b, dtype=jnp.float32):
