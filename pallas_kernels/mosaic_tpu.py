@@ -78,21 +78,32 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     half = step % 2
     blocks = blocks_of(words_ref.shape[0])
 
+    def narrow(step, half, do: str):  # "start" or "wait": copies of one tile's scales, zeros and bias
+        tile, tiles = pl.program_id(0) * steps + step, pl.num_programs(0) * steps
+        widths = [(tile == tiles - 1, last % strips + 1)]  # in strips
+        if last >= strips:
+            widths.append((tile < tiles - 1, strips))
+        for mine, width in widths:
+            lanes = pl.ds(pl.multiple_of(tile * strips * LANES, LANES), width * LANES)
+            for there, copy in zip(column_refs, column_buffers, strict=True):
+                here = copy.at[half, :, pl.ds(0, width * LANES)]
+                copying = pltpu.make_async_copy(there.at[:, lanes], here, arrived.at[half, len(blocks)])
+                pl.when(mine)(getattr(copying, do))
+
     def start(step, half):  # copies of one tile's operands to half of the buffers, in the order of their use
-        def strip(j, copies):
-            at = jnp.minimum((pl.program_id(0) * steps + step) * strips + j, last) * LANES
-            for there, copy, done in copies:
-                lanes = pl.ds(pl.multiple_of(at, LANES), LANES)
-                pltpu.make_async_copy(there.at[:, lanes], copy.at[j], arrived.at[half, done]).start()
-            return copies
-
-        def each(copies, unroll):  # a loop, for the compiler would reorder copies
-            lax.fori_loop(0, strips, lambda j, _: strip(j, copies) and None, None, unroll=unroll)
-
-        each([(a, b.at[half], len(blocks)) for a, b in zip(column_refs, column_buffers, strict=True)], 8)
+        narrow(step, half, "start")
         for r, rows in enumerate(blocks):
-            here = pl.ds(SUBLANES + rows.start, rows.stop - rows.start)
-            each([(words_ref.at[rows], buffer.at[half, :, here], r)], 32)
+
+            def strip(j, _, r=r, rows=rows):
+                at = jnp.minimum((pl.program_id(0) * steps + step) * strips + j, last) * LANES
+                pltpu.make_async_copy(
+                    words_ref.at[rows, pl.ds(pl.multiple_of(at, LANES), LANES)],
+                    buffer.at[half, j, pl.ds(SUBLANES + rows.start, rows.stop - rows.start)],
+                    arrived.at[half, r],
+                ).start()
+
+            # The first is a loop lest the compiler move the copy of x behind all these.
+            lax.fori_loop(0, strips, strip, None, unroll=strips if r else min(strips, 8))
 
     def wait(have, need):  # for blocks of rows that begin from row ``have`` to before row ``need``
         for r, rows in enumerate(blocks):
@@ -120,13 +131,11 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
         start(step + 1, 1 - half)
 
     segments = segments_of(sizes if trips is None else trips, w, config.groups)
-    for copy in column_buffers:
-        pltpu.make_async_copy(copy.at[half], copy.at[half], arrived.at[half, len(blocks)]).wait()
+    narrow(step, half, "wait")
     lifted, sums = (thirds(sums_ref[i], w.groups, twice=i == 1) for i in (0, 1))
     for j in range(0, strips, config.join):
-        scale, zero, *bias = (
-            concatenate([copy[half, j + i] for i in range(config.join)], 1) for copy in column_buffers
-        )
+        lanes = slice(j * LANES, (j + config.join) * LANES)
+        scale, zero, *bias = (copy[half, :, lanes] for copy in column_buffers)
         zero = zero.astype(jnp.int32)
         if zero_bits(w.widths) == 4:
             zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
@@ -139,7 +148,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
         if field == 16:
             past += correct(lifted, [scale] * 3)
         past = jnp.broadcast_to(bias[0], past.shape) - past if bias else -past
-        acc_ref[:, j * LANES : (j + config.join) * LANES] = past
+        acc_ref[:, lanes] = past
 
     have: jax.Array | int = 0
     for s in segments:
@@ -165,10 +174,12 @@ def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> N
         for k in range(u):
             position = jnp.where(c * u + k < s.size, s.first_group + c * u + k, w.groups)
             x, products = x_groups[position], []
+            # Of int8, one product in four is joined: else the matrix unit would be the limit at 3 bits.
+            deep = config.deep and (k % 4 > 0 or field == 16)
             # Past the segment's end x is zero, and the buffer goes on for a chunk.
             row = SUBLANES + s.first_row + (c * u + k) * (g * s.bits // WORD_BITS)
             for piece in reversed(pieces(s.bits)):
-                planes = [[plane] for plane in piece] if config.deep and k % 4 else [piece]
+                planes = [[plane] for plane in piece] if deep else [piece]
                 strips = [
                     concatenate([unpack(buffer.at[half, j + i], row, p, g, field) for p in planes], 0)
                     for i in range(join)
@@ -275,7 +286,7 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
                 pltpu.SMEM(w.segments.shape, jnp.int32),
                 pltpu.SMEM(w.order.shape, jnp.int32),
                 pltpu.VMEM(x.shape, x.dtype),
-                *(pltpu.VMEM((2, strips, a.shape[0], LANES), a.dtype) for a in columns_of),
+                *(pltpu.VMEM((2, a.shape[0], columns), a.dtype) for a in columns_of),
                 pltpu.SemaphoreType.DMA((3,)),
                 pltpu.SemaphoreType.DMA((2, len(blocks_of(words.shape[0])) + 1)),
                 pltpu.VMEM(x_shape, jnp.int8 if int8 else jnp.bfloat16),

@@ -123,7 +123,9 @@ def leading(x):
 
 def truncated(x):
     """float32 cut off after 8 bits, which bfloat16 has: cheaper than ``leading``, half as good."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000), jnp.float32)
+    return lax.bitcast_convert_type(
+        lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000), jnp.float32
+    )
 
 
 def dot(a, b, dtype=jnp.float32):
