@@ -249,10 +249,13 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
     m, (k, n), g, u = x.shape[0], w.shape, w.group_size, config.groups
     # Copies in the kernel are whole registers; nothing to do here for balanced allocations and usual N.
     words = _pad(w.words, SUBLANES, LANES)
-    x = _pad(x, 8 * 4 // x.dtype.itemsize, w.groups * g)  # registers of bfloat16 have 16 rows
-    rows = SUBLANES if m <= SUBLANES else x.shape[0]
+    exact = x.dtype
+    x = _pad(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
     if g % LANES:  # groups begin within registers
         x = x.reshape(x.shape[0], w.groups, g).swapaxes(0, 1)
+    rows = x.shape[-2]
+    if x.dtype != jnp.float32 and rows == SUBLANES:
+        x = x.astype(jnp.float32)  # registers of bfloat16 have 16 rows
 
     # A chunk may go on past the end of its segment, and a load of 8 rows begin before its group.
     buffer_rows = words.shape[0] + u * g * max(w.widths) // WORD_BITS + 2 * SUBLANES
@@ -292,7 +295,7 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
                 pltpu.VMEM(x_shape, jnp.int8 if int8 else jnp.bfloat16),
                 pltpu.VMEM((w.groups + 1, rows, LANES), jnp.float32),
                 pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.float32),
-                pltpu.VMEM((g, g), x.dtype),
+                pltpu.VMEM((g, g), exact),
                 pltpu.VMEM((rows, columns), jnp.float32),
                 pltpu.VMEM((strips, w.groups, LANES), jnp.float32),
                 pltpu.VMEM((2, strips, buffer_rows, LANES), jnp.uint32),

@@ -1,6 +1,7 @@
 """The other operands of the TPU kernel in decode: where groups lie, x as codes come out, scales and zeros."""
 
 import dataclasses
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def lift_of(bits: int, deep: bool) -> float:
 def blocks_of(rows: int) -> list[slice]:
     """The blocks that words are copied in; the first are smaller, so that work begins early."""
     ends = [0, *(-(-rows * part // (16 * SUBLANES)) * SUBLANES for part in (3, 6, 10)), rows]
-    return [slice(start, end) for start, end in zip(ends, ends[1:]) if start < end]
+    return [slice(start, end) for start, end in pairwise(ends) if start < end]
 
 
 def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: MixedTensor, config: Config):
@@ -49,16 +50,17 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
 
     Groups are in the order of storage. ``unit_ref`` is ``[G + 1, rows, 128]``, all lanes equal; the last
     group of both is zero. ``sums_ref`` is ``[2, rows, 3 * G]`` and zeros behind: what the scales, and what
-    the scales times the zero codes, are multiplied by, three times. ``move_ref`` is for the permutation.
-    ``x_ref`` may have more rows; it is ``[G, rows, g]`` where groups begin within registers.
+    the scales times the zero codes, are multiplied by, three times. ``move_ref`` is for the
+    permutation and has the type that ``x`` came in. ``x_ref`` is ``[G, rows, g]`` where groups begin within
+    registers.
     """
     g, field = w.group_size, UNPACKS[config.unpack]
     rows, lanes = sums_ref.shape[1:]
-    fields, given = WORD_BITS // field, x_ref.shape[-2]
+    fields = WORD_BITS // field
     # Row = channel as in x, column = place in the order of codes; see "Order" in the module's docstring.
     row, column = (lax.broadcasted_iota(jnp.int32, (g, g), axis) for axis in (0, 1))
     place = column % fields * (g // fields) + column // fields
-    move_ref[...] = (row == place).astype(jnp.float32).astype(x_ref.dtype)
+    move_ref[...] = (row == place).astype(jnp.float32).astype(move_ref.dtype)
     # Codes that are at bit 2 are four times as large.
     register = lax.broadcasted_iota(jnp.int32, (rows, g), 1) // fields // SUBLANES
     larger, smaller = (jnp.where(register % 2 == 1, factor, 1.0) for factor in (4.0, 0.25))
@@ -73,14 +75,14 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
     def batch(b, carry):
         lifted, sums = carry
         positions = [jnp.minimum(b * config.batch + k, w.groups - 1) for k in range(config.batch)]
-        moved = jnp.dot(
-            jnp.concatenate([load(order[position]) for position in positions]),
+        moved = jnp.dot(  # exact: bfloat16 in one pass, float32 in several
+            jnp.concatenate([load(order[position]) for position in positions]).astype(move_ref.dtype),
             move_ref[...],
-            precision=lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None,  # exact
+            precision=lax.Precision.HIGHEST if move_ref.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
         )
         for k, position in enumerate(positions):
-            x, unit = moved[k * given : k * given + rows], 1.0
+            x, unit = moved[k * rows : (k + 1) * rows], 1.0
             if field == 8:
                 largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
                 unit = jnp.where(largest > 0, largest / (127.0 * 256 ** (config.digits - 1)), 1.0)
@@ -107,7 +109,7 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
 
 
 def _digits(x, count: int) -> jax.Array:
-    """int32 ``x[rows, g]`` as ``count`` digits from -128 to 127, highest first: int8 ``[count * rows, g]``."""
+    """int32 ``x[rows, g]`` as digits from -128 to 127, highest first: int8 ``[count * rows, g]``."""
     found: list = []
     for _ in range(count):
         found.insert(0, x)
