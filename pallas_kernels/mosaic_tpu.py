@@ -1,8 +1,8 @@
 """The matmul on TPUs in decode (few rows of ``x``): words are read once and unpacked in registers.
 
-The output is cut into tiles of columns, one per grid step. While a tile is computed, the kernel copies
-the next tile's words into VMEM (fast memory), in four blocks of rows; the first tile is computed while its
-own blocks arrive. A step runs one loop per bit width over *chunks* of ``Config.groups`` groups. How many
+The output is cut into tiles of columns, one per grid step. The kernel copies all operands itself. While a
+tile is computed, it copies the next tile's into VMEM (fast memory), words in four blocks of rows; the first
+tile is computed while its own blocks arrive, and they while x is prepared. A step runs one loop per bit width over *chunks* of ``Config.groups`` groups. How many
 groups have which width is data, and so are trip counts and row numbers: one compiled kernel serves all
 allocations. Between two steps of a loop the matrix unit runs empty, hence the wide tiles.
 
@@ -16,11 +16,12 @@ of its group. Wherever a plane's rows fill registers of 8 rows only after being 
 shifted by one slot more. Then codes of all widths come out in the same order, channel
 ``f * g / fields + 8 * t + r`` in field ``f`` of row ``r`` of register ``t``, and one order of ``x`` serves
 all. Planes of a width are joined with an OR; or, if ``Config.deep``, they lie under one another beside two
-copies of ``x``, which costs less where the matrix unit is 256 deep. Codes wider than 4 bits are two
+copies of ``x``, which costs less where the matrix unit is 256 deep, up to where that is the limit: of int8
+products every fourth is joined all the same. Codes wider than 4 bits are two
 products of up to 4.
 
-*x* (``prepare``) is brought into that order in the first step, by a product with a permutation matrix.
-For int8 it becomes fixed point, ``x ≈ s * (256 * a + b)``, with one ``s`` for each row and group: both
+*x* (``prepare``) is brought into that order in the first step, by an exact product with a permutation
+matrix. For int8 it then becomes fixed point, ``x ≈ s * (256 * a + b)``, with one ``s`` for each row and group: both
 digits go through the matrix unit together as twice the rows, and sums are exact integers. The error is at
 most ``2**-16`` of the largest ``|x|`` in the row and group, and ``2**-14`` for channels whose codes are at
 bit 2: a twentieth of what rounding x to bfloat16 costs, and a third of that beside an outlier a thousand
@@ -174,7 +175,7 @@ def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> N
         for k in range(u):
             position = jnp.where(c * u + k < s.size, s.first_group + c * u + k, w.groups)
             x, products = x_groups[position], []
-            # Of int8, one product in four is joined: else the matrix unit would be the limit at 3 bits.
+            # If all were deep, the matrix unit would be the limit at 3 bits.
             deep = config.deep and (k % 4 > 0 or field == 16)
             # Past the segment's end x is zero, and the buffer goes on for a chunk.
             row = SUBLANES + s.first_row + (c * u + k) * (g * s.bits // WORD_BITS)

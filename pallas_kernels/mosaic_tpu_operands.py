@@ -93,7 +93,12 @@ def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: M
                 x = leading(x * smaller)
                 x_groups[position] = x.astype(jnp.bfloat16)
                 lifted = jnp.where(spot == position, jnp.sum(x, axis=1, keepdims=True), lifted)
-            sums = jnp.where(spot == position, jnp.sum(x * larger, axis=1, keepdims=True) * unit, sums)
+            parts = [x]
+            if config.digits == 3:  # so that sums of 24 bits are exact
+                high = jnp.floor(x / 4096.0) * 4096.0
+                parts = [x - high, high]
+            total = sum(jnp.sum(part * larger, axis=1, keepdims=True) for part in parts)
+            sums = jnp.where(spot == position, total * unit, sums)
         return lifted, sums
 
     # What chunks take that go on past the end of their segment.
