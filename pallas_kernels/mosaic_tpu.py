@@ -2,9 +2,10 @@
 
 The output is cut into tiles of columns, one per grid step. The kernel copies all operands itself. While a
 tile is computed, it copies the next tile's into VMEM (fast memory), words in four blocks of rows; the first
-tile is computed while its own blocks arrive, and they while x is prepared. A step runs one loop per bit width over *chunks* of ``Config.groups`` groups. How many
-groups have which width is data, and so are trip counts and row numbers: one compiled kernel serves all
-allocations. Between two steps of a loop the matrix unit runs empty, hence the wide tiles.
+tile is computed while its own blocks arrive, and they while x is prepared. A step runs one loop per bit
+width over *chunks* of ``Config.groups`` groups. How many groups have which width is data, and so are trip
+counts and row numbers: one compiled kernel serves all allocations. Between two steps of a loop the matrix
+unit runs empty, hence the wide tiles.
 
 *Unpacking* (``unpack``). Codes are never converted one by one. A 32-bit word is taken as four fields of
 8 bits or two of 16, and one AND leaves one code in each field, at bit 0 or 2. For 8-bit fields that *is*
@@ -21,11 +22,11 @@ products every fourth is joined all the same. Codes wider than 4 bits are two
 products of up to 4.
 
 *x* (``prepare``) is brought into that order in the first step, by an exact product with a permutation
-matrix. For int8 it then becomes fixed point, ``x ≈ s * (256 * a + b)``, with one ``s`` for each row and group: both
-digits go through the matrix unit together as twice the rows, and sums are exact integers. The error is at
-most ``2**-16`` of the largest ``|x|`` in the row and group, and ``2**-14`` for channels whose codes are at
-bit 2: a twentieth of what rounding x to bfloat16 costs, and a third of that beside an outlier a thousand
-times the rest. (``digits=3``: 8 bits more.)
+matrix. For int8 it then becomes fixed point, ``x ≈ s * (256 * a + b)``, with one ``s`` for each row and
+group: both digits go through the matrix unit together as twice the rows, and sums are exact integers. The
+error is at most ``2**-16`` of the largest ``|x|`` in the row and group, and ``2**-14`` for channels whose
+codes are at bit 2: a twentieth of what rounding x to bfloat16 costs, and a third of that beside an
+outlier a thousand times the rest. (``digits=3``: 8 bits more.)
 On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
 
 *Scales and zeros* act on sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second term,
@@ -53,10 +54,10 @@ from pallas_kernels.mosaic_tpu_operands import (
     concatenate,
     correct,
     dot,
+    leading,
     prepare,
     segments_of,
     thirds,
-    truncated,
 )
 from pallas_kernels.mosaic_tpu_prefill import prefill
 from pallas_kernels.mosaic_tpu_unpack import unpack
@@ -144,7 +145,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
         for i in range(config.join):
             scale_rows[j + i] = scale[:, i * LANES : (i + 1) * LANES]
         offset = scale * zero.astype(jnp.float32)
-        high = truncated(offset)
+        high = leading(offset)
         past = correct(sums, [high, high, offset - high])
         if field == 16:
             past += correct(lifted, [scale] * 3)

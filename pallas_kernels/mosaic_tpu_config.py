@@ -18,7 +18,7 @@ class Config:
       groups: groups in a chunk, all unrolled.
       batch: groups whose channels of x are prepared together.
       join: strips that one product takes together; 2 fills a matrix unit 256 wide.
-      deep: planes of a code lie under one another, for matrix units 256 deep; of int8 in three groups of four.
+      deep: planes of a code lie under one another, for matrix units 256 deep; of int8, in three groups of 4.
       unpack: ``"int8"`` or ``"bfloat16"``, what the matrix unit multiplies.
       digits: of 8 bits, that x has in int8; 2 or 3.
       cores: cores of a device that share the columns; 2 on v4 and v5p.

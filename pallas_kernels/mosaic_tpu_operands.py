@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -126,13 +125,6 @@ def leading(x):
     """float32 rounded to 8 bits, which bfloat16 has (Veltkamp): XLA may drop a cast and its inverse."""
     scaled = x * 65537.0
     return scaled - (scaled - x)
-
-
-def truncated(x):
-    """float32 cut off after 8 bits, which bfloat16 has: cheaper than ``leading``, half as good."""
-    return lax.bitcast_convert_type(
-        lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000), jnp.float32
-    )
 
 
 def dot(a, b, dtype=jnp.float32):
