@@ -80,7 +80,10 @@ def quantized(learned: Mapping[str, jax.Array], layer: Layer, zero_bits: int) ->
         high = jax.nn.sigmoid(learned["up"]) * layer.high + offset
         low = jax.nn.sigmoid(learned["down"]) * layer.low + offset
         scale = (high - low) / (jnp.exp2(layer.bits) - 1)
-        grid = stored_grid(scale, -low / scale, layer.bits, zero_bits)
+        zero = -low / scale
+        # As in the paper's code, weights of 0 stay 0; the two values of 1 bit lie where they may.
+        zero = jnp.where(layer.bits == 1, zero, straight_through(zero, jnp.round(zero)))
+        grid = stored_grid(scale, zero, layer.bits, zero_bits)
         code = layer.weight / grid.scale + grid.zero
     else:
         grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer.bits, zero_bits)

@@ -119,6 +119,16 @@ def test_gradient_of_clipping_by_hand():
     np.testing.assert_allclose(gradient["down"][0, 0, 0], by_high * sigma * (1 - sigma), rtol=0.05)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_clipping_keeps_zeros(bits):
+    """As in the paper's code: zero points are whole, so that a weight of 0 is stored as 0."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 5)), jnp.float32).at[:, 4].set(0.0)
+    learned, layer = clip_start(w, jnp.full((3, 1, 1), float(bits)))
+    _, grid = quantized(learned, layer, zero_bits=4)
+    np.testing.assert_array_equal(grid.zero, np.round(grid.zero))
+    np.testing.assert_array_equal(value(learned, layer)[:, 4], 0.0)
+
+
 def test_one_bit_groups_keep_their_mean():
     w, width = group(1)
     w = w + 0.2
