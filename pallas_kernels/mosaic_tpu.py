@@ -21,16 +21,22 @@ copies of ``x``, which costs less where the matrix unit is 256 deep, up to where
 products every fourth is joined all the same. Codes wider than 4 bits are two
 products of up to 4.
 
-*x* (``prepare``) is brought into that order in the first step, by an exact product with a permutation
-matrix. For int8 it then becomes fixed point, ``x ≈ s * (256 * a + b)``, with one ``s`` for each row and
-group: both digits go through the matrix unit together as twice the rows, and sums are exact integers. The
-error is at most ``2**-16`` of the largest ``|x|`` in the row and group, and ``2**-14`` for channels whose
-codes are at bit 2: a twentieth of what rounding x to bfloat16 costs, and a third of that beside an
-outlier a thousand times the rest. (``digits=3``: 8 bits more.)
+*x* is brought into that order in the first step, by an exact product with a permutation matrix
+(``prepare``). For int8 it first becomes fixed point, ``x ≈ r * s * (256 * a + b)``: both digits go through
+the matrix unit together as twice the rows, and sums are exact integers. ``r`` belongs to the row
+(``measure_rows``) and multiplies the result; ``s`` belongs to the group (``measure_groups``), for all rows,
+and multiplies the scales, once in a tile. Of one row, the error is at most ``2**-16`` of the largest ``|x|``
+in the group, and ``2**-14`` for channels whose codes are at bit 2: a twentieth of what rounding x to bfloat16
+costs, and less even beside an outlier a thousand times the rest, which other rows do not have. A row with
+infinities or NaN harms no other. (``digits=3``: 8 bits more.)
 On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
 
 *Scales and zeros* act on sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second term,
 and the 128, are one small product per tile.
+
+*Registers.* A product's sums come some 200 cycles after its codes. Left alone, the compiler unpacks for all
+that time and puts the codes back into memory; ``Config.ahead`` makes the masks of a pair of strips depend
+on an earlier result, which bounds how far it goes.
 """
 
 import dataclasses
@@ -54,10 +60,12 @@ from pallas_kernels.mosaic_tpu_operands import (
     concatenate,
     correct,
     dot,
-    leading,
+    measure_groups,
+    measure_rows,
+    permutation,
     prepare,
     segments_of,
-    thirds,
+    truncate,
 )
 from pallas_kernels.mosaic_tpu_prefill import prefill
 from pallas_kernels.mosaic_tpu_unpack import unpack
@@ -73,7 +81,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     out_ref, *scratch = refs[6 + has_bias :]
     sizes, order, x, *column_buffers = scratch[: 5 + has_bias]
     here, arrived, *scratch = scratch[5 + has_bias :]
-    x_groups, unit_ref, sums_ref, move_ref, acc_ref, scale_rows, buffer = scratch
+    middle_ref, unit_ref, move_ref, x_groups, sums_ref, acc_ref, scale_rows, buffer = scratch
     field = UNPACKS[config.unpack]
     strips, last = config.strips, words_ref.shape[1] // LANES - 1
     step, steps = pl.program_id(1), pl.num_programs(1)
@@ -118,41 +126,51 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     def first():
         copies = [
             pltpu.make_async_copy(there, copy, here.at[i])
-            for i, (there, copy) in enumerate([(sizes_ref, sizes), (order_ref, order), (x_ref, x)])
+            for i, (there, copy) in enumerate([(x_ref, x), (sizes_ref, sizes), (order_ref, order)])
         ]
         for copy in copies:
             copy.start()
         start(0, 0)
-        for copy in copies:
-            copy.wait()
-        segments = segments_of(sizes if trips is None else trips, w, config.groups)
-        prepare(order, x, x_groups, unit_ref, sums_ref, move_ref, segments, w, config)
+        move_ref[...] = permutation(w.group_size, config).astype(move_ref.dtype)
+        copies[0].wait()
+        if field == 8:
+            measure_rows(x, middle_ref, w, config)
+        copies[1].wait()
+        copies[2].wait()
+        if field == 8:
+            measure_groups(order, x, middle_ref, unit_ref, w, config)
 
     @pl.when(step + 1 < steps)
     def following():
         start(step + 1, 1 - half)
 
     segments = segments_of(sizes if trips is None else trips, w, config.groups)
+    # The compiler moves nothing over a wait; so these keep x from filling all registers.
     narrow(step, half, "wait")
-    lifted, sums = (thirds(sums_ref[i], w.groups, twice=i == 1) for i in (0, 1))
+
+    @pl.when(step == 0)
+    def second():
+        prepare(order, x, middle_ref, unit_ref, move_ref, x_groups, sums_ref, segments, w, config)
+
+    have = wait(0, 1)
+    lifted, sums = sums_ref[0], sums_ref[1]
     for j in range(0, strips, config.join):
         lanes = slice(j * LANES, (j + config.join) * LANES)
-        scale, zero, *bias = (copy[half, :, lanes] for copy in column_buffers)
+        scale, zero = (copy[half, :, lanes] for copy in column_buffers[:2])
         zero = zero.astype(jnp.int32)
         if zero_bits(w.widths) == 4:
             zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
         scale = scale.astype(jnp.float32)  # [G, join * 128]
         for i in range(config.join):
-            scale_rows[j + i] = scale[:, i * LANES : (i + 1) * LANES]
+            part = scale[:, i * LANES : (i + 1) * LANES]
+            scale_rows[j + i] = part * unit_ref[...] if field == 8 else part
         offset = scale * zero.astype(jnp.float32)
-        high = leading(offset)
+        high = truncate(offset)  # scales have 8 bits and zero codes up to 8: the rest fits bfloat16, too
         past = correct(sums, [high, high, offset - high])
         if field == 16:
             past += correct(lifted, [scale] * 3)
-        past = jnp.broadcast_to(bias[0], past.shape) - past if bias else -past
-        acc_ref[:, lanes] = past
+        acc_ref[:, lanes] = -past
 
-    have: jax.Array | int = 0
     for s in segments:
 
         def chunk(c, have, s=s):
@@ -163,15 +181,23 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
 
         have = lax.fori_loop(0, s.chunks, chunk, jnp.int32(have))
     wait(have, words_ref.shape[0])
-    out_ref[...] = acc_ref[: out_ref.shape[0]]
+    for j in range(strips):
+        lanes = slice(j * LANES, (j + 1) * LANES)
+        y = acc_ref[:, lanes] * middle_ref[...] if field == 8 else acc_ref[:, lanes]
+        if has_bias:
+            y += jnp.broadcast_to(column_buffers[2][half, :, lanes], y.shape)
+        out_ref[:, lanes] = y[: out_ref.shape[0]]
 
 
 def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> None:
     """Adds the product with one chunk's groups to ``acc_ref``."""
-    x_groups, unit_ref, _, _, acc_ref, scale_rows, buffer = scratch
+    *_, x_groups, _, acc_ref, scale_rows, buffer = scratch
     g, u, join, field = w.group_size, config.groups, config.join, UNPACKS[config.unpack]
     rows = acc_ref.shape[0]
+    results: list = []
     for j in range(0, config.strips, join):
+        earlier = len(results) - config.ahead
+        late = _after(results[earlier]) if config.ahead and earlier >= 0 else _at_once
         total = [jnp.zeros((rows, LANES), jnp.float32)] * join
         for k in range(u):
             position = jnp.where(c * u + k < s.size, s.first_group + c * u + k, w.groups)
@@ -183,7 +209,7 @@ def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> N
             for piece in reversed(pieces(s.bits)):
                 planes = [[plane] for plane in piece] if deep else [piece]
                 strips = [
-                    concatenate([unpack(buffer.at[half, j + i], row, p, g, field) for p in planes], 0)
+                    concatenate([unpack(buffer.at[half, j + i], row, p, g, field, late) for p in planes], 0)
                     for i in range(join)
                 ]
                 products.append(
@@ -195,14 +221,23 @@ def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> N
                 )
             found = products[0] if len(products) == 1 else products[0] * 16 + products[1]  # highest first
             if field == 8:
+                results.append(found[:SUBLANES, :LANES])
                 found = _value([found[d * rows : (d + 1) * rows] for d in range(config.digits)])
             scale_row = jnp.minimum(position, w.groups - 1)
             for i in range(join):
                 scale = scale_rows[j + i, pl.ds(scale_row, 1), :]
-                part = found[:, i * LANES : (i + 1) * LANES] * scale
-                total[i] += part * unit_ref[position] if field == 8 else part
+                total[i] += found[:, i * LANES : (i + 1) * LANES] * scale
         for i in range(join):
             acc_ref[:, (j + i) * LANES : (j + i + 1) * LANES] += total[i]
+
+
+def _at_once(constant):
+    return constant
+
+
+def _after(value):
+    """Makes constants wait for int32 ``value``, which is always below ``2**30``, but no compiler knows."""
+    return lambda constant: jnp.where(value < 1 << 30, constant, jnp.zeros_like(constant))
 
 
 def _value(digits) -> jax.Array:
@@ -251,7 +286,6 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
     m, (k, n), g, u = x.shape[0], w.shape, w.group_size, config.groups
     # Copies in the kernel are whole registers; nothing to do here for balanced allocations and usual N.
     words = _pad(w.words, SUBLANES, LANES)
-    exact = x.dtype
     x = _pad(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
     if g % LANES:  # groups begin within registers
         x = x.reshape(x.shape[0], w.groups, g).swapaxes(0, 1)
@@ -294,10 +328,11 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
                 *(pltpu.VMEM((2, a.shape[0], columns), a.dtype) for a in columns_of),
                 pltpu.SemaphoreType.DMA((3,)),
                 pltpu.SemaphoreType.DMA((2, len(blocks_of(words.shape[0])) + 1)),
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                pltpu.VMEM((w.groups, LANES), jnp.float32),
+                pltpu.VMEM((g, g), jnp.int8 if int8 else jnp.bfloat16),
                 pltpu.VMEM(x_shape, jnp.int8 if int8 else jnp.bfloat16),
-                pltpu.VMEM((w.groups + 1, rows, LANES), jnp.float32),
-                pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.float32),
-                pltpu.VMEM((g, g), exact),
+                pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.bfloat16),
                 pltpu.VMEM((rows, columns), jnp.float32),
                 pltpu.VMEM((strips, w.groups, LANES), jnp.float32),
                 pltpu.VMEM((2, strips, buffer_rows, LANES), jnp.uint32),

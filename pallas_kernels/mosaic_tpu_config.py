@@ -16,11 +16,12 @@ class Config:
     Attributes:
       strips: columns of an output tile, in units of 128.
       groups: groups in a chunk, all unrolled.
-      batch: groups whose channels of x are prepared together.
+      batch: groups whose channels of x are prepared together; twice as many are measured together.
       join: strips that one product takes together; 2 fills a matrix unit 256 wide.
       deep: planes of a code lie under one another, for matrix units 256 deep; of int8, in three groups of 4.
       unpack: ``"int8"`` or ``"bfloat16"``, what the matrix unit multiplies.
       digits: of 8 bits, that x has in int8; 2 or 3.
+      ahead: products after one whose result the next strips wait for; 0: they wait for none. int8 only.
       cores: cores of a device that share the columns; 2 on v4 and v5p.
     """
 
@@ -31,6 +32,7 @@ class Config:
     deep: bool = False
     unpack: str = "int8"
     digits: int = 2
+    ahead: int = 0
     cores: int = 1
 
     def __post_init__(self) -> None:
@@ -42,6 +44,8 @@ class Config:
             raise ValueError(f"batch is {self.batch}, expected at least 1")
         if self.digits not in (2, 3):
             raise ValueError(f"digits is {self.digits}, expected 2 or 3")
+        if self.ahead < 0:
+            raise ValueError(f"ahead is {self.ahead}, expected at least 0")
         if self.cores < 1:
             raise ValueError(f"cores is {self.cores}, expected at least 1")
         if self.unpack not in UNPACKS:
@@ -60,7 +64,10 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     total, join = -(-n // LANES), 2 if wide and n > LANES else 1
     tiles = -(-total // (widest * cores)) * cores
     strips = -(-total // (tiles * join)) * join
-    return Config(strips, batch=32 if deep else 8, join=join, deep=deep, unpack=unpack, cores=cores)
+    ahead = 25 if deep and 8 < m <= 16 else 0  # the most products that fit the registers
+    return Config(
+        strips, batch=16 if deep else 8, join=join, deep=deep, unpack=unpack, ahead=ahead, cores=cores
+    )
 
 
 def choose(device_kind: str, m: int, k: int, n: int) -> Config:

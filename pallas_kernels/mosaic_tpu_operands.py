@@ -5,11 +5,13 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_step
 from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS, Config
+from pallas_kernels.mosaic_tpu_unpack import bit_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,87 +46,166 @@ def blocks_of(rows: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends) if start < end]
 
 
-def prepare(order, x_ref, x_groups, unit_ref, sums_ref, move_ref, segments, w: MixedTensor, config: Config):
-    """``x[rows, K]`` -> ``x_groups`` as codes come out, the value of its unit, and sums over groups.
+def measure_rows(x_ref, middle_ref, w: MixedTensor, config: Config) -> None:
+    """``middle_ref[rows, 128]``, lanes equal: geometric mean of the largest and the mean ``|x|`` of a row.
 
-    Groups are in the order of storage. ``unit_ref`` is ``[G + 1, rows, 128]``, all lanes equal; the last
-    group of both is zero. ``sums_ref`` is ``[2, rows, 3 * G]`` and zeros behind: what the scales, and what
-    the scales times the zero codes, are multiplied by, three times. ``move_ref`` is for the
-    permutation and has the type that ``x`` came in. ``x_ref`` is ``[G, rows, g]`` where groups begin within
-    registers.
+    So an outlier costs the rest of its row and of its group alike. NaN if a row is not finite.
+    """
+    g, together = w.group_size, 2 * config.batch
+
+    def batch(b, carry):
+        largest, total = carry
+        for k in range(together):
+            group = b * together + k
+            x = jnp.abs(_load(x_ref, jnp.minimum(group, w.groups - 1), g))
+            if w.groups % together:
+                x = jnp.where(group < w.groups, x, 0.0)
+            largest, total = jnp.maximum(largest, x), total + x
+        return largest, total
+
+    nothing = jnp.zeros((middle_ref.shape[0], g), jnp.float32)
+    largest, total = lax.fori_loop(0, -(-w.groups // together), batch, (nothing, nothing))
+    mean = jnp.sum(total, axis=1, keepdims=True) / (w.groups * g)
+    middle = jnp.sqrt(jnp.max(largest, axis=1, keepdims=True)) * jnp.sqrt(mean)
+    middle = jnp.where(middle == 0, 1.0, jnp.where(middle < jnp.inf, middle, jnp.nan))
+    middle_ref[...] = jnp.broadcast_to(middle, middle_ref.shape)
+
+
+def measure_groups(order, x_ref, middle_ref, unit_ref, w: MixedTensor, config: Config) -> None:
+    """``unit_ref[G, 128]``, lanes equal: what the last digit of ``x`` counts, in units of ``middle_ref``.
+
+    It is large enough for all finite rows.
+    """
+    together = 2 * config.batch
+    shrink = _across(1.0 / middle_ref[...], w.group_size)
+
+    def batch(b, _):
+        for k in range(together):
+            position = jnp.minimum(b * together + k, w.groups - 1)
+            x = jnp.abs(_load(x_ref, order[position], w.group_size) * shrink)
+            largest = jnp.max(jnp.where(x < jnp.inf, x, 0.0), axis=(0, 1), keepdims=True)
+            unit = jnp.where(largest > 0, largest / (127.0 * 256 ** (config.digits - 1)), 1.0)
+            unit_ref[pl.ds(position, 1), :] = jnp.broadcast_to(unit, (1, LANES))
+
+    lax.fori_loop(0, -(-w.groups // together), batch, None)
+
+
+def permutation(group_size: int, config: Config) -> jax.Array:
+    """``[g, g]``: row = channel as in ``x``, column = place in the order of codes.
+
+    See "Order" in `pallas_kernels.mosaic_tpu`.
+    """
+    fields = WORD_BITS // UNPACKS[config.unpack]
+    row, column = (lax.broadcasted_iota(jnp.int32, (group_size, group_size), axis) for axis in (0, 1))
+    place = lax.rem(column, fields) * (group_size // fields) + lax.div(column, fields)
+    return (row == place).astype(jnp.float32)
+
+
+def prepare(
+    order, x_ref, middle_ref, unit_ref, move_ref, x_groups, sums_ref, segments, w: MixedTensor, config: Config
+) -> None:
+    """``x[rows, K]`` -> ``x_groups`` as codes come out, and its sums over groups.
+
+    Groups are in the order of storage; after them ``x_groups`` has one of zeros. ``sums_ref`` is
+    ``[2, rows, 3 * G]`` and zeros behind: what the scales, and what the scales times the zero codes, are
+    multiplied by, three times. ``x_ref`` is ``[G, rows, g]`` where groups begin within registers.
     """
     g, field = w.group_size, UNPACKS[config.unpack]
     rows, lanes = sums_ref.shape[1:]
     fields = WORD_BITS // field
-    # Row = channel as in x, column = place in the order of codes; see "Order" in the module's docstring.
-    row, column = (lax.broadcasted_iota(jnp.int32, (g, g), axis) for axis in (0, 1))
-    place = column % fields * (g // fields) + column // fields
-    move_ref[...] = (row == place).astype(jnp.float32).astype(move_ref.dtype)
+    exact, accumulator = (jnp.int8, jnp.int32) if field == 8 else (jnp.bfloat16, jnp.float32)
     # Codes that are at bit 2 are four times as large.
-    register = lax.broadcasted_iota(jnp.int32, (rows, g), 1) // fields // SUBLANES
-    larger, smaller = (jnp.where(register % 2 == 1, factor, 1.0) for factor in (4.0, 0.25))
+    register = lax.rem(lax.broadcasted_iota(jnp.int32, (rows, g), 1), g // fields) // SUBLANES
+    larger, smaller = (jnp.where(bit_of(register) == 2, factor, 1.0) for factor in (4.0, 0.25))
     lane = lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
-    spot = jnp.where(lane < 3 * w.groups, lane % w.groups, -2)
-
-    def load(group):
-        if len(x_ref.shape) == 3:
-            return x_ref[group]
-        return x_ref[:, pl.ds(pl.multiple_of(group * g, LANES), g)]
+    spot = jnp.where(lane < 3 * w.groups, lax.rem(lane, w.groups), -2)
+    shrink = smaller / _across(middle_ref[...], g) if field == 8 else smaller
 
     def batch(b, carry):
         lifted, sums = carry
         positions = [jnp.minimum(b * config.batch + k, w.groups - 1) for k in range(config.batch)]
-        moved = jnp.dot(  # exact: bfloat16 in one pass, float32 in several
-            jnp.concatenate([load(order[position]) for position in positions]).astype(move_ref.dtype),
-            move_ref[...],
-            precision=lax.Precision.HIGHEST if move_ref.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )
-        for k, position in enumerate(positions):
-            x, unit = moved[k * rows : (k + 1) * rows], 1.0
+        parts = []
+        for position in positions:
+            x = _load(x_ref, order[position], g)
             if field == 8:
-                largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-                unit = jnp.where(largest > 0, largest / (127.0 * 256 ** (config.digits - 1)), 1.0)
-                x = jnp.floor(x * (1.0 / unit) * smaller + 0.5)
-                x_groups[position] = _digits(x.astype(jnp.int32), config.digits)
-                unit_ref[position] = jnp.broadcast_to(unit, (rows, LANES))
+                unit = unit_ref[pl.ds(position, 1), :]
+                x = jnp.floor(x * (shrink * (1.0 / _across(unit, g))) + 0.5)
+                parts.append(_digits(x.astype(jnp.int32), config.digits))
             else:
-                x = leading(x * smaller)
-                x_groups[position] = x.astype(jnp.bfloat16)
+                x = leading(x * shrink)
+                parts.append(x)
                 lifted = jnp.where(spot == position, jnp.sum(x, axis=1, keepdims=True), lifted)
-            parts = [x]
-            if config.digits == 3:  # so that sums of 24 bits are exact
+            addends = [x]
+            if field == 8 and config.digits == 3:  # so that sums of 24 bits are exact
                 high = jnp.floor(x / 4096.0) * 4096.0
-                parts = [x - high, high]
-            total = sum(jnp.sum(part * larger, axis=1, keepdims=True) for part in parts)
-            sums = jnp.where(spot == position, total * unit, sums)
+                addends = [x - high, high]
+            total = sum(jnp.sum(addend * larger, axis=1, keepdims=True) for addend in addends)
+            total = total * _across(unit, lanes) if field == 8 else total
+            sums = jnp.where(spot == position, total, sums)
+        height = x_groups.shape[1]
+        moved = dot(jnp.concatenate(parts).astype(exact), move_ref[...], accumulator)
+        for k, position in enumerate(positions):
+            x_groups[position] = moved[k * height : (k + 1) * height].astype(exact)
         return lifted, sums
 
     # What chunks take that go on past the end of their segment.
     x_groups[w.groups] = jnp.zeros(x_groups.shape[1:], x_groups.dtype)
-    unit_ref[w.groups] = jnp.zeros(unit_ref.shape[1:], unit_ref.dtype)
     nothing = jnp.zeros((rows, lanes), jnp.float32)
     lifted, sums = lax.fori_loop(0, -(-w.groups // config.batch), batch, (nothing, nothing))
     for s in segments:
         inside = (spot >= s.first_group) & (spot < s.first_group + s.size)
         lifted = jnp.where(inside, lifted * lift_of(s.bits, config.deep), lifted)
         sums = jnp.where(inside, sums * zero_step(s.bits, w.widths), sums)
-    sums_ref[0], sums_ref[1] = lifted, sums
+    sums_ref[0], sums_ref[1] = _thirds(lifted, w.groups, twice=False), _thirds(sums, w.groups, twice=True)
+
+
+def _load(x_ref, group, group_size: int) -> jax.Array:
+    """float32 ``[rows, g]``."""
+    if len(x_ref.shape) == 3:
+        return x_ref[group].astype(jnp.float32)
+    return x_ref[:, pl.ds(pl.multiple_of(group * group_size, LANES), group_size)].astype(jnp.float32)
+
+
+def _across(x, lanes: int) -> jax.Array:
+    """``x[..., 128]``, whose lanes are equal, as ``[..., lanes]``."""
+    return x[:, :lanes] if lanes <= LANES else jnp.concatenate([x] * (lanes // LANES), axis=1)
+
+
+def _thirds(x, groups: int, twice: bool) -> jax.Array:
+    """``x[rows, 3 * G]``, the same three times, as addends of 8 bits: bfloat16.
+
+    The first is x rounded and the second the rest rounded; the third is the rest of that, or the first
+    again if ``twice``.
+    """
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    first = leading(x)
+    second = leading(x - first)
+    third = first if twice else x - first - second
+    return jnp.where(lane < groups, first, jnp.where(lane < 2 * groups, second, third)).astype(jnp.bfloat16)
 
 
 def _digits(x, count: int) -> jax.Array:
-    """int32 ``x[rows, g]`` as digits from -128 to 127, highest first: int8 ``[count * rows, g]``."""
+    """int32 ``x[rows, g]`` as digits from -128 to 127, highest first: int32 ``[count * rows, g]``.
+
+    Of digits but the highest, only the low 8 bits are meant.
+    """
     found: list = []
     for _ in range(count):
         found.insert(0, x)
         x = (x + 128) >> 8
-    return jnp.concatenate(found).astype(jnp.int8)  # keeps the low 8 bits
+    return jnp.concatenate(found)
 
 
 def leading(x):
     """float32 rounded to 8 bits, which bfloat16 has (Veltkamp): XLA may drop a cast and its inverse."""
     scaled = x * 65537.0
     return scaled - (scaled - x)
+
+
+def truncate(x):
+    """float32 without all but the first 8 bits, which bfloat16 has."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def dot(a, b, dtype=jnp.float32):
@@ -135,21 +216,8 @@ def concatenate(arrays: list, axis: int) -> jax.Array:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)
 
 
-def thirds(x, groups: int, twice: bool) -> jax.Array:
-    """``x[rows, 3 * G]``, there three times as from ``prepare``, as addends of 8 bits: bfloat16.
-
-    The first is x rounded and the second the rest rounded; the third is the rest of that, or the first
-    again if ``twice``.
-    """
-    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) // groups
-    first = leading(x)
-    second = leading(x - first)
-    third = first if twice else x - first - second
-    return jnp.where(lane == 0, first, jnp.where(lane == 1, second, third)).astype(jnp.bfloat16)
-
-
 def correct(x, factors: list[jax.Array]):
-    """The sum of products of the ``thirds`` of ``x`` with ``factors[G, columns]``, float32."""
+    """The sum of products of three addends of ``x`` with ``factors[G, columns]``, float32."""
     fill = jnp.zeros((x.shape[1] - 3 * factors[0].shape[0], factors[0].shape[1]), jnp.float32)
     rows = jnp.concatenate([*factors, fill] if fill.shape[0] else factors)
     return dot(x, rows.astype(jnp.bfloat16))

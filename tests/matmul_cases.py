@@ -22,11 +22,11 @@ ALLOCATIONS = {
 }
 
 
-def random_weight(k, n, group_size, bits, seed=0, **kwargs):
+def random_weight(k, n, group_size, bits, seed=0, widths=None, **kwargs):
     """A packed weight with its groups shuffled, and the same weight in float64."""
-    parts = random_parts(k, n, group_size, np.random.default_rng(seed).permutation(bits), seed)
-    w = pack(**parts, group_size=group_size, **kwargs)
-    return w, oracle_weight(**parts, group_size=group_size).astype(np.float64)
+    parts = random_parts(k, n, group_size, np.random.default_rng(seed).permutation(bits), seed, widths)
+    w = pack(**parts, group_size=group_size, widths=widths, **kwargs)
+    return w, oracle_weight(**parts, group_size=group_size, widths=widths).astype(np.float64)
 
 
 def random_x(*shape, dtype=jnp.float32, seed=1):

@@ -13,20 +13,20 @@ from pallas_kernels.layout import plane_widths
 dequantize = jax.jit(lambda w: w.dequantize(jnp.float32))
 
 
-def random_parts(k, n, group_size, bits, seed=0):
-    """Codes, scales and zero codes that fit ``bits``."""
+def random_parts(k, n, group_size, bits, seed=0, widths=None):
+    """Codes, scales and zero codes that fit ``bits``, and a tensor whose groups may have ``widths``."""
     rng = np.random.default_rng(seed)
     bits = np.asarray(bits)
     limit = np.repeat(1 << bits, group_size)[:k, None]
     scale = np.asarray(jnp.asarray(rng.uniform(0.01, 0.1, (len(bits), n)), jnp.bfloat16))
-    zero_code = rng.integers(0, 16 if bits.max() <= 4 else 256, (len(bits), n))
+    zero_code = rng.integers(0, 16 if max(widths or bits) <= 4 else 256, (len(bits), n))
     return {"codes": rng.integers(0, limit, (k, n)), "scale": scale, "zero_code": zero_code, "bits": bits}
 
 
-def oracle_weight(codes, scale, zero_code, bits, group_size):
+def oracle_weight(codes, scale, zero_code, bits, group_size, widths=None):
     """``scale * (code - zero)`` in float32, from the definition."""
     group = np.arange(codes.shape[0]) // group_size
-    z = 4 if max(bits) <= 4 else 8
+    z = 4 if max(widths or bits) <= 4 else 8
     zero = (zero_code * 2.0 ** (np.asarray(bits)[:, None] - z)).astype(np.float32)
     return scale.astype(np.float32)[group] * (codes.astype(np.float32) - zero[group])
 

@@ -9,6 +9,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from matmul_cases import MatmulCases, random_weight, random_x
@@ -108,6 +109,26 @@ def test_zeros_in_x(cases):
     cases.test_zeros_in_x()
 
 
+def test_a_row_that_is_not_finite_harms_no_other():
+    cases = Int8()
+    w, dense = random_weight(256, 16, 128, [2, 3])
+    x = random_x(4, 256).at[1, 3].set(jnp.inf).at[2, 200].set(jnp.nan)
+    found = cases.matmul(x, w)
+    assert not jnp.any(jnp.isfinite(found[1:3]))
+    cases.assert_close(found[::3], x[::3], dense)
+
+
+def test_waiting_for_earlier_results_changes_nothing():
+    w, _ = random_weight(512, 512, 128, [1, 2, 2, 3])
+    x = random_x(16, 512, dtype=jnp.bfloat16)
+    config = Config(strips=4, groups=2, join=2, deep=True)
+    found = [
+        mosaic_tpu.mixed_matmul(x, w, config=dataclasses.replace(config, ahead=ahead), interpret=INTERPRET)
+        for ahead in (0, 1)
+    ]
+    np.testing.assert_array_equal(*map(np.asarray, found))
+
+
 @INT8
 @pytest.mark.parametrize("m", [40, 1])
 def test_bias(cases, m):
@@ -166,6 +187,7 @@ def test_refuses_odd_group_sizes():
         {"batch": 0},
         {"unpack": "int4"},
         {"digits": 1},
+        {"ahead": -1},
         {"cores": 0},
     ],
 )
