@@ -31,7 +31,7 @@ def blocks(m: int, k: int, n: int) -> tuple[int, int]:
     raise NotImplementedError(f"a block of {k} channels does not fit into VMEM")
 
 
-def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Array:
+def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, interpret) -> jax.Array:
     """``x[M, K] @ W + bias[1, N]`` with ``W`` and ``x`` rounded to bfloat16; float32 ``[M, N]``."""
     m, (k, n), g = x.shape[0], w.shape, w.group_size
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, 0), (0, w.groups * g - k)))
@@ -53,6 +53,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Arr
     def strip(s):
         return pl.BlockSpec((words.shape[0], LANES), lambda i, j, *_: (0, jnp.minimum(i * strips + s, last)))
 
+    columns_of = [w.scale, w.zero, *([] if bias is None else [bias])]
     return pl.pallas_call(
         partial(_kernel, w=w, strips=strips, trips=trips),
         name="mixed_matmul_prefill",
@@ -64,7 +65,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Arr
                 pl.BlockSpec((rows, x.shape[1]), lambda i, j, *_: (j, 0)),
                 column(w.groups),
                 column(w.zero.shape[0]),
-                column(1),
+                *([] if bias is None else [column(1)]),
                 *map(strip, range(strips)),
             ],
             out_specs=pl.BlockSpec((rows, columns), lambda i, j, *_: (j, i)),
@@ -80,16 +81,18 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array, interpret) -> jax.Arr
         cost_estimate=pl.CostEstimate(
             flops=2 * m * k * n,
             transcendentals=0,
-            bytes_accessed=size(x) * pl.cdiv(n, columns)
-            + sum(map(size, (words, w.scale, w.zero, bias)))
-            + m * n * 4,
+            bytes_accessed=size(x) * pl.cdiv(n, columns) + sum(map(size, (words, *columns_of))) + m * n * 4,
         ),
         interpret=interpret,
-    )(plan, w.order, x, w.scale, w.zero, bias, *[words] * strips)
+    )(plan, w.order, x, *columns_of, *[words] * strips)
 
 
-def _kernel(plan, order, x_ref, scale_ref, zero_ref, bias_ref, *refs, w: MixedTensor, strips: int, trips):
-    word_refs, (out_ref, dense_ref, row_ref) = refs[:strips], refs[strips:]
+def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, strips: int, trips):
+    bias_refs, word_refs, (out_ref, dense_ref, row_ref) = (
+        refs[: -strips - 3],
+        refs[-strips - 3 : -3],
+        refs[-3:],
+    )
 
     def unpack_group(c, carry, i, b):
         position = plan[1, i] + c
@@ -121,7 +124,9 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, bias_ref, *refs, w: MixedTe
             lax.fori_loop(0, plan[0, i] if trips is None else trips[i], partial(unpack_group, i=i, b=b), 0)
 
     product = jnp.dot(x_ref[...], dense_ref[...], preferred_element_type=jnp.float32)
-    out_ref[...] = product + jnp.broadcast_to(bias_ref[...], product.shape)
+    for bias in bias_refs:  # one or none
+        product += jnp.broadcast_to(bias[...], product.shape)
+    out_ref[...] = product
 
 
 def _codes(ref, row, bits: int, group_size: int) -> list[jax.Array]:
