@@ -4,9 +4,10 @@
     python -m bench.aot --target v5e,h100 --decoder      # a whole decode step of Llama-2-7B
 
 Nothing here is a time. A TPU's cost is its compiler's estimate of cycles, a GPU's the instructions that a
-thread spends on one weight in the main loop; both rank variants. The floor is the bytes of all arguments and
-results over the datasheet's bandwidth: no program is faster. ``pip install 'slim-jax[aot]'`` brings the
-compilers; they run on any x86-64 Linux.
+thread spends on one weight (and 16 rows of x) in the main loops; both rank variants. The floor is the bytes
+of all arguments and results over the datasheet's bandwidth: no program is faster. The ratio to it is that of
+the estimated cycles, or of the time in which all multiprocessors could issue the instructions; 1 where
+memory takes longer. ``pip install 'slim-jax[aot]'`` brings the compilers; they run on any x86-64 Linux.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def tpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
         "cost": cost,
         "bundles": record.bundles,
         "floor_us": None if record.floor_seconds is None else 1e6 * record.floor_seconds,
-        "ratio": record.ratio,
+        "ratio": None if record.ratio is None else max(1.0, record.ratio),
         "record": dataclasses.asdict(record),
     }
 
@@ -62,10 +63,10 @@ def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
         builder = "bench.aot_tpu:dense"
     record = aot_gpu.compile_for(target, builder, arguments)
     kernels = (record.get("kernels") or {}).values()
-    loops = [loop for kernel in kernels for loop in kernel["inner_loops"]]
-    costs = [loop["per_weight_and_16_rows"] for loop in loops]
-    costs = sorted(cost for cost in costs if cost is not None)
     done = record["error"] is None
+    shares = [size / group_count(k, group_size) for size in quarters(k, group_size)]
+    cost = _instructions(kernels, shares if product == "packed" else [1.0])
+    issued = cost and cost * k * n * -(-m // 16) / record["lane_instructions_per_us"]
     return {
         "error": record["error"],
         "bytes": record["read_bytes"] + record["written_bytes"] if done else None,
@@ -77,12 +78,24 @@ def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
         "matrix_instructions": sum(sum(kernel["tensor_core"].values()) for kernel in kernels)
         if done
         else None,
-        "cost": f"{costs[0]:.2f} to {costs[-1]:.2f} instructions" if costs else None,
+        "cost": cost and f"{cost:.2f} instructions",
         "bundles": None,
         "floor_us": record.get("floor_us"),
-        "ratio": None,
+        "ratio": issued and max(1.0, issued / record["floor_us"]),
         "record": record,
     }
+
+
+def _instructions(kernels, shares: list[float]) -> float | None:
+    """Instructions of a thread per weight and 16 rows in the main loops, of which each takes its share.
+
+    There is one for each width, followed by those for what it leaves over. None if no loop multiplies.
+    """
+    loops = [loop["per_weight_and_16_rows"] for kernel in kernels for loop in kernel["inner_loops"]]
+    costs = [cost for cost in loops if cost is not None]
+    if len(costs) < len(shares):
+        return None
+    return sum(share * cost for share, cost in zip(shares, costs[:: len(costs) // len(shares)]))
 
 
 def decoder_row(target: str) -> Row:

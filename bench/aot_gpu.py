@@ -93,7 +93,8 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
       A record that JSON can hold. ``error`` is one line, or None if it compiled; then ``kernels`` has what
       ``ptxas`` and the disassembler say of each, by name; ``argument_bytes`` and ``output_bytes`` are the
       program's, ``temp_bytes`` its intermediates, ``read_bytes`` and ``written_bytes`` what all its kernels
-      read and write, and ``floor_us`` the time of ``argument_bytes + output_bytes`` at full bandwidth.
+      read and write, ``floor_us`` the time of ``argument_bytes + output_bytes`` at full bandwidth, and
+      ``lane_instructions_per_us`` what all its multiprocessors issue.
 
     Raises:
       ValueError: no such target.
@@ -119,7 +120,11 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
             return record | {"error": str(error).splitlines()[0]}
     bandwidth = float(_described(target, "memory_bandwidth"))
     moved = record["argument_bytes"] + record["output_bytes"]
-    return record | {"floor_us": round(moved / bandwidth * 1e6, 3)}
+    lanes = int(_described(target, "core_count")) * 4 * 32  # of four warps in each multiprocessor
+    return record | {
+        "floor_us": round(moved / bandwidth * 1e6, 3),
+        "lane_instructions_per_us": lanes * float(_described(target, "clock_rate_ghz")) * 1e3,
+    }
 
 
 def _child(target: str, builder: str, arguments: dict, directory: str) -> None:

@@ -64,10 +64,10 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     total, join = -(-n // LANES), 2 if wide and n > LANES else 1
     tiles = -(-total // (widest * cores)) * cores
     strips = -(-total // (tiles * join)) * join
-    ahead = 25 if deep and 8 < m <= 16 else 0  # the most products that fit the registers
-    return Config(
-        strips, batch=16 if deep else 8, join=join, deep=deep, unpack=unpack, ahead=ahead, cores=cores
-    )
+    few = m <= SUBLANES
+    batch = (32 if few else 16) if deep else 8  # as many as fit the registers; so does ahead
+    ahead = 25 if deep and not few and m <= 16 else 0
+    return Config(strips, batch=batch, join=join, deep=deep, unpack=unpack, ahead=ahead, cores=cores)
 
 
 def choose(device_kind: str, m: int, k: int, n: int) -> Config:

@@ -109,6 +109,24 @@ def test_zeros_in_x(cases):
     cases.test_zeros_in_x()
 
 
+@pytest.mark.parametrize(
+    ("m", "outlier", "digits", "most"),
+    [
+        (1, False, 2, 1.2e-5),
+        (16, False, 2, 2e-5),
+        (1, True, 2, 1.8e-3),
+        (16, True, 2, 2.2e-3),
+        (16, True, 3, 4e-5),
+    ],
+)
+def test_error_of_digits(m, outlier, digits, most):
+    """Figures of docs/kernels.md, in units of ``sum |x| |w|``; bfloat16 makes 3e-4 of ordinary x."""
+    w, dense = random_weight(1024, 256, 128, [1, 1, 2, 2, 2, 2, 3, 3], seed=1)
+    x = random_x(m, 1024)
+    x = x.at[m // 2, 77].set(3000.0) if outlier else x
+    Int8().assert_close(Int8().matmul(x, w, digits=digits), x, dense, tolerance=most)
+
+
 def test_a_row_that_is_not_finite_harms_no_other():
     cases = Int8()
     w, dense = random_weight(256, 16, 128, [2, 3])
