@@ -27,8 +27,8 @@ the matrix unit together as twice the rows, and sums are exact integers. ``r`` b
 (``measure_rows``) and multiplies the result; ``s`` belongs to the group (``measure_groups``), for all rows,
 and multiplies the scales, once in a tile. Of one row, the error is at most ``2**-16`` of the largest ``|x|``
 in the group, and ``2**-14`` for channels whose codes are at bit 2: a twentieth of what rounding x to bfloat16
-costs, and less even beside an outlier a thousand times the rest, which other rows do not have. A row with
-infinities or NaN harms no other. (``digits=3``: 8 bits more.)
+costs, and about the same beside an outlier a thousand times the rest. (``digits=3``: 8 bits more.) A row with
+infinities or NaN harms no other.
 On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
 
 *Scales and zeros* act on sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second term,
