@@ -4,7 +4,7 @@
     python -m bench.matmul --check                      # values only, against float64
 
 Every product is compiled, warmed up, and taken many times in turns with the others; the median counts.
-bf16 is the plain XLA product; int4 the plain XLA product with 4-bit weights and a scale for each group.
+bf16 and f32 are the plain XLA product; int4 is that with 4-bit weights and a scale for each group.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str,
     implementation = arguments.implementation
     packed = jax.jit(lambda x, w: mixed_matmul(x, w, implementation=implementation))
     dense = jnp.asarray(rng.normal(size=(k, n)), jnp.bfloat16)
+    x32, dense32 = x.astype(jnp.float32), dense.astype(jnp.float32)
     int4 = jnp.asarray(rng.integers(-8, 8, (k, n)), jnp.int4)
     scale = jnp.asarray(rng.random((-(-k // arguments.group_size), n)), jnp.bfloat16)
 
@@ -48,6 +49,7 @@ def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str,
     return {
         "packed": (packed, (x, w), activations + w.nbytes),
         "bf16": (plain, (x, dense), activations + dense.nbytes),
+        "f32": (plain, (x32, dense32), 4 * (m * k + k * n + m * n)),
         "int4": (by_group, (x, int4, scale), activations + k * n // 2 + scale.nbytes),
     }
 
