@@ -40,7 +40,7 @@ def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((4, 2), ("data", "model"))
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_eight_devices_find_the_same_codes(source, alone, mesh, tmp_path, offload):
     pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "out", mesh=mesh, offload=offload)
     assert_same_checkpoint(tmp_path / "out", alone)
