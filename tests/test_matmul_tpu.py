@@ -46,6 +46,12 @@ class Bfloat16(TpuCases):
     x_dtype = jnp.bfloat16
     tolerance = 2e-5  # float32 sums of x * (128 + q), from which 128 * sum(x) is taken again
 
+    def test_an_outlier_in_x(self):
+        """128 times the outlier is in the sums for a while: seven bits of float32 less for the rest."""
+        w, dense = random_weight(512, 16, 128, [1, 2, 2, 3])
+        x = random_x(4, 512).at[1, 77].set(3000.0)
+        self.assert_close(self.matmul(x, w), x, dense, tolerance=1e-4)
+
 
 class Int8(TpuCases):
     config = Config(strips=1, groups=2, deep=True, unpack="int8")
