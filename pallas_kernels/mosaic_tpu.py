@@ -278,7 +278,7 @@ def mixed_matmul(
         raise NotImplementedError(f"the group size is {w.group_size}, not one of {GROUP_SIZES}")
     bias = None if bias is None else bias.astype(jnp.float32)[None]
     if m > DECODE_ROWS:
-        return prefill(x, w, bias, interpret)
+        return prefill(x, w, bias, config, interpret)
     return _decode(x, w, bias, config, interpret)
 
 

@@ -11,7 +11,7 @@ UNPACKS = {"int8": 8, "bfloat16": 16}  # strategy: bits of a field
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the decode kernel can be tuned by.
+    """What the kernels can be tuned by; all but ``vector`` is for decode.
 
     Attributes:
       strips: columns of an output tile, in units of 128.
@@ -23,6 +23,7 @@ class Config:
       digits: of 8 bits, that x has in int8; 2 or 3.
       ahead: products after one whose result the next strips wait for; 0: they wait for none. int8 only.
       cores: cores of a device that share the columns; 2 on v4 and v5p.
+      vector: dtype in which prefill scales weights; ``"bfloat16"`` where the vector unit computes in it.
     """
 
     strips: int = 8
@@ -34,6 +35,7 @@ class Config:
     digits: int = 2
     ahead: int = 0
     cores: int = 1
+    vector: str = "float32"
 
     def __post_init__(self) -> None:
         if self.strips < 1 or self.join < 1 or self.strips % self.join:
@@ -48,6 +50,8 @@ class Config:
             raise ValueError(f"ahead is {self.ahead}, expected at least 0")
         if self.cores < 1:
             raise ValueError(f"cores is {self.cores}, expected at least 1")
+        if self.vector not in ("float32", "bfloat16"):
+            raise ValueError(f"vector is {self.vector!r}, expected 'float32' or 'bfloat16'")
         if self.unpack not in UNPACKS:
             raise ValueError(f"unpack is {self.unpack!r}, expected one of {list(UNPACKS)}")
 
@@ -67,7 +71,10 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     few = m <= SUBLANES
     batch = (32 if few else 16) if deep else 8  # as many as fit the registers; so does ahead
     ahead = 25 if deep and not few and m <= 16 else 0
-    return Config(strips, batch=batch, join=join, deep=deep, unpack=unpack, ahead=ahead, cores=cores)
+    vector = "bfloat16" if wide else "float32"
+    return Config(
+        strips, batch=batch, join=join, deep=deep, unpack=unpack, ahead=ahead, cores=cores, vector=vector
+    )
 
 
 def choose(device_kind: str, m: int, k: int, n: int) -> Config:

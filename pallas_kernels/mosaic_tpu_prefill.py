@@ -14,29 +14,45 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, result_type, zero_bits, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, result_type, zero_bits
+from pallas_kernels.mosaic_tpu_config import Config
+from pallas_kernels.mosaic_tpu_operands import leading
 
 LANES = 128
 SUBLANES = 8
+MANTISSA_BITS = 7  # of bfloat16
+HALF, LOW = np.uint32(16), np.uint32(0xFFFF)
 VMEM_BYTES = 44 << 20  # of 64 MiB on the smallest, v7x
 
 
-def blocks(m: int, k: int, n: int) -> tuple[int, int]:
+def blocks(m: int, w: MixedTensor) -> tuple[int, int]:
     """Rows of ``x`` and columns of ``W`` in a tile."""
-    for rows, columns in ((512, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
-        # x and the result are double-buffered; words are counted at 8 bits, twice.
-        used = 2 * rows * k * 2 + columns * k * (2 + 2) + 2 * rows * columns * 4
-        if used <= VMEM_BYTES:
+    k, n = w.groups * w.group_size, w.shape[1]
+    for rows, columns in (
+        (512, 1024),
+        (256, 1024),
+        (512, 512),
+        (256, 512),
+        (256, 256),
+        (128, 256),
+        (128, 128),
+    ):
+        # Of a column: its weights, words (double-buffered), scales and zeros. x and the result: double-buffered.
+        column = 2 * k + 2 * 4 * w.words.shape[0] + 2 * 4 * w.groups
+        if columns * column + 2 * rows * (2 * k + 4 * columns) <= VMEM_BYTES:
             return min(rows, -(-m // 16) * 16), min(columns, -(-n // LANES) * LANES)
     raise NotImplementedError(f"a block of {k} channels does not fit into VMEM")
 
 
-def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, interpret) -> jax.Array:
-    """``x[M, K] @ W + bias[1, N]`` with ``W`` and ``x`` rounded to bfloat16; float32 ``[M, N]``."""
+def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config, interpret) -> jax.Array:
+    """``x[M, K] @ W + bias[1, N]`` with ``W`` and ``x`` rounded to bfloat16; float32 ``[M, N]``.
+
+    Of ``config``, only ``vector`` matters here.
+    """
     m, (k, n), g = x.shape[0], w.shape, w.group_size
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, 0), (0, w.groups * g - k)))
     words = jnp.pad(w.words, ((0, max(0, SUBLANES - w.words.shape[0])), (0, 0)))
-    rows, columns = blocks(m, x.shape[1], n)
+    rows, columns = blocks(m, w)
     strips, last = columns // LANES, (n - 1) // LANES
     first_group, first_row = w.segment_starts()
     plan = jnp.stack([w.segments, first_group, first_row])
@@ -55,7 +71,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, interpret) -> 
 
     columns_of = [w.scale, w.zero, *([] if bias is None else [bias])]
     return pl.pallas_call(
-        partial(_kernel, w=w, strips=strips, trips=trips),
+        partial(_kernel, w=w, strips=strips, trips=trips, vector=jnp.dtype(config.vector)),
         name="mixed_matmul_prefill",
         out_shape=result_type((m, n), (x, w)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -70,7 +86,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, interpret) -> 
             ],
             out_specs=pl.BlockSpec((rows, columns), lambda i, j, *_: (j, i)),
             scratch_shapes=[
-                pltpu.VMEM((x.shape[1], columns), jnp.bfloat16),
+                pltpu.VMEM((x.shape[1] // 2, columns), jnp.uint32),
                 pltpu.VMEM((2, strips, w.groups, LANES), jnp.float32),
             ],
         ),
@@ -87,83 +103,125 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, interpret) -> 
     )(plan, w.order, x, *columns_of, *[words] * strips)
 
 
-def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, strips: int, trips):
+def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, strips: int, trips, vector):
     bias_refs, word_refs, (out_ref, dense_ref, row_ref) = (
         refs[: -strips - 3],
         refs[-strips - 3 : -3],
         refs[-3:],
     )
+    finish = partial(_short_weights, vector=vector) if zero_bits(w.widths) == 4 else _long_weights
 
     def unpack_group(c, carry, i, b):
         position = plan[1, i] + c
         row = plan[2, i] + c * (w.group_size * b // WORD_BITS)
-        channel = pl.multiple_of(order[position] * w.group_size, WORD_BITS)
+        pair = pl.multiple_of(order[position] * (w.group_size // 2), SUBLANES)  # of channels
+        # Loads come first, since the compiler moves none before a store.
+        words = [_words(ref, row, b, w.group_size) for ref in word_refs]
+        rows = [[row_ref[j, s, pl.ds(position, 1), :] for j in range(2)] for s in range(strips)]
         for s in range(strips):
-            scale = row_ref[0, s, pl.ds(position, 1), :]
-            offset = row_ref[1, s, pl.ds(position, 1), :] * zero_step(b, w.widths)
-            weights = [
-                code.astype(jnp.int32).astype(jnp.float32) * scale - offset
-                for code in _codes(word_refs[s], row, b, w.group_size)
-            ]
-            dense_ref[pl.ds(channel, w.group_size), s * LANES : (s + 1) * LANES] = jnp.concatenate(
-                weights, axis=0
-            ).astype(jnp.bfloat16)
+            weights = finish(partial(_codes, words[s], b, w.group_size), b, *rows[s])
+            lanes = slice(s * LANES, (s + 1) * LANES)
+            for t, weight in enumerate(weights):
+                dense_ref[pl.ds(pair + t * SUBLANES, SUBLANES), lanes] = pltpu.bitcast(weight, jnp.uint32)
         return carry
 
     @pl.when(pl.program_id(1) == 0)
     def unpack_tile():
-        scale = scale_ref[...].astype(jnp.float32)
         zero = zero_ref[...].astype(jnp.int32)
         if zero_bits(w.widths) == 4:
             zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
+        rows = [a.astype(jnp.float32) for a in (scale_ref[...], zero)]
         for s in range(strips):
-            lanes = slice(s * LANES, (s + 1) * LANES)
-            row_ref[0, s] = scale[:, lanes]
-            row_ref[1, s] = zero[:, lanes].astype(jnp.float32) * scale[:, lanes]
+            for j in range(2):
+                row_ref[j, s] = rows[j][:, s * LANES : (s + 1) * LANES]
         for i, b in enumerate(w.widths):
             lax.fori_loop(0, plan[0, i] if trips is None else trips[i], partial(unpack_group, i=i, b=b), 0)
 
-    product = jnp.dot(x_ref[...], dense_ref[...], preferred_element_type=jnp.float32)
+    # As uint32, whole registers are stored and read; as bfloat16, they would be halves.
+    dense = dense_ref.bitcast(jnp.bfloat16)[...]
+    product = jnp.dot(x_ref[...], dense, preferred_element_type=jnp.float32)
     for bias in bias_refs:  # one or none
         product += jnp.broadcast_to(bias[...], product.shape)
     out_ref[...] = product
 
 
-def _codes(ref, row, bits: int, group_size: int) -> list[jax.Array]:
-    """A group's codes as ``uint32[8, 128]`` for every 8 channels in a row."""
-    codes: list[jax.Array] = []
-    shift = 0
+def _short_weights(codes, bits: int, scale, zero, vector) -> list[jax.Array]:
+    """bfloat16 ``[16, 128]`` of each register of codes of up to 4 bits, with zero codes of 4.
+
+    ``1 + q / 2**b`` and 1 + the zero point over ``2**b`` have few bits, so that their difference is exact.
+    """
+    ones = np.uint32(0x3F803F80)
+    found = [pltpu.bitcast(code | ones, jnp.bfloat16) for code in codes(MANTISSA_BITS - bits)]
+    scale, offset = (
+        jnp.broadcast_to(row, found[0].shape).astype(vector) for row in (scale * 2.0**bits, 1 + zero / 16)
+    )
+    return [((code.astype(vector) - offset) * scale).astype(jnp.bfloat16) for code in found]
+
+
+def _long_weights(codes, bits: int, scale, zero) -> list[jax.Array]:
+    """The same for codes of up to 8 bits and zero codes of 8, in float32."""
+    offset = zero * 2.0 ** (bits - 8)
+    weights = []
+    for code in codes(0):
+        low, high = (half.astype(jnp.int32).astype(jnp.float32) for half in (code & LOW, code >> HALF))
+        low, high = (leading((code - offset) * scale) for code in (low, high))
+        weights.append(pltpu.bitcast(_pair(low, high), jnp.bfloat16))
+    return weights
+
+
+def _pair(low, high) -> jax.Array:
+    """Two float32 that bfloat16 has as the halves of uint32."""
+    low, high = (lax.bitcast_convert_type(a, jnp.uint32) for a in (low, high))
+    return low >> HALF | high
+
+
+def _words(ref, row, bits: int, group_size: int) -> list[list[list[jax.Array]]]:
+    """Words of a group: of each plane and each 16 rows, the even ones and the odd ones.
+
+    Where a plane has fewer rows, they are there several times.
+    """
+    found = []
     for n in plane_widths(bits):
         rows = group_size * n // WORD_BITS
-        tiles = [
-            _load(ref, row + group_size * shift // WORD_BITS + SUBLANES * t, min(rows, SUBLANES))
-            for t in range(max(1, rows // SUBLANES))
+        height = min(SUBLANES, max(1, rows // 2))
+        starts = range(0, rows, 2 * SUBLANES)
+        part = [
+            [ref[pl.ds(row + first + odd * (rows > 1), height, stride=2), :] for odd in range(2)]
+            for first in starts
         ]
-        # Planes of fewer than 8 rows are there 8 / rows times over, one under the other, and each copy
-        # is shifted by one slot more, so that the channels of 8 rows follow one another.
-        copies = max(1, SUBLANES // rows)
-        sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-        spread = (sublane // min(rows, SUBLANES) * n).astype(jnp.uint32)
-        for t in range(group_size // SUBLANES):
-            word, by = tiles[t % len(tiles)], t // len(tiles) * copies * n
-            by_sublane = np.uint32(by) if copies == 1 else spread + np.uint32(by)
-            code = (word >> by_sublane) & np.uint32((1 << n) - 1)
-            if shift == 0:
-                codes.append(code)
-            else:
-                codes[t] = codes[t] | (code << np.uint32(shift))
-        shift += n
+        found.append([[jnp.concatenate([words] * (SUBLANES // height)) for words in pair] for pair in part])
+        row += rows
+    return found
+
+
+def _codes(words, bits: int, group_size: int, up: int) -> list[jax.Array]:
+    """A group's codes times ``2**up``, those of 16 channels in each ``uint32[8, 128]``.
+
+    Channels ``2 * r`` and ``2 * r + 1`` are in the halves of row ``r``, as in bfloat16 of 16 rows.
+    """
+    codes: list = [None] * (group_size // (2 * SUBLANES))
+    for n, pairs in zip(plane_widths(bits), words, strict=True):
+        rows = group_size * n // WORD_BITS
+        fields = [_fields(*pair, rows, n) for pair in pairs]
+        step = n * max(1, 2 * SUBLANES // rows)  # bits from one 16 channels to the next in the same rows
+        for t in range(len(codes)):
+            part, slot = t % len(fields), t // len(fields)
+            half, by = divmod(slot * step, WORD_BITS // 2)
+            word = fields[part][half]
+            word = word >> np.uint32(by - up) if by >= up else word << np.uint32(up - by)
+            code = word & np.uint32((((1 << n) - 1) << up) * 0x00010001)
+            codes[t] = code if codes[t] is None else codes[t] | code
+        up += n
     return codes
 
 
-def _load(ref, row, rows: int) -> jax.Array:
-    """``rows`` rows from ``row`` on, repeated to 8, without reading outside of ``ref``."""
-    if rows == SUBLANES:
-        return ref[pl.ds(row, SUBLANES), :]
-    start = jnp.minimum(row, ref.shape[0] - SUBLANES)
-    words = pltpu.roll(ref[pl.ds(start, SUBLANES), :], (SUBLANES - (row - start)) % SUBLANES, 0)
-    sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
-    while rows < SUBLANES:
-        words = jnp.where(sublane % (2 * rows) < rows, words, pltpu.roll(words, rows, 0))
-        rows *= 2
-    return words
+def _fields(even, odd, rows: int, n: int) -> tuple[jax.Array, jax.Array]:
+    """The low halves of both words of a pair of rows side by side, and the high halves.
+
+    Copies of rows that are there several times are shifted, each by a slot of ``n`` bits more.
+    """
+    if rows < 2 * SUBLANES:
+        channel = 2 * lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+        even >>= (lax.div(channel, rows) * n).astype(jnp.uint32)
+        odd >>= (lax.div(channel + 1, rows) * n).astype(jnp.uint32)
+    return (even & LOW) | odd << HALF, even >> HALF | (odd & ~LOW)
