@@ -28,16 +28,9 @@ VMEM_BYTES = 44 << 20  # of 64 MiB on the smallest, v7x
 def blocks(m: int, w: MixedTensor) -> tuple[int, int]:
     """Rows of ``x`` and columns of ``W`` in a tile."""
     k, n = w.groups * w.group_size, w.shape[1]
-    for rows, columns in (
-        (512, 1024),
-        (256, 1024),
-        (512, 512),
-        (256, 512),
-        (256, 256),
-        (128, 256),
-        (128, 128),
-    ):
-        # Of a column: its weights, words (double-buffered), scales and zeros. x and the result: double-buffered.
+    blocks_by_cost = (512, 1024), (256, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128)
+    for rows, columns in blocks_by_cost:
+        # Weights, words, scales and zeros; words, x and the result are double-buffered.
         column = 2 * k + 2 * 4 * w.words.shape[0] + 2 * 4 * w.groups
         if columns * column + 2 * rows * (2 * k + 4 * columns) <= VMEM_BYTES:
             return min(rows, -(-m // 16) * 16), min(columns, -(-n // LANES) * LANES)
@@ -86,7 +79,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
             ],
             out_specs=pl.BlockSpec((rows, columns), lambda i, j, *_: (j, i)),
             scratch_shapes=[
-                pltpu.VMEM((x.shape[1] // 2, columns), jnp.uint32),
+                pltpu.VMEM((x.shape[1], columns), jnp.bfloat16),
                 pltpu.VMEM((2, strips, w.groups, LANES), jnp.float32),
             ],
         ),
@@ -114,15 +107,14 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
     def unpack_group(c, carry, i, b):
         position = plan[1, i] + c
         row = plan[2, i] + c * (w.group_size * b // WORD_BITS)
-        pair = pl.multiple_of(order[position] * (w.group_size // 2), SUBLANES)  # of channels
+        channel = pl.multiple_of(order[position] * w.group_size, WORD_BITS)
         # Loads come first, since the compiler moves none before a store.
         words = [_words(ref, row, b, w.group_size) for ref in word_refs]
         rows = [[row_ref[j, s, pl.ds(position, 1), :] for j in range(2)] for s in range(strips)]
         for s in range(strips):
             weights = finish(partial(_codes, words[s], b, w.group_size), b, *rows[s])
             lanes = slice(s * LANES, (s + 1) * LANES)
-            for t, weight in enumerate(weights):
-                dense_ref[pl.ds(pair + t * SUBLANES, SUBLANES), lanes] = pltpu.bitcast(weight, jnp.uint32)
+            dense_ref[pl.ds(channel, w.group_size), lanes] = jnp.concatenate(weights).astype(jnp.bfloat16)
         return carry
 
     @pl.when(pl.program_id(1) == 0)
@@ -137,16 +129,14 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
         for i, b in enumerate(w.widths):
             lax.fori_loop(0, plan[0, i] if trips is None else trips[i], partial(unpack_group, i=i, b=b), 0)
 
-    # As uint32, whole registers are stored and read; as bfloat16, they would be halves.
-    dense = dense_ref.bitcast(jnp.bfloat16)[...]
-    product = jnp.dot(x_ref[...], dense, preferred_element_type=jnp.float32)
+    product = jnp.dot(x_ref[...], dense_ref[...], preferred_element_type=jnp.float32)
     for bias in bias_refs:  # one or none
         product += jnp.broadcast_to(bias[...], product.shape)
     out_ref[...] = product
 
 
 def _short_weights(codes, bits: int, scale, zero, vector) -> list[jax.Array]:
-    """bfloat16 ``[16, 128]`` of each register of codes of up to 4 bits, with zero codes of 4.
+    """``vector[16, 128]`` of each register of codes of up to 4 bits, with zero codes of 4.
 
     ``1 + q / 2**b`` and 1 + the zero point over ``2**b`` have few bits, so that their difference is exact.
     """
@@ -155,11 +145,11 @@ def _short_weights(codes, bits: int, scale, zero, vector) -> list[jax.Array]:
     scale, offset = (
         jnp.broadcast_to(row, found[0].shape).astype(vector) for row in (scale * 2.0**bits, 1 + zero / 16)
     )
-    return [((code.astype(vector) - offset) * scale).astype(jnp.bfloat16) for code in found]
+    return [(code.astype(vector) - offset) * scale for code in found]
 
 
 def _long_weights(codes, bits: int, scale, zero) -> list[jax.Array]:
-    """The same for codes of up to 8 bits and zero codes of 8, in float32."""
+    """bfloat16 ``[16, 128]`` of codes of up to 8 bits, with zero codes of 8."""
     offset = zero * 2.0 ** (bits - 8)
     weights = []
     for code in codes(0):
