@@ -3,6 +3,11 @@
 For each tile of output columns, the first step of the inner grid axis unpacks all its weights to bfloat16
 ``scale * (code - zero)`` in VMEM, in the order of ``x``'s channels, and all blocks of rows of ``x`` are then
 multiplied by it. So a weight is unpacked once however many rows there are, and ``x`` needs no reordering.
+
+Two weights are unpacked at a time, the halves of a 32-bit word. bfloat16 has neighbouring rows there, so
+even and odd rows of words are loaded apart and joined by halves (``_fields``); then one shift and one AND
+leave two codes at the top of two mantissas, and one OR makes them ``1 + code / 2**bits``
+(``_short_weights``).
 """
 
 from functools import partial
@@ -44,7 +49,6 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
     """
     m, (k, n), g = x.shape[0], w.shape, w.group_size
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, 0), (0, w.groups * g - k)))
-    words = jnp.pad(w.words, ((0, max(0, SUBLANES - w.words.shape[0])), (0, 0)))
     rows, columns = blocks(m, w)
     strips, last = columns // LANES, (n - 1) // LANES
     first_group, first_row = w.segment_starts()
@@ -60,7 +64,9 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
         return pl.BlockSpec((height, columns), lambda i, j, *_: (0, i))
 
     def strip(s):
-        return pl.BlockSpec((words.shape[0], LANES), lambda i, j, *_: (0, jnp.minimum(i * strips + s, last)))
+        return pl.BlockSpec(
+            (w.words.shape[0], LANES), lambda i, j, *_: (0, jnp.minimum(i * strips + s, last))
+        )
 
     columns_of = [w.scale, w.zero, *([] if bias is None else [bias])]
     return pl.pallas_call(
@@ -90,10 +96,10 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
         cost_estimate=pl.CostEstimate(
             flops=2 * m * k * n,
             transcendentals=0,
-            bytes_accessed=size(x) * pl.cdiv(n, columns) + sum(map(size, (words, *columns_of))) + m * n * 4,
+            bytes_accessed=size(x) * pl.cdiv(n, columns) + sum(map(size, (w.words, *columns_of))) + m * n * 4,
         ),
         interpret=interpret,
-    )(plan, w.order, x, *columns_of, *[words] * strips)
+    )(plan, w.order, x, *columns_of, *[w.words] * strips)
 
 
 def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, strips: int, trips, vector):
@@ -108,11 +114,9 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
         position = plan[1, i] + c
         row = plan[2, i] + c * (w.group_size * b // WORD_BITS)
         channel = pl.multiple_of(order[position] * w.group_size, WORD_BITS)
-        # Loads come first, since the compiler moves none before a store.
-        words = [_words(ref, row, b, w.group_size) for ref in word_refs]
-        rows = [[row_ref[j, s, pl.ds(position, 1), :] for j in range(2)] for s in range(strips)]
-        for s in range(strips):
-            weights = finish(partial(_codes, words[s], b, w.group_size), b, *rows[s])
+        for s, ref in enumerate(word_refs):
+            codes = partial(_codes, _words(ref, row, b, w.group_size), b, w.group_size)
+            weights = finish(codes, b, *(row_ref[j, s, pl.ds(position, 1), :] for j in range(2)))
             lanes = slice(s * LANES, (s + 1) * LANES)
             dense_ref[pl.ds(channel, w.group_size), lanes] = jnp.concatenate(weights).astype(jnp.bfloat16)
         return carry
@@ -192,7 +196,7 @@ def _codes(words, bits: int, group_size: int, up: int) -> list[jax.Array]:
     codes: list = [None] * (group_size // (2 * SUBLANES))
     for n, pairs in zip(plane_widths(bits), words, strict=True):
         rows = group_size * n // WORD_BITS
-        fields = [_fields(*pair, rows, n) for pair in pairs]
+        fields = [_fields(even, odd, rows, n) for even, odd in pairs]
         step = n * max(1, 2 * SUBLANES // rows)  # bits from one 16 channels to the next in the same rows
         for t in range(len(codes)):
             part, slot = t % len(fields), t // len(fields)

@@ -42,7 +42,7 @@ class TpuCases(MatmulCases):
 
 
 class Bfloat16(TpuCases):
-    config = Config(strips=2, groups=2, join=2, unpack="bfloat16")
+    config = Config(strips=2, groups=2, join=2, unpack="bfloat16", vector="bfloat16")
     x_dtype = jnp.bfloat16
     tolerance = 2e-5  # float32 sums of x * (128 + q), from which 128 * sum(x) is taken again
 
@@ -54,7 +54,7 @@ class Bfloat16(TpuCases):
 
 
 class Int8(TpuCases):
-    config = Config(strips=1, groups=2, deep=True, unpack="int8")
+    config = Config(strips=1, groups=2, deep=True, unpack="int8", vector="bfloat16")
     tolerance = 1e-4  # fixed point of x, see the module's docstring
 
     def test_an_outlier_in_x(self):
@@ -97,9 +97,16 @@ def test_group_sizes_and_empty_segments(cases, m, group_size, bits, widths):
     cases.check(m, group_size * len(bits), 130, group_size, bits, widths=widths, dtype=jnp.bfloat16)
 
 
-@INT8
+@pytest.mark.parametrize("cases", [Int8(), Joined()], ids=["bfloat16", "float32"])  # Config.vector
 @pytest.mark.parametrize(
-    ("m", "group_size", "bits"), [(40, 32, [1, 3, 6, 8]), (128, 128, [1, 3, 2]), (48, 64, [2, 4])]
+    ("m", "group_size", "bits"),
+    [
+        (40, 32, [1, 3, 6, 8]),
+        (48, 32, [1, 2, 3, 4]),
+        (128, 128, [1, 3, 2]),
+        (48, 64, [2, 4]),
+        (40, 256, [1, 4]),
+    ],
 )
 def test_prefill(cases, m, group_size, bits):
     cases.check(m, group_size * len(bits) - 5, 130, group_size, list(bits))
