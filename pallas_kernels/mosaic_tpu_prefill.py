@@ -85,7 +85,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
             ],
             out_specs=pl.BlockSpec((rows, columns), lambda i, j, *_: (j, i)),
             scratch_shapes=[
-                pltpu.VMEM((x.shape[1], columns), jnp.bfloat16),
+                pltpu.VMEM((x.shape[1] // 2, columns), jnp.uint32),  # pairs of bfloat16
                 pltpu.VMEM((2, strips, w.groups, LANES), jnp.float32),
             ],
         ),
@@ -113,12 +113,13 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
     def unpack_group(c, carry, i, b):
         position = plan[1, i] + c
         row = plan[2, i] + c * (w.group_size * b // WORD_BITS)
-        channel = pl.multiple_of(order[position] * w.group_size, WORD_BITS)
+        pairs = pl.ds(pl.multiple_of(order[position] * (w.group_size // 2), SUBLANES), w.group_size // 2)
         for s, ref in enumerate(word_refs):
             codes = partial(_codes, _words(ref, row, b, w.group_size), b, w.group_size)
             weights = finish(codes, b, *(row_ref[j, s, pl.ds(position, 1), :] for j in range(2)))
             lanes = slice(s * LANES, (s + 1) * LANES)
-            dense_ref[pl.ds(channel, w.group_size), lanes] = jnp.concatenate(weights).astype(jnp.bfloat16)
+            weights = jnp.concatenate(weights).astype(jnp.bfloat16)
+            dense_ref[pairs, lanes] = pltpu.bitcast(weights, jnp.uint32)
         return carry
 
     @pl.when(pl.program_id(1) == 0)
@@ -133,7 +134,8 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
         for i, b in enumerate(w.widths):
             lax.fori_loop(0, plan[0, i] if trips is None else trips[i], partial(unpack_group, i=i, b=b), 0)
 
-    product = jnp.dot(x_ref[...], dense_ref[...], preferred_element_type=jnp.float32)
+    dense = pltpu.bitcast(dense_ref[...], jnp.bfloat16)
+    product = jnp.dot(x_ref[...], dense, preferred_element_type=jnp.float32)
     for bias in bias_refs:  # one or none
         product += jnp.broadcast_to(bias[...], product.shape)
     out_ref[...] = product

@@ -40,13 +40,13 @@ def test_tpu_over_four_devices():
     assert record.temp_bytes <= 2**20  # nobody gathers the weight
 
 
-@pytest.mark.parametrize("target", ["v5e", "v6e"])
-def test_tpu_prefill(target):
+@pytest.mark.parametrize(("target", "ratio"), [("v5e", 1.1), ("v6e", 1.17)])
+def test_tpu_prefill(target, ratio):
     shape = SHAPE | {"m": 2048}
     packed = aot_tpu.compile_for(target, "bench.aot_tpu:packed", {**shape, "constant": True})
     dense = aot_tpu.compile_for(target, "bench.aot_tpu:dense", shape)
     assert packed.error is None
-    assert packed.estimated_cycles <= 1.25 * dense.estimated_cycles
+    assert packed.estimated_cycles <= ratio * dense.estimated_cycles
 
 
 @pytest.mark.parametrize("target", ["h100", "a100"])
