@@ -7,7 +7,7 @@ multiplied by it. So a weight is unpacked once however many rows there are, and 
 Two weights are unpacked at a time, the halves of a 32-bit word. bfloat16 has neighbouring rows there, so
 even and odd rows of words are loaded apart and joined by halves (``_fields``); then one shift and one AND
 leave two codes at the top of two mantissas, and one OR makes them ``1 + code / 2**bits``
-(``_short_weights``).
+(``_short_weights``). VMEM holds them in pairs, too: whole registers, where rows of bfloat16 would be halves.
 """
 
 from functools import partial
