@@ -218,6 +218,7 @@ def test_refuses_odd_group_sizes():
         {"batch": 0},
         {"unpack": "int4"},
         {"digits": 1},
+        {"vector": "float16"},
         {"ahead": -1},
         {"cores": 0},
     ],
