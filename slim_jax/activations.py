@@ -43,17 +43,34 @@ class Observation(NamedTuple):
 
     Attributes:
       gram: ``float32[K, K]``, ``x^T x``.
-      sample: ``float32[S, K]``, evenly spaced inputs.
+      sample: ``float32[S, K]``, evenly spread inputs.
       tokens: how many inputs there were, ``T``.
+      borrowed: how many more the Gram matrix counts, from :meth:`with_prior`.
     """
 
     gram: jax.Array
     sample: jax.Array
     tokens: int
+    borrowed: int = 0
 
-    def or_weights_only(self) -> "Observation":
-        """Itself; where no input was seen, one that lets weights speak for themselves (``H = 2 I``)."""
-        return self if self.tokens else Observation(jnp.eye(len(self.gram)), self.sample, 1)
+    @property
+    def share_borrowed(self) -> float:
+        """Of the tokens that the Gram matrix counts."""
+        return self.borrowed / (self.tokens + self.borrowed)
+
+    def with_prior(self, prior: "Observation") -> "Observation":
+        """What an expert's few tokens leave open is filled from what all tokens of its block would give.
+
+        As many of the prior's tokens as there are channels ``K`` count beside its own, so that the prior's
+        share ``K / (K + T)`` falls with the number of tokens. Below ``K`` tokens the Gram matrix has no
+        full rank, and a solver would take the directions that it has not seen for free.
+        """
+        channels = len(self.gram)
+        share = channels / (channels + self.tokens)
+        gram = self.gram + (channels / prior.tokens) * prior.gram
+        own = jnp.asarray(_spread(len(self.sample)) >= share)
+        sample = jnp.where(own[:, None], self.sample, prior.sample)
+        return Observation(gram, sample, self.tokens, channels)
 
 
 class Inputs(NamedTuple):
@@ -68,13 +85,29 @@ class Inputs(NamedTuple):
     seen: list[jax.Array] | None = None
 
 
+def _spread(count: int) -> np.ndarray:
+    """Numbers in [0, 1) for indices up to ``count``, any run of which is spread evenly (golden ratio)."""
+    return np.modf((np.arange(count) + 1) * (np.sqrt(5.0) - 1) / 2)[0]
+
+
+def sample_positions(tokens: int, stride: int) -> np.ndarray:
+    """One of every ``stride`` of so many tokens, ``int32``: the first of them here, the last there.
+
+    At a fixed distance that divides the windows' length, it would be the same few positions of every
+    window, the very first (where attention piles up) among them.
+    """
+    size = len(range(0, tokens, stride))
+    return ((np.arange(size) + _spread(size)) * (tokens / size)).astype(np.int32)
+
+
 @partial(jax.jit, static_argnames=("stride", "placement"))
 def _observe(x: Float[Array, "b t k"], *, stride: int, placement: Placement) -> tuple[jax.Array, jax.Array]:
     """The Gram matrix of every device's inputs, ``[devices, K, K]``, and the sample."""
 
     def own(_: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         tokens = x.reshape(-1, x.shape[-1])
-        return gram(tokens)[None], tokens[::stride].astype(jnp.float32)
+        positions = sample_positions(len(tokens), stride)
+        return gram(tokens)[None], tokens[positions].astype(jnp.float32)
 
     return placement.over_samples(own)((), x)
 
@@ -92,10 +125,11 @@ def _observe_seen(
         x, seen = inputs
         mask = seen.reshape(-1)
         tokens = jnp.where(mask[:, None], x.reshape(-1, x.shape[-1]), 0)
-        count, size = jnp.sum(mask, dtype=jnp.int32), len(range(0, len(mask), stride))
-        places = jnp.argsort(~mask, stable=True)  # of the seen tokens, in order, then of the others
-        evenly = jnp.arange(size, dtype=jnp.int32) * count // size
-        return gram(tokens)[None], tokens[places[evenly]].astype(jnp.float32), count[None]
+        count = jnp.sum(mask, dtype=jnp.int32)
+        positions = jnp.argsort(~mask, stable=True)  # of the seen tokens, in order, then of the others
+        evenly = sample_positions(len(mask), stride) / np.float32(len(mask)) * count
+        chosen = positions[jnp.minimum(evenly.astype(jnp.int32), jnp.maximum(count - 1, 0))]
+        return gram(tokens)[None], tokens[chosen].astype(jnp.float32), count[None]
 
     parts, sample, counts = placement.over_samples(own)((), (x, seen))
     return parts, sample, jnp.sum(counts)
@@ -107,7 +141,7 @@ def _add_in_order(total: jax.Array | None, parts: Float[Array, "devices k k"]) -
 
 
 def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> Observation:
-    """Sums the Gram matrices of all batches and joins every ``stride``-th of their inputs.
+    """Sums the Gram matrices of all batches and joins one of every ``stride`` of their inputs.
 
     A device's batch is as large as it would be if there were no others, and the sums are taken in the
     order of samples: GPTQ would turn a difference in their last bits into other codes.

@@ -102,15 +102,17 @@ def fit_min_max(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits:
     scale, zero = _min_max(w, bits)
     grid = _stored(scale, jnp.round(zero), bits, zero_bits)
     real = (importance > 0).astype(jnp.float32)[:, None]
-    mean = jnp.sum(w * real, axis=0) / jnp.sum(real)
-    alpha = jnp.maximum(jnp.sum(jnp.abs(w) * real, axis=0) / jnp.sum(real), 1e-30)
+    count = jnp.maximum(jnp.sum(real), 1.0)  # none, where all inputs of a group are dead
+    mean = jnp.sum(w * real, axis=0) / count
+    alpha = jnp.maximum(jnp.sum(jnp.abs(w) * real, axis=0) / count, 1e-30)
     binary = _stored(2 * alpha, 0.5 - mean / (2 * alpha), bits, zero_bits)
     return jax.tree.map(lambda one, many: jnp.where(bits == 1, one, many), binary, grid)
 
 
 def _refit(w: jax.Array, importance: jax.Array, code: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
     """Scale and zero that minimize ``sum_j importance_j (w_j - scale (code_j - zero))^2``, codes fixed."""
-    weight = (importance / jnp.sum(importance))[:, None]
+    total = jnp.sum(importance)
+    weight = (importance / jnp.where(total > 0, total, 1.0))[:, None]
     mean_code, mean_w = jnp.sum(weight * code, axis=0), jnp.sum(weight * w, axis=0)
     offset = code - mean_code[None]
     centred = weight * offset

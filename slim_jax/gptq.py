@@ -25,20 +25,15 @@ class Solution(NamedTuple):
       code: ``uint8[K, N]``.
       scale: ``bfloat16[G, N]``.
       zero: ``float32[G, N]``, in units of the scale.
-      error: ``float32[N]``, ``sum_j ((w_j - w_hat_j) / u_j)^2``: half the growth of the layer's mean
-        squared error, exactly, where the Hessian is undamped.
     """
 
     code: jax.Array
     scale: jax.Array
     zero: jax.Array
-    error: jax.Array
 
     def part(self, channels: slice) -> "Solution":
         """The solution of one of the layers that were solved side by side."""
-        return Solution(
-            self.code[:, channels], self.scale[:, channels], self.zero[:, channels], self.error[channels]
-        )
+        return Solution(*(leaf[:, channels] for leaf in self))
 
     def weight(self) -> jax.Array:
         """What is stored, ``float32[K, N]``."""
@@ -122,18 +117,16 @@ def _solve(
         start = index * group_size
         block = lax.dynamic_slice_in_dim(w, start, group_size)
         rows = lax.dynamic_slice_in_dim(u, start, group_size)
-        diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
         if grid is None:
             weight = lax.dynamic_slice_in_dim(importance, start, group_size)
             grid = fit(block, weight, bits[index], zero_bits)
         if feedback:
+            diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
             codes, errors = _round_group(block, diagonal_block, grid)
             w = w - rows.T @ errors
         else:
             codes = grid.code(block)
-            errors = (block - grid.value(codes)) / jnp.diagonal(diagonal_block)[:, None]
-        out = codes.astype(jnp.uint8), grid.scale.astype(jnp.bfloat16), grid.zero, jnp.sum(errors**2, axis=0)
-        return w, out
+        return w, (codes.astype(jnp.uint8), grid.scale.astype(jnp.bfloat16), grid.zero)
 
-    _, (codes, scale, zero, error) = lax.scan(group, w, (jnp.arange(k // group_size), grids))
-    return Solution(codes.reshape(k, n), scale, zero, jnp.sum(error, axis=0))
+    _, (codes, scale, zero) = lax.scan(group, w, (jnp.arange(k // group_size), grids))
+    return Solution(codes.reshape(k, n), scale, zero)

@@ -33,13 +33,13 @@ def dampen(
     """Makes a Hessian positive definite.
 
     Returns:
-      ``H + damping * mean(diag H) * I``, after ``H_jj = 1`` for inputs that are always zero, and which
-      inputs these are (their weights do not matter and are set to zero).
+      ``H + damping * mean(diag H) * I``, and which inputs are dead, always zero. These have no part in the
+      mean and get ``H_jj = 1``, undamped: what comes of the others scales with the inputs.
     """
     diagonal = jnp.diagonal(h)
     dead = diagonal == 0
-    diagonal = jnp.where(dead, 1.0, diagonal)
-    diagonal = diagonal + damping * jnp.mean(diagonal)
+    live = jnp.maximum(jnp.sum(~dead), 1).astype(h.dtype)
+    diagonal = jnp.where(dead, 1.0, diagonal + damping * (jnp.sum(diagonal) / live))
     return jnp.fill_diagonal(h, diagonal, inplace=False), dead
 
 
@@ -59,10 +59,10 @@ class Statistics(NamedTuple):
     """What the solver needs to know of a layer's inputs, ``K`` padded to whole groups.
 
     Attributes:
-      u: ``[K, K]``, upper Cholesky factor of the inverse Hessian.
-      importance: ``[K]``, ``1 / u_j^2``, 0 for padding.
+      u: ``[K, K]``, upper Cholesky factor of the inverse of the damped Hessian.
+      importance: ``[K]``, ``1 / u_j^2``, 0 for padding and for inputs that are always zero.
       alive: ``[K]``, 0 for inputs that are always zero.
-      h: ``[K, K]``, the damped Hessian.
+      h: ``[K, K]``, the Hessian, not damped.
     """
 
     u: jax.Array
@@ -78,9 +78,10 @@ def statistics(
     """Statistics from a sum of Gram matrices over ``tokens`` tokens."""
     k = total.shape[0]
     padding = group_count(k, group_size) * group_size - k
-    h, dead = dampen(total * (2.0 / tokens), damping)
-    u = inverse_cholesky(h)
-    importance = 1.0 / jnp.diagonal(u) ** 2
+    h = total * (2.0 / tokens)
+    damped, dead = dampen(h, damping)
+    u = inverse_cholesky(damped)
+    importance = jnp.where(dead, 0.0, 1.0 / jnp.diagonal(u) ** 2)
     tail = (jnp.arange(k + padding) >= k).astype(jnp.float32)
     square, flat = ((0, padding), (0, padding)), (0, padding)
     return Statistics(

@@ -23,7 +23,7 @@ import optax
 from jax.sharding import Mesh
 
 from pallas_kernels import MixedTensor
-from slim_jax.activations import COMPUTE_DTYPE, Activations, Observation, observe
+from slim_jax.activations import COMPUTE_DTYPE, Activations, Inputs, Observation, observe
 from slim_jax.allocation import Allocation
 from slim_jax.checkpoint import CheckpointWriter
 from slim_jax.config import SlimConfig
@@ -123,7 +123,6 @@ class BlockQuantizer:
         for names, observation in self._observations(current):
             if names[0].startswith("moe.experts.") and not names[0].endswith(".down"):
                 expert_tokens.append(observation.tokens)
-            observation = observation.or_weights_only()
             weights = [dense[f"{name}.weight"] for name in names]
             like = [given[name] for name in names] if given else None
             solved = self.solver.solve([prefix + name for name in names], weights, observation, like)
@@ -148,16 +147,24 @@ class BlockQuantizer:
         config is sequential, else what the unquantized block gave.
         """
         if self.config.sequential:
-            for names, x in self.activations.stages(params):
-                yield names, observe(x, self.stride, self.placement)
+            yield from self._observed(params)
             return
         before = self.activations.batches
-        seen = [
-            (names, observe(x, self.stride, self.placement)) for names, x in self.activations.stages(params)
-        ]
+        seen = list(self._observed(params))
         self.activations.batches = before
         yield from seen
         _pass(self.activations, params)
+
+    def _observed(self, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
+        """What is seen at each stage; at an expert's, filled up from all tokens of the block."""
+        prior: tuple[Batches, Observation] | None = None
+        for names, inputs in self.activations.stages(params):
+            found = observe(inputs, self.stride, self.placement)
+            if inputs.seen is not None:
+                if prior is None or prior[0] is not inputs.x:  # gate and up of all experts read one input
+                    prior = inputs.x, observe(Inputs(inputs.x), self.stride, self.placement)
+                found = found.with_prior(prior[1])
+            yield names, found
 
 
 def _check(source: Source, tokens: np.ndarray, devices: int) -> np.ndarray:

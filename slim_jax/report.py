@@ -22,6 +22,7 @@ class LayerReport:
       mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
         None where the bits were given.
       damping: of its Hessian: the config's, or what it took to make the Hessian positive definite.
+      borrowed: of an expert: the share of its Hessian that is from all tokens of the block, not its own.
     """
 
     name: str
@@ -32,15 +33,22 @@ class LayerReport:
     error: float
     mixed: int | None = None
     damping: float | None = None
+    borrowed: float = 0.0
 
     @classmethod
     def of(
-        cls, name: str, tensor: MixedTensor, error: float, mixed: int | None, damping: float
+        cls,
+        name: str,
+        tensor: MixedTensor,
+        error: float,
+        mixed: int | None,
+        damping: float,
+        borrowed: float = 0.0,
     ) -> "LayerReport":
         """Reads shape and bits off the packed weight."""
         counts = {str(width): n for width, n in sorted(Counter(tensor.bits().tolist()).items())}
         stored = tensor.bits_per_weight
-        return cls(name, tensor.shape, tensor.group_size, counts, stored, error, mixed, damping)
+        return cls(name, tensor.shape, tensor.group_size, counts, stored, error, mixed, damping, borrowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +100,7 @@ class BlockReport:
         if not self.unreached:
             return ""
         names = ", ".join(self.unreached)
-        return f"no calibration token was routed to {names}: quantized by their weights alone"
+        return f"no calibration token was routed to {names}: quantized on all tokens of the block"
 
     @property
     def error(self) -> float:

@@ -23,9 +23,11 @@ DAMPING_TRIES = 4
 
 
 @jax.jit
-def _power(w: jax.Array, h: jax.Array) -> jax.Array:
-    """``diag(W^T H W)``, twice the mean squared output of every channel, ``[N]``."""
-    return jnp.sum(w * (h @ w), axis=0)
+def relative_error(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> jax.Array:
+    """``tr(dW^T H dW) / tr(W^T H W)`` with ``dW = W - W_hat``, ``[K, N]``: the squared error of the
+    outputs over the squared outputs, however ``W_hat`` was found."""
+    delta = w - w_hat
+    return jnp.sum(delta * (h @ delta)) / jnp.maximum(jnp.sum(w * (h @ w)), 1e-30)
 
 
 class LayerSolver:
@@ -83,8 +85,8 @@ class LayerSolver:
                     solutions[i], chosen[i] = plain[i], (uniform[i], 0)
         for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
             tensor = self._pack(solution, bits, k)
-            error = float(jnp.sum(solution.error) / jnp.maximum(jnp.sum(_power(w, found.h)), 1e-30))
-            yield tensor, LayerReport.of(name, tensor, error, mixed, damping)
+            error = float(relative_error(w, _weight(solution), found.h))
+            yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
 
     def _statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
         """With the damping that it took: raised tenfold until the Hessian is positive definite."""
@@ -92,7 +94,7 @@ class LayerSolver:
         for _ in range(DAMPING_TRIES):
             found = statistics(
                 self.placement.whole(observation.gram),
-                jnp.float32(observation.tokens),
+                jnp.float32(observation.tokens + observation.borrowed),
                 jnp.float32(damping),
                 group_size=self.config.group_size,
             )
@@ -162,7 +164,7 @@ class LayerSolver:
 
     def _pack(self, solution: Solution, bits: np.ndarray, k: int) -> MixedTensor:
         zero_unit = np.exp2(bits - self.zero_bits)[:, None]
-        code, scale, zero, _ = map(self.placement.fetch, solution)
+        code, scale, zero = map(self.placement.fetch, solution)
         tensor = pack(
             code[:k],
             scale,

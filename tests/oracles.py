@@ -9,12 +9,13 @@ def hessian(x: np.ndarray) -> np.ndarray:
 
 
 def damped(h: np.ndarray, damping: float) -> np.ndarray:
-    """Dead inputs get 1 on the diagonal, then all get ``damping * mean(diagonal)`` more."""
+    """Live inputs get ``damping`` times their mean diagonal more, dead ones 1."""
     h = h.copy()
+    live = [j for j in range(len(h)) if h[j, j] != 0]
+    mean = np.mean([h[j, j] for j in live])
     for j in range(len(h)):
-        if h[j, j] == 0:
-            h[j, j] = 1.0
-    return h + damping * np.mean(np.diag(h)) * np.eye(len(h))
+        h[j, j] = h[j, j] + damping * mean if j in live else 1.0
+    return h
 
 
 def inverse_cholesky(h: np.ndarray) -> np.ndarray:
