@@ -62,9 +62,23 @@ def use_implementation(*names: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def prepare(w: MixedTensor, *, implementation: str | Sequence[str] | None = None) -> MixedTensor | Prepared:
+    """A packed weight made ready to be multiplied often, by a back end that gains from it; else ``w``.
+
+    What the product would work out of ``w`` alone, each time, is worked out once. The result is for running,
+    not for storing.
+
+    Args:
+      w: the packed weight, or stacked ones with a leading axis on their leaves. Of these choose one by
+        ``at(layer)``, which slices nothing.
+      implementation: as for :func:`mixed_matmul`.
+    """
+    return xla.prepare(w) if _names(implementation)[0] == "xla" else w
+
+
 def mixed_matmul(
     x: Float[Array, "*batch K"],
-    w: MixedTensor,
+    w: MixedTensor | Prepared,
     *,
     bias: Float[Array, "N"] | None = None,
     implementation: str | Sequence[str] | None = None,
@@ -76,7 +90,8 @@ def mixed_matmul(
 
     Args:
       x: bfloat16 or float32 ``[..., K]``.
-      w: the packed weight ``[K, N]``; index or scan over stacked leaves first.
+      w: the packed weight ``[K, N]``, or what :func:`prepare` made of it; index or scan over stacked
+        leaves first.
       bias: ``[N]``, added in float32.
       implementation: ``"xla"``, ``"mosaic_gpu"``, ``"mosaic_tpu"``, or several to try in order;
         by platform if None.

@@ -1,7 +1,8 @@
 """A batch's keys and values, and one pass of a decoder against them.
 
-Blocks that are packed alike are stacked and scanned over, which compiles one body; dense blocks run
-unrolled, because XLA copies each slice of a weight that it scans over.
+Blocks that are packed alike are stacked and scanned over, which compiles one body; their products read
+a layer's part of a prepared weight where it lies. Dense blocks run unrolled, because XLA copies each
+slice of a weight that it scans over.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import MixedTensor
+from pallas_kernels import MixedTensor, Prepared
+from slim_jax.attention import KeyValues
 from slim_jax.decoder import Block, Decoder, DecoderConfig
 
 
@@ -94,21 +96,39 @@ def forward(
     if isinstance(blocks, list):
         kv = []
         for block, (k, v) in zip(blocks, state.kv):
-            h, layer_kv = block(h, positions, (k, v, slots, start))
-            kv.append(layer_kv)
+            h, cache = block(h, positions, KeyValues(k, v, slots, start))
+            kv.append((cache.keys, cache.values))
     else:
+        whole, cut = _split_stack(blocks)
 
         def layer(carry: tuple, x: tuple[Block, jax.Array]) -> tuple[tuple, None]:
-            h, *all_kv = carry
-            block, i = x
-            k, v = (lax.dynamic_index_in_dim(a, i, keepdims=False) for a in all_kv)
-            h, layer_kv = block(h, positions, (k, v, slots, start))
-            # Only the new slots go back, so that the cache is written where it lies.
-            new = [lax.dynamic_slice_in_dim(a, start, tokens.shape[1], axis=2)[None] for a in layer_kv]
-            all_kv = [lax.dynamic_update_slice(a, b, (i, 0, 0, start, 0)) for a, b in zip(all_kv, new)]
-            return (h, *all_kv), None
+            h, k, v = carry
+            cut, i = x
+            h, cache = _one_of_stack(whole, cut, i)(h, positions, KeyValues(k, v, slots, start, i))
+            return (h, cache.keys, cache.values), None
 
         indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)
-        (h, *all_kv), _ = lax.scan(layer, (h, *state.kv), (blocks, indices))
-        kv = tuple(all_kv)
+        (h, *kv), _ = lax.scan(layer, (h, *state.kv), (cut, indices))
+        kv = tuple(kv)
     return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
+
+
+def _is_prepared(value: Any) -> bool:
+    return isinstance(value, Prepared)
+
+
+def _split_stack(blocks: Block) -> tuple[Any, Any]:
+    """Stacked blocks as prepared weights, which stay whole, and the rest, of which a scan cuts a layer."""
+    whole = jax.tree.map(lambda leaf: leaf if _is_prepared(leaf) else None, blocks, is_leaf=_is_prepared)
+    cut = jax.tree.map(lambda leaf: None if _is_prepared(leaf) else leaf, blocks, is_leaf=_is_prepared)
+    return whole, cut
+
+
+def _one_of_stack(whole: Any, cut: Any, layer: jax.Array) -> Block:
+    """The block that :func:`_split_stack` has taken apart, of one layer."""
+    return jax.tree.map(
+        lambda leaf, prepared: leaf if prepared is None else prepared.at(layer),
+        cut,
+        whole,
+        is_leaf=lambda value: value is None or _is_prepared(value),
+    )

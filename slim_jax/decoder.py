@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor
-from slim_jax.attention import attention
+from slim_jax.attention import KeyValues, attention
 from slim_jax.linear import Linear, Packed, unembed
 from slim_jax.rotary import RopeScaling, frequencies, rotate
 
@@ -175,13 +175,9 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
-        cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
-    ) -> tuple[Float[Array, "b t hd"], tuple[jax.Array, jax.Array]]:
-        """Attention up to the output projection, and the keys and values to keep.
-
-        ``cache`` holds this layer's keys and values ``[B, num_kv_heads, S, head_dim]``, the
-        positions of all slots ``[B, S]`` (this call's tokens included) and the slot to write at.
-        """
+        cache: KeyValues | None = None,
+    ) -> tuple[Float[Array, "b t hd"], KeyValues | None]:
+        """Attention up to the output projection, over the tokens of ``x`` and of the cache that they join."""
         config = self.config
         batch, time, _ = x.shape
         q = self.q(x).reshape(batch, time, config.num_heads, config.head_dim)
@@ -194,16 +190,15 @@ class Attention(nnx.Module):
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         key_positions = positions
         if cache is not None:
-            cached_k, cached_v, key_positions, start = cache
-            k = jax.lax.dynamic_update_slice_in_dim(cached_k, k.astype(cached_k.dtype), start, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cached_v, v.astype(cached_v.dtype), start, axis=2)
+            cache = cache.write(k, v)
+            (k, v), key_positions = cache.read(), cache.positions
         window: int | jax.Array | None = config.sliding_window
         if self.local is not None and window is not None:
             window = jnp.where(self.local[...] > 0, window, jnp.iinfo(jnp.int32).max)
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         softcap = config.attn_softcap
         y = attention(q, k, v, positions, key_positions, scale=scale, window=window, softcap=softcap)
-        return y, (k, v)
+        return y, cache
 
     def _rotate(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         config, scaling = self.config, self.config.rope_scaling
@@ -290,22 +285,22 @@ class Block(nnx.Module):
         self,
         h: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
-        cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
-    ) -> tuple[Float[Array, "b t d"], tuple[jax.Array, jax.Array]]:
-        """Output of the block and its keys and values.
+        cache: KeyValues | None = None,
+    ) -> tuple[Float[Array, "b t d"], KeyValues | None]:
+        """Output of the block, and the cache with the tokens of ``h``.
 
         Args:
           h: the residual stream.
           positions: of each token; -1 for padding.
-          cache: see :meth:`Attention.attend`.
+          cache: keys and values of the tokens before; None where these are the first.
         """
-        x, kv = self.attn.attend(self.attn_input(h), positions, cache)
+        x, cache = self.attn.attend(self.attn_input(h), positions, cache)
         h = self.after_attn(h, x)
         x = self.mlp_input(h)
         if self.moe is not None:
-            return self.after_mlp(h, self.moe(x)), kv
+            return self.after_mlp(h, self.moe(x)), cache
         assert self.mlp is not None
-        return self.after_mlp(h, self.mlp.down(self.mlp.hidden(x))), kv
+        return self.after_mlp(h, self.mlp.down(self.mlp.hidden(x))), cache
 
     def attn_input(self, h: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of q, k and v."""
