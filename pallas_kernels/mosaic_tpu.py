@@ -49,7 +49,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type, zero_bits
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type
 from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS
 from pallas_kernels.mosaic_tpu_config import Config as Config
 from pallas_kernels.mosaic_tpu_config import choose as choose
@@ -66,6 +66,7 @@ from pallas_kernels.mosaic_tpu_operands import (
     prepare,
     segments_of,
     truncate,
+    zero_codes,
 )
 from pallas_kernels.mosaic_tpu_prefill import prefill
 from pallas_kernels.mosaic_tpu_unpack import unpack
@@ -157,9 +158,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     for j in range(0, strips, config.join):
         lanes = slice(j * LANES, (j + config.join) * LANES)
         scale, zero = (copy[half, :, lanes] for copy in column_buffers[:2])
-        zero = zero.astype(jnp.int32)
-        if zero_bits(w.widths) == 4:
-            zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
+        zero = zero_codes(zero, w)
         scale = scale.astype(jnp.float32)  # [G, join * 128]
         for i in range(config.join):
             part = scale[:, i * LANES : (i + 1) * LANES]
