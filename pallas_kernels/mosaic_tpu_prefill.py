@@ -20,12 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, result_type, zero_bits, zero_step
-from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, Config
+from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, VMEM_BYTES, Config
 from pallas_kernels.mosaic_tpu_operands import leading, zero_codes
 
 MANTISSA_BITS = 7  # of bfloat16
 HALF, LOW = np.uint32(16), np.uint32(0xFFFF)
-VMEM_BYTES = 44 << 20  # of 64 MiB on the smallest, v7x
+BLOCK_BYTES = 44 << 20  # of VMEM, at most; the compiler takes the rest
 
 
 def blocks(m: int, w: MixedTensor) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def blocks(m: int, w: MixedTensor) -> tuple[int, int]:
     for rows, columns in blocks_by_cost:
         # Weights, words, scales and zeros; words, x and the result are double-buffered.
         column = 2 * k + 2 * 4 * w.words.shape[0] + 2 * 4 * w.groups
-        if columns * column + 2 * rows * (2 * k + 4 * columns) <= VMEM_BYTES:
+        if columns * column + 2 * rows * (2 * k + 4 * columns) <= BLOCK_BYTES:
             return min(rows, -(-m // 16) * 16), min(columns, -(-n // LANES) * LANES)
     raise NotImplementedError(f"a block of {k} channels does not fit into VMEM")
 
@@ -88,7 +88,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=60 << 20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         # x is read again for every tile of columns, all else once.
         cost_estimate=pl.CostEstimate(
