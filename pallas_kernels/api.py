@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import devices, xla
 from pallas_kernels.layout import MixedTensor, vary_like
+from pallas_kernels.prepared import Prepared
+from pallas_kernels.prepared import prepare as prepare_for_xla
 
-Kernel = Callable[[jax.Array, MixedTensor], jax.Array]
+Kernel = Callable[[jax.Array, Any], jax.Array]
 
 
 def _mosaic_tpu(x: jax.Array, w: MixedTensor) -> jax.Array:
@@ -68,7 +71,7 @@ def prepare(w: MixedTensor, *, implementation: str | Sequence[str] | None = None
         ``at(layer)``, which slices nothing.
       implementation: as for :func:`mixed_matmul`.
     """
-    return xla.prepare(w) if _names(implementation)[0] == "xla" else w
+    return prepare_for_xla(w) if _names(implementation)[0] == "xla" else w
 
 
 def mixed_matmul(
@@ -100,6 +103,8 @@ def mixed_matmul(
     """
     names = _names(implementation)
     _check(x, w, bias)
+    if isinstance(w, Prepared) and names[0] != "xla":
+        w = w.weight()
     k, n = w.shape
     batch = x.shape[:-1]
     x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
@@ -120,22 +125,22 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _check(x: jax.Array, w: MixedTensor, bias: jax.Array | None) -> None:
+def _check(x: jax.Array, w: MixedTensor | Prepared, bias: jax.Array | None) -> None:
     k, n = w.shape
+    words = w.words if isinstance(w, MixedTensor) else w.tensor.words
+    layers = 0 if isinstance(w, MixedTensor) or w.layer is None else 1
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {x.shape}, expected [..., {k}] for a weight of shape {w.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}, expected a floating type")
-    if w.words.ndim != 2:
-        raise ValueError(
-            f"w.words has shape {w.words.shape}, expected [rows, {n}]: scan over stacked weights"
-        )
+    if words.ndim != 2 + layers:
+        raise ValueError(f"w.words has shape {words.shape}, expected [rows, {n}]: scan over stacked weights")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(names: tuple[str, ...], x: jax.Array, w: MixedTensor) -> jax.Array:
+def _matmul(names: tuple[str, ...], x: jax.Array, w: MixedTensor | Prepared) -> jax.Array:
     """``x[M, K] @ w`` by the first named back end that can, on the platform it is lowered for."""
     name, rest = names[0], names[1:]
     if not rest:
@@ -149,14 +154,15 @@ def _matmul(names: tuple[str, ...], x: jax.Array, w: MixedTensor) -> jax.Array:
         return _matmul(rest, x, w)
 
 
-def _forward(names: tuple[str, ...], x: jax.Array, w: MixedTensor):
+def _forward(names: tuple[str, ...], x: jax.Array, w: MixedTensor | Prepared):
     # A slice without elements hands x's dtype to the backward pass: residuals must be arrays.
     return _matmul(names, x, w), (x[:0], w)
 
 
-def _backward(names: tuple[str, ...], residuals: tuple[jax.Array, MixedTensor], dy: jax.Array):
+def _backward(names: tuple[str, ...], residuals: tuple[jax.Array, MixedTensor | Prepared], dy: jax.Array):
     x, w = residuals
-    dx = jnp.dot(dy, w.dequantize().T, preferred_element_type=jnp.float32).astype(x.dtype)
+    dense = (w if isinstance(w, MixedTensor) else w.weight()).dequantize()
+    dx = jnp.dot(dy, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
     return dx, jax.tree.map(_no_gradient, w)
 
 

@@ -12,17 +12,14 @@ with a dot or a sort in it, or outside a loop, runs five times slower. So there 
 width, with a dynamic trip count; what differs between groups is scalars computed in its body.
 """
 
-import dataclasses
-from functools import partial
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, vary_like, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor, vary_like
+from pallas_kernels.prepared import Prepared, prepare
 
 # Above this many rows, unpacking once is cheaper than masking every word once per row.
 DECODE_ROWS = 8
@@ -30,9 +27,11 @@ DECODE_ROWS = 8
 CHAINS = 16
 
 
-def mixed_matmul(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
+def mixed_matmul(x: Float[Array, "M K"], w: MixedTensor | Prepared) -> Float[Array, "M N"]:
     """``x @ W``, accumulated in float32; see :func:`pallas_kernels.mixed_matmul`."""
-    return decode(x, w) if x.shape[0] <= DECODE_ROWS else prefill(x, w)
+    if x.shape[0] <= DECODE_ROWS:
+        return decode(x, w if isinstance(w, Prepared) else prepare(w))
+    return prefill(x, w.weight() if isinstance(w, Prepared) else w)
 
 
 def prefill(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
@@ -40,115 +39,8 @@ def prefill(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
     return jnp.dot(x.astype(w.dtype), w.dequantize(), preferred_element_type=jnp.float32)
 
 
-def decode(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
-    """The product without a dense weight, in float32 whatever ``w.dtype`` is."""
-    return decode_prepared(x, prepare(w))
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tensor", "zero", "steps", "factors", "counts", "layer"],
-    meta_fields=["shape"],
-)
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A packed weight, or a stack of ``L`` layers, with all that decoding would work out of it every time.
-
-    A *step* is one plane of one group. Attributes with ``L`` lack that axis for a single weight.
-
-    Attributes:
-      tensor: the packed weight.
-      zero: ``uint8[L, G, N]``, a zero code a byte.
-      steps: of each plane width, ``int32[L, S, 3]``: a step's group, its place in storage, its first row.
-      factors: of each plane width, ``float32[L, S, 2]``: what bit 0 of the plane is worth in the code, and
-        a unit of the zero code (0 except in the low plane, so that a group's zero point counts once).
-      counts: ``int32[L, widths]``, how many of a width's steps there are.
-      layer: which of the stack to multiply with; None for a single weight.
-      shape: ``(K, N)``.
-    """
-
-    tensor: MixedTensor
-    zero: jax.Array
-    steps: dict[int, jax.Array]
-    factors: dict[int, jax.Array]
-    counts: jax.Array
-    layer: jax.Array | None
-    shape: tuple[int, int]
-
-    def at(self, layer: jax.Array) -> "Prepared":
-        """One layer of the stack: nothing is sliced, products read its part where it lies."""
-        return dataclasses.replace(self, layer=layer)
-
-    def weight(self) -> MixedTensor:
-        """The packed weight, of a stack that of the layer."""
-        if self.layer is None:
-            return self.tensor
-        return jax.tree.map(partial(lax.dynamic_index_in_dim, index=self.layer, keepdims=False), self.tensor)
-
-
-def prepare(w: MixedTensor) -> Prepared:
-    """Works out what does not depend on ``x``; leaves may be stacked on a leading axis."""
-    if w.words.ndim == 3:
-        return jax.vmap(prepare)(w)
-    # A width whose group would need more words than there are does not occur.
-    widths = [b for b in w.widths if w.group_size * b // WORD_BITS <= w.words.shape[0]]
-    tables = {n: _steps(w, n) for n in sorted({n for b in widths for n in plane_widths(b)})}
-    return Prepared(
-        tensor=w,
-        zero=w.zero_codes(),
-        steps={n: steps for n, (steps, _, _) in tables.items()},
-        factors={n: factors for n, (_, factors, _) in tables.items()},
-        counts=jnp.stack([count for _, _, count in tables.values()]),
-        layer=None,
-        shape=w.shape,
-    )
-
-
-class _Run(NamedTuple):
-    """Planes that lie ``stride`` rows apart: the ``start``-th to the next run's, of all planes of a width."""
-
-    start: jax.Array  # scalars, int32
-    position: jax.Array  # of the first plane's group, in storage order
-    row: jax.Array  # of the first plane, in words
-    stride: int
-    factor: float  # what bit 0 of the plane is worth in the code
-    zero_step: float
-
-
-def _runs(w: MixedTensor, n: int) -> tuple[list[_Run], jax.Array]:
-    """The runs of planes of width ``n``, and the number of these planes."""
-    first_position, first_row = w.segment_starts()
-    runs, count = [], jnp.int32(0)
-    for i, b in enumerate(w.widths):
-        shift = 0
-        for plane in plane_widths(b):
-            if plane == n:
-                row = first_row[i] + w.group_size * shift // WORD_BITS
-                step = zero_step(b, w.widths) if shift == 0 else 0.0
-                stride = w.group_size * b // WORD_BITS
-                runs.append(_Run(count, first_position[i], row, stride, 2.0**shift, step))
-                count = count + w.segments[i]
-            shift += plane
-    return runs, count
-
-
-def _steps(w: MixedTensor, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``steps``, ``factors`` and the count of :class:`Prepared` for planes of width ``n``."""
-    runs, count = _runs(w, n)
-    most = w.groups * max(plane_widths(b).count(n) for b in w.widths)
-    t = jnp.arange(most, dtype=jnp.int32)
-    run = runs[0]
-    for later in runs[1:]:
-        run = jax.tree.map(partial(jnp.where, t >= later.start), later, run)
-    within = t - run.start
-    position = jnp.minimum(run.position + within, w.groups - 1)
-    steps = jnp.stack([w.order[position], position, run.row + within * run.stride], axis=1)
-    factors = [jnp.broadcast_to(jnp.float32(value), (most,)) for value in (run.factor, run.zero_step)]
-    return steps, jnp.stack(factors, axis=1), count
-
-
-def decode_prepared(x: Float[Array, "M K"], w: Prepared) -> Float[Array, "M N"]:
-    """As :func:`decode`."""
+def decode(x: Float[Array, "M K"], w: Prepared) -> Float[Array, "M N"]:
+    """The product without a dense weight, in float32 whatever its dtype is."""
     tensor, (m, k) = w.tensor, x.shape
     groups, g = tensor.groups, tensor.group_size
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * g - k))).reshape(m, groups, g)
@@ -177,8 +69,8 @@ def _add_planes(
         plane = lax.dynamic_slice_in_dim(words, layer * n_rows + row, rows)
         dot = factors[first + t, 0] * _plane_dot(x_MxGxg[:, group], plane, n)
         position = layer * n_groups + position
-        zero_sum = (factors[first + t, 1] * x_sum[:, group])[:, None] * zero[position].astype(jnp.float32)[None]
-        return y + scale[position].astype(jnp.float32)[None] * (dot - zero_sum)
+        zeros = (factors[first + t, 1] * x_sum[:, group])[:, None] * zero[position].astype(jnp.float32)[None]
+        return y + scale[position].astype(jnp.float32)[None] * (dot - zeros)
 
     return lax.fori_loop(0, count, body, y)
 

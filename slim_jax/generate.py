@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import MixedTensor, prepare
 from slim_jax.cache import State, forward, stackable
 from slim_jax.decoder import Decoder, DecoderConfig
 from slim_jax.linear import Linear
@@ -128,6 +129,8 @@ class Generator:
         )
         if self.stacked:
             blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        if linear.mesh is None:
+            blocks = _prepared(blocks)
         outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
         outer.blocks = nnx.List([])
         # Flat, since flattening hundreds of variables in Python at every token would show.
@@ -252,6 +255,16 @@ class Generator:
                 written.append(np.asarray(tokens))
                 done += steps
         return np.concatenate(written).T
+
+
+@jax.jit
+def _prepared(blocks: Any) -> Any:
+    """Blocks whose packed weights are ready to be multiplied often."""
+
+    def is_packed(value: Any) -> bool:
+        return isinstance(value, MixedTensor)
+
+    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, blocks, is_leaf=is_packed)
 
 
 def _border(config: DecoderConfig) -> int | None:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from pallas_kernels import MixedTensor, mixed_matmul, sharded_matmul
+from pallas_kernels import MixedTensor, Prepared, mixed_matmul, sharded_matmul
 
 ROWS = 8
 """Rows of a matrix that one step of :func:`_row_times_matrix` adds up; with 16, XLA's code is far slower."""
@@ -84,7 +84,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
         weight = self.weight.get_value()
-        if not isinstance(weight, MixedTensor):
+        if not isinstance(weight, MixedTensor | Prepared):
             y = dense_product(x, weight)
         elif self.mesh is None:
             y = mixed_matmul(x, weight)

@@ -1,0 +1,117 @@
+"""A packed weight made ready to be multiplied many times by the XLA back end.
+
+What a product works out of the weight alone (where each plane lies, what its codes are worth, zero codes a
+byte each) is the same for every token, so a model that generates works it out once. Nothing here is stored.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_step
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tensor", "zero", "steps", "factors", "counts", "layer"],
+    meta_fields=["shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A packed weight, or a stack of ``L`` layers, with all that decoding would work out of it every time.
+
+    A *step* is one plane of one group. Attributes with ``L`` lack that axis for a single weight.
+
+    Attributes:
+      tensor: the packed weight.
+      zero: ``uint8[L, G, N]``, a zero code a byte.
+      steps: of each plane width, ``int32[L, S, 3]``: a step's group, its place in storage, its first row.
+      factors: of each plane width, ``float32[L, S, 2]``: what bit 0 of the plane is worth in the code, and
+        a unit of the zero code (0 except in the low plane, so that a group's zero point counts once).
+      counts: ``int32[L, widths]``, how many of a width's steps there are.
+      layer: which of the stack to multiply with; None for a single weight.
+      shape: ``(K, N)``.
+    """
+
+    tensor: MixedTensor
+    zero: jax.Array
+    steps: dict[int, jax.Array]
+    factors: dict[int, jax.Array]
+    counts: jax.Array
+    layer: jax.Array | None
+    shape: tuple[int, int]
+
+    def at(self, layer: jax.Array) -> "Prepared":
+        """One layer of the stack: nothing is sliced, products read its part where it lies."""
+        return dataclasses.replace(self, layer=layer)
+
+    def weight(self) -> MixedTensor:
+        """The packed weight, of a stack that of the layer."""
+        if self.layer is None:
+            return self.tensor
+        return jax.tree.map(partial(lax.dynamic_index_in_dim, index=self.layer, keepdims=False), self.tensor)
+
+
+def prepare(w: MixedTensor) -> Prepared:
+    """Works out what does not depend on ``x``; leaves may be stacked on a leading axis."""
+    if w.words.ndim == 3:
+        return jax.vmap(prepare)(w)
+    # A width whose group would need more words than there are does not occur.
+    widths = [b for b in w.widths if w.group_size * b // WORD_BITS <= w.words.shape[0]]
+    tables = {n: _steps(w, n) for n in sorted({n for b in widths for n in plane_widths(b)})}
+    return Prepared(
+        tensor=w,
+        zero=w.zero_codes(),
+        steps={n: steps for n, (steps, _, _) in tables.items()},
+        factors={n: factors for n, (_, factors, _) in tables.items()},
+        counts=jnp.stack([count for _, _, count in tables.values()]),
+        layer=None,
+        shape=w.shape,
+    )
+
+
+class _Run(NamedTuple):
+    """Planes that lie ``stride`` rows apart: the ``start``-th to the next run's, of all planes of a width."""
+
+    start: jax.Array  # scalars, int32
+    position: jax.Array  # of the first plane's group, in storage order
+    row: jax.Array  # of the first plane, in words
+    stride: int
+    factor: float  # what bit 0 of the plane is worth in the code
+    zero_step: float
+
+
+def _runs(w: MixedTensor, n: int) -> tuple[list[_Run], jax.Array]:
+    """The runs of planes of width ``n``, and the number of these planes."""
+    first_position, first_row = w.segment_starts()
+    runs, count = [], jnp.int32(0)
+    for i, b in enumerate(w.widths):
+        shift = 0
+        for plane in plane_widths(b):
+            if plane == n:
+                row = first_row[i] + w.group_size * shift // WORD_BITS
+                step = zero_step(b, w.widths) if shift == 0 else 0.0
+                stride = w.group_size * b // WORD_BITS
+                runs.append(_Run(count, first_position[i], row, stride, 2.0**shift, step))
+                count = count + w.segments[i]
+            shift += plane
+    return runs, count
+
+
+def _steps(w: MixedTensor, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``steps``, ``factors`` and the count of :class:`Prepared` for planes of width ``n``."""
+    runs, count = _runs(w, n)
+    most = w.groups * max(plane_widths(b).count(n) for b in w.widths)
+    t = jnp.arange(most, dtype=jnp.int32)
+    run = runs[0]
+    for later in runs[1:]:
+        run = jax.tree.map(partial(jnp.where, t >= later.start), later, run)
+    within = t - run.start
+    position = jnp.minimum(run.position + within, w.groups - 1)
+    steps = jnp.stack([w.order[position], position, run.row + within * run.stride], axis=1)
+    factors = [jnp.broadcast_to(jnp.float32(value), (most,)) for value in (run.factor, run.zero_step)]
+    return steps, jnp.stack(factors, axis=1), count
