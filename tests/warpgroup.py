@@ -186,7 +186,7 @@ def _compute(operation: Any, attributes: Any, *operands: Any) -> Any:
         case "vector.broadcast":
             return np.broadcast_to(operands[0][:, None], (THREADS, *ir.VectorType(kind).shape))
         case "vector.extract":
-            return operands[0][:, list(attributes["static_position"])[0]]
+            return operands[0][:, next(iter(attributes["static_position"]))]
         case "vector.shuffle":
             return np.concatenate(operands, 1)[:, list(attributes["mask"])]
         case "vector.from_elements":
@@ -194,7 +194,7 @@ def _compute(operation: Any, attributes: Any, *operands: Any) -> Any:
         case "llvm.mlir.undef":
             return np.zeros((THREADS, *ir.VectorType(kind).shape), _dtype(kind))
         case "llvm.insertelement":
-            vector = operands[0].copy()
+            vector = np.array(operands[0])
             vector[np.arange(THREADS), operands[2]] = operands[1]
             return vector
         case "llvm.inline_asm":
@@ -205,5 +205,5 @@ def _compute(operation: Any, attributes: Any, *operands: Any) -> Any:
             assert text.endswith(" " + ", ".join(groups) + ";"), text
             return mma_sync(*(np.stack(operands[i:j]) for i, j in ((0, 4), (4, 6), (6, 10))))
         case "llvm.extractvalue":
-            return operands[0][list(attributes["position"])[0]]
+            return operands[0][next(iter(attributes["position"]))]
     raise NotImplementedError(f"the tests' warpgroup does not know {name}")
