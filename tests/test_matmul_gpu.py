@@ -1,7 +1,7 @@
 """The GPU back end in interpret mode: the shared cases, and what the kernel's own limits and tiles add.
 
-Interpret mode takes ``jnp.dot`` for the tensor cores and knows no registers; see
-``pallas_kernels/mosaic_gpu_registers.py`` for what is therefore not proven here.
+Interpret mode takes ``jnp.dot`` for the tensor cores and knows no registers: ``tests/test_gpu_registers.py``
+has these.
 """
 
 from functools import partial
