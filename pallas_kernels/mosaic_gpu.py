@@ -128,10 +128,10 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     )
 
 
-def choose(device_kind: str, m: int, k: int, n: int) -> Config:
+def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
     """What was measured for this product, else what the :func:`heuristic` says."""
-    fields = tuned("mosaic_gpu", device_kind, m, k, n)
-    return heuristic(device_kind, m, k, n) if fields is None else Config(**fields)
+    found = tuned("mosaic_gpu", Config, device_kind, m, k, n, bits, group_size)
+    return heuristic(device_kind, m, k, n) if found is None else found
 
 
 def mixed_matmul(
@@ -165,7 +165,7 @@ def mixed_matmul(
     if m == 0:
         raise NotImplementedError("mosaic_gpu has no block for a product without rows")
     if config is None:
-        config = choose(jax.devices()[0].device_kind, m, k, n)
+        config = choose(jax.devices()[0].device_kind, m, k, n, w.mean_width, w.group_size)
     # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower
     # than a tile, or with N no multiple of 8, is copied on every call: correct, not fast, and rare.
     columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)

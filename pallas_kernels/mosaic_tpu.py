@@ -271,7 +271,7 @@ def mixed_matmul(
     """
     m, (k, n) = x.shape[0], w.shape
     if config is None:
-        config = choose(jax.devices()[0].device_kind, m, k, n)
+        config = choose(jax.devices()[0].device_kind, m, k, n, w.mean_width, w.group_size)
     if m == 0:
         raise NotImplementedError("x has no rows")
     if w.group_size not in GROUP_SIZES:

@@ -1,0 +1,258 @@
+"""How long a product takes on the device at hand, and what that device is.
+
+*On a GPU or a TPU* a product takes microseconds, and calling it from Python takes more. So whole programs are
+timed: a chain of products with several weights, each of which waits for the one before, and the same chain a
+number of times in a loop before it. Their difference over the number of products in it is the time of one
+product, everything around it included (``x`` brought into order, a scalar that hands ``y`` to the next ``x``).
+The weights are copies of one, together larger than the GPU's last cache, so that each is read from memory.
+
+*On a CPU* single calls are timed. Either way contestants take turns, and the median counts.
+"""
+
+import dataclasses
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import devices
+
+CACHES = 3  # a cache that replaces at random still keeps 0.06 of what is three times its size
+MOST_WEIGHTS = 48
+FEW_ROWS = 32
+LOOP_SECONDS = 4e-3
+UNKNOWN_CACHE = 64 << 20
+LEAST_REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What is timed.
+
+    Attributes:
+      run: ``(x, weight) -> y``, jitted; ``y`` is ``[M, N]``.
+      x: ``[M, K]``.
+      weights: one or more of one kind, for which ``run`` compiles once; what they hold does not matter.
+      bytes: that one product must read and write at least.
+      flops: operations of one product.
+    """
+
+    run: Callable[[jax.Array, Any], jax.Array]
+    x: jax.Array
+    weights: tuple[Any, ...]
+    bytes: int
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one product over some repeats."""
+
+    median: float
+    least: float
+    most: float
+    repeats: int
+    weights: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], weights: int) -> "Timing":
+        """The median and the spread of what was measured."""
+        return cls(float(np.median(seconds)), min(seconds), max(seconds), len(seconds), weights)
+
+
+def on_accelerator() -> bool:
+    """Whether the default device is none of the host's."""
+    return jax.default_backend() != "cpu"
+
+
+def copies(weight: Any, rows: int) -> tuple[Any, ...]:
+    """So many copies of a weight that a chain over them reads memory: one on a CPU, few with many rows."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    count = 1
+    if on_accelerator():
+        count = 4  # where there is no cache, or weights are little of what a product costs
+        if jax.default_backend() == "gpu" and rows <= FEW_ROWS:
+            known = devices.describe(jax.devices()[0]).l2_bytes
+            count = min(MOST_WEIGHTS, max(2, math.ceil(CACHES * (known or UNKNOWN_CACHE) / size)))
+    return (weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1)))
+
+
+def _chain(
+    run: Callable[[jax.Array, Any], jax.Array], x: jax.Array, weights: tuple[Any, ...], zero: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``x`` and the last ``y`` after a product with each weight, every one waiting for the last."""
+    y = jnp.zeros((1, 1))
+    for weight in weights:
+        # No compiler may compute the one element that is used alone, nor know that zero is 0.
+        y = lax.optimization_barrier(run(x, weight))
+        bump = (y[0, 0] * zero).astype(x.dtype)
+        if x.shape[0] <= FEW_ROWS:
+            x = x + bump
+        else:  # one element, so that a large x is not written anew
+            x = lax.dynamic_update_slice(x, x[:1, :1] + bump, (0, 0))
+    return x, y
+
+
+def _turns(product: Product) -> int:
+    """How often the loop goes through the chain for some milliseconds, if products ran at the peak."""
+    device = devices.describe(jax.devices()[0])
+    by_bytes = product.bytes / (device.bandwidth or 1e12)
+    by_flops = product.flops / (device.bfloat16_flops or 1e14)
+    floor = max(by_bytes, by_flops, 1e-6) * len(product.weights)
+    return max(2, min(256, round(LOOP_SECONDS / floor)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A compiled product: what it computed, ``[M, N]``, and how to time it once more."""
+
+    y: jax.Array
+    sample: Callable[[], float]
+    weights: int
+
+
+def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
+    """Compiles and warms up, as a loop or (``loop=False``) as a call; by the platform if None.
+
+    Raises whatever the compiler or the device raises.
+    """
+    if not (on_accelerator() if loop is None else loop):
+        arguments = (product.x, product.weights[0])
+        y = product.run(*arguments).block_until_ready()
+        for _ in range(2):
+            product.run(*arguments).block_until_ready()
+        return Prepared(y, lambda: _host_seconds(product.run, *arguments), 1)
+    turns = _turns(product)
+
+    @jax.jit
+    def short(x: jax.Array, weights: tuple[Any, ...], zero: jax.Array) -> jax.Array:
+        return _chain(product.run, x, weights, zero)[1]
+
+    @jax.jit
+    def long(x: jax.Array, weights: tuple[Any, ...], zero: jax.Array) -> jax.Array:
+        # The number of turns is static: on a GPU the host would read a condition after each.
+        x = lax.fori_loop(0, turns, lambda _, x: _chain(product.run, x, weights, zero)[0], x)
+        return _chain(product.run, x, weights, zero)[1]
+
+    arguments = (product.x, product.weights, jnp.float32(0))
+    y = short(*arguments).block_until_ready()
+    for program in (long, short, long):
+        program(*arguments).block_until_ready()
+
+    def sample() -> float:
+        difference = _host_seconds(long, *arguments) - _host_seconds(short, *arguments)
+        return difference / (turns * len(product.weights))
+
+    return Prepared(y, sample, len(product.weights))
+
+
+def _host_seconds(run: Callable[..., jax.Array], *arguments: Any) -> float:
+    start = time.perf_counter()
+    run(*arguments).block_until_ready()
+    return time.perf_counter() - start
+
+
+def take_turns[K: Hashable](
+    prepared: Mapping[K, Prepared], repeats: int, seconds: float = math.inf
+) -> dict[K, Timing]:
+    """Times each ``repeats`` times, or until the time is up, but three times at least."""
+    taken: dict[K, list[float]] = {name: [] for name in prepared}
+    end = time.monotonic() + seconds
+    for i in range(repeats):
+        if i >= LEAST_REPEATS and time.monotonic() > end:
+            break
+        for name, one in prepared.items():
+            taken[name].append(one.sample())
+    return {name: Timing.of(found, prepared[name].weights) for name, found in taken.items()}
+
+
+def rates(product: Product, timing: Timing) -> dict[str, Any]:
+    """What a time means: microseconds, and the shares of the device's bandwidth and matrix peak."""
+    device = devices.describe(jax.devices()[0])
+    row: dict[str, Any] = {
+        "microseconds": 1e6 * timing.median,
+        "least": 1e6 * timing.least,
+        "most": 1e6 * timing.most,
+        "repeats": timing.repeats,
+        "weights": timing.weights,
+    }
+    if timing.median <= 0:
+        raise ValueError(
+            f"the longer loop took {1e6 * timing.median:.1f} us a product less than the shorter one: "
+            "the device is not at rest"
+        )
+    row["gb_per_s"] = product.bytes / timing.median / 1e9
+    row["teraflops"] = product.flops / timing.median / 1e12
+    if device.bandwidth is not None:
+        row["percent_of_bandwidth"] = 100e9 * row["gb_per_s"] / device.bandwidth
+    if device.bfloat16_flops is not None:
+        row["percent_of_matrix_peak"] = 100e12 * row["teraflops"] / device.bfloat16_flops
+    return row
+
+
+SMI_FIELDS = {
+    "name": "name",
+    "driver": "driver_version",
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "max_sm_mhz": "clocks.max.sm",
+    "max_memory_mhz": "clocks.max.mem",
+    "watts": "power.draw",
+    "limit_watts": "power.limit",
+    "celsius": "temperature.gpu",
+    "memory_mib": "memory.total",
+    "used_mib": "memory.used",
+}
+
+
+def nvidia_smi() -> dict[str, str] | None:
+    """Driver, clocks, power and memory of the first visible NVIDIA GPU, as the driver prints them."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    for which in [["-i", visible]] if visible else []:
+        command += which
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.strip().splitlines()
+    values = [value.strip() for value in lines[0].split(",")] if done.returncode == 0 and lines else []
+    return dict(zip(SMI_FIELDS, values)) if len(values) == len(SMI_FIELDS) else None
+
+
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "flax", "numpy", "slim-jax")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that compile and run, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_device() -> dict[str, Any]:
+    """The default device, its driver and its clocks now, and the versions; None where nobody says."""
+    device = jax.devices()[0]
+    return {
+        "platform": jax.default_backend(),
+        "kind": device.device_kind,
+        "runtime": getattr(device.client, "platform_version", None),
+        "nvidia_smi": nvidia_smi() if jax.default_backend() == "gpu" else None,
+        "versions": versions(),
+    }
