@@ -3,29 +3,15 @@
 import dataclasses
 import math
 
+from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax.config import SlimConfig
 from slim_jax.decoder import DecoderConfig, block_params, linear_groups, outer_params
 
 GIB = 2**30
 
-DEVICES = {
-    "v4": 32 * GIB,
-    "v5e": 16 * GIB,
-    "v5p": 95 * GIB,
-    "v6e": 32 * GIB,
-    "v7x": 192 * GIB,
-    "t4": 16 * GIB,
-    "l4": 24 * GIB,
-    "rtx3090": 24 * GIB,
-    "rtx4090": 24 * GIB,
-    "a100-40": 40 * GIB,
-    "a100-80": 80 * GIB,
-    "h100": 80 * GIB,
-    "h200": 141 * GIB,
-    "b200": 180 * GIB,
-}
-"""Memory of a device in bytes, from the vendors' datasheets."""
+DEVICES = {device.short: device.memory_bytes for device in KNOWN if device.memory_bytes}
+"""Memory in bytes of a device as JAX counts them (half a chip on TPU v7x), by its short name."""
 
 USABLE = 0.92
 """What a program gets of a device's memory; the rest is the runtime's and fragments."""
