@@ -1,10 +1,10 @@
 """How long a product takes on the device at hand, and what that device is.
 
 *On a GPU or a TPU* a product takes microseconds, and calling it from Python takes more. So whole programs are
-timed: a chain of products with several weights, each of which waits for the one before, and the same chain a
-number of times in a loop before it. Their difference over the number of products in it is the time of one
-product, everything around it included (``x`` brought into order, a scalar that hands ``y`` to the next ``x``).
-The weights are copies of one, together larger than the GPU's last cache, so that each is read from memory.
+timed: a loop over products with several weights, each of which waits for the one before, and the same loop
+three times as long. Their difference over the number of products in it is the time of one product, everything
+around it included (``x`` brought into order, a scalar that hands ``y`` to the next ``x``). The weights are
+copies of one, together larger than the GPU's last cache, so that each is read from memory.
 
 *On a CPU* single calls are timed. Either way contestants take turns, and the median counts.
 """
@@ -31,6 +31,7 @@ CACHES = 3  # a cache that replaces at random still keeps 0.06 of what is three 
 MOST_WEIGHTS = 48
 FEW_ROWS = 32
 LOOP_SECONDS = 4e-3
+LONGER = 2
 UNKNOWN_CACHE = 64 << 20
 LEAST_REPEATS = 3
 
@@ -88,23 +89,23 @@ def copies(weight: Any, rows: int) -> tuple[Any, ...]:
 
 
 def _chain(
-    run: Callable[[jax.Array, Any], jax.Array], x: jax.Array, weights: tuple[Any, ...], zero: jax.Array
+    run: Callable[[jax.Array, Any], jax.Array], weights: tuple[Any, ...], zero: jax.Array, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """``x`` and the last ``y`` after a product with each weight, every one waiting for the last."""
-    y = jnp.zeros((1, 1))
+    """``x``, and the last ``y``, after a product with each weight, every one waiting for the last."""
+    first = x
     for weight in weights:
         # No compiler may compute the one element that is used alone, nor know that zero is 0.
         y = lax.optimization_barrier(run(x, weight))
         bump = (y[0, 0] * zero).astype(x.dtype)
         if x.shape[0] <= FEW_ROWS:
-            x = x + bump
-        else:  # one element, so that a large x is not written anew
+            x = first + bump  # becomes a part of whatever reads x
+        else:  # one element in place, so that a large x is not written anew
             x = lax.dynamic_update_slice(x, x[:1, :1] + bump, (0, 0))
     return x, y
 
 
 def _turns(product: Product) -> int:
-    """How often the loop goes through the chain for some milliseconds, if products ran at the peak."""
+    """How often the shorter loop takes each weight: some milliseconds, if products ran at the peak."""
     device = devices.describe(jax.devices()[0])
     by_bytes = product.bytes / (device.bandwidth or 1e12)
     by_flops = product.flops / (device.bfloat16_flops or 1e14)
@@ -135,23 +136,26 @@ def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
     turns = _turns(product)
 
     @jax.jit
-    def short(x: jax.Array, weights: tuple[Any, ...], zero: jax.Array) -> jax.Array:
-        return _chain(product.run, x, weights, zero)[1]
+    def loop_of(times: jax.Array, x: jax.Array, weights: tuple[Any, ...], zero: jax.Array) -> jax.Array:
+        def chain(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return _chain(product.run, weights, zero, carry[0])
 
-    @jax.jit
-    def long(x: jax.Array, weights: tuple[Any, ...], zero: jax.Array) -> jax.Array:
-        # The number of turns is static: on a GPU the host would read a condition after each.
-        x = lax.fori_loop(0, turns, lambda _, x: _chain(product.run, x, weights, zero)[0], x)
-        return _chain(product.run, x, weights, zero)[1]
+        # One program for both lengths, as a kernel may take seconds to compile. On a GPU the host reads the
+        # outer loop's condition, so nearly all turns are in the inner one, whose number of turns is static.
+        def inner(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return lax.fori_loop(0, turns, chain, carry)
+
+        y = jax.eval_shape(product.run, x, weights[0])
+        return lax.fori_loop(0, times, inner, (x, jnp.zeros(y.shape, y.dtype)))[1]
 
     arguments = (product.x, product.weights, jnp.float32(0))
-    y = short(*arguments).block_until_ready()
-    for program in (long, short, long):
-        program(*arguments).block_until_ready()
+    short, long = jnp.int32(1), jnp.int32(1 + LONGER)
+    y = loop_of(short, *arguments).block_until_ready()
+    loop_of(long, *arguments).block_until_ready()
 
     def sample() -> float:
-        difference = _host_seconds(long, *arguments) - _host_seconds(short, *arguments)
-        return difference / (turns * len(product.weights))
+        difference = _host_seconds(loop_of, long, *arguments) - _host_seconds(loop_of, short, *arguments)
+        return difference / (LONGER * turns * len(product.weights))
 
     return Prepared(y, sample, len(product.weights))
 
