@@ -30,7 +30,7 @@ from bench.limits import Limit
 from bench.shapes import SHAPES
 from bench.timing import Prepared, Product, Timing, copies, prepare, take_turns
 from convert.errors import first_line
-from pallas_kernels import tuning
+from pallas_kernels import devices, tuning
 
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "mosaic_gpu": {
@@ -131,7 +131,7 @@ def tune(
     x = jnp.asarray(rng.normal(size=(m, shape[0])), jnp.bfloat16)
     wanted = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
     weights = copies(w, m)
-    start = kernel.heuristic(jax.devices()[0].device_kind, m, *shape)
+    start = kernel.heuristic(devices.of_target().name, m, *shape)
 
     def products() -> Iterator[tuple[Any, Product]]:
         for config in candidates(start, FIELDS[kernel.__name__.rpartition(".")[2]]):
@@ -182,7 +182,7 @@ def main() -> None:
         from pallas_kernels import mosaic_tpu as kernel  # type: ignore[no-redef]
     else:
         sys.exit(f"bench.tune: JAX's platform is {platform}, expected a GPU or a TPU")
-    name, kind = f"mosaic_{platform}", jax.devices()[0].device_kind
+    name, kind = f"mosaic_{platform}", devices.of_target().name
     table, end = tuning.user_table(), time.monotonic() + 60 * arguments.minutes
     known = tuning.read_table(table).get(name, {})
     wanted = []

@@ -3,10 +3,9 @@
 It knows nothing of how any back end works; each is a function ``(x[M, K], w) -> float32[M, N]``.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels import xla
+from pallas_kernels import devices, xla
 from pallas_kernels.layout import MixedTensor, vary_like
 
 Kernel = Callable[[jax.Array, MixedTensor], jax.Array]
@@ -42,24 +41,20 @@ IMPLEMENTATIONS: dict[str, Kernel] = {
 PLATFORM = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
 """Where an implementation runs that does not run everywhere."""
 
-BY_PLATFORM = {"tpu": ("mosaic_tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}
-"""What is tried, in order, on JAX's default platform; XLA on all others."""
+BY_PLATFORM = {"tpu": ("mosaic_tpu", "xla"), "cuda": ("mosaic_gpu", "xla")}
+"""What is tried, in order, for a target of each platform (:func:`pallas_kernels.devices.of_target`); XLA on
+all others."""
 
-_chosen: ContextVar[tuple[str, ...] | None] = ContextVar("implementation", default=None)
+_chosen = jax.make_user_context(None)  # part of what jit keeps programs by
 
 
-@contextlib.contextmanager
-def use_implementation(*names: str) -> Iterator[None]:
+def use_implementation(*names: str) -> AbstractContextManager[None]:
     """Products traced inside, of whole models too, try these implementations where none is named.
 
-    For a program that is compiled ahead of time for another platform than JAX's default, and to
-    compare implementations.
+    To compare implementations, and for a program that is compiled ahead of time where no target is set
+    (:func:`pallas_kernels.devices.target`). A jitted function is traced again for other names.
     """
-    token = _chosen.set(_names(names))
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+    return _chosen(_names(names))
 
 
 def mixed_matmul(
@@ -101,8 +96,7 @@ def mixed_matmul(
 
 def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
     if implementation is None:
-        chosen = _chosen.get()
-        return BY_PLATFORM.get(jax.default_backend(), ("xla",)) if chosen is None else chosen
+        return _chosen.value or BY_PLATFORM.get(devices.of_target().platform, ("xla",))
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names or not set(names) <= set(IMPLEMENTATIONS):
         raise ValueError(

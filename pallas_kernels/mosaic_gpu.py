@@ -39,7 +39,6 @@ its rounding error is that of float32 sums some 2**6 times larger than the resul
 For what interpret mode does not prove see :mod:`pallas_kernels.mosaic_gpu_registers`.
 """
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -48,7 +47,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import devices
 from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type, zero_bits
+from pallas_kernels.mosaic_gpu_config import Config as Config
+from pallas_kernels.mosaic_gpu_config import check_supported, fitted
+from pallas_kernels.mosaic_gpu_config import choose as choose
+from pallas_kernels.mosaic_gpu_config import heuristic as heuristic
 from pallas_kernels.mosaic_gpu_operands import (
     DEPTH,
     ROW_TILE,
@@ -60,78 +64,9 @@ from pallas_kernels.mosaic_gpu_operands import (
     places,
 )
 from pallas_kernels.mosaic_gpu_registers import Warps
-from pallas_kernels.tuning import tuned
 
 MAGIC = 0x43004300  # two bfloat16 of 128
-DECODE_ROWS = 32
 COLUMN_MULTIPLE = 8  # rows of scales then start on 16 bytes
-
-# Multiprocessors by device kind: how many blocks it takes to busy them all.
-MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132, "B200": 148, "GB200": 148}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the product is cut into blocks.
-
-    Attributes:
-      block_m: rows of x per block; 16, 32, 64 or 128.
-      block_n: columns per block; 32, 64, 128 or 256.
-      stages: steps of x in flight, or in use, in shared memory.
-      groups_per_step: groups of a warp between two waits; also how far ahead words are loaded. What is left
-        of a width when its groups do not divide by ``groups_per_step * split_k`` is done one group a step.
-      split_k: 1, 2 or 4 shares of the groups, each taken by ``4 / split_k`` of a block's warps; a warp has
-        ``block_n * split_k / 4`` columns. Above 1 with a ``block_m`` of 16 only.
-
-    Raises:
-      ValueError: a field is not as above, or not in 1..16.
-    """
-
-    block_m: int = 16
-    block_n: int = 128
-    stages: int = 3
-    groups_per_step: int = 4
-    split_k: int = 1
-
-    def __post_init__(self) -> None:
-        if self.block_m not in (16, 32, 64, 128):
-            raise ValueError(f"block_m is {self.block_m}, expected 16, 32, 64 or 128")
-        if self.block_n not in (32, 64, 128, 256):
-            raise ValueError(f"block_n is {self.block_n}, expected 32, 64, 128 or 256")
-        if self.split_k not in (1, 2, 4):
-            raise ValueError(f"split_k is {self.split_k}, expected 1, 2 or 4")
-        if self.split_k > 1 and self.block_m != ROW_TILE:
-            raise ValueError(f"split_k is {self.split_k}, expected 1 where block_m is not {ROW_TILE}")
-        for name in ("stages", "groups_per_step"):
-            if not 1 <= getattr(self, name) <= 16:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 to 16")
-
-
-def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
-    """A configuration from counts of instructions and blocks; nothing here was timed.
-
-    Decode takes one tile of 16 rows and narrows blocks, whose warps then split K, until most multiprocessors
-    have one; a weight of few columns leaves some idle. Prefill takes 64 rows, which share each masked word,
-    and one group a step, for their sums fill the registers.
-    """
-    block_n = next(width for width in (128, 64, 32) if n >= width or width == 32)
-    if m > DECODE_ROWS:
-        return Config(block_m=64, block_n=block_n, stages=3, groups_per_step=1)
-    processors = next((count for name, count in MULTIPROCESSORS.items() if name in device_kind), 108)
-    split = 1
-    # A share below 1024 channels would spend more on filling its pipelines than on its groups.
-    while -(-m // 16) * -(-n // block_n) < processors // 2 and k // (2 * split) >= 1024 and split < 4:
-        split *= 2
-        block_n = min(block_n, 128 // split)
-    return Config(
-        block_m=16, block_n=block_n, stages=3 if split == 1 else 2, groups_per_step=4, split_k=split
-    )
-
-
-def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
-    """What was measured for this product, else what the :func:`heuristic` says."""
-    found = tuned("mosaic_gpu", Config, device_kind, m, k, n, bits, group_size)
-    return heuristic(device_kind, m, k, n) if found is None else found
 
 
 def mixed_matmul(
@@ -148,24 +83,23 @@ def mixed_matmul(
       x: bfloat16 or float32 ``[M, K]``.
       w: the packed weight ``[K, N]``.
       bias: ``[N]``, added in float32.
-      config: by :func:`choose` for the first device if None.
+      config: by :func:`choose` for the target if None, or what of it fits the target's shared memory.
       interpret: run by the Pallas interpreter, on any platform.
 
     Returns:
       float32 ``[M, N]``.
 
     Raises:
-      NotImplementedError: groups are not of 32, 64 or 128 channels, x is of another type, or M is 0.
+      NotImplementedError: the product or the target is not one for this kernel; see
+        :func:`~pallas_kernels.mosaic_gpu_config.check_supported`.
     """
     (m, k), n = x.shape, w.shape[1]
-    if w.group_size not in (32, 64, 128):
-        raise NotImplementedError(f"mosaic_gpu takes groups of 32, 64 or 128, not of {w.group_size}")
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"mosaic_gpu takes bfloat16 or float32 activations, not {x.dtype}")
-    if m == 0:
-        raise NotImplementedError("mosaic_gpu has no block for a product without rows")
-    if config is None:
-        config = choose(jax.devices()[0].device_kind, m, k, n, w.mean_width, w.group_size)
+    device = devices.of_target()
+    if config is None and m:
+        config = choose(device.name, m, k, n, w.mean_width, w.group_size)
+        config = fitted(config, device, w.group_size)
+    check_supported(device, x.dtype, m, w.group_size, config)
+    assert config is not None
     # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower
     # than a tile, or with N no multiple of 8, is copied on every call: correct, not fast, and rare.
     columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)

@@ -40,6 +40,7 @@ on an earlier result, which bounds how far it goes.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -49,8 +50,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type, zero_bits
-from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS
+from pallas_kernels import devices
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type
+from pallas_kernels.mosaic_tpu_config import DECODE_ROWS as DECODE_ROWS
+from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS, check_supported
 from pallas_kernels.mosaic_tpu_config import Config as Config
 from pallas_kernels.mosaic_tpu_config import choose as choose
 from pallas_kernels.mosaic_tpu_config import heuristic as heuristic
@@ -66,13 +69,12 @@ from pallas_kernels.mosaic_tpu_operands import (
     prepare,
     segments_of,
     truncate,
+    zero_codes,
 )
 from pallas_kernels.mosaic_tpu_prefill import prefill
 from pallas_kernels.mosaic_tpu_unpack import unpack
 
-DECODE_ROWS = 32
-GROUP_SIZES = (32, 64, 128, 256)
-VMEM_BYTES = 40 << 20  # for words; of 64 MiB on the smallest, v7x
+WORD_BYTES, OTHER_BYTES = 40 << 20, 16 << 20  # of VMEM, at most
 
 
 def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
@@ -157,9 +159,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
     for j in range(0, strips, config.join):
         lanes = slice(j * LANES, (j + config.join) * LANES)
         scale, zero = (copy[half, :, lanes] for copy in column_buffers[:2])
-        zero = zero.astype(jnp.int32)
-        if zero_bits(w.widths) == 4:
-            zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
+        zero = zero_codes(zero, w)
         scale = scale.astype(jnp.float32)  # [G, join * 128]
         for i in range(config.join):
             part = scale[:, i * LANES : (i + 1) * LANES]
@@ -260,22 +260,20 @@ def mixed_matmul(
       x: bfloat16 or float32 ``[M, K]``; what it is rounded to is in the module's docstring.
       w: the packed weight ``[K, N]``.
       bias: ``[N]``, added in float32.
-      config: by :func:`choose` for the default device if None.
+      config: by :func:`choose` for the target if None.
       interpret: as in ``pl.pallas_call``.
 
     Returns:
       float32 ``[M, N]``.
 
     Raises:
-      NotImplementedError: M is 0, the group size is not 32, 64, 128 or 256, or K is too large for VMEM.
+      NotImplementedError: the product or the target is not one for these kernels, see
+        :func:`~pallas_kernels.mosaic_tpu_config.check_supported`, or K is too large for VMEM.
     """
     m, (k, n) = x.shape[0], w.shape
-    if config is None:
-        config = choose(jax.devices()[0].device_kind, m, k, n, w.mean_width, w.group_size)
-    if m == 0:
-        raise NotImplementedError("x has no rows")
-    if w.group_size not in GROUP_SIZES:
-        raise NotImplementedError(f"the group size is {w.group_size}, not one of {GROUP_SIZES}")
+    device = devices.of_target()
+    config = config or choose(device.name, m, k, n, w.mean_width, w.group_size)
+    check_supported(device, x.dtype, m, w.group_size, config)
     bias = None if bias is None else bias.astype(jnp.float32)[None]
     if m > DECODE_ROWS:
         return prefill(x, w, bias, config, interpret)
@@ -296,22 +294,24 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
     # A chunk may go on past the end of its segment, and a load of 8 rows begin before its group.
     buffer_rows = words.shape[0] + u * g * max(w.widths) // WORD_BITS + 2 * SUBLANES
     strips = config.strips
-    while strips > config.join and 2 * strips * buffer_rows * LANES * 4 > VMEM_BYTES:
+    while strips > config.join and 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
         strips = max(config.join, strips // 2 // config.join * config.join)
-    if 2 * strips * buffer_rows * LANES * 4 > VMEM_BYTES:
+    if 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
         raise NotImplementedError(f"{config.join * LANES} columns of {k} channels do not fit into VMEM")
     config = dataclasses.replace(config, strips=strips)
     columns = strips * LANES
     tiles = pl.cdiv(n, columns)
     cores = config.cores if tiles % config.cores == 0 else 1
     steps = tiles // cores
-    int8 = config.unpack == "int8"
-    x_shape = (w.groups + 1, config.digits * rows if int8 else rows, g)
 
     # Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
     trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
     columns_of = [_pad(a, 1, LANES) for a in (w.scale, w.zero, *([] if bias is None else [bias]))]
     arguments = [w.segments, w.order, x, words, *columns_of]
+    scratch = _scratch(x, words, columns_of, w, config, buffer_rows)
+    held = sum(_padded_bytes(a) for a in scratch if a.memory_space == pltpu.VMEM)
+    if held + 2 * rows * columns * 4 > WORD_BYTES + OTHER_BYTES:  # the result has two buffers
+        raise NotImplementedError(f"{m} rows of {k} channels do not fit into VMEM")
     return pl.pallas_call(
         partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None),
         name="mixed_matmul_decode",
@@ -321,32 +321,48 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
             grid=(cores, steps),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arguments),
             out_specs=pl.BlockSpec((m, columns), lambda core, i: (0, core * steps + i)),
-            scratch_shapes=[
-                pltpu.SMEM(w.segments.shape, jnp.int32),
-                pltpu.SMEM(w.order.shape, jnp.int32),
-                pltpu.VMEM(x.shape, x.dtype),
-                *(pltpu.VMEM((2, a.shape[0], columns), a.dtype) for a in columns_of),
-                pltpu.SemaphoreType.DMA((3,)),
-                pltpu.SemaphoreType.DMA((2, len(blocks_of(words.shape[0])) + 1)),
-                pltpu.VMEM((rows, LANES), jnp.float32),
-                pltpu.VMEM((w.groups, LANES), jnp.float32),
-                pltpu.VMEM((g, g), jnp.int8 if int8 else jnp.bfloat16),
-                pltpu.VMEM(x_shape, jnp.int8 if int8 else jnp.bfloat16),
-                pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.bfloat16),
-                pltpu.VMEM((rows, columns), jnp.float32),
-                pltpu.VMEM((strips, w.groups, LANES), jnp.float32),
-                pltpu.VMEM((2, strips, buffer_rows, LANES), jnp.uint32),
-            ],
+            scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES + (16 << 20),
+            vmem_limit_bytes=WORD_BYTES + OTHER_BYTES,
             disable_bounds_checks=True,
             disable_semaphore_checks=True,
         ),
         cost_estimate=_cost(m, w, arguments),
         interpret=interpret,
     )(*arguments)
+
+
+def _scratch(x: jax.Array, words: jax.Array, columns_of, w: MixedTensor, config: Config, buffer_rows: int):
+    """What :func:`_kernel` works in: sizes, order and x; the columns' operands twice, and so on."""
+    rows, columns, g = x.shape[-2], config.strips * LANES, w.group_size
+    exact = jnp.int8 if config.unpack == "int8" else jnp.bfloat16
+    digits = config.digits if config.unpack == "int8" else 1
+    return [
+        pltpu.SMEM(w.segments.shape, jnp.int32),
+        pltpu.SMEM(w.order.shape, jnp.int32),
+        pltpu.VMEM(x.shape, x.dtype),
+        *(pltpu.VMEM((2, a.shape[0], columns), a.dtype) for a in columns_of),
+        pltpu.SemaphoreType.DMA((3,)),
+        pltpu.SemaphoreType.DMA((2, len(blocks_of(words.shape[0])) + 1)),
+        pltpu.VMEM((rows, LANES), jnp.float32),
+        pltpu.VMEM((w.groups, LANES), jnp.float32),
+        pltpu.VMEM((g, g), exact),
+        pltpu.VMEM((w.groups + 1, digits * rows, g), exact),
+        pltpu.VMEM((2, rows, -(-3 * w.groups // LANES) * LANES), jnp.bfloat16),
+        pltpu.VMEM((rows, columns), jnp.float32),
+        pltpu.VMEM((config.strips, w.groups, LANES), jnp.float32),
+        pltpu.VMEM((2, config.strips, buffer_rows, LANES), jnp.uint32),
+    ]
+
+
+def _padded_bytes(scratch) -> int:
+    """Bytes of an array in VMEM, where its last two axes fill whole registers."""
+    *outer, rows, columns = scratch.shape
+    height = SUBLANES * 4 // scratch.dtype.itemsize
+    whole = (*outer, -(-rows // height) * height, -(-columns // LANES) * LANES)
+    return math.prod(whole) * scratch.dtype.itemsize
 
 
 def _pad(a: jax.Array, rows: int, columns: int) -> jax.Array:

@@ -1,12 +1,20 @@
-"""What the TPU kernel in decode can be tuned by, and the choice for a device and a product."""
+"""What the TPU kernels can be tuned by, the choice for a device and a product, and what they cannot serve."""
 
 import dataclasses
 
+import jax.numpy as jnp
+
+from pallas_kernels.devices import Device, describe
 from pallas_kernels.tuning import tuned
 
 LANES = 128
 SUBLANES = 8
 UNPACKS = {"int8": 8, "bfloat16": 16}  # strategy: bits of a field
+DECODE_ROWS = 32  # with more, the product is taken by mosaic_tpu_prefill
+GROUP_SIZES = (32, 64, 128, 256)
+GENERATIONS = ("v5e", "v5p", "v6e", "v7x")  # for which the compiler has taken the kernels
+WITHOUT_INT8 = ("v7x",)  # their matrix units multiply no integers
+VMEM_BYTES = 60 << 20  # the most that a kernel asks for; of 64 MiB on the smallest, v5p and v7x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +67,11 @@ class Config:
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     """The configuration for a device (``jax.Device.device_kind``) and a product ``[m, k] @ [k, n]``."""
     del k
-    kind = device_kind.lower()
-    unpack = "bfloat16" if "7" in kind else "int8"
-    deep, wide = "v6" in kind, "v6" in kind or "7" in kind
-    cores = 2 if kind in ("tpu v4", "tpu v5", "tpu v5p") else 1
+    device = describe(device_kind)
+    generation = device.compute_capability
+    unpack = "bfloat16" if generation in WITHOUT_INT8 else "int8"
+    deep, wide = generation == "v6e", generation in ("v6e", "v7x")
+    cores = device.processors or 1
     # Between two loops the matrix unit runs empty, so tiles are wide, but all strips are unrolled.
     widest = (32 if deep else 16 if unpack == "int8" else 8) // (1 if m <= 16 else 2)
     total, join = -(-n // LANES), 2 if wide and n > LANES else 1
@@ -81,3 +90,35 @@ def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: in
     """What was measured for this product, else what the :func:`heuristic` says."""
     found = tuned("mosaic_tpu", Config, device_kind, m, k, n, bits, group_size)
     return heuristic(device_kind, m, k, n) if found is None else found
+
+
+def check_supported(device: Device, dtype: jnp.dtype, m: int, group_size: int, config: Config) -> None:
+    """Whether the kernels can take a product on a device; of one that is no TPU nothing is asked.
+
+    Args:
+      device: the target.
+      dtype: of x.
+      m: rows of x.
+      group_size: channels in a group.
+      config: how the product would be cut.
+
+    Raises:
+      NotImplementedError: they cannot; says why.
+    """
+    if m == 0:
+        raise NotImplementedError("mosaic_tpu has no block for a product without rows")
+    if group_size not in GROUP_SIZES:
+        raise NotImplementedError(f"mosaic_tpu takes a group size of {GROUP_SIZES}, not {group_size}")
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"mosaic_tpu takes bfloat16 or float32 activations, not {dtype}")
+    if device.platform != "tpu":
+        return
+    if device.scratch_bytes is not None and device.scratch_bytes < VMEM_BYTES:
+        raise NotImplementedError(
+            f"mosaic_tpu asks for {VMEM_BYTES >> 20} MiB of VMEM, {device.name} has "
+            f"{device.scratch_bytes >> 20} MiB"
+        )
+    if device.compute_capability not in GENERATIONS:
+        raise NotImplementedError(f"mosaic_tpu is for TPUs {', '.join(GENERATIONS)}, not for {device.name}")
+    if config.unpack == "int8" and m <= DECODE_ROWS and device.compute_capability in WITHOUT_INT8:
+        raise NotImplementedError(f"mosaic_tpu unpacks to int8 here, which {device.name} does not multiply")

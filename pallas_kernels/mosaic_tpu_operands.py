@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_bits, zero_step
 from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS, Config
 from pallas_kernels.mosaic_tpu_unpack import bit_of
 
@@ -194,6 +194,14 @@ def _digits(x, count: int) -> jax.Array:
         found.insert(0, x)
         x = (x + 128) >> 8
     return jnp.concatenate(found)
+
+
+def zero_codes(stored, w: MixedTensor) -> jax.Array:
+    """int32 ``[G, columns]`` of columns of ``w.zero``, in registers."""
+    zero = stored.astype(jnp.int32)
+    if zero_bits(w.widths) == 8:
+        return zero
+    return jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
 
 
 def leading(x):

@@ -19,15 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, result_type, zero_bits
-from pallas_kernels.mosaic_tpu_config import Config
-from pallas_kernels.mosaic_tpu_operands import leading
+from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, result_type, zero_bits, zero_step
+from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, VMEM_BYTES, Config
+from pallas_kernels.mosaic_tpu_operands import leading, zero_codes
 
-LANES = 128
-SUBLANES = 8
 MANTISSA_BITS = 7  # of bfloat16
 HALF, LOW = np.uint32(16), np.uint32(0xFFFF)
-VMEM_BYTES = 44 << 20  # of 64 MiB on the smallest, v7x
+BLOCK_BYTES = 44 << 20  # of VMEM, at most; the compiler takes the rest
 
 
 def blocks(m: int, w: MixedTensor) -> tuple[int, int]:
@@ -37,7 +35,7 @@ def blocks(m: int, w: MixedTensor) -> tuple[int, int]:
     for rows, columns in blocks_by_cost:
         # Weights, words, scales and zeros; words, x and the result are double-buffered.
         column = 2 * k + 2 * 4 * w.words.shape[0] + 2 * 4 * w.groups
-        if columns * column + 2 * rows * (2 * k + 4 * columns) <= VMEM_BYTES:
+        if columns * column + 2 * rows * (2 * k + 4 * columns) <= BLOCK_BYTES:
             return min(rows, -(-m // 16) * 16), min(columns, -(-n // LANES) * LANES)
     raise NotImplementedError(f"a block of {k} channels does not fit into VMEM")
 
@@ -90,7 +88,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=60 << 20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         # x is read again for every tile of columns, all else once.
         cost_estimate=pl.CostEstimate(
@@ -115,8 +113,9 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
         row = plan[2, i] + c * (w.group_size * b // WORD_BITS)
         pairs = pl.ds(pl.multiple_of(order[position] * (w.group_size // 2), SUBLANES), w.group_size // 2)
         for s, ref in enumerate(word_refs):
-            codes = partial(_codes, _words(ref, row, b, w.group_size), b, w.group_size)
-            weights = finish(codes, b, *(row_ref[j, s, pl.ds(position, 1), :] for j in range(2)))
+            codes = partial(_codes, ref, row, b, w.group_size)
+            scale, zero = (row_ref[j, s, pl.ds(position, 1), :] for j in range(2))
+            weights = finish(codes, b, scale, zero, zero_step(b, w.widths))
             lanes = slice(s * LANES, (s + 1) * LANES)
             weights = jnp.concatenate(weights).astype(jnp.bfloat16)
             dense_ref[pairs, lanes] = pltpu.bitcast(weights, jnp.uint32)
@@ -124,10 +123,7 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
 
     @pl.when(pl.program_id(1) == 0)
     def unpack_tile():
-        zero = zero_ref[...].astype(jnp.int32)
-        if zero_bits(w.widths) == 4:
-            zero = jnp.concatenate([zero & 15, zero >> 4], axis=0)[: w.groups]
-        rows = [a.astype(jnp.float32) for a in (scale_ref[...], zero)]
+        rows = [a.astype(jnp.float32) for a in (scale_ref[...], zero_codes(zero_ref[...], w))]
         for s in range(strips):
             for j in range(2):
                 row_ref[j, s] = rows[j][:, s * LANES : (s + 1) * LANES]
@@ -141,7 +137,7 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
     out_ref[...] = product
 
 
-def _short_weights(codes, bits: int, scale, zero, vector) -> list[jax.Array]:
+def _short_weights(codes, bits: int, scale, zero, step: float, vector) -> list[jax.Array]:
     """``vector[16, 128]`` of each register of codes of up to 4 bits, with zero codes of 4.
 
     ``1 + q / 2**b`` and 1 + the zero point over ``2**b`` have few bits, so that their difference is exact.
@@ -149,56 +145,35 @@ def _short_weights(codes, bits: int, scale, zero, vector) -> list[jax.Array]:
     ones = np.uint32(0x3F803F80)
     found = [pltpu.bitcast(code | ones, jnp.bfloat16) for code in codes(MANTISSA_BITS - bits)]
     scale, offset = (
-        jnp.broadcast_to(row, found[0].shape).astype(vector) for row in (scale * 2.0**bits, 1 + zero / 16)
+        jnp.broadcast_to(row, found[0].shape).astype(vector)
+        for row in (scale * 2.0**bits, 1 + zero * (step / 2.0**bits))
     )
     return [(code.astype(vector) - offset) * scale for code in found]
 
 
-def _long_weights(codes, bits: int, scale, zero) -> list[jax.Array]:
-    """bfloat16 ``[16, 128]`` of codes of up to 8 bits, with zero codes of 8."""
-    offset = zero * 2.0 ** (bits - 8)
+def _long_weights(codes, bits: int, scale, zero, step: float) -> list[jax.Array]:
+    """bfloat16 ``[16, 128]`` of each register of codes of up to 8 bits, with zero codes of 8."""
+    del bits
+    offset = zero * step
     weights = []
     for code in codes(0):
         low, high = (half.astype(jnp.int32).astype(jnp.float32) for half in (code & LOW, code >> HALF))
-        low, high = (leading((code - offset) * scale) for code in (low, high))
-        weights.append(pltpu.bitcast(_pair(low, high), jnp.bfloat16))
+        low, high = (
+            lax.bitcast_convert_type(leading((code - offset) * scale), jnp.uint32) for code in (low, high)
+        )
+        weights.append(pltpu.bitcast(low >> HALF | high, jnp.bfloat16))
     return weights
 
 
-def _pair(low, high) -> jax.Array:
-    """Two float32 that bfloat16 has as the halves of uint32."""
-    low, high = (lax.bitcast_convert_type(a, jnp.uint32) for a in (low, high))
-    return low >> HALF | high
-
-
-def _words(ref, row, bits: int, group_size: int) -> list[list[list[jax.Array]]]:
-    """Words of a group: of each plane and each 16 rows, the even ones and the odd ones.
-
-    Where a plane has fewer rows, they are there several times.
-    """
-    found = []
-    for n in plane_widths(bits):
-        rows = group_size * n // WORD_BITS
-        height = min(SUBLANES, max(1, rows // 2))
-        starts = range(0, rows, 2 * SUBLANES)
-        part = [
-            [ref[pl.ds(row + first + odd * (rows > 1), height, stride=2), :] for odd in range(2)]
-            for first in starts
-        ]
-        found.append([[jnp.concatenate([words] * (SUBLANES // height)) for words in pair] for pair in part])
-        row += rows
-    return found
-
-
-def _codes(words, bits: int, group_size: int, up: int) -> list[jax.Array]:
+def _codes(ref, row, bits: int, group_size: int, up: int) -> list[jax.Array]:
     """A group's codes times ``2**up``, those of 16 channels in each ``uint32[8, 128]``.
 
     Channels ``2 * r`` and ``2 * r + 1`` are in the halves of row ``r``, as in bfloat16 of 16 rows.
     """
     codes: list = [None] * (group_size // (2 * SUBLANES))
-    for n, pairs in zip(plane_widths(bits), words, strict=True):
+    for n in plane_widths(bits):
         rows = group_size * n // WORD_BITS
-        fields = [_fields(even, odd, rows, n) for even, odd in pairs]
+        fields = [_fields(ref, row + first, rows, n) for first in range(0, rows, 2 * SUBLANES)]
         step = n * max(1, 2 * SUBLANES // rows)  # bits from one 16 channels to the next in the same rows
         for t in range(len(codes)):
             part, slot = t % len(fields), t // len(fields)
@@ -207,17 +182,23 @@ def _codes(words, bits: int, group_size: int, up: int) -> list[jax.Array]:
             word = word >> np.uint32(by - up) if by >= up else word << np.uint32(up - by)
             code = word & np.uint32((((1 << n) - 1) << up) * 0x00010001)
             codes[t] = code if codes[t] is None else codes[t] | code
-        up += n
+        row, up = row + rows, up + n
     return codes
 
 
-def _fields(even, odd, rows: int, n: int) -> tuple[jax.Array, jax.Array]:
+def _fields(ref, row, rows: int, n: int) -> tuple[jax.Array, jax.Array]:
     """The low halves of both words of a pair of rows side by side, and the high halves.
 
-    Copies of rows that are there several times are shifted, each by a slot of ``n`` bits more.
+    A plane of ``n`` bits with fewer than 16 ``rows`` is there several times, each copy a slot further.
     """
-    if rows < 2 * SUBLANES:
-        channel = 2 * lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-        even >>= (lax.div(channel, rows) * n).astype(jnp.uint32)
-        odd >>= (lax.div(channel + 1, rows) * n).astype(jnp.uint32)
+    height = min(SUBLANES, max(1, rows // 2))
+    channel = 2 * lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    pair = []
+    for first in range(2):
+        words = ref[pl.ds(row + first * (rows > 1), height, stride=2), :]
+        words = jnp.concatenate([words] * (SUBLANES // height))
+        if rows < 2 * SUBLANES:
+            words >>= (lax.div(channel + first, rows) * n).astype(jnp.uint32)
+        pair.append(words)
+    even, odd = pair
     return (even & LOW) | odd << HALF, even >> HALF | (odd & ~LOW)

@@ -1,0 +1,134 @@
+"""What the GPU kernel can be tuned by, the choice for a device and a product, and what it cannot serve."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.devices import Device, describe
+from pallas_kernels.mosaic_gpu_operands import ROW_TILE
+from pallas_kernels.tuning import tuned
+
+DECODE_ROWS = 32
+CAPABILITIES = ("8.0", "9.0", "10.0")  # for which the compilers have taken it; tests/test_aot.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the product is cut into blocks.
+
+    Attributes:
+      block_m: rows of x per block; 16, 32, 64 or 128.
+      block_n: columns per block; 32, 64, 128 or 256.
+      stages: steps of x in flight, or in use, in shared memory.
+      groups_per_step: groups of a warp between two waits; also how far ahead words are loaded. What is left
+        of a width when its groups do not divide by ``groups_per_step * split_k`` is done one group a step.
+      split_k: 1, 2 or 4 shares of the groups, each taken by ``4 / split_k`` of a block's warps; a warp has
+        ``block_n * split_k / 4`` columns. Above 1 with a ``block_m`` of 16 only.
+
+    Raises:
+      ValueError: a field is not as above, or not in 1..16.
+    """
+
+    block_m: int = 16
+    block_n: int = 128
+    stages: int = 3
+    groups_per_step: int = 4
+    split_k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.block_m not in (16, 32, 64, 128):
+            raise ValueError(f"block_m is {self.block_m}, expected 16, 32, 64 or 128")
+        if self.block_n not in (32, 64, 128, 256):
+            raise ValueError(f"block_n is {self.block_n}, expected 32, 64, 128 or 256")
+        if self.split_k not in (1, 2, 4):
+            raise ValueError(f"split_k is {self.split_k}, expected 1, 2 or 4")
+        if self.split_k > 1 and self.block_m != ROW_TILE:
+            raise ValueError(f"split_k is {self.split_k}, expected 1 where block_m is not {ROW_TILE}")
+        for name in ("stages", "groups_per_step"):
+            if not 1 <= getattr(self, name) <= 16:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 to 16")
+
+
+def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
+    """A configuration from counts of instructions and blocks; nothing here was timed.
+
+    Decode takes one tile of 16 rows and narrows blocks, whose warps then split K, until most multiprocessors
+    have one; a weight of few columns leaves some idle. Prefill takes 64 rows, which share each masked word,
+    and one group a step, for their sums fill the registers.
+    """
+    block_n = next(width for width in (128, 64, 32) if n >= width or width == 32)
+    if m > DECODE_ROWS:
+        return Config(block_m=64, block_n=block_n, stages=3, groups_per_step=1)
+    processors = describe(device_kind).processors or 108
+    split = 1
+    # A share below 1024 channels would spend more on filling its pipelines than on its groups.
+    while -(-m // 16) * -(-n // block_n) < processors // 2 and k // (2 * split) >= 1024 and split < 4:
+        split *= 2
+        block_n = min(block_n, 128 // split)
+    return Config(
+        block_m=16, block_n=block_n, stages=3 if split == 1 else 2, groups_per_step=4, split_k=split
+    )
+
+
+def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
+    """What was measured for this product, else what the :func:`heuristic` says."""
+    found = tuned("mosaic_gpu", Config, device_kind, m, k, n, bits, group_size)
+    return heuristic(device_kind, m, k, n) if found is None else found
+
+
+def shared_bytes(config: Config, group_size: int) -> int:
+    """Shared memory of a block: the pipeline of x and its barriers; after it, the shares' sums."""
+    step = config.split_k * config.block_m * group_size * 2  # of one group per share, bfloat16
+    barriers = config.stages + max(config.stages, config.groups_per_step)
+    shares = config.split_k * config.block_m * config.block_n * 4 if config.split_k > 1 else 0
+    return max(config.stages * config.groups_per_step * step, shares) + 8 * barriers
+
+
+def fitted(config: Config, device: Device, group_size: int) -> Config:
+    """The configuration with as many groups a step, then as many stages, as fit the shared memory."""
+    limit = device.scratch_bytes if device.platform == "cuda" else None
+    while limit is not None and shared_bytes(config, group_size) > limit:
+        if config.groups_per_step > 1:
+            config = dataclasses.replace(config, groups_per_step=config.groups_per_step // 2)
+        elif config.stages > 1:
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        else:
+            break
+    return config
+
+
+def check_supported(device: Device, dtype: jnp.dtype, m: int, group_size: int, config: Config | None) -> None:
+    """Whether the kernel can take a product on a device; of one that is no GPU nothing is asked.
+
+    Args:
+      device: the target.
+      dtype: of x.
+      m: rows of x.
+      group_size: channels in a group.
+      config: how the product would be cut, if that is known.
+
+    Raises:
+      NotImplementedError: it cannot; says why.
+    """
+    if group_size not in (32, 64, 128):
+        raise NotImplementedError(f"mosaic_gpu takes groups of 32, 64 or 128, not of {group_size}")
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"mosaic_gpu takes bfloat16 or float32 activations, not {dtype}")
+    if m == 0:
+        raise NotImplementedError("mosaic_gpu has no block for a product without rows")
+    if device.platform == "rocm":
+        raise NotImplementedError(f"mosaic_gpu runs on NVIDIA GPUs, not on {device.name}")
+    if device.platform != "cuda":
+        return
+    if device.compute_capability not in (None, *CAPABILITIES):
+        raise NotImplementedError(
+            f"mosaic_gpu is for compute capability {', '.join(CAPABILITIES)}, "
+            f"{device.name} has {device.compute_capability}"
+        )
+    if config is None or device.scratch_bytes is None:
+        return
+    if (needed := shared_bytes(config, group_size)) > device.scratch_bytes:
+        raise NotImplementedError(
+            f"mosaic_gpu needs {needed} bytes of shared memory for {config}, {device.name} has "
+            f"{device.scratch_bytes}"
+        )
