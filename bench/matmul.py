@@ -3,7 +3,8 @@
     python -m bench.matmul --shapes llama-2-7b --rows 1,16,2048
     python -m bench.matmul --check                      # values only, against float64
 
-How a product is timed is in `bench.timing`; the range in brackets is that of the repeats. bf16 and f32 are the plain XLA product; int4 is that with 4-bit weights and a scale for each group.
+How a product is timed is in `bench.timing`; the range in brackets is that of the repeats. bf16 and f32
+are the plain XLA product; int4 is that with 4-bit weights and a scale for each group.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.decode import random_packed
+from bench.machine import describe_device
 from bench.shapes import SHAPES
-from bench.timing import Product, copies, describe_device, prepare, rates, take_turns
+from bench.timing import Product, copies, prepare, rates, take_turns
 from convert.errors import first_line
 from pallas_kernels import MixedTensor, mixed_matmul
 
@@ -60,24 +62,29 @@ def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str,
     return found
 
 
+def row(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The record of one shape and number of rows: figures of every product, or why there are none."""
+    contestants = products(m, k, n, arguments)
+    found: dict[str, Any] = {"m": m, "k": k, "n": n}
+    prepared = {}
+    for name, product in contestants.items():
+        try:
+            prepared[name] = prepare(product)
+        except Exception as error:  # whatever a compiler or a driver raises is this product's result
+            found[name] = {"error": first_line(error)}
+    for name, timing in take_turns(prepared, arguments.repeats, arguments.seconds).items():
+        try:
+            found[name] = rates(contestants[name], timing)
+        except ValueError as error:
+            found[name] = {"error": first_line(error)}
+    return found
+
+
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One record a shape and number of rows, with the figures of every product or why there are none."""
+    """A :func:`row` for each shape and number of rows."""
     for k, n in SHAPES[arguments.shapes]:
         for m in map(int, arguments.rows.split(",")):
-            contestants = products(m, k, n, arguments)
-            row: dict[str, Any] = {"m": m, "k": k, "n": n}
-            prepared = {}
-            for name, product in contestants.items():
-                try:
-                    prepared[name] = prepare(product)
-                except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-                    row[name] = {"error": first_line(error)}
-            for name, timing in take_turns(prepared, arguments.repeats, arguments.seconds).items():
-                try:
-                    row[name] = rates(contestants[name], timing)
-                except ValueError as error:
-                    row[name] = {"error": first_line(error)}
-            yield row
+            yield row(m, k, n, arguments)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -144,10 +151,10 @@ def main() -> None:
     out["rows"] = []
     if not arguments.json:
         print(json.dumps(out["device"]))
-    for row in rows(arguments):
-        out["rows"].append(row)
+    for found in rows(arguments):
+        out["rows"].append(found)
         if not arguments.json:
-            print(line(row), flush=True)
+            print(line(found), flush=True)
     if arguments.json:
         print(json.dumps(out, indent=1))
 

@@ -1,4 +1,4 @@
-"""How long a product takes on the device at hand, and what that device is.
+"""How long a product takes on the device at hand.
 
 *On a GPU or a TPU* a product takes microseconds, and calling it from Python takes more. So whole programs are
 timed: a loop over products with several weights, each of which waits for the one before, and the same loop
@@ -11,13 +11,11 @@ copies of one, together larger than the GPU's last cache, so that each is read f
 
 import dataclasses
 import math
-import os
-import platform
-import shutil
-import subprocess
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -97,10 +95,9 @@ def _chain(
         # No compiler may compute the one element that is used alone, nor know that zero is 0.
         y = lax.optimization_barrier(run(x, weight))
         bump = (y[0, 0] * zero).astype(x.dtype)
-        if x.shape[0] <= FEW_ROWS:
-            x = first + bump  # becomes a part of whatever reads x
-        else:  # one element in place, so that a large x is not written anew
-            x = lax.dynamic_update_slice(x, x[:1, :1] + bump, (0, 0))
+        # Few rows: a part of whatever reads x. Many: one element in place, so that x is not written anew.
+        few = x.shape[0] <= FEW_ROWS
+        x = first + bump if few else lax.dynamic_update_slice(x, x[:1, :1] + bump, (0, 0))
     return x, y
 
 
@@ -204,59 +201,21 @@ def rates(product: Product, timing: Timing) -> dict[str, Any]:
     return row
 
 
-SMI_FIELDS = {
-    "name": "name",
-    "driver": "driver_version",
-    "sm_mhz": "clocks.sm",
-    "memory_mhz": "clocks.mem",
-    "max_sm_mhz": "clocks.max.sm",
-    "max_memory_mhz": "clocks.max.mem",
-    "watts": "power.draw",
-    "limit_watts": "power.limit",
-    "celsius": "temperature.gpu",
-    "memory_mib": "memory.total",
-    "used_mib": "memory.used",
-}
+def kernel_times(product: Product) -> dict[str, float]:
+    """Microseconds of one product by kernel, as the profiler saw them; empty where it sees none.
 
-
-def nvidia_smi() -> dict[str, str] | None:
-    """Driver, clocks, power and memory of the first visible NVIDIA GPU, as the driver prints them."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    for which in [["-i", visible]] if visible else []:
-        command += which
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    lines = done.stdout.strip().splitlines()
-    values = [value.strip() for value in lines[0].split(",")] if done.returncode == 0 and lines else []
-    return dict(zip(SMI_FIELDS, values)) if len(values) == len(SMI_FIELDS) else None
-
-
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "flax", "numpy", "slim-jax")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that compile and run, where they are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def describe_device() -> dict[str, Any]:
-    """The default device, its driver and its clocks now, and the versions; None where nobody says."""
-    device = jax.devices()[0]
-    return {
-        "platform": jax.default_backend(),
-        "kind": device.device_kind,
-        "runtime": getattr(device.client, "platform_version", None),
-        "nvidia_smi": nvidia_smi() if jax.default_backend() == "gpu" else None,
-        "versions": versions(),
-    }
+    What lies between kernels is in none of them: the sum is less than what :func:`prepare` times.
+    """
+    product.run(product.x, product.weights[0]).block_until_ready()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for weight in product.weights:
+                product.run(product.x, weight).block_until_ready()
+        files = sorted(Path(folder).rglob("*.xplane.pb"))
+        planes = jax.profiler.ProfileData.from_file(str(files[0])).planes if files else ()
+        taken: Counter[str] = Counter()
+        for line in (line for plane in planes if plane.name.startswith("/device:") for line in plane.lines):
+            if (line.name or "").startswith(("Stream", "XLA Ops")):
+                for event in line.events:
+                    taken[event.name] += event.duration_ns
+    return {name: ns / 1e3 / len(product.weights) for name, ns in taken.most_common()}

@@ -34,8 +34,8 @@ from pallas_kernels import devices, tuning
 
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "mosaic_gpu": {
-        "block_m": (16, 32, 64),
-        "block_n": (64, 128, 256),
+        "block_m": (16, 32, 64, 128),
+        "block_n": (32, 64, 128, 256),
         "stages": (2, 3, 4),
         "groups_per_step": (1, 2, 4),
         "split_k": (1, 2, 4),

@@ -92,7 +92,9 @@ def test_where_the_users_table_is(monkeypatch):
     assert str(tuning.user_table()) == "/here/tuned.json"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"mosaic_gpu": 1}', '{"mosaic_gpu": {"KEY": {"nothing": 1}}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"mosaic_gpu": 1}', '{"mosaic_gpu": {"KEY": {"nothing": 1}}}']
+)
 def test_a_broken_cache_stops_no_product(tables, content):
     key = tuning.key("a", 16, 4096, 4096, 2, 64)
     tables[1].parent.mkdir()
@@ -153,7 +155,9 @@ def test_the_fastest_wins_and_what_fails_is_left_out():
         tune.search([("not", product(refuses))], WANTED, math.inf).best(repeats=3)
 
 
-@pytest.mark.parametrize("wrong", [lambda x, w: x @ w + 1, lambda x, w: x @ w * jnp.nan, lambda x, w: x @ x.T])
+@pytest.mark.parametrize(
+    "wrong", [lambda x, w: x @ w + 1, lambda x, w: x @ w * jnp.nan, lambda x, w: x @ x.T]
+)
 def test_a_wrong_candidate_never_wins(wrong):
     """However fast it is, and also where all others are slow."""
     found = tune.search([("slow", product(slow)), ("wrong", product(wrong))], WANTED, math.inf)
@@ -176,6 +180,7 @@ def test_the_search_ends_in_time():
 
 def test_tune_writes_what_it_found(monkeypatch, capsys):
     """The whole of a kernel's tuning, with a kernel whose heuristic is wrong."""
+
     def mixed_matmul(x, w, *, config):
         if config.stages == 4:
             raise NotImplementedError("not this one")
