@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import check as values
 from bench.decode import random_packed
 from bench.machine import describe_device
 from bench.shapes import SHAPES
 from bench.timing import Product, copies, prepare, rates, take_turns
 from convert.errors import first_line
-from pallas_kernels import MixedTensor, mixed_matmul
+from pallas_kernels import mixed_matmul
 
 PRODUCTS = ("packed", "bf16", "f32", "int4")
 
@@ -72,7 +73,7 @@ def row(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]
             prepared[name] = prepare(product)
         except Exception as error:  # whatever a compiler or a driver raises is this product's result
             found[name] = {"error": first_line(error)}
-    for name, timing in take_turns(prepared, arguments.repeats, arguments.seconds).items():
+    for name, timing in take_turns(prepared, arguments.repeats, arguments.seconds or 20).items():
         try:
             found[name] = rates(contestants[name], timing)
         except ValueError as error:
@@ -107,25 +108,6 @@ def line(row: dict[str, Any]) -> str:
     return "  ".join(figures)
 
 
-def check(arguments: argparse.Namespace) -> float:
-    """Largest error of the packed product against float64, relative to the largest output."""
-    worst = 0.0
-    rng = np.random.default_rng(0)
-    for bits in (2, 3, 4):
-        for group_size in (32, 64, 128):
-            for m in (1, 3, 16, 17, 128):
-                k, n = 5 * group_size + 32, 200
-                w: MixedTensor = random_packed((k, n), bits, group_size, rng)
-                x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
-                found = mixed_matmul(x, w, implementation=arguments.implementation)
-                wanted = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
-                error = float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
-                worst = max(worst, error)
-                if not arguments.json:
-                    print(f"mean bits {bits}, g {group_size:3d}, M {m:3d}: relative error {error:.1e}")
-    return worst
-
-
 def main() -> None:
     """Prints a table or, with ``--json``, one document with device, versions and settings."""
     parser = argparse.ArgumentParser(prog="python -m bench.matmul", description=__doc__.splitlines()[0])
@@ -136,8 +118,10 @@ def main() -> None:
     parser.add_argument("--implementation", help="xla, mosaic_gpu or mosaic_tpu; by platform without")
     parser.add_argument("--products", default=",".join(PRODUCTS))
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=20, help="at most, for the repeats of one row")
     parser.add_argument("--check", action="store_true", help="values instead of speed; fails above 1 %%")
+    parser.add_argument(
+        "--seconds", type=float, help="after which --check begins no further case, or a row no further repeat"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     out: dict[str, Any] = {
@@ -145,9 +129,14 @@ def main() -> None:
         "settings": vars(arguments),
     }
     if arguments.check:
-        out["worst_relative_error"] = worst = check(arguments)
-        print(json.dumps(out, indent=1) if arguments.json else f"worst: {worst:.1e}")
-        sys.exit(worst > 0.01)
+        records = out["cases"] = []
+        for record in values.check(implementation=arguments.implementation, seconds=arguments.seconds):
+            records.append(record)
+            if not arguments.json:
+                print(values.line(record), flush=True)
+        good = sum(bool(record["ok"]) for record in records)
+        print(json.dumps(out, indent=1) if arguments.json else f"{good} of {len(records)} cases are right")
+        sys.exit(good < len(records))
     out["rows"] = []
     if not arguments.json:
         print(json.dumps(out["device"]))

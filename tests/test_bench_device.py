@@ -28,7 +28,16 @@ def main(monkeypatch, *arguments: str) -> int:
     return ended.value.code
 
 
-def test_every_stage_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def quick_to_compile():
+    """Programs are compiled with less care: nothing here is about speed."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_every_stage_runs(tmp_path, monkeypatch, quick_to_compile):
     assert main(monkeypatch, "--quick", "--allow-cpu", "--out", str(tmp_path)) == 0
     document, page = read(tmp_path)
     assert document["ok"] is True
