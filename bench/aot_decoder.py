@@ -10,8 +10,8 @@ from flax import nnx
 
 from pallas_kernels import use_implementation
 from pallas_kernels.layout import abstract_tensor, group_count
+from slim_jax.cache import State, forward
 from slim_jax.decoder import Block, Decoder, DecoderConfig, linear_groups
-from slim_jax.generate import State, forward
 
 LLAMA_2_7B = DecoderConfig(
     family="llama",

@@ -26,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pallas_kernels import MixedTensor
 from slim_jax.decoder import Decoder, DecoderConfig, Params, block_buffers, make_decoder
+from slim_jax.linear import product_dtype
 from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.report import BlockReport, Report
 from slim_jax.source import DecoderSource, Source
@@ -129,15 +130,10 @@ def _load_params(
             shape=tuple(static["shape"]),
             group_size=static["group_size"],
             widths=tuple(static["widths"]),
-            dtype=jnp.dtype(dtype or _product_dtype()),
+            dtype=product_dtype() if dtype is None else jnp.dtype(dtype),
         )
     params.update({name: value if dtype is None else value.astype(dtype) for name, value in arrays.items()})
     return params
-
-
-def _product_dtype() -> jnp.dtype:
-    """Dtype of products with packed weights: float32 on CPUs, bfloat16 where a matrix unit takes it."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 class CheckpointWriter:
@@ -267,7 +263,7 @@ class CheckpointSource:
     Args:
       path: the checkpoint's folder.
       dtype: of dense parameters and of products with packed ones; by default dense ones as they are
-        stored, products in float32 on CPUs and bfloat16 elsewhere.
+        stored, products as `slim_jax.linear.product_dtype` says.
       mesh: devices over which the output channels of every weight are cut; the default device has all
         without.
 

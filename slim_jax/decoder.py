@@ -19,32 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import MixedTensor, mixed_matmul, sharded_matmul
+from pallas_kernels import MixedTensor
 from slim_jax.attention import attention
+from slim_jax.linear import Linear, Packed, unembed
+from slim_jax.rotary import RopeScaling, frequencies, rotate
 
 Params = Mapping[str, Any]
 """Parameters of one block, or of what stands outside the blocks, by dotted name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    ``kind`` "linear" divides all of them by ``factor``; "llama3" divides those whose wavelength is
-    longer than ``original_max_positions / low_freq_factor``, keeps those shorter than
-    ``original_max_positions / high_freq_factor`` and blends between; "longrope" divides each by its own
-    of ``short_factors``, or of ``long_factors`` where there is room for more than
-    ``original_max_positions`` tokens, and scales queries and keys by ``attention_factor``.
-    """
-
-    kind: Literal["linear", "llama3", "longrope"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
-    attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,29 +134,6 @@ class Buffer(nnx.Variable):
     """What a block is given like a parameter, though it follows from the config and its index."""
 
 
-class Linear(nnx.Module):
-    """``y = x @ weight + bias``, weight ``[K, N]`` dense or a :class:`MixedTensor`; ``y`` is float32.
-
-    Attributes:
-      mesh: over which a packed weight's output channels are cut; None on one device.
-    """
-
-    def __init__(self, k: int, n: int, *, bias: bool, rngs: nnx.Rngs) -> None:
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (k, n)) * k**-0.5)
-        self.bias = nnx.Param(jnp.zeros(n)) if bias else None
-        self.mesh: Mesh | None = None
-
-    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
-        weight = self.weight.get_value()
-        if isinstance(weight, MixedTensor):
-            y = mixed_matmul(x, weight) if self.mesh is None else sharded_matmul(x, weight, self.mesh)
-        else:
-            y = jnp.dot(x.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
-        if self.bias is None:
-            return y
-        return y + self.bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
-
-
 class Norm(nnx.Module):
     """RMSNorm, or LayerNorm with a bias, over the last axis."""
 
@@ -193,50 +151,6 @@ class Norm(nnx.Module):
         if self.bias is None:
             return y
         return y + self.bias[...].astype(jnp.float32).reshape(along_last)
-
-
-def rotary_frequencies(
-    config: DecoderConfig, slots: int = 0, *, local: bool = False
-) -> Float[Array, " half"]:
-    """Angular frequency of each pair of features, ``[head_dim / 2]`` radians per position.
-
-    Args:
-      config: the decoder's.
-      slots: number of tokens that there is room for; "longrope" goes by it.
-      local: of the blocks that have ``local_rope_theta``.
-    """
-    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    if local and config.local_rope_theta is not None:
-        return 1.0 / (config.local_rope_theta**half)
-    frequency = 1.0 / (config.rope_theta**half)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    if scaling.kind == "longrope":
-        long = slots > scaling.original_max_positions
-        return frequency / jnp.asarray(scaling.long_factors if long else scaling.short_factors)
-    turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = jnp.clip(keep, 0.0, 1.0)
-    return frequency * (keep + (1 - keep) / scaling.factor)
-
-
-def rotate(
-    x: Float[Array, "b t h d"],
-    positions: Int[Array, "b t"],
-    frequency: Float[Array, " half"],
-    factor: float = 1.0,
-) -> Float[Array, "b t h d"]:
-    """Rotary position embedding, times ``factor``.
-
-    Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints.
-    """
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
-    x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
 class Attention(nnx.Module):
@@ -276,7 +190,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.positions == "rotary":
-            q, k = self._rotate(q, k, positions, time if cache is None else cache[0].shape[2])
+            q, k = self._rotate(q, k, positions)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         key_positions = positions
         if cache is not None:
@@ -291,15 +205,13 @@ class Attention(nnx.Module):
         y = attention(q, k, v, positions, key_positions, scale=scale, window=window, softcap=softcap)
         return y, (k, v)
 
-    def _rotate(
-        self, q: jax.Array, k: jax.Array, positions: jax.Array, slots: int
-    ) -> tuple[jax.Array, jax.Array]:
-        config = self.config
-        frequency = rotary_frequencies(config, slots)
+    def _rotate(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        config, scaling = self.config, self.config.rope_scaling
+        frequency = frequencies(config.head_dim, config.rope_theta, scaling, jnp.max(positions) + 1)
         if config.sliding_window is not None and config.local_rope_theta is not None:
-            local = rotary_frequencies(config, slots, local=True)
+            local = frequencies(config.head_dim, config.local_rope_theta)
             frequency = local if self.local is None else jnp.where(self.local[...] > 0, local, frequency)
-        factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+        factor = 1.0 if scaling is None else scaling.attention_factor
         return rotate(q, positions, frequency, factor), rotate(k, positions, frequency, factor)
 
 
@@ -468,12 +380,7 @@ class Decoder(nnx.Module):
             h = self.norm(h)
         if self.project_out is not None:
             h = self.project_out(h)
-        if self.head is not None:
-            logits = self.head(h)
-        else:
-            table = self.embed[...]
-            h = h.astype(table.dtype)
-            logits = jnp.einsum("...d,vd->...v", h, table, preferred_element_type=jnp.float32)
+        logits = unembed(h, self.embed[...]) if self.head is None else self.head(h)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -487,7 +394,7 @@ class Decoder(nnx.Module):
 
 
 def _flat(module: nnx.Module) -> dict[str, Any]:
-    state = nnx.to_flat_state(nnx.state(module, (nnx.Param, Buffer)))
+    state = nnx.to_flat_state(nnx.state(module, (nnx.Param, Packed, Buffer)))
     return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
 
@@ -525,7 +432,10 @@ def _fill(module: Any, params: Params) -> None:
         owner = module
         for part in path:
             owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        getattr(owner, leaf).set_value(value if isinstance(value, MixedTensor) else jnp.asarray(value))
+        if isinstance(value, MixedTensor):
+            setattr(owner, leaf, Packed(value))
+        else:
+            getattr(owner, leaf).set_value(jnp.asarray(value))
 
 
 def make_block(config: DecoderConfig, params: Params) -> Block:

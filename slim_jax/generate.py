@@ -1,9 +1,7 @@
 """Text from a decoder: prefill once, then one token at a time against a cache of keys and values.
 
 One jitted function serves both. It is shared by all generators, so that a second generator of the same
-shapes compiles nothing. Blocks that are packed alike are stacked and scanned over, which compiles one
-body; dense blocks run unrolled, because XLA copies each slice of a weight that it scans over.
-Chat templates and text are not this file's business: it knows token ids.
+shapes compiles nothing. Chat templates and text are not this file's business: it knows token ids.
 """
 
 import dataclasses
@@ -17,111 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import MixedTensor
-from slim_jax.decoder import Block, Decoder, DecoderConfig
+from slim_jax.cache import State, forward, stackable
+from slim_jax.decoder import Decoder, DecoderConfig
+from slim_jax.linear import Linear
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
 LENGTH_STEP = 128
 SAMPLE_ROWS = 64
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What a batch has seen. Slots ``>= length`` are empty.
-
-    Attributes:
-      kv: keys and values, each ``[L, B, num_kv_heads, S, head_dim]`` where blocks are scanned over,
-        else one such pair without ``L`` a block: each is then updated where it lies.
-      positions: ``int32[B, S]``, position of the token in each slot, -1 where a slot holds none.
-      length: ``int32[]``, slots in use.
-    """
-
-    kv: Any
-    positions: jax.Array
-    length: jax.Array
-
-    @classmethod
-    def empty(
-        cls,
-        config: DecoderConfig,
-        batch: int,
-        size: int,
-        *,
-        stacked: bool,
-        dtype: jax.typing.DTypeLike = jnp.float32,
-        mesh: Mesh | None = None,
-    ) -> "State":
-        """No tokens, and room for ``size``; heads are cut over a mesh if its devices divide them."""
-        shape = (batch, config.num_kv_heads, size, config.head_dim)
-        layers = config.num_layers
-        device = None
-        if mesh is not None:
-            cut = mesh.axis_names if config.num_kv_heads % mesh.size == 0 else None
-            device = NamedSharding(mesh, P(*[None] * (2 if stacked else 1), cut))
-        zeros = partial(jnp.zeros, dtype=dtype, device=device)
-        # Every buffer is its own: all of them are donated.
-        kv: Any = [(zeros(shape), zeros(shape)) for _ in range(0 if stacked else layers)]
-        if stacked:
-            kv = (zeros((layers, *shape)), zeros((layers, *shape)))
-        return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
-
-    def grown(self, size: int) -> "State":
-        """The same with room for ``size`` tokens; whether blocks are scanned over or not."""
-        more = size - self.positions.shape[1]
-
-        def pad(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, [(0, more if axis == x.ndim - 2 else 0) for axis in range(x.ndim)])
-
-        positions = jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1)
-        return State(jax.tree.map(pad, self.kv), positions, self.length)
-
-
-def _stackable(blocks: Sequence[Block]) -> bool:
-    """Whether blocks are packed, and alike in everything but the values of their leaves."""
-    leaves = jax.tree.leaves(blocks[0], is_leaf=lambda x: isinstance(x, MixedTensor))
-    if not any(isinstance(leaf, MixedTensor) for leaf in leaves):
-        return False
-    kinds = [
-        (jax.tree.structure(block), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(block)])
-        for block in blocks
-    ]
-    return all(kind == kinds[0] for kind in kinds)
-
-
-def forward(
-    outer: Decoder, blocks: Any, state: State, tokens: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, State]:
-    """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them."""
-    start = state.length
-    slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
-    h = outer.embed_tokens(tokens, positions)
-    kv: Any
-    if isinstance(blocks, list):
-        kv = []
-        for block, (k, v) in zip(blocks, state.kv):
-            h, layer_kv = block(h, positions, (k, v, slots, start))
-            kv.append(layer_kv)
-    else:
-
-        def layer(carry: tuple, x: tuple[Block, jax.Array]) -> tuple[tuple, None]:
-            h, *all_kv = carry
-            block, i = x
-            k, v = (lax.dynamic_index_in_dim(a, i, keepdims=False) for a in all_kv)
-            h, layer_kv = block(h, positions, (k, v, slots, start))
-            # Only the new slots go back, so that the cache is written where it lies.
-            new = [lax.dynamic_slice_in_dim(a, start, tokens.shape[1], axis=2)[None] for a in layer_kv]
-            all_kv = [lax.dynamic_update_slice(a, b, (i, 0, 0, start, 0)) for a, b in zip(all_kv, new)]
-            return (h, *all_kv), None
-
-        indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)
-        (h, *all_kv), _ = lax.scan(layer, (h, *state.kv), (blocks, indices))
-        kv = tuple(all_kv)
-    return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
 
 
 def nucleus(logits: Float[Array, "b vocab"], top_p: Float[Array, ""]) -> Float[Array, "b vocab"]:
@@ -215,14 +117,14 @@ class Generator:
     def __init__(self, model: Decoder) -> None:
         self.config: DecoderConfig = model.config
         blocks: Any = list(model.blocks)
-        self.stacked: bool = _stackable(blocks)
-        keys = blocks[0].attn.k
+        self.stacked: bool = stackable(blocks)
+        linear = next(m for _, m in nnx.iter_modules(blocks[0]) if isinstance(m, Linear))
         self._empty = partial(
             State.empty,
             model.config,
             stacked=self.stacked,
-            dtype=keys.weight.get_value().dtype,
-            mesh=keys.mesh,
+            dtype=linear.weight.get_value().dtype,
+            mesh=linear.mesh,
         )
         if self.stacked:
             blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
@@ -256,13 +158,19 @@ class Generator:
             positions[row, width - len(prompt) :] = np.arange(len(prompt))
 
         state = self._empty(batch, _round_up(width + max_tokens - 1))
+        seen = [(tokens, positions)]
         choice = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
         results: list[list[int]] = [[] for _ in prompts]
         active = set(range(batch))
         for step in range(max_tokens):
+            if step and positions.max() == _border(config):
+                # As transformers does: what was read with the short factors is read again with the long.
+                tokens, positions = _joined(seen)
+                state = self._empty(batch, _round_up(tokens.shape[1] + max_tokens - 1 - step))
             chosen, state = _advance(self._treedef, self._leaves, state, tokens, positions, *choice)
             tokens = np.asarray(chosen)[:, None]
             positions = (lengths + step)[:, None]
+            seen.append((tokens, positions))
             for row in sorted(active):
                 token = int(tokens[row, 0])
                 if token in stops:
@@ -283,17 +191,30 @@ class Generator:
                 f"cannot write {samples} samples of {length} tokens: expected at least one sample"
                 f" of 1 to {config.max_positions} tokens"
             )
-        key = jax.random.key(seed)
+        key, treedef = jax.random.key(seed), self._treedef_for(length)
         start = config.bos_token_id
         column = [] if start is None else [np.full((samples, 1), start, np.int32)]
         first = self._first_tokens(samples, key)
         if length == len(column):
             return column[0]
         rows = [
-            self._continue(column, first[i : i + SAMPLE_ROWS], length, jax.random.fold_in(key, i + 1))
+            self._continue(
+                treedef, column, first[i : i + SAMPLE_ROWS], length, jax.random.fold_in(key, i + 1)
+            )
             for i in range(0, samples, SAMPLE_ROWS)
         ]
         return np.concatenate([*column, np.concatenate(rows)], axis=1)
+
+    def _treedef_for(self, length: int) -> Any:
+        """The structure whose program reads texts of ``length``: long ones by long factors throughout."""
+        config, border = self.config, _border(self.config)
+        if config.rope_scaling is None or border is None or length <= border:
+            return self._treedef
+        scaling = dataclasses.replace(config.rope_scaling, short_factors=config.rope_scaling.long_factors)
+        outer, blocks = jax.tree.unflatten(self._treedef, self._leaves)
+        for block in blocks if isinstance(blocks, list) else [blocks]:
+            block.attn.config = dataclasses.replace(config, rope_scaling=scaling)
+        return jax.tree.structure((outer, blocks))
 
     def _first_tokens(self, samples: int, key: jax.Array) -> np.ndarray:
         """Likely first tokens, all different while the vocabulary lasts: drawn without replacement."""
@@ -309,7 +230,7 @@ class Generator:
         return np.resize(order, samples).astype(np.int32)
 
     def _continue(
-        self, column: list[np.ndarray], first: np.ndarray, length: int, key: jax.Array
+        self, treedef: Any, column: list[np.ndarray], first: np.ndarray, length: int, key: jax.Array
     ) -> np.ndarray:
         """``int32[B, length - len(column)]``: ``first`` and what the model writes after it."""
         batch, before = len(first), len(column)
@@ -321,16 +242,29 @@ class Generator:
             start = np.ascontiguousarray(column[0][:batch])
             zero = jnp.float32(0.0)
             _, state = _advance(
-                self._treedef, self._leaves, state, start, np.zeros((batch, 1), np.int32), key, zero, zero
+                treedef, self._leaves, state, start, np.zeros((batch, 1), np.int32), key, zero, zero
             )
         for size in sizes:
             state = state.grown(size)
             steps = min(size, length - 1) - done
             if steps > 0:
-                token, tokens, state = _write(self._treedef, self._leaves, state, token, steps, key)
+                token, tokens, state = _write(treedef, self._leaves, state, token, steps, key)
                 written.append(np.asarray(tokens))
                 done += steps
         return np.concatenate(written).T
+
+
+def _border(config: DecoderConfig) -> int | None:
+    """Tokens beyond which a model's rotary frequencies change, None if they never do."""
+    scaling = config.rope_scaling
+    return scaling.original_max_positions if scaling is not None and scaling.kind == "longrope" else None
+
+
+def _joined(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions of one call in place of several, padded on the left to a size compiled for."""
+    tokens, positions = (np.concatenate(parts, axis=1) for parts in zip(*seen))
+    padding = ((0, 0), (_round_up(tokens.shape[1]) - tokens.shape[1], 0))
+    return np.pad(tokens, padding), np.pad(positions, padding, constant_values=-1)
 
 
 def _sizes(length: int) -> list[int]:
@@ -377,6 +311,9 @@ def generate(
 ) -> list[list[int]]:
     """Continues prompts, all in one batch. To call it often, make one :class:`Generator` and keep it.
 
+    With "longrope" a batch changes to the long factors where its longest row does, and is then read
+    again from the start, once; transformers does the same with Phi-3.
+
     Args:
       model: dense or packed.
       prompts: token ids, one or more of each prompt; lengths may differ.
@@ -413,7 +350,8 @@ def sample_text(
 
     Rows begin with the config's BOS token, if it has one, then a first token that is drawn from what the
     model expects after BOS (else after its end-of-text token; else uniformly), without replacement, so
-    that no two rows begin alike. Stop tokens do not end a row.
+    that no two rows begin alike. Stop tokens do not end a row. With "longrope", text that will be longer
+    than the trained context is written with the long factors from the start, as it is read later.
 
     Args:
       model: dense or packed.

@@ -20,6 +20,7 @@ from jax import lax
 from pallas_kernels import MixedTensor, mixed_matmul
 from slim_jax.activations import Inputs, observe
 from slim_jax.config import SlimConfig
+from slim_jax.linear import Packed
 from slim_jax.report import LayerReport
 from slim_jax.solver import LayerSolver
 
@@ -53,7 +54,7 @@ class PackedLinear(nnx.Module):
     """
 
     def __init__(self, weight: MixedTensor, bias: jax.Array | None, axes: int, out_shape: tuple[int, ...]):
-        self.weight = nnx.Param(weight)
+        self.weight = Packed(weight)
         self.bias = None if bias is None else nnx.Param(bias)
         self.axes, self.out_shape = axes, out_shape
 
@@ -67,7 +68,7 @@ class PackedLinear(nnx.Module):
         return y if out_sharding is None else jax.reshard(y, out_sharding)
 
 
-class PackedKernel(nnx.Param):
+class PackedKernel(Packed):
     """The packed kernel of a convolution; indexing it, as `nnx.Conv` does, gives the dense one."""
 
     def __getitem__(self, key: Any) -> jax.Array:
@@ -245,7 +246,7 @@ def _quantize_layer(
     ((tensor, report),) = solver.solve([path], [weight], seen)
     tensor = dataclasses.replace(tensor, dtype=kernel.dtype)
     if isinstance(layer, nnx.Conv):
-        layer.kernel = PackedKernel(tensor, kernel_shape=kernel.shape)
+        layer.kernel = PackedKernel(tensor, kernel_shape=kernel.shape)  # type: ignore[assignment]
         return report
     out_shape = layer.out_features if isinstance(layer.out_features, tuple) else (layer.out_features,)
     bias = None if layer.bias is None else layer.bias[...]

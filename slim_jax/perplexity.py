@@ -35,12 +35,18 @@ def _forward(block: Block, h: jax.Array) -> jax.Array:
 def _loss(outer: Decoder, h: jax.Array, tokens: jax.Array) -> jax.Array:
     """Mean loss of the window ``tokens[1, T]``; logits are made for a part of it at a time."""
 
-    def token_loss(one: tuple[jax.Array, jax.Array]) -> jax.Array:
-        h, target = one
+    def token_losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        h, targets = part
         logits = outer.logits(h)
-        return jax.nn.logsumexp(logits) - logits[target]
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=1) - chosen
 
-    return jnp.mean(lax.map(token_loss, (h[0, :-1], tokens[0, 1:]), batch_size=LOGIT_TOKENS))
+    seen, targets = h[0, :-1], tokens[0, 1:]
+    parts, even = len(seen) // LOGIT_TOKENS, len(seen) // LOGIT_TOKENS * LOGIT_TOKENS
+    # Parts of whole rows, not a map of tokens: a product knows how many rows it has.
+    in_parts = [a[:even].reshape(parts, LOGIT_TOKENS, *a.shape[1:]) for a in (seen, targets)]
+    losses = lax.map(token_losses, tuple(in_parts)).reshape(-1)
+    return jnp.mean(jnp.concatenate([losses, token_losses((seen[even:], targets[even:]))]))
 
 
 def perplexity(

@@ -15,6 +15,7 @@ from slim_jax.calibration import Grid, stored_grids
 from slim_jax.config import SlimConfig
 from slim_jax.gptq import Solution, solve
 from slim_jax.hessian import Statistics, statistics
+from slim_jax.linear import product_dtype
 from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.report import LayerReport
 
@@ -172,6 +173,7 @@ class LayerSolver:
             bits,
             group_size=self.config.group_size,
             widths=_widths(self.config, self.bits),
+            dtype=product_dtype(),
         )
         return self.placement.tensor(tensor)
 

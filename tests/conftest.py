@@ -9,6 +9,7 @@ from jaxtyping import install_import_hook
 # for its leaves (shardings, shapes, gradients without a type), which its fields' annotations would refuse.
 CHECKED = ["pallas_kernels.api", "pallas_kernels.xla"]
 CHECKED += [f"slim_jax.{m}" for m in ["allocation", "calibration", "decoder", "generate", "gptq", "hessian"]]
+CHECKED += ["slim_jax.cache", "slim_jax.linear", "slim_jax.rotary"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)  # tests of sharding need several, no other test sees them

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from slim_jax.cache import State, forward
 from slim_jax.decoder import Block, Decoder, make_decoder, make_outer, sequence_positions, split_params
-from slim_jax.generate import State, forward
 from slim_jax.source import Source
 
 HERE = Path(__file__).parent / "goldens"

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import pack
-from slim_jax.decoder import Block, Decoder, DecoderConfig, Linear, linear_groups
+from slim_jax.decoder import Block, Decoder, DecoderConfig, linear_groups
 from slim_jax.generate import Generator, generate, nucleus, sample_text
+from slim_jax.linear import Linear, Packed
 
 # `slim_jax.generate` is the function of that name.
 generation = importlib.import_module("slim_jax.generate")
@@ -56,14 +57,14 @@ def packed(decoder: Decoder, bits: tuple[int, ...] = (1, 2, 3), alike: bool = Tr
             codes = rng.integers(0, 256, (k, n)) % np.repeat(1 << widths, 32)[:, None]
             zero = rng.integers(0, 16, (groups, n))
             scale = rng.random((groups, n)) * 0.2 + 0.05
-            linear.weight.set_value(pack(codes, scale, zero, widths, group_size=32, widths=bits))
+            linear.weight = Packed(pack(codes, scale, zero, widths, group_size=32, widths=bits))
     return decoder
 
 
 def dequantized(decoder: Decoder) -> Decoder:
     for block in decoder.blocks:
         for linear in linears(block, decoder.config):
-            linear.weight.set_value(linear.weight.get_value().dequantize())
+            linear.weight = nnx.Param(linear.weight.get_value().dequantize())
     return decoder
 
 

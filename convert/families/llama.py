@@ -20,7 +20,8 @@ from convert.families.family import (
     require,
     token_ids,
 )
-from slim_jax.decoder import DecoderConfig, RopeScaling, rotary_frequencies
+from slim_jax.decoder import DecoderConfig, RopeScaling
+from slim_jax.rotary import frequencies
 
 HF_NAMES = Names(
     outer={"embed": "embed_tokens", "norm": "norm", "head": "lm_head"},
@@ -231,9 +232,7 @@ def read_gguf_rope(meta: Mapping[str, Any], tensors: Any, head_dim: int, theta: 
     divisors = np.asarray(tensors.read(["rope_freqs.weight"])["rope_freqs.weight"], np.float32)
     original = field(meta, "rope.scaling.original_context_length", int, 8192)
     scaling = RopeScaling("llama3", float(divisors.max()), original_max_positions=original)
-    plain = DecoderConfig("llama", 1, head_dim, 1, 1, 1, 1, head_dim, 1, rope_theta=theta)
-    scaled = dataclasses.replace(plain, rope_scaling=scaling)
-    formula = np.asarray(rotary_frequencies(plain)) / np.asarray(rotary_frequencies(scaled))
+    formula = np.asarray(frequencies(head_dim, theta)) / np.asarray(frequencies(head_dim, theta, scaling))
     if divisors.shape != formula.shape or not np.allclose(divisors, formula, rtol=1e-3):
         raise ConvertError("rope_freqs.weight holds other factors than Llama 3's, which are not supported")
     return scaling

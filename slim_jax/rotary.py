@@ -1,0 +1,70 @@
+"""Rotary position embeddings, and the ways in which they are stretched beyond the trained context."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    ``kind`` "linear" divides all of them by ``factor``; "llama3" divides those whose wavelength is
+    longer than ``original_max_positions / low_freq_factor``, keeps those shorter than
+    ``original_max_positions / high_freq_factor`` and blends between; "longrope" divides each by its own
+    of ``short_factors``, or of ``long_factors`` in a pass that reaches beyond ``original_max_positions``
+    tokens, and scales queries and keys by ``attention_factor``.
+    """
+
+    kind: Literal["linear", "llama3", "longrope"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None, tokens: int | Int[Array, ""] = 0
+) -> Float[Array, " half"]:
+    """Angular frequency of each pair of features, ``[head_dim / 2]`` radians per position.
+
+    Args:
+      head_dim: features of a head.
+      theta: base of the frequencies.
+      scaling: how they are stretched.
+      tokens: how far the pass reaches, the greatest position of the batch plus one: "longrope" goes by it,
+        as transformers does. It may be traced.
+    """
+    frequency = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    if scaling.kind == "longrope":
+        short, long = jnp.asarray(scaling.short_factors), jnp.asarray(scaling.long_factors)
+        return frequency / jnp.where(tokens > scaling.original_max_positions, long, short)
+    turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return frequency * (keep + (1 - keep) / scaling.factor)
+
+
+def rotate(
+    x: Float[Array, "b t h d"],
+    positions: Int[Array, "b t"],
+    frequency: Float[Array, " half"],
+    factor: float = 1.0,
+) -> Float[Array, "b t h d"]:
+    """Rotary position embedding, times ``factor``.
+
+    Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints.
+    """
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
