@@ -16,9 +16,13 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# JAX rebuilds a MixedTensor with whatever stands for its leaves (shardings, shapes, gradients without a
-# type), which its fields' annotations would refuse.
-UNCHECKED = {"pallas_kernels.layout"}
+UNCHECKED = (
+    # JAX rebuilds a MixedTensor with whatever stands for its leaves (shardings, shapes, gradients without
+    # a type), which its fields' annotations would refuse.
+    "pallas_kernels.layout",
+    # Typer reads these annotations as how to parse, and passes other things (its own click's Context).
+    "convert.cli",
+)
 
 
 def modules(package: str) -> list[str]:
@@ -29,7 +33,7 @@ def modules(package: str) -> list[str]:
 
 
 CHECKED = [name for package in ("pallas_kernels", "slim_jax", "convert") for name in modules(package)]
-install_import_hook([name for name in CHECKED if name not in UNCHECKED], "beartype.beartype")
+install_import_hook([name for name in CHECKED if not name.startswith(UNCHECKED)], "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)  # tests of sharding need several, no other test sees them
 
