@@ -1,4 +1,4 @@
-"""Prints the lowest version of every dependency that pyproject.toml has a lower bound for, as pip takes it."""
+"""Prints the lowest version that pyproject.toml allows of every dependency, as pip takes it."""
 
 import re
 import tomllib
