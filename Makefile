@@ -42,7 +42,7 @@ demo: $(STAMP)
 	@$(SLIM) generate $(DEMO) $(DEMO_GENERATE)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -25,6 +25,9 @@ UNCHECKED = (
 )
 
 
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
 def modules(package: str) -> list[str]:
     """The modules below a package, without importing them."""
     root = Path(find_spec(package).origin).parent
@@ -47,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "aot":
         return  # those tests measure what the compilers of other devices make
     if "not slow" in config.option.markexpr:  # the slow ones compute more than they compile
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        os.environ.setdefault("XLA_FLAGS", QUICK)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="slim-jax-tests-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
