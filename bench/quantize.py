@@ -77,7 +77,7 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]
 
 
 def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
-    """An epoch of SliM-LLM+ over one block against the block's full-precision gradient, same samples."""
+    """An epoch of "slim-plus" over one block against the block's full-precision gradient, same samples."""
     config, dense = source.config, dict(source.block(0))
     params, _ = BlockQuantizer(source, tokens, SlimConfig(group_size=64, method="rtn"), None).quantize(0)
     packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
