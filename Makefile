@@ -1,5 +1,7 @@
 # make setup   .venv with everything
 # make test    lint, types, tests: what CI runs
+# make test-slow  tests that take minutes
+# make test-lowest   the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make test-aot   kernels compiled for TPUs and GPUs that are not here, in .venv-aot
 # make demo    quantizes a small model and compares before and after
 PYTHON ?= python3
@@ -12,7 +14,7 @@ DEMO_TEXT := bench/data/pride_and_prejudice.txt
 DEMO_EVAL := --text $(DEMO_TEXT) --window 512
 DEMO_GENERATE := --prompt "The capital of France is" --max-tokens 40
 
-.PHONY: setup demo test test-slow test-aot lint format bench clean
+.PHONY: setup demo test test-slow test-lowest test-aot lint format bench clean
 
 setup: $(STAMP)
 
@@ -40,7 +42,7 @@ demo: $(STAMP)
 	@$(SLIM) generate $(DEMO) $(DEMO_GENERATE)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -51,6 +53,15 @@ test-aot: .venv-aot/.installed
 .venv-aot/.installed: pyproject.toml
 	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
 	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -e '.[aot,test]'
+	@touch $@
+
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal
+
+.venv-lowest/.installed: pyproject.toml .ci/lowest.py
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python .ci/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[test]'
 	@touch $@
 
 lint: $(STAMP)

@@ -4,10 +4,13 @@
     python -m bench.aot --target v5e,h100 --decoder      # a whole decode step of Llama-2-7B
 
 Nothing here is a time. A TPU's cost is its compiler's estimate of cycles, a GPU's the instructions that a
-thread spends on one weight (and 16 rows of x) in the main loops; both rank variants. The floor is the bytes
-of all arguments and results over the datasheet's bandwidth: no program is faster. The ratio to it is that of
-the estimated cycles, or of the time in which all multiprocessors could issue the instructions; 1 where
-memory takes longer. ``pip install 'slim-jax[aot]'`` brings the compilers; they run on any x86-64 Linux.
+thread spends on one weight (and 16 rows of x) in the main loops; both rank variants. The floor is the larger
+of two times: the bytes of all arguments and results over the datasheet's bandwidth, and the product's
+operations over the datasheet's peak for bfloat16. No program is faster. The ratio to it is that of the
+estimated cycles, or of the time in which all multiprocessors could issue the instructions; 1 where memory or
+matrix units take longer. Of a GPU kernel also what its blocks together read and write is printed: most of it
+comes from the L2 cache, for which there is no datasheet's bandwidth, so it is in no floor.
+``pip install 'slim-jax[aot]'`` brings the compilers; they run on any x86-64 Linux.
 """
 
 import argparse
@@ -17,6 +20,7 @@ from typing import Any
 
 from bench import aot_gpu, aot_tpu
 from bench.shapes import SHAPES
+from pallas_kernels.devices import BY_SHORT_NAME, Device
 from pallas_kernels.layout import group_count
 
 Row = dict[str, Any]
@@ -38,7 +42,9 @@ def tpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
     else:
         builder, extra = "bench.aot_tpu:dense", {}
     record = aot_tpu.compile_for(target, builder, {"m": m, "k": k, "n": n, **extra})
-    cost = None if record.estimated_cycles is None else f"{record.estimated_cycles:,} cycles"
+    cycles, device = record.estimated_cycles, BY_SHORT_NAME[aot_tpu.TARGETS[target].device]
+    memory_us = None if record.memory_seconds is None else 1e6 * record.memory_seconds
+    takes_us = None if cycles is None else 1e6 * cycles / aot_tpu.TARGETS[target].clock
     return {
         "error": record.error,
         "bytes": record.bytes,
@@ -46,10 +52,11 @@ def tpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
         "memory": None if record.vmem_bytes is None else f"{record.vmem_bytes / 2**20:.1f} MiB VMEM",
         "spills": record.spills,
         "matrix_instructions": record.matrix_ops,
-        "cost": cost,
+        "cost": None if cycles is None else f"{cycles:,} cycles",
         "bundles": record.bundles,
-        "floor_us": None if record.floor_seconds is None else 1e6 * record.floor_seconds,
-        "ratio": None if record.ratio is None else max(1.0, record.ratio),
+        "l2_bytes": None,
+        "launches": record.launches,
+        **against_floor(device, m, k, n, memory_us, takes_us),
         "record": dataclasses.asdict(record),
     }
 
@@ -67,6 +74,7 @@ def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
     shares = [size / group_count(k, group_size) for size in quarters(k, group_size)]
     cost = _instructions(kernels, shares if product == "packed" else [1.0])
     issued = cost and cost * k * n * -(-m // 16) / record["lane_instructions_per_us"]
+    floor = against_floor(aot_gpu.device(target), m, k, n, record.get("memory_us"), issued)
     return {
         "error": record["error"],
         "bytes": record["read_bytes"] + record["written_bytes"] if done else None,
@@ -80,9 +88,46 @@ def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
         else None,
         "cost": cost and f"{cost:.2f} instructions",
         "bundles": None,
-        "floor_us": record.get("floor_us"),
-        "ratio": issued and max(1.0, issued / record["floor_us"]),
+        "l2_bytes": _block_bytes(record, m, k, n) if done else None,
+        "launches": record.get("launches"),
+        **floor,
         "record": record,
+    }
+
+
+def _block_bytes(record: Row, m: int, k: int, n: int) -> int | None:
+    """What the blocks of the packed product read and write together: all rows of x for each tile of columns,
+    the whole weight for each tile of rows. None if it is not in the program.
+    """
+    if "mixed_matmul" not in record["grids"]:
+        return None
+    ((row_tiles, column_tiles),) = record["grids"]["mixed_matmul"]
+    weight = record["argument_bytes"] - 2 * m * k
+    return column_tiles * 2 * m * k + row_tiles * weight + 4 * m * n
+
+
+def against_floor(
+    device: Device, m: int, k: int, n: int, memory_us: float | None, takes_us: float | None
+) -> Row:
+    """The least time of a product on a device, what sets it, and how many times as much a program takes.
+
+    Args:
+      device: of the table, with its peak for bfloat16.
+      m: rows of x.
+      k: channels.
+      n: columns.
+      memory_us: all bytes over the bandwidth; None if the program did not compile.
+      takes_us: by the compiler's estimate, None if there is none.
+    """
+    if memory_us is None:
+        return {"floor_us": None, "bound": None, "ratio": None}
+    assert device.bfloat16_flops is not None
+    matrix_us = 2e6 * m * k * n / device.bfloat16_flops
+    floor_us = max(memory_us, matrix_us)
+    return {
+        "floor_us": floor_us,
+        "bound": "memory" if memory_us >= matrix_us else "matrix units",
+        "ratio": None if takes_us is None else max(1.0, takes_us / floor_us),
     }
 
 
@@ -115,12 +160,14 @@ def _line(row: Row) -> str:
         return f"{name}  did not compile: {row['error']}"
     parts = [
         "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f} MB moved",
+        "" if row["l2_bytes"] is None else f"{row['l2_bytes'] / 1e6:.1f} MB by all blocks",
+        "" if row["launches"] is None else f"{row['launches']} launches",
         row["memory"] or "",
         f"{row['spills']} spills",
         f"{row['matrix_instructions']} matrix instructions",
         "" if row["bundles"] is None else f"{row['bundles']} bundles",
         row["cost"] or "",
-        f"floor {row['floor_us']:.1f} us",
+        f"floor {row['floor_us']:.1f} us ({row['bound']})",
         "" if row["ratio"] is None else f"{row['ratio']:.2f} x the floor",
     ]
     return f"{name}  " + ", ".join(part for part in parts if part)

@@ -10,8 +10,9 @@ from flax import nnx
 
 from pallas_kernels import use_implementation
 from pallas_kernels.layout import abstract_tensor, group_count
-from slim_jax.cache import State, forward
+from slim_jax.cache import State
 from slim_jax.decoder import Block, Decoder, DecoderConfig, linear_groups
+from slim_jax.step import forward
 
 LLAMA_2_7B = DecoderConfig(
     family="llama",

@@ -4,8 +4,9 @@
 
 XLA compiles for a GPU that is only described (``bench/targets/*.txtpb``); Pallas Mosaic GPU and XLA leave
 their PTX in a directory, ``ptxas -v`` says registers, spills and shared memory, and ``nvdisasm`` the
-instructions, which are counted by innermost loop. Nothing here is a time: ``floor_us`` is bytes over the
-datasheet's bandwidth, and no kernel is faster than that.
+instructions, which are counted by innermost loop. Nothing here is a time: ``memory_us`` is bytes over the
+datasheet's bandwidth, and no kernel is faster than that. What is compiled is what the device would run: the
+kernels choose their blocks for the target (:func:`pallas_kernels.devices.target`).
 
 It needs ``jax[cuda13-local] nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-nvdisasm``. Every
 compile runs in a process of its own, for XLA reads its flags once per process.
@@ -25,6 +26,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pallas_kernels import devices
+from pallas_kernels.devices import Device, find
 
 TARGETS = Path(__file__).parent / "targets"
 Record = dict[str, Any]
@@ -49,7 +53,6 @@ def matmul(
     group_size: int = 128,
     bias: bool = False,
     config: dict[str, int] | None = None,
-    target: str = "h100",
 ) -> tuple[Callable, list]:
     """``mixed_matmul`` of a weight of these widths, of three in quarters and a half, and its arguments."""
     import jax
@@ -63,7 +66,7 @@ def matmul(
     segments = (outer, groups - 2 * outer, outer) if outer else _even(groups, len(widths))
     weight = abstract_tensor((k, n), widths=widths, segments=segments, group_size=group_size)
     shape: Any = jax.ShapeDtypeStruct
-    chosen = mosaic_gpu.Config(**config) if config else mosaic_gpu.heuristic(device_kind(target), m, k, n)
+    chosen = mosaic_gpu.Config(**config) if config else None
 
     def product(x, w, *bias):
         return mosaic_gpu.mixed_matmul(x, w, bias=bias[0] if bias else None, config=chosen)
@@ -75,9 +78,16 @@ def _even(groups: int, parts: int) -> tuple[int, ...]:
     return tuple(groups * (i + 1) // parts - groups * i // parts for i in range(parts))
 
 
-def device_kind(target: str) -> str:
-    """The name by which JAX knows a target."""
-    return _described(target, "device_description_str")
+def device(target: str) -> Device:
+    """What the table of devices knows of a target.
+
+    Raises:
+      ValueError: it has no such device, or not its bandwidth.
+    """
+    found = find(kind := described(target, "device_description_str"))
+    if found is None or found.bandwidth is None or found.bfloat16_flops is None:
+        raise ValueError(f"{target}.txtpb describes {kind!r}, expected a device of pallas_kernels.devices")
+    return found
 
 
 def compile_for(target: str, builder: str, arguments: dict | None = None, timeout: float = 900) -> Record:
@@ -85,7 +95,7 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
 
     Args:
       target: a name in :func:`targets`.
-      builder: ``"module:function"``; given ``target`` too if it has such a parameter.
+      builder: ``"module:function"``.
       arguments: of the builder.
       timeout: seconds.
 
@@ -93,7 +103,8 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
       A record that JSON can hold. ``error`` is one line, or None if it compiled; then ``kernels`` has what
       ``ptxas`` and the disassembler say of each, by name; ``argument_bytes`` and ``output_bytes`` are the
       program's, ``temp_bytes`` its intermediates, ``read_bytes`` and ``written_bytes`` what all its kernels
-      read and write, ``floor_us`` the time of ``argument_bytes + output_bytes`` at full bandwidth, and
+      read and write, ``launches`` their number, ``grids`` those of the Pallas kernels by name,
+      ``memory_us`` the time of ``argument_bytes + output_bytes`` at full bandwidth, and
       ``lane_instructions_per_us`` what all its multiprocessors issue.
 
     Raises:
@@ -118,12 +129,11 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
             record["kernels"] = _kernels(Path(directory))
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             return record | {"error": str(error).splitlines()[0]}
-    bandwidth = float(_described(target, "memory_bandwidth"))
     moved = record["argument_bytes"] + record["output_bytes"]
-    lanes = int(_described(target, "core_count")) * 4 * 32  # of four warps in each multiprocessor
+    lanes = int(described(target, "core_count")) * 4 * 32  # of four warps in each multiprocessor
     return record | {
-        "floor_us": round(moved / bandwidth * 1e6, 3),
-        "lane_instructions_per_us": lanes * float(_described(target, "clock_rate_ghz")) * 1e3,
+        "memory_us": round(moved / device(target).bandwidth * 1e6, 3),
+        "lane_instructions_per_us": lanes * float(described(target, "clock_rate_ghz")) * 1e3,
     }
 
 
@@ -138,24 +148,24 @@ def _child(target: str, builder: str, arguments: dict, directory: str) -> None:
     from jax.sharding import SingleDeviceSharding
 
     module, name = builder.split(":")
-    build = getattr(importlib.import_module(module), name)
-    if "target" in build.__code__.co_varnames[: build.__code__.co_argcount]:
-        arguments = {"target": target, **arguments}
-    function, operands = build(**arguments)
+    function, operands = getattr(importlib.import_module(module), name)(**arguments)
     description = (TARGETS / f"{target}.txtpb").read_text()
-    device: Any = topologies.get_topology_desc(
+    gpu: Any = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=description, topology="1x1x1"
     ).devices[0]
-    placed = SingleDeviceSharding(device)
+    placed = SingleDeviceSharding(gpu)
     operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), operands)
-    with jax.default_device(device):  # Mosaic asks this device for its compute capability, else takes sm_90
-        jitted = function if hasattr(function, "lower") else jax.jit(function)
-        compiled = jitted.lower(*operands).compile()
+    # Mosaic asks the default device for its compute capability, and without one takes sm_90.
+    with jax.default_device(gpu), devices.target(gpu):
+        traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*operands)
+        compiled = traced.lower().compile()
     memory: Any = compiled.memory_analysis()
-    read, written = _traffic(compiled.as_text() or "")
+    launches, read, written = kernels_of(compiled.as_text() or "")
     result = {
-        "device": device.device_kind,
-        "compute_capability": device.compute_capability,
+        "device": gpu.device_kind,
+        "compute_capability": gpu.compute_capability,
+        "grids": grids(traced.jaxpr.jaxpr),
+        "launches": launches,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
@@ -166,16 +176,17 @@ def _child(target: str, builder: str, arguments: dict, directory: str) -> None:
     Path(directory, "result.json").write_text(json.dumps(result))
 
 
-def _traffic(hlo: str) -> tuple[int, int]:
-    """Bytes that the kernels of an optimized HLO program read and write, every operand of each counted once.
+def kernels_of(hlo: str) -> tuple[int, int, int]:
+    """How many kernels an optimized HLO program launches, and what bytes they read and write.
 
-    XLA's ``cost_analysis`` says nothing for a device that is not there. This count takes intermediates as
-    memory traffic although most stay in the L2 cache.
+    Every operand of each is counted once. XLA's ``cost_analysis`` says nothing for a device that is not
+    there. This count takes intermediates as memory traffic although most stay in the L2 cache, and a loop
+    for one kernel.
     """
     entry = hlo[hlo.index("ENTRY") :]
     entry = entry[: entry.index("\n}")]
     size: dict[str, int] = {}
-    read = written = 0
+    launches = read = written = 0
     for name, shape, opcode, operands in re.findall(
         r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", entry, re.MULTILINE
     ):
@@ -184,9 +195,23 @@ def _traffic(hlo: str) -> tuple[int, int]:
             for kind, dims in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", shape)
         )
         if opcode not in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element"):
+            launches += not opcode.endswith("-done")  # the end of what a "-start" began
             read += sum(size.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
             written += size[name]
-    return read, written
+    return launches, read, written
+
+
+def grids(jaxpr: Any) -> dict[str, list[list[int]]]:
+    """The grids of the Pallas GPU kernels of a program, each once, by the kernels' names."""
+    found: dict[str, list[list[int]]] = collections.defaultdict(list)
+    for equation in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        kernels = [(equation.params["name"], [list(mesh.grid)]) for mesh in equation.params.get("meshes", ())]
+        for program in inner:
+            kernels += grids(program).items() if hasattr(program, "eqns") else []
+        for name, of_kernel in kernels:
+            found[name] += [grid for grid in of_kernel if grid not in found[name]]
+    return dict(found)
 
 
 def _reason(child: subprocess.CompletedProcess) -> str:
@@ -197,7 +222,7 @@ def _reason(child: subprocess.CompletedProcess) -> str:
     return died + (telling or lines)[-1][:400]
 
 
-def _described(target: str, field: str) -> str:
+def described(target: str, field: str) -> str:
     found = re.search(rf'{field}: (?:"([^"]*)"|(\S+))', (TARGETS / f"{target}.txtpb").read_text())
     if found is None:
         raise ValueError(f"{target}.txtpb has no {field}")

@@ -8,8 +8,8 @@ passed: ``"module:name"`` of a builder that, called with keyword arguments, retu
 
     python -m bench.aot_tpu v6e bench.aot_tpu:decode '{"m": 16, "k": 4096, "n": 4096}'
 
-Estimates are static: they rank variants well, but are too optimistic about memory. Read
-``max(estimated_cycles, floor_cycles)``. Needs ``jax[tpu]``; any x86-64 Linux will do.
+Estimates are static: they rank variants well, but are too optimistic about memory. Read the larger of
+``estimated_cycles`` and what the bandwidth allows. Needs ``jax[tpu]``; any x86-64 Linux will do.
 """
 
 import argparse
@@ -27,6 +27,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.aot_gpu import kernels_of
+from pallas_kernels.devices import BY_SHORT_NAME
+from pallas_kernels.devices import target as target_of_program
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -35,14 +39,14 @@ class Target:
     Attributes:
       topology: the smallest topology that libtpu has for it.
       options: further arguments of ``get_topology_desc``.
-      bandwidth: of HBM, bytes per second and chip.
+      device: its short name in :mod:`pallas_kernels.devices`.
       clock: Hz, as follows from the peak FLOP/s and the size of the matrix units.
       estimates: whether libtpu's cycle estimate exists (elsewhere it aborts).
     """
 
     topology: str
     options: dict[str, Any]
-    bandwidth: float
+    device: str
     clock: float
     estimates: bool = True
 
@@ -50,11 +54,11 @@ class Target:
 ONE_CHIP = {"chips_per_host_bounds": (1, 1, 1)}
 # https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, .../tpu7x. v7x: one device is half a chip.
 TARGETS = {
-    "v5e": Target("v5e:1x1", ONE_CHIP, 819e9, 1.5e9),
-    "v5e-4": Target("v5e:2x2", {"chips_per_host_bounds": (2, 2, 1)}, 819e9, 1.5e9),
-    "v5p": Target("v5p:2x2x1", {}, 2765e9, 1.75e9),
-    "v6e": Target("v6e:1x1", ONE_CHIP, 1640e9, 1.75e9),
-    "v7x": Target("tpu7x:2x2x1", {}, 7380e9 / 2, 2.2e9, estimates=False),
+    "v5e": Target("v5e:1x1", ONE_CHIP, "v5e", 1.5e9),
+    "v5e-4": Target("v5e:2x2", {"chips_per_host_bounds": (2, 2, 1)}, "v5e", 1.5e9),
+    "v5p": Target("v5p:2x2x1", {}, "v5p", 1.75e9),
+    "v6e": Target("v6e:1x1", ONE_CHIP, "v6e", 1.75e9),
+    "v7x": Target("tpu7x:2x2x1", {}, "v7x", 2.2e9, estimates=False),
 }
 
 
@@ -71,15 +75,14 @@ class Record:
       output_bytes: size of the results.
       temp_bytes: HBM that the program needs beside them.
       alias_bytes: results that lie where donated arguments were.
+      launches: operations of the program, Pallas kernels among them, of which a loop counts as one.
       vmem_bytes: the most that one kernel takes.
       spills: register spills, all kernels.
       bundles: instruction bundles, all kernels; a bundle in a loop counts once.
       matrix_ops: matrix unit instructions, counted once in a loop.
       estimated_cycles: the compiler's own estimate, all kernels one after the other.
       kernels: the same numbers for each kernel.
-      floor_seconds: ``(argument_bytes + output_bytes) / bandwidth``.
-      floor_cycles: the same at the datasheet's clock.
-      ratio: ``estimated_cycles / floor_cycles``.
+      memory_seconds: ``(argument_bytes + output_bytes) / bandwidth``: no program is faster.
     """
 
     target: str
@@ -90,15 +93,14 @@ class Record:
     output_bytes: int | None = None
     temp_bytes: int | None = None
     alias_bytes: int | None = None
+    launches: int | None = None
     vmem_bytes: int | None = None
     spills: int | None = None
     bundles: int | None = None
     matrix_ops: int | None = None
     estimated_cycles: int | None = None
     kernels: dict[str, dict[str, Any]] | None = None
-    floor_seconds: float | None = None
-    floor_cycles: float | None = None
-    ratio: float | None = None
+    memory_seconds: float | None = None
 
 
 def compile_for(
@@ -109,7 +111,7 @@ def compile_for(
     Args:
       target: a key of ``TARGETS``.
       builder: ``"module:name"``, returns ``(function, arguments of it)``; see the module's docstring.
-      arguments: of the builder; what JSON can say. ``device_kind`` is added if the builder takes it.
+      arguments: of the builder; what JSON can say.
       timeout: seconds.
 
     Raises:
@@ -176,8 +178,6 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     builder = getattr(importlib.import_module(module), name)
     arguments = request["arguments"]
     wanted = inspect.signature(builder).parameters
-    if "device_kind" in wanted:
-        arguments = {"device_kind": device.device_kind} | arguments
     mesh = Mesh(np.array(topology.devices if "mesh" in wanted else [device]), ("devices",))
     if "mesh" in wanted:
         arguments = {"mesh": mesh} | arguments
@@ -186,8 +186,9 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or place), shapes
     )
-    # Pallas asks the mesh which chip it lowers for; without one, it would ask this machine's CPU.
-    with use_abstract_mesh(mesh.abstract_mesh):
+    # Pallas asks the mesh which chip it lowers for, and without one this machine's CPU; so do our kernels,
+    # but a program may enter a mesh of its own.
+    with use_abstract_mesh(mesh.abstract_mesh), target_of_program(device):
         jitted = function if hasattr(function, "lower") else jax.jit(function)
         lowered = jitted.lower(*shapes)
     compiled = lowered.compile()
@@ -195,7 +196,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     assert memory is not None
     vmem = re.findall(
         r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"',
-        compiled.as_text() or "",
+        hlo := compiled.as_text() or "",
     )
     return {
         "device_kind": device.device_kind,
@@ -204,6 +205,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
+        "launches": kernels_of(hlo)[0],
         "vmem_bytes": max(map(int, vmem), default=None),
     }
 
@@ -261,10 +263,9 @@ def _record(target: str, said: dict[str, Any], kernels: dict[str, dict[str, Any]
     record.spills, record.bundles = total("spills"), total("bundles")
     record.estimated_cycles = total("estimated_cycles")
     record.matrix_ops = sum(k.get("operations", {}).get("MXU", 0) for k in kernels.values())
-    record.floor_seconds = (said["argument_bytes"] + said["output_bytes"]) / TARGETS[target].bandwidth
-    record.floor_cycles = record.floor_seconds * TARGETS[target].clock
-    if record.estimated_cycles is not None:
-        record.ratio = record.estimated_cycles / record.floor_cycles
+    bandwidth = BY_SHORT_NAME[TARGETS[target].device].bandwidth
+    assert bandwidth is not None
+    record.memory_seconds = (said["argument_bytes"] + said["output_bytes"]) / bandwidth
     return record
 
 
@@ -277,13 +278,12 @@ def _reason(stderr: str) -> str:
     return ((telling or lines or ["no message"])[-1])[:600]
 
 
-def decode(device_kind: str, m: int = 16, k: int = 4096, n: int = 4096, **options):
+def decode(m: int = 16, k: int = 4096, n: int = 4096, **options):
     """Builder: ``mixed_matmul`` on the TPU kernel, segment sizes as data. See :func:`packed`."""
-    return packed(device_kind, m, k, n, **options)
+    return packed(m, k, n, **options)
 
 
 def packed(
-    device_kind: str,
     m: int,
     k: int,
     n: int,
@@ -301,18 +301,22 @@ def packed(
     import jax.numpy as jnp
 
     from pallas_kernels import mosaic_tpu
+    from pallas_kernels.devices import of_target
     from pallas_kernels.layout import abstract_tensor
 
     w = abstract_tensor(
         (k, n), widths=tuple(widths), segments=tuple(segments), group_size=group_size, dtype=jnp.bfloat16
     )
-    chosen = dataclasses.replace(mosaic_tpu.heuristic(device_kind, m, k, n), **config)
 
-    def fixed(w):
-        return dataclasses.replace(w, segments=np.array(segments, np.int32)) if constant else w
+    def product(x, w):
+        chosen = None
+        if config:
+            chosen = dataclasses.replace(mosaic_tpu.choose(of_target().name, m, k, n), **config)
+        if constant:
+            w = dataclasses.replace(w, segments=np.array(segments, np.int32))
+        return mosaic_tpu.mixed_matmul(x, w, config=chosen)
 
-    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-    return lambda x, w: mosaic_tpu.mixed_matmul(x, fixed(w), config=chosen), (x, w)
+    return product, (jax.ShapeDtypeStruct((m, k), jnp.bfloat16), w)
 
 
 def sharded(mesh: Any, m: int, k: int, n: int):

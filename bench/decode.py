@@ -40,14 +40,18 @@ def random_packed(
     return pack(codes, scale, zero, widths, group_size=group_size, widths=(bits - 1, bits, bits + 1))
 
 
-def random_decoder(source: Source, bits: int, group_size: int, seed: int = 0) -> Decoder:
-    """The source's model with every linear layer of its blocks in random codes."""
+def random_decoder(
+    source: Source, bits: int, group_size: int, seed: int = 0, *, alike: bool = False
+) -> Decoder:
+    """The source's model with every linear layer of its blocks in random codes, if ``alike`` those of one."""
     config, rng = source.config, np.random.default_rng(seed)
     shapes = block_params(config)
     names = [f"{name}.weight" for group in linear_groups(config).values() for name in group]
     blocks: list[Params] = []
+    packed: Params = {}
     for i in range(config.num_layers):
-        packed = {name: random_packed(shapes[name].shape, bits, group_size, rng) for name in names}
+        if not (packed and alike):
+            packed = {name: random_packed(shapes[name].shape, bits, group_size, rng) for name in names}
         blocks.append({**source.block(i), **packed})
     return make_decoder(config, source.outer(), blocks)
 
@@ -81,6 +85,19 @@ def measure(generators: dict[str, Generator], tokens: int, rounds: int) -> dict[
         for name, generator in generators.items():
             taken[name].append(seconds(generator, prompt, tokens))
     return {name: tokens / float(np.median(times)) for name, times in taken.items()}
+
+
+def measure_prefill(generators: dict[str, Generator], length: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each to read a prompt and choose the first token, taking turns."""
+    prompt = [2 + i % 200 for i in range(length)]
+    taken: dict[str, list[float]] = {name: [] for name in generators}
+    for i in range(1 + rounds):
+        for name, generator in generators.items():
+            start = time.perf_counter()
+            generator.generate([prompt], max_tokens=1, stop=[])
+            if i:  # the first compiles
+                taken[name].append(time.perf_counter() - start)
+    return {name: float(np.median(times)) for name, times in taken.items()}
 
 
 def main() -> None:

@@ -3,112 +3,109 @@
     python -m bench.matmul --shapes llama-2-7b --rows 1,16,2048
     python -m bench.matmul --check                      # values only, against float64
 
-Every product is compiled, warmed up, and taken many times in turns with the others; the median counts.
-bf16 and f32 are the plain XLA product; int4 is that with 4-bit weights and a scale for each group.
+How a product is timed is in `bench.timing`; the range in brackets is that of the repeats. bf16 and f32
+are the plain XLA product; int4 is that with 4-bit weights and a scale for each group.
 """
 
 import argparse
-import importlib.metadata
 import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import check as values
 from bench.decode import random_packed
-from bench.shapes import BANDWIDTH, SHAPES
-from pallas_kernels import MixedTensor, mixed_matmul
+from bench.machine import describe_device
+from bench.shapes import SHAPES
+from bench.timing import Product, copies, prepare, rates, take_turns
+from convert.errors import first_line
+from pallas_kernels import mixed_matmul
 
-Product = tuple[Callable[..., jax.Array], tuple[Any, ...], int]
-"""A jitted product, its arguments, and the bytes that it must read and write at least."""
+PRODUCTS = ("packed", "bf16", "f32", "int4")
 
 
 def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Product]:
     """The packed product and its competitors on random data of one shape."""
     rng = np.random.default_rng(0)
-    w = random_packed((k, n), arguments.bits, arguments.group_size, rng)
+    names = arguments.products.split(",")
     x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
-    implementation = arguments.implementation
-    packed = jax.jit(lambda x, w: mixed_matmul(x, w, implementation=implementation))
-    dense = jnp.asarray(rng.normal(size=(k, n)), jnp.bfloat16)
-    x32, dense32 = x.astype(jnp.float32), dense.astype(jnp.float32)
-    int4 = jnp.asarray(rng.integers(-8, 8, (k, n)), jnp.int4)
-    scale = jnp.asarray(rng.random((-(-k // arguments.group_size), n)), jnp.bfloat16)
+    found: dict[str, Product] = {}
 
-    @jax.jit
-    def by_group(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    def add(name: str, run: Callable[..., jax.Array], x: jax.Array, weight: Any, size: int) -> None:
+        moved = x.nbytes + size + 4 * m * n
+        found[name] = Product(jax.jit(run), x, copies(weight, m), moved, 2 * m * k * n)
+
+    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+    def by_group(x: jax.Array, weight: tuple[jax.Array, jax.Array]) -> jax.Array:
+        w, scale = weight
         scales = jnp.repeat(scale, arguments.group_size, axis=0)[:k]
-        return jnp.dot(x, w.astype(jnp.bfloat16) * scales, preferred_element_type=jnp.float32)
+        return plain(x, w.astype(jnp.bfloat16) * scales)
 
-    plain = jax.jit(lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32))
-    activations = x.nbytes + 4 * m * n
-    return {
-        "packed": (packed, (x, w), activations + w.nbytes),
-        "bf16": (plain, (x, dense), activations + dense.nbytes),
-        "f32": (plain, (x32, dense32), 4 * (m * k + k * n + m * n)),
-        "int4": (by_group, (x, int4, scale), activations + k * n // 2 + scale.nbytes),
-    }
-
-
-def measure(products: dict[str, Product], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taking turns after a warm-up."""
-    for run, operands, _ in products.values():
-        for _ in range(3):
-            run(*operands).block_until_ready()
-    taken: dict[str, list[float]] = {name: [] for name in products}
-    for _ in range(repeats):
-        for name, (run, operands, _) in products.items():
-            start = time.perf_counter()
-            run(*operands).block_until_ready()
-            taken[name].append(time.perf_counter() - start)
-    return {name: float(np.median(seconds)) for name, seconds in taken.items()}
+    if "packed" in names:
+        w = random_packed((k, n), arguments.bits, arguments.group_size, rng)
+        implementation = arguments.implementation
+        add("packed", lambda x, w: mixed_matmul(x, w, implementation=implementation), x, w, w.nbytes)
+    dense = jnp.asarray(rng.standard_normal((k, n), np.float32))
+    if "bf16" in names:
+        add("bf16", plain, x, dense.astype(jnp.bfloat16), 2 * k * n)
+    if "f32" in names:
+        add("f32", plain, x.astype(jnp.float32), dense, 4 * k * n)
+    if "int4" in names:
+        scale = jnp.asarray(rng.random((-(-k // arguments.group_size), n)), jnp.bfloat16)
+        int4 = jnp.clip(jnp.round(3 * dense), -8, 7).astype(jnp.int4)
+        add("int4", by_group, x, (int4, scale), k * n // 2 + scale.nbytes)
+    return found
 
 
-def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record a shape and number of rows; printed as they come."""
-    kind = jax.devices()[0].device_kind
-    peak = BANDWIDTH.get(kind)
-    out = []
+def row(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The record of one shape and number of rows: figures of every product, or why there are none."""
+    contestants = products(m, k, n, arguments)
+    found: dict[str, Any] = {"m": m, "k": k, "n": n}
+    prepared = {}
+    for name, product in contestants.items():
+        try:
+            prepared[name] = prepare(product)
+        except Exception as error:  # whatever a compiler or a driver raises is this product's result
+            found[name] = {"error": first_line(error)}
+    for name, timing in take_turns(prepared, arguments.repeats, arguments.seconds or 20).items():
+        try:
+            found[name] = rates(contestants[name], timing)
+        except ValueError as error:
+            found[name] = {"error": first_line(error)}
+    return found
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A :func:`row` for each shape and number of rows."""
     for k, n in SHAPES[arguments.shapes]:
         for m in map(int, arguments.rows.split(",")):
-            contestants = products(m, k, n, arguments)
-            seconds = measure(contestants, arguments.repeats)
-            row: dict[str, Any] = {"m": m, "k": k, "n": n}
-            for name, (_, _, size) in contestants.items():
-                row[name] = {"microseconds": 1e6 * seconds[name], "gb_per_s": size / seconds[name] / 1e9}
-                if peak is not None:
-                    row[name]["percent_of_peak"] = 100 * size / seconds[name] / peak
-            out.append(row)
-            if not arguments.json:
-                figures = "  ".join(
-                    f"{name} {row[name]['microseconds']:10.1f} us {row[name]['gb_per_s']:8.1f} GB/s"
-                    for name in contestants
-                )
-                print(f"M {m:5d}  K {k:6d}  N {n:6d}  {figures}", flush=True)
-    return out
+            yield row(m, k, n, arguments)
 
 
-def check(arguments: argparse.Namespace) -> float:
-    """Largest error of the packed product against float64, relative to the largest output."""
-    worst = 0.0
-    rng = np.random.default_rng(0)
-    for bits in (2, 3, 4):
-        for group_size in (32, 64, 128):
-            for m in (1, 3, 16, 17, 128):
-                k, n = 5 * group_size + 32, 200
-                w: MixedTensor = random_packed((k, n), bits, group_size, rng)
-                x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
-                found = mixed_matmul(x, w, implementation=arguments.implementation)
-                wanted = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
-                error = float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
-                worst = max(worst, error)
-                if not arguments.json:
-                    print(f"mean bits {bits}, g {group_size:3d}, M {m:3d}: relative error {error:.1e}")
-    return worst
+def line(row: dict[str, Any]) -> str:
+    """A row of the table as text."""
+    figures = [f"M {row['m']:5d}  K {row['k']:6d}  N {row['n']:6d}"]
+    for name in PRODUCTS:
+        if name not in row:
+            continue
+        found = row[name]
+        if "error" in found:
+            figures.append(f"{name}: {found['error']}")
+            continue
+        text = f"{name} {found['microseconds']:9.1f} us ({found['least']:.1f} to {found['most']:.1f})"
+        text += f" {found['gb_per_s']:7.1f} GB/s"
+        if "percent_of_bandwidth" in found:
+            text += f" {found['percent_of_bandwidth']:4.1f} %"
+        if "percent_of_matrix_peak" in found:
+            text += f", {found['percent_of_matrix_peak']:4.1f} % of the matrix peak"
+        figures.append(text)
+    return "  ".join(figures)
 
 
 def main() -> None:
@@ -119,20 +116,34 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2, help="mean width")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--implementation", help="xla, mosaic_gpu or mosaic_tpu; by platform without")
+    parser.add_argument("--products", default=",".join(PRODUCTS))
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--check", action="store_true", help="values instead of speed; fails above 1 %%")
+    parser.add_argument(
+        "--seconds", type=float, help="after which --check begins no further case, or a row no further repeat"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     out: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+        "device": describe_device(),
         "settings": vars(arguments),
     }
     if arguments.check:
-        out["worst_relative_error"] = worst = check(arguments)
-        print(json.dumps(out, indent=1) if arguments.json else f"worst: {worst:.1e}")
-        sys.exit(worst > 0.01)
-    out["rows"] = rows(arguments)
+        records = out["cases"] = []
+        for record in values.check(implementation=arguments.implementation, seconds=arguments.seconds):
+            records.append(record)
+            if not arguments.json:
+                print(values.line(record), flush=True)
+        good = sum(bool(record["ok"]) for record in records)
+        print(json.dumps(out, indent=1) if arguments.json else f"{good} of {len(records)} cases are right")
+        sys.exit(good < len(records))
+    out["rows"] = []
+    if not arguments.json:
+        print(json.dumps(out["device"]))
+    for found in rows(arguments):
+        out["rows"].append(found)
+        if not arguments.json:
+            print(line(found), flush=True)
     if arguments.json:
         print(json.dumps(out, indent=1))
 

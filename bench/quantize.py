@@ -77,7 +77,7 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]
 
 
 def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
-    """An epoch of SliM-LLM+ over one block against the block's full-precision gradient, same samples."""
+    """An epoch of "slim-plus" over one block against the block's full-precision gradient, same samples."""
     config, dense = source.config, dict(source.block(0))
     params, _ = BlockQuantizer(source, tokens, SlimConfig(group_size=64, method="rtn"), None).quantize(0)
     packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
@@ -106,11 +106,48 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
     return {"tokens": tokens.size, "epoch_s": ours, "full_precision_s": plain, "ratio": ours / plain}
 
 
-class _RandomSource:
-    """A llama-like model whose blocks are made when they are read, so that none of them stays."""
+class RandomSource:
+    """A model with random weights, whose blocks are made when they are read, so that none of them stays.
 
-    def __init__(self, layers: int) -> None:
-        self.config = DecoderConfig(
+    Attributes:
+      config: of the decoder.
+      origin: says that it is random.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any = np.float32, alike: bool = False) -> None:
+        """Args: ``dtype`` of the parameters; ``alike``: there is one block, as often as there are layers."""
+        self.config, self._dtype, self._alike = config, dtype, alike
+        self.origin: dict[str, Any] = {"kind": "random", "layers": config.num_layers}
+        self._block: dict[str, np.ndarray] | None = None
+
+    def _random(self, shapes: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+
+        def matrix(shape: tuple[int, ...]) -> np.ndarray:
+            return rng.standard_normal(shape, np.float32) * np.float32(shape[0] ** -0.5)
+
+        return {
+            name: (np.ones(s.shape, np.float32) if len(s.shape) == 1 else matrix(s.shape)).astype(self._dtype)
+            for name, s in shapes.items()
+        }
+
+    def outer(self) -> dict[str, np.ndarray]:
+        """See `slim_jax.source.Source`."""
+        return self._random(outer_params(self.config), 0)
+
+    def block(self, index: int) -> dict[str, np.ndarray]:
+        """See `slim_jax.source.Source`."""
+        if not self._alike:
+            return self._random(block_params(self.config), 1 + index)
+        if self._block is None:
+            self._block = self._random(block_params(self.config), 1)
+        return self._block
+
+
+def _small(layers: int) -> RandomSource:
+    """A llama-like model."""
+    return RandomSource(
+        DecoderConfig(
             family="llama",
             vocab_size=256,
             hidden_size=512,
@@ -121,22 +158,7 @@ class _RandomSource:
             head_dim=64,
             max_positions=256,
         )
-        self.origin = {"kind": "random", "layers": layers}
-
-    def _random(self, shapes: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(seed)
-        return {
-            name: np.ones(s.shape, np.float32)
-            if len(s.shape) == 1
-            else rng.normal(0, s.shape[0] ** -0.5, s.shape).astype(np.float32)
-            for name, s in shapes.items()
-        }
-
-    def outer(self) -> dict[str, np.ndarray]:
-        return self._random(outer_params(self.config), 0)
-
-    def block(self, index: int) -> dict[str, np.ndarray]:
-        return self._random(block_params(self.config), 1 + index)
+    )
 
 
 def peak_memory(layers: int) -> float:
@@ -149,7 +171,7 @@ def peak_memory(layers: int) -> float:
 def _quantize_random(layers: int) -> None:
     import tempfile
 
-    source = _RandomSource(layers)
+    source = _small(layers)
     tokens = np.random.default_rng(0).integers(0, 256, (16, 128))
     with tempfile.TemporaryDirectory() as folder:
         quantize_to_checkpoint(source, tokens, SlimConfig(bits=2, group_size=64), Path(folder) / "out")

@@ -152,8 +152,8 @@ def quantize(
         str,
         typer.Option(
             metavar="slim|slim-plus|gptq|rtn",
-            help="slim mixes bit widths by salience, slim-plus also learns by gradient; gptq and rtn "
-            "(round to nearest) are uniform.",
+            help="slim mixes bit widths by salience where that pays, slim-plus also learns by gradient (see "
+            "--learn); gptq and rtn (round to nearest) are uniform.",
         ),
     ] = "slim",
     sqc: Annotated[
@@ -177,7 +177,8 @@ def quantize(
         str,
         typer.Option(
             metavar="clip|clip-gptq|grid|rounding",
-            help="What slim-plus learns: clipping as in the paper (then GPTQ), scales and zeros, or codes.",
+            help="What slim-plus learns. clip: clipping, the paper's SliM-LLM+. Not in the paper: clip-gptq "
+            "(clipping, then GPTQ), grid (scales and zeros), rounding (codes too).",
         ),
     ] = "rounding",
     epochs: Annotated[int, typer.Option(help="slim-plus: passes over the windows, at most.")] = 10,

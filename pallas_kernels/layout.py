@@ -189,6 +189,11 @@ class MixedTensor:
         layers = math.prod(self.words.shape[:-2])
         return 8.0 * self.nbytes / (layers * self.shape[0] * self.shape[1])
 
+    @property
+    def mean_width(self) -> float:
+        """Bits of a code, averaged over the groups; static, unlike how many groups have which width."""
+        return WORD_BITS * self.words.shape[-2] / (self.groups * self.group_size)
+
     def zero_codes(self) -> jax.Array:
         """Zero codes ``uint8[G, N]`` in storage order."""
         return unpack_plane(self.zero, zero_bits(self.widths))[: self.groups]

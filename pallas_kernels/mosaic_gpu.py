@@ -96,7 +96,8 @@ def mixed_matmul(
     (m, k), n = x.shape, w.shape[1]
     device = devices.of_target()
     if config is None and m:
-        config = fitted(choose(device.name, m, k, n), device, w.group_size)
+        config = choose(device.name, m, k, n, w.mean_width, w.group_size)
+        config = fitted(config, device, w.group_size)
     check_supported(device, x.dtype, m, w.group_size, config)
     assert config is not None
     # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower

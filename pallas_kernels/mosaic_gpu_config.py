@@ -70,10 +70,10 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     )
 
 
-def choose(device_kind: str, m: int, k: int, n: int) -> Config:
+def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
     """What was measured for this product, else what the :func:`heuristic` says."""
-    fields = tuned("mosaic_gpu", device_kind, m, k, n)
-    return heuristic(device_kind, m, k, n) if fields is None else Config(**fields)
+    found = tuned("mosaic_gpu", Config, device_kind, m, k, n, bits, group_size)
+    return heuristic(device_kind, m, k, n) if found is None else found
 
 
 def shared_bytes(config: Config, group_size: int) -> int:

@@ -272,7 +272,7 @@ def mixed_matmul(
     """
     m, (k, n) = x.shape[0], w.shape
     device = devices.of_target()
-    config = config or choose(device.name, m, k, n)
+    config = config or choose(device.name, m, k, n, w.mean_width, w.group_size)
     check_supported(device, x.dtype, m, w.group_size, config)
     bias = None if bias is None else bias.astype(jnp.float32)[None]
     if m > DECODE_ROWS:

@@ -86,10 +86,10 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     )
 
 
-def choose(device_kind: str, m: int, k: int, n: int) -> Config:
+def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
     """What was measured for this product, else what the :func:`heuristic` says."""
-    fields = tuned("mosaic_tpu", device_kind, m, k, n)
-    return heuristic(device_kind, m, k, n) if fields is None else Config(**fields)
+    found = tuned("mosaic_tpu", Config, device_kind, m, k, n, bits, group_size)
+    return heuristic(device_kind, m, k, n) if found is None else found
 
 
 def check_supported(device: Device, dtype: jnp.dtype, m: int, group_size: int, config: Config) -> None:

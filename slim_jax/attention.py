@@ -5,7 +5,6 @@ heads to memory several times; here one key-value head at a time keeps them in c
 to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded).
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -16,44 +15,6 @@ from jaxtyping import Array, Float, Int
 
 QUERIES = 128
 """Queries that are scored at once; their later keys are never touched."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KeyValues:
-    """Keys and values of the tokens that a layer has seen, and the place of the next ones.
-
-    Attributes:
-      keys: ``[B, num_kv_heads, S, head_dim]``, or ``[L, B, ...]`` of all layers.
-      values: of the same shape.
-      positions: ``int32[B, S]``, of the token in each slot, those to be written included; -1 in empty ones.
-      start: ``int32[]``, the slot of the next token.
-      layer: ``int32[]``, which layer this is; None where there is one.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    start: jax.Array
-    layer: jax.Array | None = None
-
-    def write(self, k: jax.Array, v: jax.Array) -> "KeyValues":
-        """With the next tokens' ``[B, num_kv_heads, T, head_dim]``; nothing else is written."""
-
-        def put(a: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.astype(a.dtype)
-            if self.layer is None:
-                return lax.dynamic_update_slice(a, new, (0, 0, self.start, 0))
-            return lax.dynamic_update_slice(a, new[None], (self.layer, 0, 0, self.start, 0))
-
-        return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))
-
-    def read(self) -> tuple[jax.Array, jax.Array]:
-        """The layer's keys and values, ``[B, num_kv_heads, S, head_dim]``."""
-        if self.layer is None:
-            return self.keys, self.values
-        k, v = (lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for a in (self.keys, self.values))
-        return k, v
 
 
 def attention(

@@ -1,14 +1,8 @@
-"""A batch's keys and values, and one pass of a decoder against them.
-
-Blocks that are packed alike are stacked and scanned over, which compiles one body; their products read
-a layer's part of a prepared weight where it lies. Dense blocks run unrolled, because XLA copies each
-slice of a weight that it scans over.
-"""
+"""What a batch has seen: the keys and values of its tokens, of all layers and of one."""
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +10,46 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import MixedTensor, Prepared
-from slim_jax.attention import KeyValues
-from slim_jax.decoder import Block, Decoder, DecoderConfig
+if TYPE_CHECKING:
+    from slim_jax.decoder import DecoderConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of the tokens that a layer has seen, and the place of the next ones.
+
+    Attributes:
+      keys: ``[B, num_kv_heads, S, head_dim]``, or ``[L, B, ...]`` of all layers.
+      values: of the same shape.
+      positions: ``int32[B, S]``, of the token in each slot, those to be written included; -1 in empty ones.
+      start: ``int32[]``, the slot of the next token.
+      layer: ``int32[]``, which layer this is; None where there is one.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    start: jax.Array
+    layer: jax.Array | None = None
+
+    def write(self, k: jax.Array, v: jax.Array) -> "KeyValues":
+        """With the next tokens' ``[B, num_kv_heads, T, head_dim]``; nothing else is written."""
+
+        def put(a: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.astype(a.dtype)
+            if self.layer is None:
+                return lax.dynamic_update_slice(a, new, (0, 0, self.start, 0))
+            return lax.dynamic_update_slice(a, new[None], (self.layer, 0, 0, self.start, 0))
+
+        return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """The layer's keys and values, ``[B, num_kv_heads, S, head_dim]``."""
+        if self.layer is None:
+            return self.keys, self.values
+        k, v = (lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for a in (self.keys, self.values))
+        return k, v
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +71,7 @@ class State:
     @classmethod
     def empty(
         cls,
-        config: DecoderConfig,
+        config: "DecoderConfig",
         batch: int,
         size: int,
         *,
@@ -71,64 +102,3 @@ class State:
 
         positions = jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1)
         return State(jax.tree.map(pad, self.kv), positions, self.length)
-
-
-def stackable(blocks: Sequence[Block]) -> bool:
-    """Whether blocks are packed, and alike in everything but the values of their leaves."""
-    leaves = jax.tree.leaves(blocks[0], is_leaf=lambda x: isinstance(x, MixedTensor))
-    if not any(isinstance(leaf, MixedTensor) for leaf in leaves):
-        return False
-    kinds = [
-        (jax.tree.structure(block), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(block)])
-        for block in blocks
-    ]
-    return all(kind == kinds[0] for kind in kinds)
-
-
-def forward(
-    outer: Decoder, blocks: Any, state: State, tokens: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, State]:
-    """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them."""
-    start = state.length
-    slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
-    h = outer.embed_tokens(tokens, positions)
-    kv: Any
-    if isinstance(blocks, list):
-        kv = []
-        for block, (k, v) in zip(blocks, state.kv):
-            h, cache = block(h, positions, KeyValues(k, v, slots, start))
-            kv.append((cache.keys, cache.values))
-    else:
-        whole, cut = _split_stack(blocks)
-
-        def layer(carry: tuple, x: tuple[Block, jax.Array]) -> tuple[tuple, None]:
-            h, k, v = carry
-            cut, i = x
-            h, cache = _one_of_stack(whole, cut, i)(h, positions, KeyValues(k, v, slots, start, i))
-            return (h, cache.keys, cache.values), None
-
-        indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)
-        (h, *kv), _ = lax.scan(layer, (h, *state.kv), (cut, indices))
-        kv = tuple(kv)
-    return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
-
-
-def _is_prepared(value: Any) -> bool:
-    return isinstance(value, Prepared)
-
-
-def _split_stack(blocks: Block) -> tuple[Any, Any]:
-    """Stacked blocks as prepared weights, which stay whole, and the rest, of which a scan cuts a layer."""
-    whole = jax.tree.map(lambda leaf: leaf if _is_prepared(leaf) else None, blocks, is_leaf=_is_prepared)
-    cut = jax.tree.map(lambda leaf: None if _is_prepared(leaf) else leaf, blocks, is_leaf=_is_prepared)
-    return whole, cut
-
-
-def _one_of_stack(whole: Any, cut: Any, layer: jax.Array) -> Block:
-    """The block that :func:`_split_stack` has taken apart, of one layer."""
-    return jax.tree.map(
-        lambda leaf, prepared: leaf if prepared is None else prepared.at(layer),
-        cut,
-        whole,
-        is_leaf=lambda value: value is None or _is_prepared(value),
-    )

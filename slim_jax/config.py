@@ -17,8 +17,9 @@ class SlimConfig:
       bits: the mean width ``N`` of the codes, 2 to 7 for "slim" (which also uses ``N - 1`` and
         ``N + 1``), 1 to 8 for uniform bits.
       group_size: input channels that share scale, zero point and width; a multiple of 32.
-      method: "slim" allocates bits by salience and solves by GPTQ; "gptq" gives all groups ``bits``;
-        "rtn" rounds to nearest, without calibration of the rounding.
+      method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then
+        learns, block by block; "gptq" gives all groups ``bits``; "rtn" rounds to nearest, without
+        calibration of the rounding.
       sqc: how scales and zero points are found, a name of `slim_jax.calibration.FITS`. "paper" repeats
         the choices of the authors' code, in the allocation and the order of work too. By default
         "search" for "slim", "minmax" for the two baselines.
@@ -28,7 +29,8 @@ class SlimConfig:
         False on the outputs of the unquantized block. By default False where ``sqc`` is "paper".
       damping: fraction of the mean of the Hessian's diagonal that is added to it.
       search_tokens: calibration tokens, evenly spread, that the bit search looks at.
-      learn: what "slim-plus" learns, see `slim_jax.plus`; the fields below are its too.
+      learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+, "clip-gptq", "grid" and "rounding"
+        are not in the paper, see `slim_jax.plus`. The fields below are for "slim-plus" too.
       epochs: passes over the calibration samples, at most.
       learning_rate: of the default optimizer; by default 1e-2 where clipping is learned (the
         paper's), else 5e-3.

@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor
-from slim_jax.attention import KeyValues, attention
+from slim_jax.attention import attention
+from slim_jax.cache import KeyValues
 from slim_jax.linear import Linear, Packed, unembed
 from slim_jax.rotary import RopeScaling, frequencies, rotate
 

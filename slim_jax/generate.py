@@ -18,9 +18,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import MixedTensor, prepare
-from slim_jax.cache import State, forward, stackable
+from slim_jax.cache import State
 from slim_jax.decoder import Decoder, DecoderConfig
 from slim_jax.linear import Linear
+from slim_jax.step import forward, stackable
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
 LENGTH_STEP = 128

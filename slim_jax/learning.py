@@ -1,4 +1,4 @@
-"""Driving SliM-LLM+ over one block: held-out samples, epochs, early stop, the best parameters win."""
+"""Driving "slim-plus" over one block: held-out samples, epochs, early stop, the best parameters win."""
 
 import functools
 import math

@@ -20,12 +20,17 @@ class Packed(nnx.Variable):
     """A packed weight, which is no `nnx.Param`: optimizers and gradients of parameters pass it by."""
 
 
+def platform() -> str:
+    """Where products run: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend()
+
+
 def product_dtype() -> jnp.dtype:
     """Dtype of products with packed weights: float32 on CPUs, bfloat16 where a matrix unit takes it.
 
     It holds for a model that was just quantized and for one that is loaded.
     """
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
 
 
 def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
@@ -52,7 +57,7 @@ def unembed(h: Float[Array, "*batch d"], table: Float[Array, "vocab d"]) -> Floa
 def _is_slow(x: jax.Array, weight: jax.Array) -> bool:
     """Whether XLA's product is many times slower than it need be."""
     one_row = math.prod(x.shape[:-1]) == 1
-    return one_row and weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return one_row and weight.dtype == jnp.bfloat16 and platform() == "cpu"
 
 
 def _row_times_matrix(x: Float[Array, " k"], weight: Float[Array, "k n"]) -> Float[Array, " n"]:
@@ -65,7 +70,9 @@ def _row_times_matrix(x: Float[Array, " k"], weight: Float[Array, "k n"]) -> Flo
             y = y + factor * row.astype(jnp.float32)
         return y
 
-    y = lax.fori_loop(0, k // ROWS, add, jnp.zeros(n))
+    y = jnp.zeros(n)
+    if k >= ROWS:
+        y = lax.fori_loop(0, k // ROWS, add, y)
     return add(k // ROWS, y, k % ROWS) if k % ROWS else y
 
 
@@ -84,12 +91,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
         weight = self.weight.get_value()
-        if not isinstance(weight, MixedTensor | Prepared):
-            y = dense_product(x, weight)
-        elif self.mesh is None:
+        if isinstance(weight, MixedTensor) and self.mesh is not None:
+            y = sharded_matmul(x, weight, self.mesh)
+        elif isinstance(weight, MixedTensor | Prepared):
             y = mixed_matmul(x, weight)
         else:
-            y = sharded_matmul(x, weight, self.mesh)
+            y = dense_product(x, weight)
         if self.bias is None:
             return y
         return y + self.bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -1,10 +1,13 @@
-"""SliM-LLM+: the quantization of a block, improved by gradient until its output matches.
+"""Method "slim-plus": the quantization of a block, improved by gradient until its output matches.
 
-Bits stay as SBA chose them. What is learned is named by ``learn``:
+Bits stay as SBA chose them. What is learned is named by ``learn``. The paper's SliM-LLM+ is
 
-* "clip" (the paper): how far the range of each group and channel is clipped; weights are rounded to
-  nearest on the grid that results;
-* "clip-gptq": the same, and at the end GPTQ rounds to that grid;
+* "clip": how far the range of each group and channel is clipped; weights are rounded to nearest on the
+  grid that results.
+
+Not in the paper, and the last is the default:
+
+* "clip-gptq": as "clip", and at the end GPTQ rounds to that grid;
 * "grid": scale and zero point of each group and channel, the codes that the solver chose stay;
 * "rounding": the codes too, each moving from where the solver left it.
 

@@ -18,7 +18,7 @@ class LayerReport:
       bits: number of groups of each width.
       bits_per_weight: stored bits over weights, everything counted.
       error: growth of the layer's squared output error over the squared output, on the calibration text,
-        as solved: SliM-LLM+ lowers the block's, see :class:`LearningReport`.
+        as solved: "slim-plus" lowers the block's, see :class:`LearningReport`.
       mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
         None where the bits were given.
       damping: of its Hessian: the config's, or what it took to make the Hessian positive definite.
@@ -53,7 +53,7 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class LearningReport:
-    """What SliM-LLM+ did to a block.
+    """What "slim-plus" learned of a block.
 
     Attributes:
       losses: on the held-out samples: before the first epoch, after each, and last with codes by GPTQ
@@ -77,7 +77,7 @@ class BlockReport:
       layers: as the solver left them.
       seconds: wall seconds.
       allocation: bit widths of every group of every layer.
-      learning: how SliM-LLM+ went on from there, where it did.
+      learning: how "slim-plus" went on from there, where it did.
       expert_tokens: calibration tokens that were routed to each expert; empty where there are none.
     """
 

@@ -1,10 +1,11 @@
 """Where a model's weights come from, one block at a time."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from slim_jax.decoder import Decoder, DecoderConfig, Params, split_params
 
 
+@runtime_checkable
 class Source(Protocol):
     """A model that can be read block by block, so that it need not fit in memory.
 

@@ -1,22 +1,67 @@
-"""Strictness for every test: shapes never broadcast by rank, annotations are checked as the code runs."""
+"""Strictness for every test: shapes never broadcast by rank, annotations are checked as the code runs.
+
+And haste: tests compile hundreds of programs and run each of them a few times. So LLVM does not polish what
+runs so briefly (`XLA_FLAGS`, where set, wins), and what one process has compiled the others read, from a
+folder that goes when the session ends.
+"""
+
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# The modules that name shapes. Not pallas_kernels.layout: JAX rebuilds a MixedTensor with whatever stands
-# for its leaves (shardings, shapes, gradients without a type), which its fields' annotations would refuse.
-CHECKED = ["pallas_kernels.api", "pallas_kernels.xla"]
-CHECKED += [f"slim_jax.{m}" for m in ["allocation", "calibration", "decoder", "generate", "gptq", "hessian"]]
-CHECKED += ["slim_jax.cache", "slim_jax.linear", "slim_jax.rotary"]
-install_import_hook(CHECKED, "beartype.beartype")
+UNCHECKED = (
+    # JAX rebuilds the records of arrays in these with whatever stands for their leaves (shardings, shapes,
+    # gradients without a type), which the fields' annotations would refuse.
+    "pallas_kernels.layout",
+    "pallas_kernels.prepared",
+    "slim_jax.cache",
+    # Typer reads these annotations as how to parse, and passes other things (its own click's Context).
+    "convert.cli",
+)
+
+
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def modules(package: str) -> list[str]:
+    """The modules below a package, without importing them."""
+    root = Path(find_spec(package).origin).parent
+    files = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
+    return sorted(".".join(file.parts) for file in files if file.name != "__init__")
+
+
+CHECKED = [name for package in ("pallas_kernels", "slim_jax", "convert") for name in modules(package)]
+install_import_hook([name for name in CHECKED if not name.startswith(UNCHECKED)], "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)  # tests of sharding need several, no other test sees them
 
 # Examples compile; a time limit on one would measure the machine, not the code.
 settings.register_profile("slim", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("slim")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything compiles: how it does, here and in the workers and programs that tests start."""
+    if config.option.markexpr == "aot":
+        return  # those tests measure what the compilers of other devices make
+    if "not slow" in config.option.markexpr:  # the slow ones compute more than they compile
+        os.environ.setdefault("XLA_FLAGS", QUICK)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="slim-jax-tests-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from test_layout import oracle_weight, random_parts
 
-from pallas_kernels import mixed_matmul, pack
+from bench import check
+from pallas_kernels import devices, mixed_matmul, pack
 
 ALLOCATIONS = {
     "balanced": lambda g, n: [n - 1] * (g // 3) + [n + 1] * (g // 3) + [n] * (g - 2 * (g // 3)),
@@ -155,3 +156,23 @@ class MatmulCases:
             self.assert_close(product(x, w), x, dense)
         assert len(traces) == 1
         assert product._cache_size() == 1
+
+
+def on_device(platform):
+    """Marks tests of a kernel that need a device of its platform, "cuda" or "tpu"."""
+    here = devices.of_target()
+    return pytest.mark.skipif(
+        here.platform != platform,
+        reason=f"needs a device of platform {platform}, found {here.name}; run this file on one",
+    )
+
+
+class DeviceCases(MatmulCases):
+    """The shared cases on a device, and the shapes and configurations of real products (`bench.check`)."""
+
+    @pytest.mark.parametrize("weight", check.WEIGHTS, ids=lambda weight: "x".join(map(str, weight)))
+    def test_real_products(self, weight):
+        cases = [case for case in check.CASES if case.weight == weight]
+        records = list(check.check(cases, implementation=self.implementation))
+        assert records
+        assert [check.line(record) for record in records if not record["ok"]] == []

@@ -54,6 +54,7 @@ def test_tpu_prefill(target, ratio):
 def test_gpu_decode(target, bits, instructions):
     record = aot_gpu.compile_for(target, "bench.aot_gpu:matmul", {**SHAPE, "bits": bits})
     assert record["error"] is None
+    assert record["grids"] == {"mixed_matmul": [[1, {"h100": 128, "a100": 64}[target]]]}  # not the CPU's
     kernel = record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]
     assert kernel["spill_bytes"] == 0
     assert kernel["tensor_core"]

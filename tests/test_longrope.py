@@ -116,9 +116,9 @@ def test_each_pass_chooses_for_its_batch_and_cached_keys_stay(decoder: Decoder) 
             np.testing.assert_allclose(found[step, row], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("lengths", [(13,), (14, 5), (15, 16, 3), (20, 4)])
+@pytest.mark.parametrize("lengths", [(14, 5), (8, 12)])
 def test_generation_over_the_border(decoder: Decoder, lengths: tuple[int, ...]) -> None:
-    """Also with room for more tokens than the trained context: the cache's size is no matter."""
+    """The cache has room for more than the trained context from the start, which must not matter."""
     tokens = load_golden("phi3_longrope").tokens
     prompts = [tokens[i % len(tokens), :length].tolist() for i, length in enumerate(lengths)]
     assert Generator(decoder).generate(prompts, max_tokens=9, stop=[]) == greedy(prompts, 9)

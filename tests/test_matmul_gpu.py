@@ -1,7 +1,7 @@
 """The GPU back end in interpret mode: the shared cases, and what the kernel's own limits and tiles add.
 
-Interpret mode takes ``jnp.dot`` for the tensor cores and knows no registers; see
-``pallas_kernels/mosaic_gpu_registers.py`` for what is therefore not proven here.
+Interpret mode takes ``jnp.dot`` for the tensor cores and knows no registers: ``tests/test_gpu_registers.py``
+has these.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matmul_cases import MatmulCases, random_weight, random_x
+from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.layout import pack_group, pieces
@@ -140,11 +140,8 @@ def test_heuristic_fits(device, m, n):
     assert (config.block_m == 16) == (m <= 32) or config.block_m == 32
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU: run this file on a machine with one")
-class TestMosaicGpuOnDevice(MatmulCases):
+@on_device("cuda")
+class TestMosaicGpuOnDevice(DeviceCases):
     implementation = "mosaic_gpu"
     x_dtype = jnp.bfloat16
     tolerance = 1e-4
-
-    def matmul(self, x, w, **kwargs):
-        return jax.jit(partial(mosaic_gpu.mixed_matmul, **kwargs))(x, w)

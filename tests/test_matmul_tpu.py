@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from matmul_cases import MatmulCases, random_weight, random_x
+from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x
 
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.mosaic_tpu import Config, heuristic
@@ -201,6 +201,12 @@ class TestInt8(Int8):
 @pytest.mark.slow
 class TestBfloat16(Bfloat16):
     pass
+
+
+@on_device("tpu")
+class TestMosaicTpuOnDevice(DeviceCases):
+    implementation = "mosaic_tpu"
+    tolerance = 5e-3  # x, and in prefill the weights, rounded to bfloat16
 
 
 def test_refuses_odd_group_sizes():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint, dense
 
-from slim_jax import activations, pipeline
+from slim_jax import activations, pipeline, solver
 from slim_jax.activations import Activations, Inputs, observe
 from slim_jax.decoder import Decoder, MoE, make_decoder, sequence_positions, split_params
 from slim_jax.generate import generate
@@ -136,7 +136,7 @@ def test_resumed_equals_uninterrupted(model, tmp_path):
 def test_each_step_compiles_once_per_model(model):
     steps = [
         *(activations._route, activations._down_input, activations._add_expert, activations._after_experts),
-        *(activations._observe_seen, pipeline.statistics, pipeline.solve),
+        *(activations._observe_seen, solver.statistics, solver.solve),
     ]
     counts = []
     for layers in (1, 2):

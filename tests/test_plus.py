@@ -1,4 +1,4 @@
-"""SliM-LLM+: gradients by hand and by finite differences, learning on a tiny model, what is stored."""
+"""Method "slim-plus": gradients by hand and by differences, learning on a tiny model, what is stored."""
 
 import dataclasses
 import importlib.util

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import pack
-from slim_jax.cache import forward
 from slim_jax.decoder import Decoder, DecoderConfig, linear_groups, make_decoder, split_params
 from slim_jax.generate import Generator
+from slim_jax.step import forward
 
 SLOTS, G = 48, 32
 CONFIG = DecoderConfig(

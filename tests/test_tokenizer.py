@@ -115,7 +115,10 @@ def test_sentencepiece() -> None:
 def test_chat_template(tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     save_tokenizer(gguf_tokenizer({**byte_level(), "tokenizer.chat_template": template}, "x"), tmp_path)
-    assert load_tokenizer(tmp_path).chat_template == template
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == template
+    message = {"role": "user", "content": "Hi"}
+    assert tokenizer.apply_chat_template([message], tokenize=False) == "[user]Hi"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""Values of the packed product against float64, in the shapes and configurations that real products take.
+
+:func:`check` yields one record a case, so that a caller may stop; `bench.matmul --check` prints them.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.decode import random_packed
+from pallas_kernels import MixedTensor, devices, mixed_matmul
+
+TOLERANCE = 0.01
+"""Largest error, relative to the largest output. Rounding x or weights to bfloat16 makes some 0.001, one of
+86 groups left out some 0.1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A product ``[m, k] @ [k, n]`` with a random weight of ``bits`` on average.
+
+    Attributes:
+      split_k: forced upon the GPU kernel; None: as it chooses, on every platform.
+    """
+
+    k: int
+    n: int
+    bits: int
+    group_size: int
+    m: int
+    split_k: int | None = None
+
+    @property
+    def weight(self) -> tuple[int, int, int, int]:
+        """What cases with the same weight have in common."""
+        return self.k, self.n, self.bits, self.group_size
+
+
+def _cases() -> Iterator[Case]:
+    for k, n in ((4096, 4096), (11008, 4096), (4096, 1024), (11008, 1024)):
+        for m in (1, 8, 16, 33, 64):
+            for split_k in (None, 1, 2, 4):
+                yield Case(k, n, 2, 128, m, split_k)
+        yield Case(k, n, 2, 128, 2048)
+        for m in (1, 16, 2048):
+            yield Case(k, n, 3, 128, m)
+    # Every group size, an odd number of groups, a short last one, columns that fill no tile.
+    for bits, group_size, m in itertools.product((2, 3, 4), (32, 64, 128), (1, 3, 16, 17, 128)):
+        yield Case(5 * group_size + 32, 200, bits, group_size, m)
+
+
+CASES = tuple(_cases())
+WEIGHTS = tuple(dict.fromkeys(case.weight for case in CASES))
+
+
+def check(
+    cases: Sequence[Case] = CASES, *, implementation: str | None = None, seconds: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """Compares with float64; cases that share a weight should follow one another, for one reference each.
+
+    Args:
+      cases: those with a forced ``split_k`` are left out where the GPU kernel does not run.
+      implementation: xla, mosaic_gpu or mosaic_tpu; by platform if None.
+      seconds: after which no further case begins.
+
+    Yields:
+      The fields of the case, and ``ok``: whether all values are finite and right, or None if there was no
+      time for the case; ``error``: the largest, relative to the largest output, None where there is no value
+      or one that is not finite; ``reason``: one line, if it is not ok; ``seconds`` that it took, compilation
+      and all.
+    """
+    on_gpu = devices.of_target().platform == "cuda" and implementation in (None, "mosaic_gpu")
+    start = time.monotonic()
+    known = [case for case in cases if case.split_k is None or on_gpu]
+    for _, sharing in itertools.groupby(known, lambda case: case.weight):
+        shared = list(sharing)
+        reference = None
+        for case in shared:
+            record = dataclasses.asdict(case) | {"ok": None, "error": None, "reason": None, "seconds": 0.0}
+            begin = time.monotonic()
+            if seconds is not None and begin - start >= seconds:
+                yield record | {"reason": f"not run: {seconds:.0f} s are over"}
+                continue
+            reference = reference or _Reference(case, max(other.m for other in shared))
+            yield record | reference.compare(case, implementation) | {"seconds": time.monotonic() - begin}
+
+
+class _Reference:
+    """A random weight and rows of x, of which cases take as many as they need, and their exact product."""
+
+    def __init__(self, case: Case, rows: int) -> None:
+        rng = np.random.default_rng(case.k + case.bits)
+        self.w: MixedTensor = random_packed((case.k, case.n), case.bits, case.group_size, rng)
+        self.x = jnp.asarray(rng.normal(size=(rows, case.k)), jnp.bfloat16)
+        dense = jax.jit(MixedTensor.dequantize)(self.w)
+        self.y = np.asarray(self.x, np.float64) @ np.asarray(dense, np.float64)
+
+    def compare(self, case: Case, implementation: str | None) -> dict[str, Any]:
+        """``ok``, ``error`` and ``reason`` of a case."""
+        wanted = self.y[: case.m]
+        try:
+            found = np.asarray(jax.jit(_product(case, implementation))(self.x[: case.m], self.w), np.float64)
+        except Exception as error:  # whatever a compiler or a driver raises is this case's result
+            reason = str(error).strip() or type(error).__name__
+            return {"ok": False, "error": None, "reason": reason.splitlines()[0][:300]}
+        if not (finite := np.isfinite(found)).all():
+            reason = f"{np.size(finite) - np.sum(finite)} of {np.size(finite)} values are not finite"
+            return {"ok": False, "error": None, "reason": reason}
+        worst = float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
+        reason = None if worst <= TOLERANCE else f"relative error {worst:.1e}, expected at most {TOLERANCE}"
+        return {"ok": reason is None, "error": worst, "reason": reason}
+
+
+def _product(case: Case, implementation: str | None) -> Callable[[jax.Array, MixedTensor], jax.Array]:
+    if case.split_k is None:
+        return lambda x, w: mixed_matmul(x, w, implementation=implementation)
+    from pallas_kernels import mosaic_gpu  # takes a second that others need not spend
+    from pallas_kernels.mosaic_gpu_config import fitted
+
+    config = mosaic_gpu.Config(block_n=128 // case.split_k, stages=2, split_k=case.split_k)
+    config = fitted(config, devices.of_target(), case.group_size)
+    return lambda x, w: mosaic_gpu.mixed_matmul(x, w, config=config)
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record in words."""
+    split = "" if record["split_k"] is None else f", split_k {record['split_k']}"
+    case = (
+        f"K {record['k']:5d}, N {record['n']:4d}, mean bits {record['bits']}, g {record['group_size']:3d}, "
+        f"M {record['m']:4d}{split}"
+    )
+    if record["ok"]:
+        return f"{case}: relative error {record['error']:.1e}"
+    return f"{case}: {'FAILED, ' if record['ok'] is False else ''}{record['reason']}"

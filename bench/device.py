@@ -1,0 +1,191 @@
+"""Everything that a device has to prove, in one command and about eight minutes, with a report to paste.
+
+    python -m bench.device --out device-report
+
+The stages, each stopping the next on failure: what the device is and which implementation it takes, values
+against float64, times of products, decode, prefill, a real quantization, a profile. The report is
+``device-report.json`` and ``.md`` in the folder, rewritten after every case, so that whatever happens there
+is one. Exit status 1: a stage failed. 2: there is nothing to measure here; the line that installs what is
+missing is printed.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.limits import Limit
+
+STAGES = ("capability", "check", "matmul", "decode", "prefill", "quantize", "profile")
+CASE_SECONDS = 180.0  # of one case: what takes longer hangs
+TRACEBACK_LINES = 30
+
+Record = dict[str, Any]
+
+
+class Report:
+    """What was found so far, and the two files that say it.
+
+    Attributes:
+      folder: of the files.
+      content: all that the JSON document holds: ``ok`` and a record for each stage.
+    """
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder = folder
+        self.content: Record = {
+            "command": " ".join(["python -m bench.device", *sys.argv[1:]]),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "ok": None,
+            "stages": {name: {"status": "not run", "seconds": 0.0, "cases": []} for name in names},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def write(self) -> None:
+        """Both files, each written whole and then renamed."""
+        document = json.dumps(_finite(self.content), indent=1, default=str)
+        for name, text in (("device-report.json", document + "\n"), ("device-report.md", self.markdown())):
+            part = self.folder / f"{name}.part"
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, self.folder / name)
+
+    def markdown(self) -> str:
+        """The report as people read it."""
+        stages = self.content["stages"]
+        lines = ["# Device report", "", f"`{self.content['command']}`, {self.content['started']}", ""]
+        lines += ["| stage | result | seconds | cases |", "|---|---|---|---|"]
+        for name, stage in stages.items():
+            cases = len(stage["cases"])
+            lines.append(f"| {name} | {stage['status']} | {stage['seconds']:.0f} | {cases} |")
+        for name, stage in stages.items():
+            if stage["status"] == "not run":
+                continue
+            lines += ["", f"## {name}", "", "```"]
+            lines += [_text(case) for case in stage["cases"]]
+            lines += [stage["traceback"]] if "traceback" in stage else []
+            lines += ["```"]
+        return "\n".join(lines) + "\n"
+
+
+def _text(case: Mapping[str, Any]) -> str:
+    failed = f"\n    FAILED: {case['failed']}" if "failed" in case else ""
+    return f"{case.get('text', case.get('label'))}{failed}"
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def run_stage(
+    name: str,
+    report: Report,
+    cases: Iterator[tuple[str, Callable[[], Record]]],
+    deadline: float,
+    case_seconds: float = CASE_SECONDS,
+    leave: Callable[[], None] | None = None,
+) -> bool:
+    """Runs the cases that begin before the deadline; whether none failed.
+
+    An exception fails the stage and ends it, a case that says that it failed only fails it: the other cases
+    say where the fault begins. A case that hangs ends the process, after the report says which.
+    """
+    stage, start = report.content["stages"][name], time.monotonic()
+    stage["status"] = "running"
+    print(f"== {name}", flush=True)
+
+    def fail(reason: str) -> None:
+        stage["status"] = f"FAILED: {reason}"
+        stage["seconds"] = time.monotonic() - start
+        report.content["ok"] = False
+        report.write()
+        print(f"FAILED: {reason}", flush=True)
+
+    limit = Limit(fail) if leave is None else Limit(fail, leave)
+    label, left = "the first case", 0
+    try:
+        for label, run in cases:
+            if time.monotonic() > deadline and stage["cases"]:
+                left = 1 + sum(1 for _ in cases)
+                break
+            with limit.within(case_seconds, label):
+                begin = time.monotonic()
+                case = {"label": label, **run(), "wall_s": time.monotonic() - begin}
+            stage["cases"].append(case)
+            stage["seconds"] = time.monotonic() - start
+            print(f"{_text(case)}", flush=True)
+            report.write()
+    except BaseException as error:
+        frames = traceback.format_exc().strip().splitlines()
+        stage["traceback"] = "\n".join(frames[-TRACEBACK_LINES:])
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{label}: {type(error).__name__}: {first[:300]}")
+        if not isinstance(error, Exception):
+            raise
+        return False
+    failed = [case for case in stage["cases"] if "failed" in case]
+    if failed:
+        fail(f"{len(failed)} of {len(stage['cases'])} cases, the first {failed[0]['label']}")
+        return False
+    stage["status"] = f"passed, {left} cases left out: the time was up" if left else "passed"
+    report.write()
+    return True
+
+
+def run(names: list[str], folder: Path, quick: bool) -> bool:
+    """Runs the stages in order until one fails; whether none did."""
+    report = Report(folder, names)
+    try:
+        from bench.device_stages import STAGES as known
+        from bench.device_stages import Options
+    except Exception:
+        report.content["stages"][names[0]] |= {"status": "FAILED", "traceback": traceback.format_exc()}
+        report.content["ok"] = False
+        report.write()
+        raise
+    options, deadline = Options(quick), time.monotonic()
+    for name in names:
+        stage, seconds = known[name]
+        deadline += seconds
+        options.deadline = deadline
+        if not run_stage(name, report, stage(options), deadline):
+            break
+    else:
+        report.content["ok"] = True
+    report.write()
+    print(f"the report: {folder / 'device-report.md'} and .json", flush=True)
+    return bool(report.content["ok"])
+
+
+def main() -> None:
+    """Runs what is asked for; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m bench.device", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of the report")
+    parser.add_argument("--stages", default=",".join(STAGES), help="some of them, with commas; all without")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
+    parser.add_argument("--allow-cpu", action="store_true", help="go on without an accelerator")
+    arguments = parser.parse_args()
+    names = arguments.stages.split(",")
+    if unknown := [name for name in names if name not in STAGES]:
+        parser.error(f"--stages has {unknown[0]!r}, expected some of {', '.join(STAGES)}")
+    if reason := machine.obstacle(arguments.allow_cpu):
+        print(f"bench.device: {reason}. To install:\n{machine.install_line(machine.nvidia_smi())}")
+        sys.exit(2)
+    sys.exit(0 if run(names, arguments.out, arguments.quick) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""What `bench.device` runs. A stage is a generator of cases: a label, and a function that runs it.
+
+A case returns a record: ``text`` for people, figures for programs, and ``failed``, why it failed, if it did.
+Raising fails it too. Cases are begun only while there is time.
+"""
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import check as values
+from bench import decode, machine, matmul, timing
+from bench.quantize import RandomSource, peak_mib
+from convert import load_source
+from convert.errors import ConvertError, first_line
+from pallas_kernels import api, devices
+from pallas_kernels.layout import abstract_tensor
+from slim_jax.config import SlimConfig
+from slim_jax.decoder import Decoder, DecoderConfig
+from slim_jax.generate import Generator
+from slim_jax.perplexity import perplexity
+from slim_jax.pipeline import quantize
+from slim_jax.report import BlockReport
+from slim_jax.windows import draw_windows
+
+Record = dict[str, Any]
+Cases = Iterator[tuple[str, Callable[[], Record]]]
+
+TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
+
+
+@dataclasses.dataclass
+class Options:
+    """How much is done: ``quick`` takes tiny shapes; ``deadline`` of the stage, in monotonic seconds."""
+
+    quick: bool = False
+    deadline: float = math.inf
+
+    @property
+    def seconds(self) -> float:
+        """That are left to the stage."""
+        return self.deadline - time.monotonic()
+
+
+def capability(options: Options) -> Cases:
+    """The device, whether it multiplies, and which implementation products take."""
+    yield "the device", _describe
+    yield "a first product", _first_product
+    for m in (16,) if options.quick else (1, 16, 64, 2048):
+        for group_size in (64, 128):
+            yield f"M {m}, groups of {group_size}", partial(_implementation, m, group_size)
+
+
+def _describe() -> Record:
+    record = machine.describe_device()
+    device = jax.devices()[0]
+    for name in ("compute_capability", "core_count", "shared_memory_per_block_optin"):
+        record[name] = getattr(device, name, None)
+    try:
+        memory = device.memory_stats() or {}
+    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        memory = {}
+    record["memory_bytes"] = memory.get("bytes_limit")
+    record["devices"] = jax.device_count()
+    record["known_as"] = dataclasses.asdict(devices.of_target())
+    size = record["memory_bytes"]
+    parts = [
+        f"{record['devices']} x {record['kind']} ({record['platform']})",
+        f"compute capability {record['compute_capability']}",
+        f"{size / 2**30:.1f} GiB for JAX" if size else "memory unknown",
+        ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    ]
+    if smi := record["nvidia_smi"]:
+        parts.append(f"driver {smi['driver']}, {smi['sm_mhz']} of {smi['max_sm_mhz']} MHz, {smi['watts']} W")
+    return record | {"text": "; ".join(parts)}
+
+
+def _first_product() -> Record:
+    x = jnp.full((256, 256), 0.5, jnp.bfloat16)
+    start = time.monotonic()
+    y = np.asarray(jax.jit(partial(jnp.dot, preferred_element_type=jnp.float32))(x, x))
+    seconds = time.monotonic() - start
+    record: Record = {"seconds": seconds, "text": f"a dense bfloat16 product, compiled in {seconds:.1f} s"}
+    return record if (y == 64).all() else record | {"failed": "a dense product of constants is wrong"}
+
+
+def _implementation(m: int, group_size: int) -> Record:
+    """What a product of this size takes, and why not what would come before."""
+    groups = 4096 // group_size
+    segments = (groups // 4, groups // 2, groups // 4)
+    w = abstract_tensor((4096, 4096), widths=(1, 2, 3), segments=segments, group_size=group_size)
+    x = jax.ShapeDtypeStruct((m, 4096), jnp.bfloat16)
+    refused = []
+    for name in api.BY_PLATFORM.get(devices.of_target().platform, ("xla",)):
+        try:
+            jax.eval_shape(api.IMPLEMENTATIONS[name], x, w)
+        except NotImplementedError as error:
+            refused.append(f"not {name}: {first_line(error)}")
+            continue
+        text = "; ".join([f"M {m}, groups of {group_size}: {name}", *refused])
+        return {"m": m, "group_size": group_size, "implementation": name, "refused": refused, "text": text}
+    return {"failed": "; ".join(refused), "text": f"M {m}: no implementation"}
+
+
+def _likeliest(case: values.Case) -> bool:
+    """Whether a case is among those that say most, for a compilation may take seconds."""
+    if case.n < 1024:
+        return case.m == 17
+    if case.split_k is not None:
+        return case.m == 16 and case.bits == 2 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
+    if case.bits == 3:
+        return case.m in (16, 2048) and (case.k, case.n) == (4096, 4096)
+    return case.m in (1, 16, 33, 2048)
+
+
+def check(options: Options) -> Cases:
+    """Values against float64, the cases that say most first."""
+    cases = list(values.CASES)
+    if options.quick:
+        cases = [case for case in cases if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
+    elif devices.of_target().platform != "cuda":
+        cases = [case for case in cases if case.split_k is None]
+    cases.sort(key=lambda case: not _likeliest(case))
+    records = values.check(cases)
+    for case in cases:
+        yield str(case), partial(_checked, records)
+
+
+def _checked(records: Iterator[Record]) -> Record:
+    record = next(records)
+    return record | {"text": values.line(record)} | ({} if record["ok"] else {"failed": record["reason"]})
+
+
+def table(options: Options) -> Cases:
+    """Times of the packed product and its competitors."""
+    shapes = ((128, 128),) if options.quick else ((4096, 4096), (4096, 11008), (11008, 4096))
+    sizes = (1,) if options.quick else (16, 2048)
+    wanted = [(m, k, n) for m in sizes for k, n in shapes]
+    if not options.quick:
+        wanted += [(m, 4096, 4096) for m in (1, 64, 8)]
+    for m, k, n in wanted:
+        yield f"M {m}, K {k}, N {n}", partial(_row, options, m, k, n)
+
+
+def _arguments(options: Options) -> argparse.Namespace:
+    products = "packed,f32" if options.quick else "packed,bf16,int4"
+    repeats, group_size = (3, 32) if options.quick else (12, 128)
+    return argparse.Namespace(
+        bits=2, group_size=group_size, implementation=None, products=products, repeats=repeats, seconds=4.0
+    )
+
+
+def _row(options: Options, m: int, k: int, n: int) -> Record:
+    row = matmul.row(m, k, n, _arguments(options))
+    record = row | {"nvidia_smi": machine.nvidia_smi(), "text": matmul.line(row)}
+    error = row["packed"].get("error")
+    return record if error is None else record | {"failed": error}
+
+
+@cache
+def _generators(quick: bool) -> dict[str, Generator]:
+    """A random decoder, dense and packed: tiny, or some blocks as wide as Llama-2-7B's, all alike."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_layers": 1, "num_heads": 2}
+    if not quick:
+        sizes = {"vocab_size": 4096, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 8}
+        sizes["num_heads"] = 32
+    heads = sizes["num_heads"]
+    config = DecoderConfig(
+        "llama", num_kv_heads=heads, head_dim=sizes["hidden_size"] // heads, max_positions=4096, **sizes
+    )
+    dtype = jnp.bfloat16 if timing.on_accelerator() else jnp.float32
+    source = RandomSource(config, dtype=dtype, alike=True)
+    packed = decode.random_decoder(source, 2, 32 if quick else 128, alike=True)
+    return {"dense": Generator(decode.dense_decoder(source)), "packed": Generator(packed)}
+
+
+def _of_model(options: Options, measure: Callable[..., Record]) -> Cases:
+    def build() -> Record:
+        generators = _generators(options.quick)
+        config = generators["packed"].config
+        return {"text": f"{config.num_layers} random blocks of {config.hidden_size}, dense and packed"}
+
+    yield "a random decoder", build
+    yield "both, taking turns", lambda: measure(_generators(options.quick))
+
+
+def decoding(options: Options) -> Cases:
+    """Tokens per second of one sequence."""
+
+    def measure(generators: dict[str, Generator]) -> Record:
+        tokens, rounds = (4, 1) if options.quick else (64, 5)
+        speed = decode.measure(generators, tokens, rounds)
+        return _compared(generators, {name: 1 / s for name, s in speed.items()}, "a token")
+
+    yield from _of_model(options, measure)
+
+
+def prefill(options: Options) -> Cases:
+    """Time to read a prompt."""
+
+    def measure(generators: dict[str, Generator]) -> Record:
+        length, rounds = (64, 1) if options.quick else (2048, 5)
+        seconds = decode.measure_prefill(generators, length, rounds)
+        return _compared(generators, seconds, f"a prompt of {length} tokens") | {"length": length}
+
+    yield from _of_model(options, measure)
+
+
+def _compared(generators: dict[str, Generator], seconds: dict[str, float], what: str) -> Record:
+    ratio = seconds["dense"] / seconds["packed"]
+    figures = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in seconds.items())
+    layers = generators["packed"].config.num_layers
+    text = f"{what} through {layers} blocks: {figures}; packed is {ratio:.2f} times as fast"
+    return {"seconds": seconds, "ratio": ratio, "layers": layers, "text": text}
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+def quantization(options: Options) -> Cases:
+    """SmolLM2, or a random decoder where its weights are not installed, and the perplexity after."""
+    yield "quantize", partial(_quantize, options)
+
+
+def _model(options: Options) -> tuple[Any, np.ndarray, str]:
+    """A source, tokens of a text, and what they are."""
+    if not options.quick:
+        try:
+            source = load_source("smollm2")
+            ids = source.tokenizer(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+            return source, np.asarray(ids, np.int32), "SmolLM2"
+        except ConvertError as error:
+            print(f"a random decoder instead of SmolLM2: {error}", flush=True)
+    small = DecoderConfig(
+        family="llama",
+        vocab_size=256,
+        hidden_size=64 if options.quick else 576,
+        intermediate_size=128 if options.quick else 1536,
+        num_layers=1 if options.quick else 8,
+        num_heads=1 if options.quick else 9,
+        num_kv_heads=1 if options.quick else 3,
+        head_dim=64,
+        max_positions=2048,
+    )
+    tokens = np.random.default_rng(0).integers(0, 256, 1_000 if options.quick else 40_000)
+    return RandomSource(small), tokens.astype(np.int32), f"a random decoder of {small.num_layers} blocks"
+
+
+def _quantize(options: Options) -> Record:
+    source, tokens, name = _model(options)
+    samples, length, group_size = (4, 32, 32) if options.quick else (16, 512, 64)
+    half = len(tokens) // 2
+    blocks: list[BlockReport] = []
+
+    def on_block(block: BlockReport) -> None:
+        blocks.append(block)
+        errors = [layer.error for layer in block.layers]
+        if not np.isfinite(errors).all():
+            raise ValueError(f"block {block.index} has errors that are not finite: {errors}")
+        if block.index % 5 == 0 or block.index + 1 == block.total:
+            print(f"  block {block.index + 1} of {block.total}: {block.seconds:.1f} s", flush=True)
+        if options.seconds < 0 and block.index + 1 < block.total:
+            raise _OutOfTime
+
+    start = time.monotonic()
+    config = SlimConfig(bits=2, group_size=group_size, method="rtn" if options.quick else "slim")
+    model = None
+    try:
+        windows = draw_windows(tokens[:half], samples, length, 0)
+        model, report = quantize(source, windows, config, on_block=on_block)
+    except _OutOfTime:
+        pass
+    seconds = time.monotonic() - start
+    record: Record = {
+        "model": name,
+        "seconds": seconds,
+        "block_seconds": [block.seconds for block in blocks],
+        "mean_errors": [block.error for block in blocks],
+        "host_peak_mib": peak_mib(),
+        "text": f"{name}: {len(blocks)} of {blocks[0].total} blocks in {seconds:.1f} s",
+    }
+    if model is None:
+        return record | {"text": record["text"] + ", then the time was up"}
+    return (
+        record
+        | {"bits_per_weight": report.bits_per_weight}
+        | _perplexities(source, model, tokens[half:], 32 if options.quick else 512, record["text"])
+    )
+
+
+def _perplexities(source: Any, model: Decoder, tokens: np.ndarray, window: int, text: str) -> Record:
+    """Before and after; and after by XLA, which must agree with what the platform takes."""
+    found = {"dense": perplexity(decode.dense_decoder(source), tokens, window, 4).perplexity}
+    found["packed"] = perplexity(model, tokens, window, 4).perplexity
+    with api.use_implementation("xla"):
+        found["packed_by_xla"] = perplexity(model, tokens, window, 4).perplexity
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+    record = {"perplexity": found, "text": f"{text}; perplexity {figures}"}
+    if not np.isfinite(list(found.values())).all():
+        return record | {"failed": f"a perplexity is not finite: {figures}"}
+    apart = abs(math.log(found["packed"] / found["packed_by_xla"]))
+    if apart > 0.02:
+        return record | {
+            "failed": f"the kernel's perplexity and XLA's differ by a factor {math.exp(apart):.3f}"
+        }
+    return record
+
+
+def profile(options: Options) -> Cases:
+    """Which kernels a product takes, from the profiler; last, as it may fail where the rest does not."""
+    for m in (1,) if options.quick else (16, 2048):
+        yield f"profile of M {m}", partial(_profile, options, m)
+
+
+def _profile(options: Options, m: int) -> Record:
+    k = 128 if options.quick else 4096
+    record: Record = {"m": m, "kernels_us": {}}
+    lines = []
+    for name, product in matmul.products(m, k, k, _arguments(options)).items():
+        record["kernels_us"][name] = found = timing.kernel_times(product)
+        kernels = [f"{us:.2f} us {kernel[:60]}" for kernel, us in list(found.items())[:12]]
+        lines.append(f"M {m}, K {k}, N {k}, {name}: {sum(found.values()):.2f} us in {len(found)} kernels")
+        lines += [f"    {kernel}" for kernel in kernels]
+    return record | {"text": "\n".join(lines)}
+
+
+STAGES: dict[str, tuple[Callable[[Options], Cases], float]] = {
+    "capability": (capability, 30),
+    "check": (check, 150),
+    "matmul": (table, 120),
+    "decode": (decoding, 60),
+    "prefill": (prefill, 20),
+    "quantize": (quantization, 80),
+    "profile": (profile, 20),
+}
+"""Name -> the stage and its seconds; together eight minutes. What a stage leaves is the next ones'."""

@@ -1,0 +1,221 @@
+"""How long a product takes on the device at hand.
+
+*On a GPU or a TPU* a product takes microseconds, and calling it from Python takes more. So whole programs are
+timed: a loop over products with several weights, each of which waits for the one before, and the same loop
+three times as long. Their difference over the number of products in it is the time of one product, everything
+around it included (``x`` brought into order, a scalar that hands ``y`` to the next ``x``). The weights are
+copies of one, together larger than the GPU's last cache, so that each is read from memory.
+
+*On a CPU* single calls are timed. Either way contestants take turns, and the median counts.
+"""
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import devices
+
+CACHES = 3  # a cache that replaces at random still keeps 0.06 of what is three times its size
+MOST_WEIGHTS = 48
+FEW_ROWS = 32
+LOOP_SECONDS = 4e-3
+LONGER = 2
+UNKNOWN_CACHE = 64 << 20
+LEAST_REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What is timed.
+
+    Attributes:
+      run: ``(x, weight) -> y``, jitted; ``y`` is ``[M, N]``.
+      x: ``[M, K]``.
+      weights: one or more of one kind, for which ``run`` compiles once; what they hold does not matter.
+      bytes: that one product must read and write at least.
+      flops: operations of one product.
+    """
+
+    run: Callable[[jax.Array, Any], jax.Array]
+    x: jax.Array
+    weights: tuple[Any, ...]
+    bytes: int
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one product over some repeats."""
+
+    median: float
+    least: float
+    most: float
+    repeats: int
+    weights: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], weights: int) -> "Timing":
+        """The median and the spread of what was measured."""
+        return cls(float(np.median(seconds)), min(seconds), max(seconds), len(seconds), weights)
+
+
+def on_accelerator() -> bool:
+    """Whether the default device is none of the host's."""
+    return jax.default_backend() != "cpu"
+
+
+def copies(weight: Any, rows: int) -> tuple[Any, ...]:
+    """So many copies of a weight that a chain over them reads memory: one on a CPU, few with many rows."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    count = 1
+    if on_accelerator():
+        count = 4  # where there is no cache, or weights are little of what a product costs
+        if jax.default_backend() == "gpu" and rows <= FEW_ROWS:
+            known = devices.of_target().l2_bytes
+            count = min(MOST_WEIGHTS, max(2, math.ceil(CACHES * (known or UNKNOWN_CACHE) / size)))
+    return (weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1)))
+
+
+def _chain(
+    run: Callable[[jax.Array, Any], jax.Array], weights: tuple[Any, ...], zero: jax.Array, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``x``, and the last ``y``, after a product with each weight, every one waiting for the last."""
+    first = x
+    for weight in weights:
+        # No compiler may compute the one element that is used alone, nor know that zero is 0.
+        y = lax.optimization_barrier(run(x, weight))
+        bump = (y[0, 0] * zero).astype(x.dtype)
+        # Few rows: a part of whatever reads x. Many: one element in place, so that x is not written anew.
+        few = x.shape[0] <= FEW_ROWS
+        x = first + bump if few else lax.dynamic_update_slice(x, x[:1, :1] + bump, (0, 0))
+    return x, y
+
+
+def _turns(product: Product) -> int:
+    """How often the shorter loop takes each weight: some milliseconds, if products ran at the peak."""
+    device = devices.of_target()
+    by_bytes = product.bytes / (device.bandwidth or 1e12)
+    by_flops = product.flops / (device.bfloat16_flops or 1e14)
+    floor = max(by_bytes, by_flops, 1e-6) * len(product.weights)
+    return max(2, min(256, round(LOOP_SECONDS / floor)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A compiled product: what it computed, ``[M, N]``, and how to time it once more."""
+
+    y: jax.Array
+    sample: Callable[[], float]
+    weights: int
+
+
+def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
+    """Compiles and warms up, as a loop or (``loop=False``) as a call; by the platform if None.
+
+    Raises whatever the compiler or the device raises.
+    """
+    if not (on_accelerator() if loop is None else loop):
+        arguments = (product.x, product.weights[0])
+        y = product.run(*arguments).block_until_ready()
+        for _ in range(2):
+            product.run(*arguments).block_until_ready()
+        return Prepared(y, lambda: _host_seconds(product.run, *arguments), 1)
+    turns = _turns(product)
+
+    @jax.jit
+    def loop_of(times: jax.Array, x: jax.Array, weights: tuple[Any, ...], zero: jax.Array) -> jax.Array:
+        def chain(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return _chain(product.run, weights, zero, carry[0])
+
+        # One program for both lengths, as a kernel may take seconds to compile. On a GPU the host reads the
+        # outer loop's condition, so nearly all turns are in the inner one, whose number of turns is static.
+        def inner(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return lax.fori_loop(0, turns, chain, carry)
+
+        y = jax.eval_shape(product.run, x, weights[0])
+        return lax.fori_loop(0, times, inner, (x, jnp.zeros(y.shape, y.dtype)))[1]
+
+    arguments = (product.x, product.weights, jnp.float32(0))
+    short, long = jnp.int32(1), jnp.int32(1 + LONGER)
+    y = loop_of(short, *arguments).block_until_ready()
+    loop_of(long, *arguments).block_until_ready()
+
+    def sample() -> float:
+        difference = _host_seconds(loop_of, long, *arguments) - _host_seconds(loop_of, short, *arguments)
+        return difference / (LONGER * turns * len(product.weights))
+
+    return Prepared(y, sample, len(product.weights))
+
+
+def _host_seconds(run: Callable[..., jax.Array], *arguments: Any) -> float:
+    start = time.perf_counter()
+    run(*arguments).block_until_ready()
+    return time.perf_counter() - start
+
+
+def take_turns[K: Hashable](
+    prepared: Mapping[K, Prepared], repeats: int, seconds: float = math.inf
+) -> dict[K, Timing]:
+    """Times each ``repeats`` times, or until the time is up, but three times at least."""
+    taken: dict[K, list[float]] = {name: [] for name in prepared}
+    end = time.monotonic() + seconds
+    for i in range(repeats):
+        if i >= LEAST_REPEATS and time.monotonic() > end:
+            break
+        for name, one in prepared.items():
+            taken[name].append(one.sample())
+    return {name: Timing.of(found, prepared[name].weights) for name, found in taken.items()}
+
+
+def rates(product: Product, timing: Timing) -> dict[str, Any]:
+    """What a time means: microseconds, and the shares of the device's bandwidth and matrix peak."""
+    device = devices.of_target()
+    row: dict[str, Any] = {
+        "microseconds": 1e6 * timing.median,
+        "least": 1e6 * timing.least,
+        "most": 1e6 * timing.most,
+        "repeats": timing.repeats,
+        "weights": timing.weights,
+    }
+    if timing.median <= 0:
+        raise ValueError(
+            f"the longer loop took {1e6 * timing.median:.1f} us a product less than the shorter one: "
+            "the device is not at rest"
+        )
+    row["gb_per_s"] = product.bytes / timing.median / 1e9
+    row["teraflops"] = product.flops / timing.median / 1e12
+    if device.bandwidth is not None:
+        row["percent_of_bandwidth"] = 100e9 * row["gb_per_s"] / device.bandwidth
+    if device.bfloat16_flops is not None:
+        row["percent_of_matrix_peak"] = 100e12 * row["teraflops"] / device.bfloat16_flops
+    return row
+
+
+def kernel_times(product: Product) -> dict[str, float]:
+    """Microseconds of one product by kernel, as the profiler saw them; empty where it sees none.
+
+    What lies between kernels is in none of them: the sum is less than what :func:`prepare` times.
+    """
+    product.run(product.x, product.weights[0]).block_until_ready()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for weight in product.weights:
+                product.run(product.x, weight).block_until_ready()
+        files = sorted(Path(folder).rglob("*.xplane.pb"))
+        planes = jax.profiler.ProfileData.from_file(str(files[0])).planes if files else ()
+        taken: Counter[str] = Counter()
+        for line in (line for plane in planes if plane.name.startswith("/device:") for line in plane.lines):
+            if (line.name or "").startswith(("Stream", "XLA Ops")):
+                for event in line.events:
+                    taken[event.name] += event.duration_ns
+    return {name: ns / 1e3 / len(product.weights) for name, ns in taken.most_common()}

@@ -1,0 +1,82 @@
+"""One pass of a decoder against the cache of what a batch has seen.
+
+Blocks that are packed alike are stacked and scanned over, which compiles one body; their products read
+a layer's part of a prepared weight where it lies. Dense blocks run unrolled, because XLA copies each
+slice of a weight that it scans over.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import MixedTensor, Prepared
+from slim_jax.cache import KeyValues, State
+from slim_jax.decoder import Block, Decoder
+
+
+def stackable(blocks: Sequence[Block]) -> bool:
+    """Whether blocks are packed, and alike in everything but the values of their leaves."""
+    leaves = jax.tree.leaves(blocks[0], is_leaf=lambda x: isinstance(x, MixedTensor))
+    if not any(isinstance(leaf, MixedTensor) for leaf in leaves):
+        return False
+    kinds = [
+        (jax.tree.structure(block), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(block)])
+        for block in blocks
+    ]
+    return all(kind == kinds[0] for kind in kinds)
+
+
+def forward(
+    outer: Decoder, blocks: Any, state: State, tokens: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, State]:
+    """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them."""
+    start = state.length
+    slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
+    h = outer.embed_tokens(tokens, positions)
+
+    def through(block: Block, h: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array | None = None):
+        h, cache = block(h, positions, KeyValues(k, v, slots, start, layer))
+        assert cache is not None
+        return h, cache.keys, cache.values
+
+    kv: Any
+    if isinstance(blocks, list):
+        kv = []
+        for block, (k, v) in zip(blocks, state.kv):
+            h, *layer_kv = through(block, h, k, v)
+            kv.append(tuple(layer_kv))
+    else:
+        whole, cut = _split_stack(blocks)
+
+        def layer(carry: tuple, x: tuple[Any, jax.Array]) -> tuple[tuple, None]:
+            cut, i = x
+            return through(_one_of_stack(whole, cut, i), *carry, layer=i), None
+
+        indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)
+        (h, *kv), _ = lax.scan(layer, (h, *state.kv), (cut, indices))
+        kv = tuple(kv)
+    return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
+
+
+def _is_prepared(value: Any) -> bool:
+    return isinstance(value, Prepared)
+
+
+def _split_stack(blocks: Block) -> tuple[Any, Any]:
+    """Stacked blocks as prepared weights, which stay whole, and the rest, of which a scan cuts a layer."""
+    whole = jax.tree.map(lambda leaf: leaf if _is_prepared(leaf) else None, blocks, is_leaf=_is_prepared)
+    cut = jax.tree.map(lambda leaf: None if _is_prepared(leaf) else leaf, blocks, is_leaf=_is_prepared)
+    return whole, cut
+
+
+def _one_of_stack(whole: Any, cut: Any, layer: jax.Array) -> Block:
+    """The block that :func:`_split_stack` has taken apart, of one layer."""
+    return jax.tree.map(
+        lambda leaf, prepared: leaf if prepared is None else prepared.at(layer),
+        cut,
+        whole,
+        is_leaf=lambda value: value is None or _is_prepared(value),
+    )

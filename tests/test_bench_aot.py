@@ -1,0 +1,67 @@
+"""What ``bench.aot`` computes from what compilers say; ``tests/test_aot.py`` asks the compilers."""
+
+import jax
+import pytest
+
+from bench import aot, aot_gpu, aot_tpu
+from pallas_kernels import devices
+
+HLO = """
+HloModule product
+
+fused { p = bf16[16,8]{1,0} parameter(0)  ROOT r = bf16[8,16]{1,0} transpose(p) }
+
+ENTRY %main (x: bf16[16,8], w: u32[4,8]) -> f32[16,8] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %w = u32[4,8]{1,0} parameter(1)
+  %fusion.1 = bf16[8,16]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %start = (u32[4,8]{1,0}, u32[4,8]{1,0}) copy-start(%w)
+  %done = u32[4,8]{1,0} copy-done(%start)
+  ROOT %y = f32[16,8]{1,0} custom-call(%fusion.1, %done), custom_call_target="mosaic_gpu_v2"
+}
+"""
+
+
+def test_launches_and_bytes_of_an_hlo_program():
+    launches, read, written = aot_gpu.kernels_of(HLO)
+    x, w, y = 256, 128, 512
+    assert launches == 3  # the fusion, the copy and the kernel
+    assert read == x + w + 2 * w + (x + w)
+    assert written == x + 2 * w + w + y
+
+
+def test_floor_is_the_larger_of_memory_and_matrix_units():
+    """H100, 4096 x 4096: 16 rows are bound by memory, 2048 by 989.4 TFLOP/s, whatever the bytes."""
+    h100 = devices.BY_SHORT_NAME["h100"]
+    decode = aot.against_floor(h100, 16, 4096, 4096, memory_us=1.5, takes_us=3.0)
+    assert decode == {"floor_us": 1.5, "bound": "memory", "ratio": 2.0}
+    prefill = aot.against_floor(h100, 2048, 4096, 4096, memory_us=16.4, takes_us=61.3)
+    assert prefill["floor_us"] == pytest.approx(2 * 2048 * 4096**2 / 989.4e6)
+    assert prefill["bound"] == "matrix units"
+    assert prefill["ratio"] == 1.0  # 61 us would be faster than the chip
+    assert aot.against_floor(h100, 16, 64, 64, 1.5, None)["ratio"] is None
+    assert aot.against_floor(h100, 16, 64, 64, None, None)["floor_us"] is None
+
+
+@pytest.mark.parametrize("target", aot_gpu.targets())
+def test_described_gpus_are_in_the_table(target):
+    """What XLA is told of a GPU is what the kernels and the floors are told, but for rounding."""
+    device = aot_gpu.device(target)
+    assert device.compute_capability.split(".")[0] in aot_gpu.described(target, "major")
+    assert device.processors == int(aot_gpu.described(target, "core_count"))
+    assert float(aot_gpu.described(target, "memory_bandwidth")) == pytest.approx(device.bandwidth, rel=0.05)
+    assert int(aot_gpu.described(target, "l2_cache_size")) == pytest.approx(device.l2_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("target", aot_tpu.TARGETS)
+def test_tpus_are_in_the_table(target):
+    assert devices.BY_SHORT_NAME[aot_tpu.TARGETS[target].device].platform == "tpu"
+
+
+@pytest.mark.parametrize(("target", "blocks"), [("h100", 128), ("a100", 64), ("b200", 128)])
+def test_the_gpu_kernel_is_that_of_the_target(target, blocks):
+    """Not that of this machine's CPU: block sizes follow the target's multiprocessors."""
+    product, arguments = aot_gpu.matmul()
+    with devices.target(aot_gpu.device(target)):
+        grids = aot_gpu.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
+    assert grids == {"mixed_matmul": [[1, blocks]]}

@@ -1,0 +1,101 @@
+"""`bench.check`: wrong and missing values fail, and the cases are those that real products take."""
+
+import dataclasses
+import itertools
+import json
+from functools import partial
+
+import jax.numpy as jnp
+import pytest
+
+from bench import check, matmul
+from pallas_kernels import api, devices, mosaic_gpu
+
+SMALL = (check.Case(64, 40, 2, 32, 9), check.Case(64, 40, 2, 32, 17))
+
+
+def test_cases_are_those_of_real_products():
+    for k, n, m in itertools.product((4096, 11008), (1024, 4096), (1, 8, 16, 33, 64, 2048)):
+        mine = [c for c in check.CASES if (c.k, c.n, c.m) == (k, n, m)]
+        assert {c.split_k for c in mine} == ({None} if m == 2048 else {None, 1, 2, 4})
+        if m in (1, 16, 2048):
+            assert {c.bits for c in mine} == {2, 3}
+    assert {c.group_size for c in check.CASES} == {32, 64, 128}
+    assert len([key for key, _ in itertools.groupby(c.weight for c in check.CASES)]) == len(check.WEIGHTS)
+
+
+def test_right_values_pass():
+    (record,) = check.check(SMALL[:1], implementation="xla")
+    assert record["ok"]
+    assert 0 <= record["error"] < 1e-3
+    assert record["reason"] is None
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The reference of the small cases; a kernel that takes its weight compiles in no time."""
+    return check._Reference(SMALL[0], 17)
+
+
+@pytest.fixture
+def made(monkeypatch, exact):
+    """How many rows each reference was made with; all are ``exact``."""
+    rows = []
+    monkeypatch.setattr(check, "_Reference", lambda case, m: rows.append(m) or exact)
+    return rows
+
+
+def test_cases_share_a_reference(monkeypatch, exact, made):
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", lambda x, w: jnp.asarray(exact.y)[: x.shape[0]])
+    assert [(r["m"], r["ok"]) for r in check.check(SMALL, implementation="xla")] == [(9, True), (17, True)]
+    assert made == [17]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda y: jnp.full_like(y, jnp.nan), "360 of 360 values are not finite"),
+        (lambda y: y.at[0, 7].set(jnp.inf), "1 of 360 values are not finite"),
+        (lambda y: 1.05 * y, "expected at most 0.01"),
+        (lambda y: y[:, ::-1], "expected at most 0.01"),
+    ],
+)
+def test_wrong_values_fail(monkeypatch, capsys, exact, made, wrong, reason):
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", lambda x, w: wrong(jnp.asarray(exact.y[: x.shape[0]])))
+    (record,) = check.check(SMALL[:1], implementation="xla")
+    assert record["ok"] is False
+    assert reason in record["reason"]
+    monkeypatch.setattr(matmul, "check", partial(check.check, SMALL[:1]))
+    monkeypatch.setattr("sys.argv", ["bench.matmul", "--check", "--implementation", "xla", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        matmul.main()
+    assert ended.value.code
+    assert json.loads(capsys.readouterr().out)["cases"][0]["ok"] is False
+
+
+def test_what_a_compiler_says_is_the_reason(made):
+    (record,) = check.check(SMALL[:1], implementation="mosaic_gpu")
+    assert record["ok"] is False
+    assert "CPU" in record["reason"]
+
+
+def test_no_case_begins_when_the_time_is_over():
+    records = list(check.check(SMALL, seconds=0))
+    assert [(r["ok"], r["reason"]) for r in records] == 2 * [(None, "not run: 0 s are over")]
+    assert "not run" in check.line(records[0])
+
+
+@pytest.mark.parametrize("target", ["h100", "rtx4090"])
+def test_split_k_is_forced_upon_the_gpu_kernel_only(monkeypatch, exact, made, target):
+    forced = []
+
+    def kernel(x, w, *, config):
+        forced.append((config.split_k, config.groups_per_step))
+        return jnp.asarray(exact.y[: x.shape[0]])
+
+    monkeypatch.setattr(mosaic_gpu, "mixed_matmul", kernel)
+    cases = [dataclasses.replace(SMALL[0], group_size=128, split_k=split) for split in (1, 2, 4)]
+    assert not list(check.check(cases))  # on a CPU
+    with devices.target(target):
+        assert all(record["ok"] for record in check.check(cases))
+    assert forced == [(1, 4), (2, 4), (4, 4 if target == "h100" else 2)]
