@@ -25,7 +25,7 @@ from bench import machine
 from bench.limits import Limit
 
 STAGES = ("capability", "check", "matmul", "decode", "prefill", "quantize", "profile")
-CASE_SECONDS = 180.0  # of one case: what takes longer hangs
+CASE_SECONDS = 180.0  # of a case, or the time left and two thirds of that: what takes longer hangs
 TRACEBACK_LINES = 30
 
 Record = dict[str, Any]
@@ -121,7 +121,8 @@ def run_stage(
             if time.monotonic() > deadline and stage["cases"]:
                 left = 1 + sum(1 for _ in cases)
                 break
-            with limit.within(case_seconds, label):
+            left_s = deadline - time.monotonic()
+            with limit.within(max(case_seconds, left_s + case_seconds / 1.5), label):
                 begin = time.monotonic()
                 case = {"label": label, **run(), "wall_s": time.monotonic() - begin}
             stage["cases"].append(case)

@@ -169,13 +169,17 @@ def _row(options: Options, m: int, k: int, n: int) -> Record:
 @cache
 def _generators(quick: bool) -> dict[str, Generator]:
     """A random decoder, dense and packed: tiny, or some blocks as wide as Llama-2-7B's, all alike."""
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_layers": 1, "num_heads": 2}
-    if not quick:
-        sizes = {"vocab_size": 4096, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 8}
-        sizes["num_heads"] = 32
-    heads = sizes["num_heads"]
+    heads = 2 if quick else 32
     config = DecoderConfig(
-        "llama", num_kv_heads=heads, head_dim=sizes["hidden_size"] // heads, max_positions=4096, **sizes
+        family="llama",
+        vocab_size=256 if quick else 4096,
+        hidden_size=64 if quick else 4096,
+        intermediate_size=128 if quick else 11008,
+        num_layers=1 if quick else 8,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=32 if quick else 128,
+        max_positions=4096,
     )
     dtype = jnp.bfloat16 if timing.on_accelerator() else jnp.float32
     source = RandomSource(config, dtype=dtype, alike=True)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import check as values
+from bench.check import check
+from bench.check import line as checked
 from bench.decode import random_packed
 from bench.machine import describe_device
 from bench.shapes import SHAPES
@@ -130,10 +131,10 @@ def main() -> None:
     }
     if arguments.check:
         records = out["cases"] = []
-        for record in values.check(implementation=arguments.implementation, seconds=arguments.seconds):
+        for record in check(implementation=arguments.implementation, seconds=arguments.seconds):
             records.append(record)
             if not arguments.json:
-                print(values.line(record), flush=True)
+                print(checked(record), flush=True)
         good = sum(bool(record["ok"]) for record in records)
         print(json.dumps(out, indent=1) if arguments.json else f"{good} of {len(records)} cases are right")
         sys.exit(good < len(records))

@@ -125,11 +125,11 @@ def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
     Raises whatever the compiler or the device raises.
     """
     if not (on_accelerator() if loop is None else loop):
-        arguments = (product.x, product.weights[0])
-        y = product.run(*arguments).block_until_ready()
+        x, weight = product.x, product.weights[0]
+        y = product.run(x, weight).block_until_ready()
         for _ in range(2):
-            product.run(*arguments).block_until_ready()
-        return Prepared(y, lambda: _host_seconds(product.run, *arguments), 1)
+            product.run(x, weight).block_until_ready()
+        return Prepared(y, lambda: _host_seconds(product.run, x, weight), 1)
     turns = _turns(product)
 
     @jax.jit

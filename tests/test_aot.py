@@ -72,3 +72,11 @@ def test_gpu_prefill(target):
     record = aot_gpu.compile_for(target, "bench.aot_gpu:matmul", SHAPE | {"m": 2048})
     assert record["error"] is None
     assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0
+
+
+@pytest.mark.parametrize("m", [16, 2048])
+def test_gpu_with_less_shared_memory(m):
+    config = {"block_n": 32, "stages": 2, "groups_per_step": 2, "split_k": 4} if m == 16 else None
+    record = aot_gpu.compile_for("l4", "bench.aot_gpu:matmul", SHAPE | {"m": m, "config": config})
+    assert record["error"] is None
+    assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0
