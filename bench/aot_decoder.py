@@ -10,9 +10,10 @@ from flax import nnx
 
 from pallas_kernels import use_implementation
 from pallas_kernels.layout import abstract_tensor, group_count
-from slim_jax.cache import State
-from slim_jax.decoder import Block, Decoder, DecoderConfig, linear_groups
-from slim_jax.step import forward
+from slim_jax.model.cache import State
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Block, Decoder, linear_groups
+from slim_jax.model.step import forward
 
 LLAMA_2_7B = DecoderConfig(
     family="llama",

@@ -58,7 +58,7 @@ def matmul(
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import mosaic_gpu
+    from pallas_kernels.gpu import kernel
     from pallas_kernels.layout import abstract_tensor, group_count
 
     groups, widths = group_count(k, group_size), tuple(bits)
@@ -66,10 +66,10 @@ def matmul(
     segments = (outer, groups - 2 * outer, outer) if outer else _even(groups, len(widths))
     weight = abstract_tensor((k, n), widths=widths, segments=segments, group_size=group_size)
     shape: Any = jax.ShapeDtypeStruct
-    chosen = mosaic_gpu.Config(**config) if config else None
+    chosen = kernel.Config(**config) if config else None
 
     def product(x, w, *bias):
-        return mosaic_gpu.mixed_matmul(x, w, bias=bias[0] if bias else None, config=chosen)
+        return kernel.mixed_matmul(x, w, bias=bias[0] if bias else None, config=chosen)
 
     return product, [shape((m, k), jnp.bfloat16), weight, *([shape((n,), jnp.float32)] if bias else [])]
 

@@ -300,9 +300,9 @@ def packed(
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import mosaic_tpu
     from pallas_kernels.devices import of_target
     from pallas_kernels.layout import abstract_tensor
+    from pallas_kernels.tpu import decode as kernel
 
     w = abstract_tensor(
         (k, n), widths=tuple(widths), segments=tuple(segments), group_size=group_size, dtype=jnp.bfloat16
@@ -311,10 +311,10 @@ def packed(
     def product(x, w):
         chosen = None
         if config:
-            chosen = dataclasses.replace(mosaic_tpu.choose(of_target().name, m, k, n), **config)
+            chosen = dataclasses.replace(kernel.choose(of_target().name, m, k, n), **config)
         if constant:
             w = dataclasses.replace(w, segments=np.array(segments, np.int32))
-        return mosaic_tpu.mixed_matmul(x, w, config=chosen)
+        return kernel.mixed_matmul(x, w, config=chosen)
 
     return product, (jax.ShapeDtypeStruct((m, k), jnp.bfloat16), w)
 

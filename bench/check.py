@@ -120,12 +120,12 @@ class _Reference:
 def _product(case: Case, implementation: str | None) -> Callable[[jax.Array, MixedTensor], jax.Array]:
     if case.split_k is None:
         return lambda x, w: mixed_matmul(x, w, implementation=implementation)
-    from pallas_kernels import mosaic_gpu  # takes a second that others need not spend
-    from pallas_kernels.mosaic_gpu_config import fitted
+    from pallas_kernels.gpu import kernel  # takes a second that others need not spend
+    from pallas_kernels.gpu.config import fitted
 
-    config = mosaic_gpu.Config(block_n=128 // case.split_k, stages=2, split_k=case.split_k)
+    config = kernel.Config(block_n=128 // case.split_k, stages=2, split_k=case.split_k)
     config = fitted(config, devices.of_target(), case.group_size)
-    return lambda x, w: mosaic_gpu.mixed_matmul(x, w, config=config)
+    return lambda x, w: kernel.mixed_matmul(x, w, config=config)
 
 
 def line(record: dict[str, Any]) -> str:

@@ -12,9 +12,10 @@ import numpy as np
 
 from convert import load_source
 from pallas_kernels import MixedTensor, pack
-from slim_jax.decoder import Decoder, Params, block_params, linear_groups, make_decoder
-from slim_jax.generate import Generator
-from slim_jax.source import Source
+from slim_jax.model.decoder import Decoder, linear_groups
+from slim_jax.model.generate import Generator
+from slim_jax.model.params import Params, block_params, make_decoder
+from slim_jax.run.source import Source
 
 
 def dense_decoder(source: Source) -> Decoder:
@@ -58,7 +59,7 @@ def random_decoder(
 
 def load_packed(path: str) -> Decoder:
     """A quantized checkpoint."""
-    from slim_jax.checkpoint import load  # not needed for random codes
+    from slim_jax.run.checkpoint import load  # not needed for random codes
 
     return load(path)
 

@@ -25,12 +25,13 @@ from convert.errors import ConvertError, first_line
 from pallas_kernels import api, devices
 from pallas_kernels.layout import abstract_tensor
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import Decoder, DecoderConfig
-from slim_jax.generate import Generator
-from slim_jax.perplexity import perplexity
-from slim_jax.pipeline import quantize
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.generate import Generator
+from slim_jax.model.perplexity import perplexity
+from slim_jax.model.windows import draw_windows
 from slim_jax.report import BlockReport
-from slim_jax.windows import draw_windows
+from slim_jax.run.pipeline import quantize
 
 Record = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Record]]]

@@ -25,16 +25,18 @@ import numpy as np
 import convert
 from pallas_kernels import MixedTensor
 from pallas_kernels.layout import zero_bits
-from slim_jax.activations import Activations
-from slim_jax.allocation import allocate, divergence_from, quantized_at, scores
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import DecoderConfig, block_params, make_block, outer_params, sequence_positions
-from slim_jax.learning import BlockLearner
-from slim_jax.perplexity import perplexity
-from slim_jax.pipeline import BlockQuantizer, quantize, quantize_to_checkpoint
-from slim_jax.plus import Samples
-from slim_jax.source import Source
-from slim_jax.windows import draw_windows
+from slim_jax.method.plus import Samples
+from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import sequence_positions
+from slim_jax.model.params import block_params, make_block, outer_params
+from slim_jax.model.perplexity import perplexity
+from slim_jax.model.windows import draw_windows
+from slim_jax.run.activations import Activations
+from slim_jax.run.learning import BlockLearner
+from slim_jax.run.pipeline import BlockQuantizer, quantize, quantize_to_checkpoint
+from slim_jax.run.source import Source
 
 
 def _best(run: Any, repeats: int = 3) -> float:
@@ -132,11 +134,11 @@ class RandomSource:
         }
 
     def outer(self) -> dict[str, np.ndarray]:
-        """See `slim_jax.source.Source`."""
+        """See `slim_jax.run.source.Source`."""
         return self._random(outer_params(self.config), 0)
 
     def block(self, index: int) -> dict[str, np.ndarray]:
-        """See `slim_jax.source.Source`."""
+        """See `slim_jax.run.source.Source`."""
         if not self._alike:
             return self._random(block_params(self.config), 1 + index)
         if self._block is None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slim_jax.linear import dense_product, unembed
+from slim_jax.model.linear import dense_product, unembed
 
 
 def xla(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -177,9 +177,9 @@ def main() -> None:
     arguments = parser.parse_args()
     platform = jax.default_backend()
     if platform == "gpu":
-        from pallas_kernels import mosaic_gpu as kernel
+        from pallas_kernels.gpu import kernel
     elif platform == "tpu":
-        from pallas_kernels import mosaic_tpu as kernel  # type: ignore[no-redef]
+        from pallas_kernels.tpu import decode as kernel  # type: ignore[no-redef]
     else:
         sys.exit(f"bench.tune: JAX's platform is {platform}, expected a GPU or a TPU")
     name, kind = f"mosaic_{platform}", devices.of_target().name

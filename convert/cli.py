@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from slim_jax.decoder import Decoder, DecoderConfig
+    from slim_jax.model.config import DecoderConfig
+    from slim_jax.model.decoder import Decoder
     from slim_jax.report import BlockReport
-    from slim_jax.source import Source
+    from slim_jax.run.source import Source
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -120,7 +121,7 @@ def convert(
       slim-jax convert model.gguf out/model --dtype bfloat16
     """
     _require_new(out)
-    from slim_jax import checkpoint
+    from slim_jax.run import checkpoint
 
     model = _open(source, dtype)
     tokenizer = _optional_tokenizer(source, model)
@@ -241,9 +242,9 @@ def quantize(
         batch_size=batch_size,
     )
     text = None if calibration == "self" else _read_text(Path(calibration))
-    from slim_jax.allocation import load_allocation
-    from slim_jax.allocation import save_allocation as write_allocation
-    from slim_jax.pipeline import quantize_to_checkpoint
+    from slim_jax.method.sba import load_allocation
+    from slim_jax.method.sba import save_allocation as write_allocation
+    from slim_jax.run.pipeline import quantize_to_checkpoint
 
     chosen = None if allocation is None else load_allocation(allocation)
     if save_allocation is not None and not save_allocation.resolve().parent.is_dir():
@@ -315,7 +316,7 @@ def evaluate(
     content = _read_text(text)
     import numpy as np
 
-    from slim_jax.perplexity import perplexity
+    from slim_jax.model.perplexity import perplexity
 
     opened = _open(source)
     _require_positions("--window", window, opened)
@@ -361,7 +362,7 @@ def generate(
     """
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"--top-p is {top_p}, expected more than 0 and at most 1")
-    from slim_jax.generate import generate as run_generate
+    from slim_jax.model.generate import generate as run_generate
 
     opened = _open(source)
     tokenizer = _tokenizer(source, opened)
@@ -408,7 +409,7 @@ def inspect(
     """
     if html is not None and not html.resolve().parent.is_dir():
         raise ValueError(f"--html: {html.parent} is not a directory")
-    from slim_jax import checkpoint
+    from slim_jax.run import checkpoint
 
     found = checkpoint.inspect(path)
     if html is not None:
@@ -443,7 +444,7 @@ def plan(
     slim-jax plan models/Llama-2-70b --bits 2 --devices v5e:4 --context 2048 --json
     """
     from slim_jax.config import SlimConfig
-    from slim_jax.plan import make_plan, parse_devices
+    from slim_jax.run.plan import make_plan, parse_devices
 
     settings = SlimConfig(bits=bits, group_size=group_size, method=method)
     found = make_plan(
@@ -490,7 +491,7 @@ def export(
 def _open(spec: str, dtype: str | None = None) -> "Source":
     """The model that a SOURCE argument names; no weights are read yet."""
     from convert.load import load_source
-    from slim_jax.checkpoint import CheckpointSource, is_checkpoint
+    from slim_jax.run.checkpoint import CheckpointSource, is_checkpoint
 
     if is_checkpoint(Path(spec)):
         return CheckpointSource(Path(spec))
@@ -500,15 +501,15 @@ def _open(spec: str, dtype: str | None = None) -> "Source":
 def _config(spec: str) -> "DecoderConfig":
     """The config of the model that a SOURCE argument names."""
     from convert.load import load_config
-    from slim_jax.checkpoint import CheckpointSource, is_checkpoint
+    from slim_jax.run.checkpoint import CheckpointSource, is_checkpoint
 
     return CheckpointSource(Path(spec)).config if is_checkpoint(Path(spec)) else load_config(spec)
 
 
 def _decoder(spec: str, source: "Source") -> "Decoder":
     """The whole model in memory."""
-    from slim_jax import checkpoint
-    from slim_jax.decoder import make_decoder
+    from slim_jax.model.params import make_decoder
+    from slim_jax.run import checkpoint
 
     if checkpoint.is_checkpoint(Path(spec)):
         return checkpoint.load(Path(spec))
@@ -518,7 +519,7 @@ def _decoder(spec: str, source: "Source") -> "Decoder":
 
 def _tokenizer(spec: str, source: "Source") -> Any:
     from convert.tokenizer import load_tokenizer
-    from slim_jax.checkpoint import is_checkpoint
+    from slim_jax.run.checkpoint import is_checkpoint
 
     if is_checkpoint(Path(spec)):
         return load_tokenizer(Path(spec) / "tokenizer")
@@ -559,7 +560,7 @@ def _windows(
     """Windows of a text at random places, which may overlap."""
     import numpy as np
 
-    from slim_jax.windows import draw_windows
+    from slim_jax.model.windows import draw_windows
 
     tokens = np.asarray(_encode(tokenizer, text), np.int32)
     if len(tokens) < length:
@@ -573,7 +574,7 @@ def _own_text(
     """Calibration text that the model writes itself."""
     import numpy as np
 
-    from slim_jax.generate import sample_text
+    from slim_jax.model.generate import sample_text
 
     _say(f"the model writes {samples} windows of {length} tokens to calibrate on")
     tokens = sample_text(_decoder(spec, source), samples=samples, length=length, seed=seed)

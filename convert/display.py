@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from slim_jax.plan import Plan
+    from slim_jax.run.plan import Plan
 
 
 class Progress:

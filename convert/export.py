@@ -17,8 +17,8 @@ from convert.hf import INDEX, SINGLE
 from convert.source import file_layout, parse_dtype
 from convert.tokenizer import save_tokenizer
 from pallas_kernels import MixedTensor
-from slim_jax.decoder import block_buffers
-from slim_jax.source import Source
+from slim_jax.model.params import block_buffers
+from slim_jax.run.source import Source
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 2 << 30

@@ -14,7 +14,7 @@ from convert.families import by_architecture
 from convert.families.family import Family
 from convert.source import ModelSource, parse_dtype
 from convert.tokenizer import load_tokenizer
-from slim_jax.decoder import DecoderConfig
+from slim_jax.model.config import DecoderConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F32", "F16", "BF16")

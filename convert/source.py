@@ -1,4 +1,4 @@
-"""A model on disk as a :class:`slim_jax.source.Source`: reads, renames and transposes block by block.
+"""A model on disk as a :class:`slim_jax.run.source.Source`: reads, renames and transposes block by block.
 
 Where tensors lie in which file is the business of a :class:`TensorStore`; names, of the family's table.
 """
@@ -14,7 +14,8 @@ import numpy as np
 
 from convert.errors import ConvertError, listed
 from convert.families.family import Names
-from slim_jax.decoder import DecoderConfig, Params, block_buffers, block_params, outer_params
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.params import Params, block_buffers, block_params, outer_params
 
 DTYPES = ("float32", "bfloat16")
 
@@ -54,7 +55,7 @@ def parse_dtype(dtype: Any, allowed: tuple[str, ...] = DTYPES) -> np.dtype | Non
 
 
 class ModelSource:
-    """A checkpoint on disk, read one block at a time. See :class:`slim_jax.source.Source`.
+    """A checkpoint on disk, read one block at a time. See :class:`slim_jax.run.source.Source`.
 
     Attributes:
       config: the decoder that the parameters are for.
@@ -137,11 +138,11 @@ class ModelSource:
         return bool(np.array_equal(pair[head], pair[embed]))
 
     def outer(self) -> Params:
-        """See :class:`slim_jax.source.Source`; NumPy arrays, linear weights ``[K, N]``."""
+        """See :class:`slim_jax.run.source.Source`; NumPy arrays, linear weights ``[K, N]``."""
         return self._read(self._outer_shapes)
 
     def block(self, index: int) -> Params:
-        """See :class:`slim_jax.source.Source`; NumPy arrays, linear weights ``[K, N]``.
+        """See :class:`slim_jax.run.source.Source`; NumPy arrays, linear weights ``[K, N]``.
 
         Raises:
           IndexError: there is no such block.

@@ -24,13 +24,13 @@ Kernel = Callable[[jax.Array, Any], jax.Array]
 
 
 def _mosaic_tpu(x: jax.Array, w: MixedTensor) -> jax.Array:
-    from pallas_kernels.mosaic_tpu import mixed_matmul  # takes a second that CPUs need not spend
+    from pallas_kernels.tpu.decode import mixed_matmul  # takes a second that CPUs need not spend
 
     return mixed_matmul(x, w)
 
 
 def _mosaic_gpu(x: jax.Array, w: MixedTensor) -> jax.Array:
-    from pallas_kernels.mosaic_gpu import mixed_matmul
+    from pallas_kernels.gpu.kernel import mixed_matmul
 
     return mixed_matmul(x, w)
 

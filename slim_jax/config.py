@@ -20,17 +20,17 @@ class SlimConfig:
       method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then
         learns, block by block; "gptq" gives all groups ``bits``; "rtn" rounds to nearest, without
         calibration of the rounding.
-      sqc: how scales and zero points are found, a name of `slim_jax.calibration.FITS`. "paper" repeats
+      sqc: how scales and zero points are found, a name of `slim_jax.method.sqc.FITS`. "paper" repeats
         the choices of the authors' code, in the allocation and the order of work too. By default
         "search" for "slim", "minmax" for the two baselines.
-      criterion: what the bit search minimizes: "kl", "error" (see `slim_jax.allocation.scores`) or
+      criterion: what the bit search minimizes: "kl", "error" (see `slim_jax.method.sba.scores`) or
         "paper". By default "paper" where ``sqc`` is, "kl" elsewhere.
       sequential: True calibrates each layer on what the quantized layers before it in its block give,
         False on the outputs of the unquantized block. By default False where ``sqc`` is "paper".
       damping: fraction of the mean of the Hessian's diagonal that is added to it.
       search_tokens: calibration tokens, evenly spread, that the bit search looks at.
       learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+, "clip-gptq", "grid" and "rounding"
-        are not in the paper, see `slim_jax.plus`. The fields below are for "slim-plus" too.
+        are not in the paper, see `slim_jax.method.plus`. The fields below are for "slim-plus" too.
       epochs: passes over the calibration samples, at most.
       learning_rate: of the default optimizer; by default 1e-2 where clipping is learned (the
         paper's), else 5e-3.

@@ -4,6 +4,10 @@ The devices of a mesh stand in one row. While activations pass a block, calibrat
 them (Gram matrices are then summed over all); while SBA, SQC and GPTQ solve a layer, its output channels
 are. Everything else is whole on every device. Where last bits matter each device runs the very program
 that it would run alone, on its part; elsewhere XLA's partitioner cuts.
+
+*Panels.* The sums in XLA's CPU code for a matrix differ in their last bits with its number of columns, and
+GPTQ turns such a bit into other codes further on. In panels of one width a channel's result does not depend
+on how many others stand beside it, so neither on how many devices share a layer.
 """
 
 import dataclasses
@@ -13,12 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import MixedTensor
 
 AXIS = "devices"
+
+PANEL = 192
+"""Output channels of a panel on CPUs, where this width costs no time. Accelerators take all at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,3 +147,22 @@ ONE_DEVICE = Placement()
 def from_host(value: np.ndarray, sharding: Sharding) -> jax.Array:
     """An array that every process holds whole, laid out; nothing is sent between processes."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def in_panels(function: Callable[[Any], Any], channels: Any) -> Any:
+    """``function`` of arrays that all end in the same output channels, ``[..., N]``, a panel at a time.
+
+    Its results end in them too. The last panel is filled up with copies of the last channel.
+    """
+    n = jax.tree.leaves(channels)[0].shape[-1]
+    width = PANEL if jax.default_backend() == "cpu" else n
+
+    def split(a: jax.Array) -> jax.Array:
+        filled = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -n % width)], mode="edge")
+        return jnp.moveaxis(filled.reshape(*a.shape[:-1], -1, width), -2, 0)
+
+    def join(a: jax.Array) -> jax.Array:
+        a = jnp.moveaxis(a, 0, -2)
+        return a.reshape(*a.shape[:-2], -1)[..., :n]
+
+    return jax.tree.map(join, lax.map(function, jax.tree.map(split, channels)))

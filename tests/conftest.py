@@ -21,7 +21,7 @@ UNCHECKED = (
     # gradients without a type), which the fields' annotations would refuse.
     "pallas_kernels.layout",
     "pallas_kernels.prepared",
-    "slim_jax.cache",
+    "slim_jax.model.cache",
     # Typer reads these annotations as how to parse, and passes other things (its own click's Context).
     "convert.cli",
 )

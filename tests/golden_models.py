@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from slim_jax.cache import State
-from slim_jax.decoder import Block, Decoder, make_decoder, make_outer, sequence_positions, split_params
-from slim_jax.source import Source
-from slim_jax.step import forward
+from slim_jax.model.cache import State
+from slim_jax.model.decoder import Block, Decoder, sequence_positions
+from slim_jax.model.params import make_decoder, make_outer, split_params
+from slim_jax.model.step import forward
+from slim_jax.run.source import Source
 
 HERE = Path(__file__).parent / "goldens"
 NAMES = sorted(path.stem for path in HERE.glob("*.npz"))

@@ -9,8 +9,11 @@ import oracles
 import pytest
 
 from pallas_kernels import pack
-from slim_jax.activations import Observation, sample_positions
-from slim_jax.allocation import (
+from slim_jax.config import SlimConfig
+from slim_jax.method.gptq import solve
+from slim_jax.method.hessian import Observation, dampen, gram, inverse_cholesky, statistics
+from slim_jax.method.layer import LayerSolver
+from slim_jax.method.sba import (
     allocate,
     group_salience,
     load_allocation,
@@ -18,11 +21,8 @@ from slim_jax.allocation import (
     save_allocation,
     scores,
 )
-from slim_jax.calibration import FITS, fit_min_max, fit_paper, fit_search, stored_grids
-from slim_jax.config import SlimConfig
-from slim_jax.gptq import solve
-from slim_jax.hessian import dampen, gram, inverse_cholesky, statistics
-from slim_jax.solver import LayerSolver
+from slim_jax.method.sqc import FITS, fit_min_max, fit_paper, fit_search, stored_grids
+from slim_jax.run.activations import sample_positions
 
 G, ZERO_BITS = 32, 4
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from bench import check, matmul
-from pallas_kernels import api, devices, mosaic_gpu
+from pallas_kernels import api, devices
+from pallas_kernels.gpu import kernel as gpu
 
 SMALL = (check.Case(64, 40, 2, 32, 9), check.Case(64, 40, 2, 32, 17))
 
@@ -93,7 +94,7 @@ def test_split_k_is_forced_upon_the_gpu_kernel_only(monkeypatch, exact, made, ta
         forced.append((config.split_k, config.groups_per_step))
         return jnp.asarray(exact.y[: x.shape[0]])
 
-    monkeypatch.setattr(mosaic_gpu, "mixed_matmul", kernel)
+    monkeypatch.setattr(gpu, "mixed_matmul", kernel)
     cases = [dataclasses.replace(SMALL[0], group_size=128, split_k=split) for split in (1, 2, 4)]
     assert not list(check.check(cases))  # on a CPU
     with devices.target(target):

@@ -19,7 +19,7 @@ from convert.cli import run
 from convert.display import layer_kinds
 from convert.load import load_source
 from convert.page import layers_page
-from slim_jax import checkpoint, pipeline
+from slim_jax.run import checkpoint, pipeline
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64))]
 QUANTIZE = ["--bits", "2", "--group-size", "32", "--samples", "4", "--length", "32"]

@@ -11,10 +11,11 @@ from test_cli import QUANTIZE, write_model, write_text
 from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint
 
 from convert.cli import run
-from slim_jax import Decoder, pipeline
-from slim_jax.activations import Observation
-from slim_jax.solver import LayerSolver
-from slim_jax.source import DecoderSource
+from slim_jax import Decoder
+from slim_jax.method.hessian import Observation
+from slim_jax.method.layer import LayerSolver
+from slim_jax.run import pipeline
+from slim_jax.run.source import DecoderSource
 
 
 @contextlib.contextmanager

@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import pack
-from slim_jax.decoder import Block, Decoder, DecoderConfig, linear_groups
-from slim_jax.generate import Generator, generate, nucleus, sample_text
-from slim_jax.linear import Linear, Packed
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Block, Decoder, linear_groups
+from slim_jax.model.generate import Generator, generate, nucleus, sample_text
+from slim_jax.model.linear import Linear, Packed
 
 # `slim_jax.generate` is the function of that name.
-generation = importlib.import_module("slim_jax.generate")
+generation = importlib.import_module("slim_jax.model.generate")
 
 PROMPTS = [[5, 9, 2, 11, 7, 3], [4], [8, 1, 30]]
 

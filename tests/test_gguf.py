@@ -18,7 +18,7 @@ from test_hf import refused, same_parameters
 
 from convert import load_source
 from convert.families import gemma
-from slim_jax.decoder import RopeScaling
+from slim_jax.model.rotary import RopeScaling
 
 PARTS = {
     "input_layernorm": "attn_norm",

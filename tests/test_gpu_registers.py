@@ -1,8 +1,9 @@
 """What the GPU kernel does to registers, executed for every thread of a warpgroup in NumPy.
 
-Interpret mode replaces the functions of ``mosaic_gpu_registers`` that rename registers, and the tensor-core
-instruction, by functions of arrays. Here the real ones emit their instructions, and ``tests/warpgroup.py``
-executes them on registers filled as Mosaic's layouts say; they must do what those of interpret mode do.
+Interpret mode replaces the functions of ``pallas_kernels.gpu.registers`` that rename registers, and the
+tensor-core instruction, by functions of arrays. Here the real ones emit their instructions, and
+``tests/warpgroup.py`` executes them on registers filled as Mosaic's layouts say; they must do what those of
+interpret mode do.
 What is left to a device: Mosaic's loads and stores, ptxas, and timing.
 """
 
@@ -16,11 +17,11 @@ import pytest
 from jax.experimental.mosaic.gpu.mma import mma
 from warpgroup import elements, warpgroup
 
-from pallas_kernels import mosaic_gpu_registers
+from pallas_kernels.gpu import registers
+from pallas_kernels.gpu.kernel import MAGIC
+from pallas_kernels.gpu.operands import DEPTH, OFFSET, ROW_TILE, WORD_ROWS, fields, places
+from pallas_kernels.gpu.registers import Warps
 from pallas_kernels.layout import pack_group, pieces
-from pallas_kernels.mosaic_gpu import MAGIC
-from pallas_kernels.mosaic_gpu_operands import DEPTH, OFFSET, ROW_TILE, WORD_ROWS, fields, places
-from pallas_kernels.mosaic_gpu_registers import Warps
 
 SPLITS = [(split, n) for split in (1, 2, 4) for n in (32, 64, 128, 256)]  # as Config allows
 
@@ -43,8 +44,8 @@ def group(monkeypatch):
         "lax": {"broadcast_in_dim": broadcast_in_dim},
     }
     for module, functions in emitting.items():
-        everything = vars(getattr(mosaic_gpu_registers, module)) | functions
-        monkeypatch.setattr(mosaic_gpu_registers, module, SimpleNamespace(**everything))
+        everything = vars(getattr(registers, module)) | functions
+        monkeypatch.setattr(registers, module, SimpleNamespace(**everything))
     with warpgroup() as found:
         yield found
 

@@ -13,7 +13,8 @@ import pytest
 from golden_models import Golden, decoder_of, load_golden, relative_error, run_cached, write_hf
 
 from convert import ConvertError, load_source
-from slim_jax.decoder import DecoderConfig, RopeScaling
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.rotary import RopeScaling
 
 TOLERANCE = 1e-4
 

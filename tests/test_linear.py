@@ -9,9 +9,13 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import MixedTensor
-from slim_jax import SlimConfig, checkpoint, linear, quantize
-from slim_jax.decoder import Decoder, DecoderConfig, split_params
-from slim_jax.linear import dense_product, unembed
+from slim_jax import SlimConfig, quantize
+from slim_jax.model import linear
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import dense_product, unembed
+from slim_jax.model.params import split_params
+from slim_jax.run import checkpoint
 
 CONFIG = DecoderConfig(
     family="llama",

@@ -11,9 +11,10 @@ import pytest
 from golden_models import decoder_of, load_golden, run_cached, write_hf
 
 from convert import load_source
-from slim_jax.decoder import Decoder, make_decoder, split_params
-from slim_jax.generate import Generator, sample_text
-from slim_jax.rotary import frequencies
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.generate import Generator, sample_text
+from slim_jax.model.params import make_decoder, split_params
+from slim_jax.model.rotary import frequencies
 
 BORDER = 16
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels.gpu import kernel
+from pallas_kernels.gpu.kernel import Config
+from pallas_kernels.gpu.operands import fields, places
 from pallas_kernels.layout import pack_group, pieces
-from pallas_kernels.mosaic_gpu import Config
-from pallas_kernels.mosaic_gpu_operands import fields, places
 
 # The interpreted kernel becomes an XLA program whose compilation is all the time these tests take.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -33,7 +33,7 @@ class TestMosaicGpu(MatmulCases):
 
     def matmul(self, x, w, **kwargs):
         kwargs = {"config": small(x.shape[0], w.shape[1]), **kwargs}
-        product = partial(mosaic_gpu.mixed_matmul, interpret=True, **kwargs)
+        product = partial(kernel.mixed_matmul, interpret=True, **kwargs)
         if isinstance(w.words, jax.core.Tracer):  # compiler options are for the outermost jit
             return product(x, w)
         return jax.jit(product, compiler_options=QUICK)(x, w)
@@ -77,7 +77,7 @@ class TestMosaicGpu(MatmulCases):
         layers = [random_weight(96, 32, 32, bits, i, widths=(1, 2, 3)) for i, bits in enumerate(allocations)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(w for w, _ in layers))
         x = random_x(2, 96)
-        product = partial(mosaic_gpu.mixed_matmul, x, config=small(2, 32), interpret=True)
+        product = partial(kernel.mixed_matmul, x, config=small(2, 32), interpret=True)
         run = jax.jit(lambda ws: jax.lax.scan(lambda _, w: (None, product(w)), None, ws))
         _, found = run(stacked)
         for y, (_, dense) in zip(found, layers):
@@ -112,7 +112,7 @@ def test_fields_read_the_layout(widths, group_size):
 def test_refuses_what_it_cannot_do():
     w, _ = random_weight(256, 32, 256, [2])
     with pytest.raises(NotImplementedError, match="groups of 32, 64 or 128"):
-        mosaic_gpu.mixed_matmul(jnp.zeros((1, 256)), w, interpret=True)
+        kernel.mixed_matmul(jnp.zeros((1, 256)), w, interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_config_is_checked(wrong):
 @pytest.mark.parametrize("n", [192, 576, 4096, 11008])
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA B200", "other"])
 def test_heuristic_fits(device, m, n):
-    config = mosaic_gpu.heuristic(device, m, 4096, n)
+    config = kernel.heuristic(device, m, 4096, n)
     assert config.block_n <= max(n, 128)
     assert (config.block_m == 16) == (m <= 32) or config.block_m == 32
 

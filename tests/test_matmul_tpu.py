@@ -14,8 +14,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x
 
-from pallas_kernels import mosaic_tpu
-from pallas_kernels.mosaic_tpu import Config, heuristic
+from pallas_kernels.tpu import decode as kernel
+from pallas_kernels.tpu.decode import Config, heuristic
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
 RACES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
@@ -29,14 +29,14 @@ class TpuCases(MatmulCases):
     prefill_tolerance = 4e-3  # weights rounded to bfloat16
 
     def assert_close(self, found, x, dense, tolerance=None):
-        if tolerance is None and x.shape[0] > mosaic_tpu.DECODE_ROWS:
+        if tolerance is None and x.shape[0] > kernel.DECODE_ROWS:
             x, tolerance = x.astype(jnp.bfloat16), self.prefill_tolerance
         super().assert_close(found, x, dense, tolerance)
 
     def matmul(self, x, w, interpret=INTERPRET, digits=2, **kwargs):
         config = dataclasses.replace(self.config, digits=digits)
         product = jax.jit(
-            lambda x, w: mosaic_tpu.mixed_matmul(x, w, config=config, interpret=interpret, **kwargs)
+            lambda x, w: kernel.mixed_matmul(x, w, config=config, interpret=interpret, **kwargs)
         )
         return product(x, w)
 
@@ -154,7 +154,7 @@ def test_waiting_for_earlier_results_changes_nothing():
     x = random_x(16, 512, dtype=jnp.bfloat16)
     config = Config(strips=4, groups=2, join=2, deep=True)
     found = [
-        mosaic_tpu.mixed_matmul(x, w, config=dataclasses.replace(config, ahead=ahead), interpret=INTERPRET)
+        kernel.mixed_matmul(x, w, config=dataclasses.replace(config, ahead=ahead), interpret=INTERPRET)
         for ahead in (0, 1)
     ]
     np.testing.assert_array_equal(*map(np.asarray, found))
@@ -188,7 +188,7 @@ def test_no_races(cases, m, cores):
     w, dense = random_weight(384, columns, 128, [1, 2, 3])
     x = random_x(m, 384, dtype=jnp.bfloat16)
     config = Config(cases.config.strips, 1, unpack=cases.config.unpack, cores=cores)
-    found = jax.jit(lambda x, w: mosaic_tpu.mixed_matmul(x, w, config=config, interpret=RACES))(x, w)
+    found = jax.jit(lambda x, w: kernel.mixed_matmul(x, w, config=config, interpret=RACES))(x, w)
     cases.assert_close(found, x, dense)
     assert not interpret_pallas_call.races.races_found
 
@@ -212,7 +212,7 @@ class TestMosaicTpuOnDevice(DeviceCases):
 def test_refuses_odd_group_sizes():
     w, _ = random_weight(192, 6, 96, [1, 2])
     with pytest.raises(NotImplementedError, match="group size"):
-        mosaic_tpu.mixed_matmul(random_x(2, 192), w, config=Config())
+        kernel.mixed_matmul(random_x(2, 192), w, config=Config())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from slim_jax import SlimConfig, quantize_module
-from slim_jax.module import PackedKernel, PackedLinear
+from slim_jax.run.module import PackedKernel, PackedLinear
 
 CONFIG = SlimConfig(bits=4, group_size=32)
 

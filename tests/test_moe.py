@@ -9,13 +9,15 @@ import pytest
 from flax import nnx
 from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint, dense
 
-from slim_jax import activations, pipeline, solver
-from slim_jax.activations import Activations, Inputs, observe
-from slim_jax.decoder import Decoder, MoE, make_decoder, sequence_positions, split_params
-from slim_jax.generate import generate
-from slim_jax.perplexity import perplexity
+from slim_jax.method import gptq, hessian
+from slim_jax.model.decoder import Decoder, MoE, sequence_positions
+from slim_jax.model.generate import generate
+from slim_jax.model.params import make_decoder, split_params
+from slim_jax.model.perplexity import perplexity
 from slim_jax.report import BlockReport
-from slim_jax.source import DecoderSource
+from slim_jax.run import activations, pipeline
+from slim_jax.run.activations import Activations, Inputs, observe
+from slim_jax.run.source import DecoderSource
 
 MOE = dataclasses.replace(CONFIG, num_layers=2, num_experts=3, experts_per_token=1)
 UNREACHED = "blocks.1.moe.experts.2"
@@ -136,7 +138,7 @@ def test_resumed_equals_uninterrupted(model, tmp_path):
 def test_each_step_compiles_once_per_model(model):
     steps = [
         *(activations._route, activations._down_input, activations._add_expert, activations._after_experts),
-        *(activations._observe_seen, solver.statistics, solver.solve),
+        *(activations._observe_seen, hessian.statistics, gptq.solve),
     ]
     counts = []
     for layers in (1, 2):

@@ -9,12 +9,15 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import MixedTensor
-from slim_jax import activations, checkpoint, pipeline, solver
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import Decoder, DecoderConfig, make_decoder, split_params
-from slim_jax.perplexity import perplexity
-from slim_jax.source import DecoderSource
-from slim_jax.windows import select_windows
+from slim_jax.method import gptq, hessian, sba
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.params import make_decoder, split_params
+from slim_jax.model.perplexity import perplexity
+from slim_jax.model.windows import select_windows
+from slim_jax.run import activations, checkpoint, pipeline
+from slim_jax.run.source import DecoderSource
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -111,7 +114,7 @@ def test_each_step_compiles_once_per_model(config):
     steps = [
         *(activations._attn_input, activations._o_input, activations._after_attn),
         *(activations._mlp_input, activations._down_input, activations._after_mlp, activations._observe),
-        *(solver.statistics, solver.solve, solver.scores),
+        *(hessian.statistics, gptq.solve, sba.scores),
     ]
     counts = []
     for layers in (1, 3):

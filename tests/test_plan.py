@@ -12,9 +12,11 @@ from test_cli import refused, said
 from test_pipeline import CONFIG
 
 from bench.aot_decoder import LLAMA_2_7B
-from slim_jax import plan, quantize
+from slim_jax import quantize
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import Decoder, split_params
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.params import split_params
+from slim_jax.run import plan
 
 GROUPS = ("--group-size", 32)
 

@@ -13,14 +13,15 @@ from test_pipeline import CONFIG, assert_same_checkpoint, dense
 
 import convert
 from pallas_kernels import pack
-from slim_jax import pipeline
-from slim_jax.calibration import fit_search
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import Decoder, make_decoder, split_params
-from slim_jax.learning import BlockLearner
-from slim_jax.perplexity import perplexity
-from slim_jax.plus import SlimPlus, clip_start, quantized, solved_start
-from slim_jax.source import DecoderSource
+from slim_jax.method.plus import SlimPlus, clip_start, quantized, solved_start
+from slim_jax.method.sqc import fit_search
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.params import make_decoder, split_params
+from slim_jax.model.perplexity import perplexity
+from slim_jax.run import pipeline
+from slim_jax.run.learning import BlockLearner
+from slim_jax.run.source import DecoderSource
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (64, 32))
 PLUS = SlimConfig(bits=2, group_size=32, method="slim-plus", epochs=4, batch_size=4)

@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import pack
-from slim_jax.decoder import Decoder, DecoderConfig, linear_groups, make_decoder, split_params
-from slim_jax.generate import Generator
-from slim_jax.step import forward
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder, linear_groups
+from slim_jax.model.generate import Generator
+from slim_jax.model.params import make_decoder, split_params
+from slim_jax.model.step import forward
 
 SLOTS, G = 48, 32
 CONFIG = DecoderConfig(

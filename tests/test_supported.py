@@ -10,10 +10,13 @@ import pytest
 from jax.experimental.mosaic.gpu import core as mosaic_core
 from matmul_cases import random_weight
 
-from pallas_kernels import api, devices, mixed_matmul, mosaic_gpu_config, mosaic_tpu, mosaic_tpu_config
-from pallas_kernels import mosaic_gpu as gpu
+from pallas_kernels import api, devices, mixed_matmul
 from pallas_kernels.devices import BY_SHORT_NAME
+from pallas_kernels.gpu import config as gpu_config
+from pallas_kernels.gpu import kernel as gpu
 from pallas_kernels.layout import abstract_tensor
+from pallas_kernels.tpu import config as tpu_config
+from pallas_kernels.tpu import decode as tpu
 
 H100, L4 = BY_SHORT_NAME["h100"], BY_SHORT_NAME["l4"]
 FITS_NOT = gpu.Config(stages=2, groups_per_step=4, split_k=4)
@@ -24,8 +27,8 @@ def test_gpus_that_are_served(name):
     device = BY_SHORT_NAME[name]
     for m, k, n in [(1, 4096, 1024), (16, 11008, 4096), (33, 4096, 4096), (2048, 4096, 11008)]:
         config = gpu.choose(device.name, m, k, n)
-        config = mosaic_gpu_config.fitted(config, device, 128)
-        mosaic_gpu_config.check_supported(device, jnp.dtype("bfloat16"), m, 128, config)
+        config = gpu_config.fitted(config, device, 128)
+        gpu_config.check_supported(device, jnp.dtype("bfloat16"), m, 128, config)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def test_gpus_that_are_served(name):
 )
 def test_gpu_refuses(device, dtype, m, group_size, config, message):
     with pytest.raises(NotImplementedError, match=message):
-        mosaic_gpu_config.check_supported(BY_SHORT_NAME[device], jnp.dtype(dtype), m, group_size, config)
+        gpu_config.check_supported(BY_SHORT_NAME[device], jnp.dtype(dtype), m, group_size, config)
 
 
 @pytest.mark.parametrize(
@@ -60,29 +63,29 @@ def test_gpu_refuses(device, dtype, m, group_size, config, message):
 )
 def test_tpu_refuses(device, dtype, m, group_size, config, message):
     described = devices.describe("TPU v9" if device == "unknown" else device)
-    config = dataclasses.replace(mosaic_tpu_config.Config(unpack="bfloat16"), **config)
+    config = dataclasses.replace(tpu_config.Config(unpack="bfloat16"), **config)
     with pytest.raises(NotImplementedError, match=message):
-        mosaic_tpu_config.check_supported(described, jnp.dtype(dtype), m, group_size, config)
+        tpu_config.check_supported(described, jnp.dtype(dtype), m, group_size, config)
 
 
 def test_tpus_that_are_served():
     for name in ("v5e", "v5p", "v6e", "v7x"):
-        config = mosaic_tpu.choose(BY_SHORT_NAME[name].name, 16, 4096, 4096)
-        mosaic_tpu_config.check_supported(BY_SHORT_NAME[name], jnp.dtype("float32"), 16, 128, config)
+        config = tpu.choose(BY_SHORT_NAME[name].name, 16, 4096, 4096)
+        tpu_config.check_supported(BY_SHORT_NAME[name], jnp.dtype("float32"), 16, 128, config)
 
 
 def test_tpu_refuses_what_vmem_cannot_hold():
     groups = 65536 // 32
     w = abstract_tensor((65536, 8192), widths=(2,), segments=(groups,), group_size=32)
     with devices.target("v6e"), pytest.raises(NotImplementedError, match="VMEM"):
-        jax.eval_shape(mosaic_tpu.mixed_matmul, jax.ShapeDtypeStruct((32, 65536), jnp.bfloat16), w)
+        jax.eval_shape(tpu.mixed_matmul, jax.ShapeDtypeStruct((32, 65536), jnp.bfloat16), w)
 
 
 def test_a_config_is_made_to_fit():
-    found = mosaic_gpu_config.fitted(FITS_NOT, L4, 128)
+    found = gpu_config.fitted(FITS_NOT, L4, 128)
     assert found == dataclasses.replace(FITS_NOT, groups_per_step=2)
-    mosaic_gpu_config.check_supported(L4, jnp.dtype("float32"), 1, 128, found)
-    assert mosaic_gpu_config.fitted(FITS_NOT, H100, 128) == FITS_NOT
+    gpu_config.check_supported(L4, jnp.dtype("float32"), 1, 128, found)
+    assert gpu_config.fitted(FITS_NOT, H100, 128) == FITS_NOT
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_shared_memory_is_what_mosaic_says(config):
     ):
         traced.lower(lowering_platforms=("cuda",))
     needed = int(re.search(r"smem_bytes=(\d+)", str(said.value))[1])
-    assert needed <= mosaic_gpu_config.shared_bytes(config, 32) <= needed + 64
+    assert needed <= gpu_config.shared_bytes(config, 32) <= needed + 64
 
 
 def lowered(platform, dtype="bfloat16", **kwargs):

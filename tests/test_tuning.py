@@ -13,9 +13,11 @@ import pytest
 
 from bench import tune
 from bench.timing import Product
-from pallas_kernels import mosaic_gpu, mosaic_tpu, pack, tuning
+from pallas_kernels import pack, tuning
+from pallas_kernels.gpu import kernel as gpu
+from pallas_kernels.tpu import decode as tpu
 
-KERNELS = pytest.mark.parametrize("kernel", [mosaic_gpu, mosaic_tpu])
+KERNELS = pytest.mark.parametrize("kernel", [gpu, tpu])
 FIELD = {"mosaic_gpu": "stages", "mosaic_tpu": "groups"}
 
 
@@ -73,12 +75,12 @@ def test_the_users_entries_win(tables):
     for path, stages in zip(tables, (2, 4)):
         tune.store(path, "mosaic_gpu", key, {"stages": stages})
     tuning.forget()
-    found = tuning.tuned("mosaic_gpu", mosaic_gpu.Config, "a", 16, 1, 1, 2, 64)
-    assert found == mosaic_gpu.Config(stages=4)
+    found = tuning.tuned("mosaic_gpu", gpu.Config, "a", 16, 1, 1, 2, 64)
+    assert found == gpu.Config(stages=4)
     tables[1].unlink()
     tuning.forget()
-    found = tuning.tuned("mosaic_gpu", mosaic_gpu.Config, "a", 16, 1, 1, 2, 64)
-    assert found == mosaic_gpu.Config(stages=2)
+    found = tuning.tuned("mosaic_gpu", gpu.Config, "a", 16, 1, 1, 2, 64)
+    assert found == gpu.Config(stages=2)
 
 
 def test_where_the_users_table_is(monkeypatch):
@@ -100,8 +102,8 @@ def test_a_broken_cache_stops_no_product(tables, content):
     tables[1].parent.mkdir()
     tables[1].write_text(content.replace("KEY", key))
     with pytest.warns(UserWarning, match="ignored"):
-        found = mosaic_gpu.choose("a", 16, 4096, 4096, 2, 64)
-    assert found == mosaic_gpu.heuristic("a", 16, 4096, 4096)
+        found = gpu.choose("a", 16, 4096, 4096, 2, 64)
+    assert found == gpu.heuristic("a", 16, 4096, 4096)
 
 
 def test_store_keeps_what_is_there(tables):
@@ -188,12 +190,12 @@ def test_tune_writes_what_it_found(monkeypatch, capsys):
         return y if config.stages == 2 else 2 * y
 
     kernel = SimpleNamespace(
-        __name__="pallas_kernels.mosaic_gpu",
-        heuristic=lambda kind, m, k, n: mosaic_gpu.Config(),
+        __name__="pallas_kernels.gpu.kernel",
+        heuristic=lambda kind, m, k, n: gpu.Config(),
         mixed_matmul=mixed_matmul,
     )
     monkeypatch.setitem(tune.FIELDS, "mosaic_gpu", {"stages": (2, 3, 4)})
     arguments = Namespace(bits=2, group_size=32, repeats=3)
     found = tune.tune(kernel, 4, (128, 64), arguments, seconds=60)
-    assert found == dataclasses.asdict(mosaic_gpu.Config(stages=2))
+    assert found == dataclasses.asdict(gpu.Config(stages=2))
     assert "stages=3, groups_per_step=4, split_k=1): values are wrong" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from convert.errors import ConvertError
-from slim_jax.decoder import DecoderConfig
+from slim_jax.model.config import DecoderConfig
 
 REQUIRED: Any = object()
 """Default of :func:`field` for a key that must be there."""

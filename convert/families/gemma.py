@@ -17,7 +17,8 @@ from convert.families.family import (
     layer_types,
     read_windows,
 )
-from slim_jax.decoder import DecoderConfig, RopeScaling
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.rotary import RopeScaling
 
 PERIOD_2, PERIOD_3 = 2, 6
 """Every so many blocks, one is global, in Gemma 2 and in Gemma 3."""

@@ -20,8 +20,8 @@ from convert.families.family import (
     require,
     token_ids,
 )
-from slim_jax.decoder import DecoderConfig, RopeScaling
-from slim_jax.rotary import frequencies
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.rotary import RopeScaling, frequencies
 
 HF_NAMES = Names(
     outer={"embed": "embed_tokens", "norm": "norm", "head": "lm_head"},

@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.families import llama
 from convert.families.family import Family, field
-from slim_jax.decoder import DecoderConfig
+from slim_jax.model.config import DecoderConfig
 
 NAMES = dataclasses.replace(
     llama.HF_NAMES,

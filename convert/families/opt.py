@@ -16,7 +16,7 @@ from convert.families.family import (
     require,
     token_ids,
 )
-from slim_jax.decoder import DecoderConfig
+from slim_jax.model.config import DecoderConfig
 
 POSITION_OFFSET = 2
 """Rows of the position table before position 0."""

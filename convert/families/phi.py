@@ -8,7 +8,8 @@ from typing import Any
 from convert.errors import ConvertError
 from convert.families import llama
 from convert.families.family import Family, field, require
-from slim_jax.decoder import DecoderConfig, RopeScaling
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.rotary import RopeScaling
 
 NAMES = dataclasses.replace(
     llama.HF_NAMES,

@@ -14,7 +14,7 @@ from convert.families.family import (
     read_windows,
     require,
 )
-from slim_jax.decoder import DecoderConfig
+from slim_jax.model.config import DecoderConfig
 
 HF_NAMES = dataclasses.replace(
     llama.HF_NAMES,

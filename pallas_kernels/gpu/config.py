@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels.devices import Device, describe
-from pallas_kernels.mosaic_gpu_operands import ROW_TILE
+from pallas_kernels.gpu.operands import ROW_TILE
 from pallas_kernels.tuning import tuned
 
 DECODE_ROWS = 32

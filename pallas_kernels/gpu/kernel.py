@@ -18,13 +18,13 @@ bits further up), and are joined: one product. Wider codes are two, the second w
 What is wrong with these numbers is put right elsewhere, where it costs little, or nothing per weight:
 
 * ``2**bit`` is divided out of x, exactly. x is also brought into the order in which words yield channels,
-  which is the same for all widths (:func:`~pallas_kernels.mosaic_gpu_operands.fields`). XLA does both before
+  which is the same for all widths (:func:`~pallas_kernels.gpu.operands.fields`). XLA does both before
   the kernel, in one copy of x.
 * the 128: a group's sum starts at ``-128 * sum(x')`` and not at 0 (``constant``).
 * scales multiply a group's finished sum, ``[block_m, block_n]``.
 * zero points: ``y -= (sum of x per group) @ (scale * zero)``, a product with one column per *group*, taken
   by the same tensor cores after the loops, with both sides split into bfloat16 parts so that nothing is lost
-  (:func:`~pallas_kernels.mosaic_gpu_operands.chunked`).
+  (:func:`~pallas_kernels.gpu.operands.chunked`).
 
 *Memory.* A word is used by one thread only (but by all ``block_m`` rows), so words and scales go straight
 from memory into registers, loaded one step ahead of their use; x is pipelined through shared memory. Every
@@ -36,7 +36,7 @@ x is rounded to bfloat16; products are exact and summed in float32. Because a su
 its rounding error is that of float32 sums some 2**6 times larger than the result: about 1e-5 of
 ``sum |x| |w|``, far below what rounding x does.
 
-For what interpret mode does not prove see :mod:`pallas_kernels.mosaic_gpu_registers`.
+For what interpret mode does not prove see :mod:`pallas_kernels.gpu.registers`.
 """
 
 from functools import partial
@@ -48,12 +48,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import devices
-from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type, zero_bits
-from pallas_kernels.mosaic_gpu_config import Config as Config
-from pallas_kernels.mosaic_gpu_config import check_supported, fitted
-from pallas_kernels.mosaic_gpu_config import choose as choose
-from pallas_kernels.mosaic_gpu_config import heuristic as heuristic
-from pallas_kernels.mosaic_gpu_operands import (
+from pallas_kernels.gpu.config import Config as Config
+from pallas_kernels.gpu.config import check_supported, fitted
+from pallas_kernels.gpu.config import choose as choose
+from pallas_kernels.gpu.config import heuristic as heuristic
+from pallas_kernels.gpu.operands import (
     DEPTH,
     ROW_TILE,
     WORD_ROWS,
@@ -63,7 +62,8 @@ from pallas_kernels.mosaic_gpu_operands import (
     last_start,
     places,
 )
-from pallas_kernels.mosaic_gpu_registers import Warps
+from pallas_kernels.gpu.registers import Warps
+from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type, zero_bits
 
 MAGIC = 0x43004300  # two bfloat16 of 128
 COLUMN_MULTIPLE = 8  # rows of scales then start on 16 bytes
@@ -91,7 +91,7 @@ def mixed_matmul(
 
     Raises:
       NotImplementedError: the product or the target is not one for this kernel; see
-        :func:`~pallas_kernels.mosaic_gpu_config.check_supported`.
+        :func:`~pallas_kernels.gpu.config.check_supported`.
     """
     (m, k), n = x.shape, w.shape[1]
     device = devices.of_target()

@@ -1,6 +1,6 @@
 """Where the GPU kernel finds each code in its words, and x brought into the order that follows from it.
 
-Plain arrays in, plain arrays out: nothing here knows Pallas. :mod:`pallas_kernels.mosaic_gpu` says why.
+Plain arrays in, plain arrays out: nothing here knows Pallas. :mod:`pallas_kernels.gpu.kernel` says why.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def fields(n: int, shift: int, group_size: int, place: np.ndarray) -> list[Field
 
     Channel ``8 t + i`` of a half group is row ``i`` of operand ``t``, whichever the plane: one with more
     than 8 rows of words takes tiles of 8 in turn; one with fewer repeats them, each time a slot further
-    (:meth:`~pallas_kernels.mosaic_gpu_registers.Warps.full_tiles`).
+    (:meth:`~pallas_kernels.gpu.registers.Warps.full_tiles`).
     """
     rows = group_size * n // WORD_BITS
     tiles, repeats = max(1, rows // WORD_ROWS), max(1, WORD_ROWS // rows)

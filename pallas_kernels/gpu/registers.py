@@ -35,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu_operands import ROW_TILE, WORD_ROWS
+from pallas_kernels.gpu.operands import ROW_TILE, WORD_ROWS
 
 WARPS = 4
 

@@ -10,7 +10,7 @@ from pallas_kernels.tuning import tuned
 LANES = 128
 SUBLANES = 8
 UNPACKS = {"int8": 8, "bfloat16": 16}  # strategy: bits of a field
-DECODE_ROWS = 32  # with more, the product is taken by mosaic_tpu_prefill
+DECODE_ROWS = 32  # with more, the product is taken by prefill.py
 GROUP_SIZES = (32, 64, 128, 256)
 GENERATIONS = ("v5e", "v5p", "v6e", "v7x")  # for which the compiler has taken the kernels
 WITHOUT_INT8 = ("v7x",)  # their matrix units multiply no integers

@@ -52,12 +52,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import devices
 from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type
-from pallas_kernels.mosaic_tpu_config import DECODE_ROWS as DECODE_ROWS
-from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS, check_supported
-from pallas_kernels.mosaic_tpu_config import Config as Config
-from pallas_kernels.mosaic_tpu_config import choose as choose
-from pallas_kernels.mosaic_tpu_config import heuristic as heuristic
-from pallas_kernels.mosaic_tpu_operands import (
+from pallas_kernels.tpu.config import DECODE_ROWS as DECODE_ROWS
+from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, check_supported
+from pallas_kernels.tpu.config import Config as Config
+from pallas_kernels.tpu.config import choose as choose
+from pallas_kernels.tpu.config import heuristic as heuristic
+from pallas_kernels.tpu.operands import (
     Segment,
     blocks_of,
     concatenate,
@@ -71,8 +71,8 @@ from pallas_kernels.mosaic_tpu_operands import (
     truncate,
     zero_codes,
 )
-from pallas_kernels.mosaic_tpu_prefill import prefill
-from pallas_kernels.mosaic_tpu_unpack import unpack
+from pallas_kernels.tpu.prefill import prefill
+from pallas_kernels.tpu.unpack import unpack
 
 WORD_BYTES, OTHER_BYTES = 40 << 20, 16 << 20  # of VMEM, at most
 
@@ -268,7 +268,7 @@ def mixed_matmul(
 
     Raises:
       NotImplementedError: the product or the target is not one for these kernels, see
-        :func:`~pallas_kernels.mosaic_tpu_config.check_supported`, or K is too large for VMEM.
+        :func:`~pallas_kernels.tpu.config.check_supported`, or K is too large for VMEM.
     """
     m, (k, n) = x.shape[0], w.shape
     device = devices.of_target()

@@ -10,8 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_bits, zero_step
-from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, UNPACKS, Config
-from pallas_kernels.mosaic_tpu_unpack import bit_of
+from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, Config
+from pallas_kernels.tpu.unpack import bit_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def measure_groups(order, x_ref, middle_ref, unit_ref, w: MixedTensor, config: C
 def permutation(group_size: int, config: Config) -> jax.Array:
     """``[g, g]``: row = channel as in ``x``, column = place in the order of codes.
 
-    See "Order" in `pallas_kernels.mosaic_tpu`.
+    See "Order" in `pallas_kernels.tpu.decode`.
     """
     fields = WORD_BITS // UNPACKS[config.unpack]
     row, column = (lax.broadcasted_iota(jnp.int32, (group_size, group_size), axis) for axis in (0, 1))

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, result_type, zero_bits, zero_step
-from pallas_kernels.mosaic_tpu_config import LANES, SUBLANES, VMEM_BYTES, Config
-from pallas_kernels.mosaic_tpu_operands import leading, zero_codes
+from pallas_kernels.tpu.config import LANES, SUBLANES, VMEM_BYTES, Config
+from pallas_kernels.tpu.operands import leading, zero_codes
 
 MANTISSA_BITS = 7  # of bfloat16
 HALF, LOW = np.uint32(16), np.uint32(0xFFFF)

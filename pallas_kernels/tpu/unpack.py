@@ -1,4 +1,4 @@
-"""Codes from words in a TPU's registers; see "Unpacking" and "Order" in `pallas_kernels.mosaic_tpu`."""
+"""Codes from words in a TPU's registers; see "Unpacking" and "Order" in `pallas_kernels.tpu.decode`."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import WORD_BITS
-from pallas_kernels.mosaic_tpu_config import SUBLANES
+from pallas_kernels.tpu.config import SUBLANES
 
 
 def bit_of(t):

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from slim_jax.calibration import FITS, Fit, Grid
-from slim_jax.panels import in_panels
-from slim_jax.placement import ONE_DEVICE, Placement
+from slim_jax.devices import ONE_DEVICE, Placement, in_panels
+from slim_jax.method.sqc import FITS, Fit, Grid
 
 
 class Solution(NamedTuple):
@@ -78,12 +77,12 @@ def solve(
 
     Args:
       w: weights.
-      u: upper Cholesky factor of the inverse Hessian (`slim_jax.hessian.inverse_cholesky`).
+      u: upper Cholesky factor of the inverse Hessian (`slim_jax.method.hessian.inverse_cholesky`).
       importance: weight of each channel's squared error in the fit, ``1 / u_j^2``; 0 for padding.
       bits: bit width of every group and output channel.
       group_size: channels per group.
       zero_bits: bits of a stored zero point.
-      sqc: a name of `slim_jax.calibration.FITS`.
+      sqc: a name of `slim_jax.method.sqc.FITS`.
       feedback: False rounds to nearest, the error stays where it is.
       grids: what to round to, ``[G, N]``, instead of a fit.
       placement: the devices that share the output channels.

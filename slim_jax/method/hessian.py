@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.layout import group_count
@@ -90,3 +91,43 @@ def statistics(
         alive=jnp.pad(1.0 - dead, flat),
         h=jnp.pad(h, square),
     )
+
+
+def spread(count: int) -> np.ndarray:
+    """Numbers in [0, 1) for indices up to ``count``, any run of which is spread evenly (golden ratio)."""
+    return np.modf((np.arange(count) + 1) * (np.sqrt(5.0) - 1) / 2)[0]
+
+
+class Observation(NamedTuple):
+    """What the calibration inputs ``x[T, K]`` of a group of layers leave behind.
+
+    Attributes:
+      gram: ``float32[K, K]``, ``x^T x``.
+      sample: ``float32[S, K]``, evenly spread inputs.
+      tokens: how many inputs there were, ``T``.
+      borrowed: how many more the Gram matrix counts, from :meth:`with_prior`.
+    """
+
+    gram: jax.Array
+    sample: jax.Array
+    tokens: int
+    borrowed: int = 0
+
+    @property
+    def share_borrowed(self) -> float:
+        """Of the tokens that the Gram matrix counts."""
+        return self.borrowed / (self.tokens + self.borrowed)
+
+    def with_prior(self, prior: "Observation") -> "Observation":
+        """What an expert's few tokens leave open is filled from what all tokens of its block would give.
+
+        As many of the prior's tokens as there are channels ``K`` count beside its own, so that the prior's
+        share ``K / (K + T)`` falls with the number of tokens. Below ``K`` tokens the Gram matrix has no
+        full rank, and a solver would take the directions that it has not seen for free.
+        """
+        channels = len(self.gram)
+        share = channels / (channels + self.tokens)
+        gram = self.gram + (channels / prior.tokens) * prior.gram
+        own = jnp.asarray(spread(len(self.sample)) >= share)
+        sample = jnp.where(own[:, None], self.sample, prior.sample)
+        return Observation(gram, sample, self.tokens, channels)

@@ -9,14 +9,13 @@ import numpy as np
 
 from pallas_kernels import MixedTensor, pack
 from pallas_kernels.layout import zero_bits
-from slim_jax.activations import Observation
-from slim_jax.allocation import Allocation, allocate, output_divergence, scores
-from slim_jax.calibration import Grid, stored_grids
 from slim_jax.config import SlimConfig
-from slim_jax.gptq import Solution, solve
-from slim_jax.hessian import Statistics, statistics
-from slim_jax.linear import product_dtype
-from slim_jax.placement import ONE_DEVICE, Placement
+from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.gptq import Solution, solve
+from slim_jax.method.hessian import Observation, Statistics, statistics
+from slim_jax.method.sba import Allocation, allocate, output_divergence, scores
+from slim_jax.method.sqc import Grid, stored_grids
+from slim_jax.model.linear import product_dtype
 from slim_jax.report import LayerReport
 
 DAMPING_TRIES = 4

@@ -29,9 +29,11 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor, pack
-from slim_jax.activations import COMPUTE_DTYPE
-from slim_jax.calibration import Grid, stored_grids
-from slim_jax.decoder import DecoderConfig, Params, block_params, make_block, sequence_positions
+from slim_jax.method.sqc import Grid, stored_grids
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import sequence_positions
+from slim_jax.model.linear import COMPUTE_DTYPE
+from slim_jax.model.params import Params, block_params, make_block
 
 CLIP_START = 4.0
 """Where the paper starts its clipping parameters: ``sigmoid(4) = 0.982`` of the range."""

@@ -16,9 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from slim_jax.calibration import FITS
-from slim_jax.panels import in_panels
-from slim_jax.placement import ONE_DEVICE, Placement
+from slim_jax.devices import ONE_DEVICE, Placement, in_panels
+from slim_jax.method.sqc import FITS
 
 Allocation = dict[str, list[int]]
 """Bit width of every group, by the layer's name (``"blocks.3.attn.q"``)."""
@@ -115,7 +114,7 @@ def scores(
       bits: the mean width ``N``.
       group_size: channels per group.
       zero_bits: bits of a stored zero point.
-      sqc: the calibration that candidates are rounded with, a name of `slim_jax.calibration.FITS`.
+      sqc: the calibration that candidates are rounded with, a name of `slim_jax.method.sqc.FITS`.
       criterion: "kl"; "paper" for the authors' variant; "error" for ``sum (w - w_hat)^2 / u^2``.
       placement: the devices that share the output channels.
     """

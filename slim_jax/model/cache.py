@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-if TYPE_CHECKING:
-    from slim_jax.decoder import DecoderConfig
+from slim_jax.model.config import DecoderConfig
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +70,7 @@ class State:
     @classmethod
     def empty(
         cls,
-        config: "DecoderConfig",
+        config: DecoderConfig,
         batch: int,
         size: int,
         *,

@@ -8,120 +8,19 @@ All blocks of a model share one config, so that one compiled step serves them al
 block to block (whether its attention is local) is data: a :class:`Buffer` among its parameters.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import MixedTensor
-from slim_jax.attention import attention
-from slim_jax.cache import KeyValues
-from slim_jax.linear import Linear, Packed, unembed
-from slim_jax.rotary import RopeScaling, frequencies, rotate
-
-Params = Mapping[str, Any]
-"""Parameters of one block, or of what stands outside the blocks, by dotted name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Everything that tells one decoder from another. Sizes are counts of features or tokens.
-
-    Attributes that their names do not explain:
-      norm_offset: added to the scale of every norm.
-      output_norms: what attention and MLP give is normed before it joins the residual stream.
-      local_rope_theta: base of the rotary embedding, unscaled, of blocks with a sliding window, where it
-        differs from that of ``global_layers``.
-      qk_norm: each head's queries and keys are normed before they are rotated.
-      query_pre_attn_scalar: attention scores are divided by its root; ``head_dim`` by default.
-      attn_softcap: scores ``s`` become ``cap * tanh(s / cap)``; ``logit_softcap`` does that to logits.
-      global_layers: blocks that see all positions although there is a sliding window.
-      embed_scale: factor of token embeddings, rounded to their dtype.
-      num_experts: 0 for one dense MLP; else ``intermediate_size`` is that of one expert.
-      norm_topk: the weights of the ``experts_per_token`` experts of a token are made to sum to 1.
-
-    Raises:
-      ValueError: a size is not positive, heads are no multiple of key-value heads, ``global_layers``
-        are given without a sliding window, or there are fewer experts than a token needs.
-    """
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    norm_offset: float = 0.0
-    pre_norm: bool = True
-    output_norms: bool = False
-    final_norm: bool = True
-    positions: Literal["rotary", "learned"] = "rotary"
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None
-    position_offset: int = 0
-    gated: bool = True
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    query_pre_attn_scalar: float | None = None
-    attn_softcap: float | None = None
-    logit_softcap: float | None = None
-    num_experts: int = 0
-    experts_per_token: int = 0
-    norm_topk: bool = True
-    sliding_window: int | None = None
-    global_layers: tuple[int, ...] = ()
-    tied_head: bool = True
-    embed_size: int | None = None
-    embed_scale: float = 1.0
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads is {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}"
-            )
-        if self.global_layers and self.sliding_window is None:
-            raise ValueError("sliding_window is None, expected a number beside global_layers")
-        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(
-                f"experts_per_token is {self.experts_per_token}, expected 1 to num_experts = "
-                f"{self.num_experts}"
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """The config as JSON values; :meth:`from_json` is the inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
-        """Builds a config from :meth:`to_json`'s dictionary."""
-        changes: dict[str, Any] = {
-            name: tuple(value) for name, value in fields.items() if isinstance(value, list)
-        }
-        if (scaling := fields.get("rope_scaling")) is not None:
-            tuples = {name: tuple(value) for name, value in scaling.items() if isinstance(value, list)}
-            changes["rope_scaling"] = RopeScaling(**{**scaling, **tuples})
-        return cls(**{**fields, **changes})
-
+from slim_jax.model.attention import attention
+from slim_jax.model.cache import KeyValues
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.linear import Linear, unembed
+from slim_jax.model.rotary import frequencies, rotate
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -169,7 +68,7 @@ class Attention(nnx.Module):
         self.o = Linear(heads, d, bias=config.o_bias, rngs=rngs)
         self.q_norm = Norm(config.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config) if config.qk_norm else None
-        self.local = Buffer(_is_local(config, index)) if config.global_layers else None
+        self.local = Buffer(is_local(config, index)) if config.global_layers else None
         self.config = config
 
     def attend(
@@ -211,7 +110,7 @@ class Attention(nnx.Module):
         return rotate(q, positions, frequency, factor), rotate(k, positions, frequency, factor)
 
 
-def _is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
+def is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
     return jnp.float32(index not in config.global_layers)
 
 
@@ -389,97 +288,6 @@ class Decoder(nnx.Module):
         return self.logits(h)
 
 
-def _flat(module: nnx.Module) -> dict[str, Any]:
-    state = nnx.to_flat_state(nnx.state(module, (nnx.Param, Packed, Buffer)))
-    return {".".join(map(str, path)): variable.get_value() for path, variable in state}
-
-
-def _abstract(config: DecoderConfig, make: type[Block] | type[Decoder]) -> Any:
-    return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
-
-
-def block_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name and shape of every parameter and :class:`Buffer` of one block."""
-    return _flat(_abstract(config, Block))
-
-
-def block_buffers(config: DecoderConfig, index: int) -> dict[str, jax.Array]:
-    """The :class:`Buffer` values of block ``index``: a source gives them along with what it has read."""
-    return {"attn.local": _is_local(config, index)} if config.global_layers else {}
-
-
-def outer_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name and shape of every parameter outside the blocks: embeddings, last norm, head."""
-    flat = _flat(_abstract(dataclasses.replace(config, num_layers=1), Decoder))
-    return {name: shape for name, shape in flat.items() if not name.startswith("blocks.")}
-
-
-def _fill(module: Any, params: Params) -> None:
-    expected = _flat(module)
-    problems = [f"{name} is missing" for name in expected.keys() - params.keys()]
-    problems += [f"{name} is not known" for name in params.keys() - expected.keys()]
-    for name in expected.keys() & params.keys():
-        if tuple(params[name].shape) != tuple(expected[name].shape):
-            problems.append(f"{name} has shape {params[name].shape}, expected {expected[name].shape}")
-    if problems:
-        raise ValueError("parameters do not fit the config: " + "; ".join(sorted(problems)))
-    for name, value in params.items():
-        *path, leaf = name.split(".")
-        owner = module
-        for part in path:
-            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        if isinstance(value, MixedTensor):
-            setattr(owner, leaf, Packed(value))
-        else:
-            getattr(owner, leaf).set_value(jnp.asarray(value))
-
-
-def make_block(config: DecoderConfig, params: Params) -> Block:
-    """A block from its parameters, dense or packed.
-
-    Raises:
-      ValueError: names or shapes do not fit; the message lists all that do not.
-    """
-    block = _abstract(config, Block)
-    _fill(block, params)
-    return block
-
-
-def make_expert(config: DecoderConfig, params: Params, index: int) -> MLP:
-    """One expert, from the parameters of its block.
-
-    Raises:
-      ValueError: names or shapes do not fit.
-    """
-    expert, prefix = nnx.eval_shape(lambda: MLP(config, rngs=nnx.Rngs(0))), f"moe.experts.{index}."
-    _fill(expert, {n.removeprefix(prefix): value for n, value in params.items() if n.startswith(prefix)})
-    return expert
-
-
-def make_decoder(
-    config: DecoderConfig, outer: Params, blocks: Sequence[Params], mesh: Mesh | None = None
-) -> Decoder:
-    """A decoder from the parameters outside its blocks and those of each block.
-
-    ``mesh`` is where the parameters lie, cut along output channels, if not on one device.
-
-    Raises:
-      ValueError: names or shapes do not fit; the message lists all that do not.
-    """
-    decoder = _abstract(config, Decoder)
-    named = {f"blocks.{i}.{name}": value for i, block in enumerate(blocks) for name, value in block.items()}
-    _fill(decoder, {**outer, **named})
-    for _, module in nnx.iter_modules(decoder):
-        if isinstance(module, Linear):
-            module.mesh = mesh
-    return decoder
-
-
-def make_outer(config: DecoderConfig, outer: Params) -> Decoder:
-    """A decoder without blocks: what embeds tokens, and turns the last block's output into logits."""
-    return make_decoder(dataclasses.replace(config, num_layers=0), outer, [])
-
-
 @jax.jit
 def embed(outer: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """The residual stream of whole sequences, by :func:`make_outer`'s decoder."""
@@ -489,10 +297,3 @@ def embed(outer: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
 def sequence_positions(x: Array) -> Int[Array, "b t"]:
     """Positions ``0 ... T - 1`` of every row of ``x[B, T, ...]``."""
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-
-
-def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The inverse of :func:`make_decoder`: parameters outside the blocks, and of each block."""
-    flat = _flat(decoder)
-    outer = {name: value for name, value in flat.items() if not name.startswith("blocks.")}
-    return outer, [_flat(block) for block in decoder.blocks]

@@ -18,10 +18,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import MixedTensor, prepare
-from slim_jax.cache import State
-from slim_jax.decoder import Decoder, DecoderConfig
-from slim_jax.linear import Linear
-from slim_jax.step import forward, stackable
+from slim_jax.model.cache import State
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import Linear
+from slim_jax.model.step import forward, stackable
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
 LENGTH_STEP = 128

@@ -12,6 +12,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import MixedTensor, Prepared, mixed_matmul, sharded_matmul
 
+COMPUTE_DTYPE = jnp.dtype(jnp.bfloat16)
+"""Of calibration's products with dense weights: on CPUs too the faster one where many tokens pass at once."""
+
 ROWS = 8
 """Rows of a matrix that one step of :func:`_row_times_matrix` adds up; with 16, XLA's code is far slower."""
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from slim_jax.decoder import Block, Decoder, embed, make_outer, sequence_positions, split_params
-from slim_jax.windows import select_windows
+from slim_jax.model.decoder import Block, Decoder, embed, sequence_positions
+from slim_jax.model.params import make_outer, split_params
+from slim_jax.model.windows import select_windows
 
 LOGIT_TOKENS = 256
 """Tokens whose logits are in memory at once."""

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import MixedTensor, Prepared
-from slim_jax.cache import KeyValues, State
-from slim_jax.decoder import Block, Decoder
+from slim_jax.model.cache import KeyValues, State
+from slim_jax.model.decoder import Block, Decoder
 
 
 def stackable(blocks: Sequence[Block]) -> bool:
@@ -53,7 +53,8 @@ def forward(
 
         def layer(carry: tuple, x: tuple[Any, jax.Array]) -> tuple[tuple, None]:
             cut, i = x
-            return through(_one_of_stack(whole, cut, i), *carry, layer=i), None
+            h, k, v = carry
+            return through(_one_of_stack(whole, cut, i), h, k, v, i), None
 
         indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)
         (h, *kv), _ = lax.scan(layer, (h, *state.kv), (cut, indices))

@@ -15,62 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from slim_jax.decoder import (
-    MLP,
-    Block,
-    Params,
-    embed,
-    linear_groups,
-    make_block,
-    make_expert,
-    make_outer,
-    sequence_positions,
-)
-from slim_jax.hessian import gram
-from slim_jax.offload import Batches, OnDisk
-from slim_jax.placement import ONE_DEVICE, Placement
-from slim_jax.source import Source
+from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.hessian import Observation, gram, spread
+from slim_jax.model.decoder import MLP, Block, embed, linear_groups, sequence_positions
+from slim_jax.model.linear import COMPUTE_DTYPE
+from slim_jax.model.params import Params, make_block, make_expert, make_outer
+from slim_jax.run.offload import Batches, OnDisk
+from slim_jax.run.source import Source
 
 BATCH_TOKENS = 4096
 """Calibration tokens that pass through a block at once, on each device."""
-
-COMPUTE_DTYPE = jnp.dtype(jnp.bfloat16)
-"""Of the products with dense weights: on CPUs too the faster one where many tokens pass at once."""
-
-
-class Observation(NamedTuple):
-    """What the calibration inputs ``x[T, K]`` of a group of layers leave behind.
-
-    Attributes:
-      gram: ``float32[K, K]``, ``x^T x``.
-      sample: ``float32[S, K]``, evenly spread inputs.
-      tokens: how many inputs there were, ``T``.
-      borrowed: how many more the Gram matrix counts, from :meth:`with_prior`.
-    """
-
-    gram: jax.Array
-    sample: jax.Array
-    tokens: int
-    borrowed: int = 0
-
-    @property
-    def share_borrowed(self) -> float:
-        """Of the tokens that the Gram matrix counts."""
-        return self.borrowed / (self.tokens + self.borrowed)
-
-    def with_prior(self, prior: "Observation") -> "Observation":
-        """What an expert's few tokens leave open is filled from what all tokens of its block would give.
-
-        As many of the prior's tokens as there are channels ``K`` count beside its own, so that the prior's
-        share ``K / (K + T)`` falls with the number of tokens. Below ``K`` tokens the Gram matrix has no
-        full rank, and a solver would take the directions that it has not seen for free.
-        """
-        channels = len(self.gram)
-        share = channels / (channels + self.tokens)
-        gram = self.gram + (channels / prior.tokens) * prior.gram
-        own = jnp.asarray(_spread(len(self.sample)) >= share)
-        sample = jnp.where(own[:, None], self.sample, prior.sample)
-        return Observation(gram, sample, self.tokens, channels)
 
 
 class Inputs(NamedTuple):
@@ -85,11 +39,6 @@ class Inputs(NamedTuple):
     seen: list[jax.Array] | None = None
 
 
-def _spread(count: int) -> np.ndarray:
-    """Numbers in [0, 1) for indices up to ``count``, any run of which is spread evenly (golden ratio)."""
-    return np.modf((np.arange(count) + 1) * (np.sqrt(5.0) - 1) / 2)[0]
-
-
 def sample_positions(tokens: int, stride: int) -> np.ndarray:
     """One of every ``stride`` of so many tokens, ``int32``: the first of them here, the last there.
 
@@ -97,7 +46,7 @@ def sample_positions(tokens: int, stride: int) -> np.ndarray:
     window, the very first (where attention piles up) among them.
     """
     size = len(range(0, tokens, stride))
-    return ((np.arange(size) + _spread(size)) * (tokens / size)).astype(np.int32)
+    return ((np.arange(size) + spread(size)) * (tokens / size)).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames=("stride", "placement"))

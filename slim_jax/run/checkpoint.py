@@ -25,11 +25,13 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from pallas_kernels import MixedTensor
-from slim_jax.decoder import Decoder, DecoderConfig, Params, block_buffers, make_decoder
-from slim_jax.linear import product_dtype
-from slim_jax.placement import ONE_DEVICE, Placement
+from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import product_dtype
+from slim_jax.model.params import Params, block_buffers, make_decoder
 from slim_jax.report import BlockReport, Report
-from slim_jax.source import DecoderSource, Source
+from slim_jax.run.source import DecoderSource, Source
 
 FORMAT = "slim-jax"
 VERSION = 1
@@ -258,12 +260,12 @@ def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
 
 
 class CheckpointSource:
-    """A `slim_jax.source.Source` that reads a checkpoint block by block, every file verified.
+    """A `slim_jax.run.source.Source` that reads a checkpoint block by block, every file verified.
 
     Args:
       path: the checkpoint's folder.
       dtype: of dense parameters and of products with packed ones; by default dense ones as they are
-        stored, products as `slim_jax.linear.product_dtype` says.
+        stored, products as `slim_jax.model.linear.product_dtype` says.
       mesh: devices over which the output channels of every weight are cut; the default device has all
         without.
 

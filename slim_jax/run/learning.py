@@ -10,12 +10,13 @@ import numpy as np
 import optax
 
 from pallas_kernels import MixedTensor
-from slim_jax.activations import as_computed
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import DecoderConfig, Params
-from slim_jax.placement import ONE_DEVICE, Placement
-from slim_jax.plus import Layer, Learned, Samples, SlimPlus, clip_start, solved_start
+from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.plus import Layer, Learned, Samples, SlimPlus, clip_start, solved_start
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.params import Params
 from slim_jax.report import LearningReport
+from slim_jax.run.activations import as_computed
 
 HELD_OUT = 8
 """One sample in so many is not learned from, but judges."""

@@ -18,11 +18,11 @@ from flax import nnx
 from jax import lax
 
 from pallas_kernels import MixedTensor, mixed_matmul
-from slim_jax.activations import Inputs, observe
 from slim_jax.config import SlimConfig
-from slim_jax.linear import Packed
+from slim_jax.method.layer import LayerSolver
+from slim_jax.model.linear import Packed
 from slim_jax.report import LayerReport
-from slim_jax.solver import LayerSolver
+from slim_jax.run.activations import Inputs, observe
 
 Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv
 Forward = Callable[[Any, Any], Any]

@@ -23,18 +23,21 @@ import optax
 from jax.sharding import Mesh
 
 from pallas_kernels import MixedTensor
-from slim_jax.activations import COMPUTE_DTYPE, Activations, Inputs, Observation, observe
-from slim_jax.allocation import Allocation
-from slim_jax.checkpoint import CheckpointWriter
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import Decoder, Params, make_decoder
-from slim_jax.learning import BlockLearner, OnEpoch
-from slim_jax.offload import Batches
-from slim_jax.placement import ONE_DEVICE, Placement
-from slim_jax.plus import Samples
+from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.hessian import Observation
+from slim_jax.method.layer import LayerSolver
+from slim_jax.method.plus import Samples
+from slim_jax.method.sba import Allocation
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import COMPUTE_DTYPE
+from slim_jax.model.params import Params, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report
-from slim_jax.solver import LayerSolver
-from slim_jax.source import DecoderSource, Source
+from slim_jax.run.activations import Activations, Inputs, observe
+from slim_jax.run.checkpoint import CheckpointWriter
+from slim_jax.run.learning import BlockLearner, OnEpoch
+from slim_jax.run.offload import Batches
+from slim_jax.run.source import DecoderSource, Source
 
 OnBlock = Callable[[BlockReport], None]
 
@@ -205,7 +208,7 @@ def quantize(
       tokens: calibration text, ``int[samples, length]``.
       config: how to quantize.
       allocation: bit widths of every group, instead of a search.
-      optimizer: of "slim-plus", instead of `slim_jax.learning.default_optimizer`.
+      optimizer: of "slim-plus", instead of `slim_jax.run.learning.default_optimizer`.
       mesh: devices that share the work, of one process or several (then every process makes this call);
         all axes count alike. Their number must divide that of the samples.
       on_block: called with every finished block.

@@ -6,7 +6,9 @@ import math
 from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax.config import SlimConfig
-from slim_jax.decoder import DecoderConfig, block_params, linear_groups, outer_params
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import linear_groups
+from slim_jax.model.params import block_params, outer_params
 
 GIB = 2**30
 

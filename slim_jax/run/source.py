@@ -2,7 +2,9 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from slim_jax.decoder import Decoder, DecoderConfig, Params, split_params
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.params import Params, split_params
 
 
 @runtime_checkable
@@ -18,11 +20,11 @@ class Source(Protocol):
     origin: dict[str, Any]
 
     def outer(self) -> Params:
-        """Parameters outside the blocks, named as in :func:`slim_jax.decoder.outer_params`."""
+        """Parameters outside the blocks, named as in :func:`slim_jax.model.params.outer_params`."""
         ...
 
     def block(self, index: int) -> Params:
-        """Parameters of block ``index``, named as in :func:`slim_jax.decoder.block_params`."""
+        """Parameters of block ``index``, named as in :func:`slim_jax.model.params.block_params`."""
         ...
 
 

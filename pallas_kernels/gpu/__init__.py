@@ -1,0 +1,1 @@
+"""The product on NVIDIA GPUs (Pallas Mosaic GPU)."""

@@ -1,0 +1,1 @@
+"""The decoder: blocks, attention, generation, perplexity. Knows no quantizer."""

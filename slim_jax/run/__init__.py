@@ -1,0 +1,1 @@
+"""A quantization as a run: calibration activations, blocks one after another, checkpoints, plans."""
