@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from convert import load_source
 from pallas_kernels import MixedTensor, pack
 from slim_jax.decoder import Decoder, Params, block_params, linear_groups, make_decoder
 from slim_jax.generate import Generator
+from slim_jax.linear import product_dtype
 from slim_jax.source import Source
 
 
@@ -47,7 +49,12 @@ def random_decoder(source: Source, bits: int, group_size: int, seed: int = 0) ->
     names = [f"{name}.weight" for group in linear_groups(config).values() for name in group]
     blocks: list[Params] = []
     for i in range(config.num_layers):
-        packed = {name: random_packed(shapes[name].shape, bits, group_size, rng) for name in names}
+        packed = {
+            name: dataclasses.replace(
+                random_packed(shapes[name].shape, bits, group_size, rng), dtype=product_dtype()
+            )
+            for name in names
+        }
         blocks.append({**source.block(i), **packed})
     return make_decoder(config, source.outer(), blocks)
 
