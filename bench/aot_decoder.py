@@ -12,6 +12,7 @@ from pallas_kernels import use_implementation
 from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax.cache import State, forward
 from slim_jax.decoder import Block, Decoder, DecoderConfig, linear_groups
+from slim_jax.linear import Packed
 
 LLAMA_2_7B = DecoderConfig(
     family="llama",
@@ -47,7 +48,7 @@ def decode_step(
             owner = block
             for part in name.split("."):
                 owner = getattr(owner, part)
-            owner.weight.set_value(_packed(owner.weight.get_value().shape, bits, group_size))
+            owner.weight = Packed(_packed(owner.weight.get_value().shape, bits, group_size))
     blocks = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype), block
     )
