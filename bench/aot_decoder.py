@@ -13,6 +13,7 @@ from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax.model.cache import State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Block, Decoder, linear_groups
+from slim_jax.model.linear import Packed
 from slim_jax.model.step import forward
 
 LLAMA_2_7B = DecoderConfig(
@@ -49,7 +50,7 @@ def decode_step(
             owner = block
             for part in name.split("."):
                 owner = getattr(owner, part)
-            owner.weight.set_value(_packed(owner.weight.get_value().shape, bits, group_size))
+            owner.weight = Packed(_packed(owner.weight.get_value().shape, bits, group_size))
     blocks = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype), block
     )

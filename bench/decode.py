@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from convert import load_source
 from pallas_kernels import MixedTensor, pack
 from slim_jax.model.decoder import Decoder, linear_groups
 from slim_jax.model.generate import Generator
+from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_params, make_decoder
 from slim_jax.run.source import Source
 
@@ -52,7 +54,12 @@ def random_decoder(
     packed: Params = {}
     for i in range(config.num_layers):
         if not (packed and alike):
-            packed = {name: random_packed(shapes[name].shape, bits, group_size, rng) for name in names}
+            packed = {
+                name: dataclasses.replace(
+                    random_packed(shapes[name].shape, bits, group_size, rng), dtype=product_dtype()
+                )
+                for name in names
+            }
         blocks.append({**source.block(i), **packed})
     return make_decoder(config, source.outer(), blocks)
 

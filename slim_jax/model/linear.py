@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax import default_backend, lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pallas_kernels import MixedTensor, Prepared, mixed_matmul, sharded_matmul
+from pallas_kernels.layout import vary_like
 
 COMPUTE_DTYPE = jnp.dtype(jnp.bfloat16)
 """Of calibration's products with dense weights: on CPUs too the faster one where many tokens pass at once."""
@@ -23,44 +24,50 @@ class Packed(nnx.Variable):
     """A packed weight, which is no `nnx.Param`: optimizers and gradients of parameters pass it by."""
 
 
-def platform() -> str:
-    """Where products run: "cpu", "gpu" or "tpu"."""
-    return jax.default_backend()
-
-
 def product_dtype() -> jnp.dtype:
     """Dtype of products with packed weights: float32 on CPUs, bfloat16 where a matrix unit takes it.
 
     It holds for a model that was just quantized and for one that is loaded.
     """
-    return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if default_backend() == "cpu" else jnp.bfloat16)
 
 
 def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
     """``x @ weight`` in the weight's dtype, accumulated in float32, ``float32[..., N]``.
 
-    The product of a single row and a bfloat16 matrix is memory traffic, but XLA takes 10 to 60 times as
-    long for it on CPUs as for one in float32 (`python -m bench.rows`). There it is summed in float32,
-    converted a few rows at a time: that reads half the bytes of a float32 product and needs no
-    float32 copy of the weight. Of two rows or more XLA's own product is no slower in bfloat16.
+    XLA's CPU code multiplies a single row by a bfloat16 matrix at a tenth of the speed of a float32 one
+    (`python -m bench.rows`). There it is summed in float32, converted on the way, which takes no longer
+    than in float32 and needs no float32 copy of the weight. Two rows and more are left to XLA.
     """
-    if _is_slow(x, weight):
+
+    def by_xla(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.dot(x.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+
+    def by_rows(x: jax.Array, weight: jax.Array) -> jax.Array:
         return _row_times_matrix(x.reshape(-1), weight).reshape(*x.shape[:-1], weight.shape[1])
-    return jnp.dot(x.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+
+    if _one_bfloat16_row(x, weight):
+        return lax.platform_dependent(x, weight, cpu=by_rows, default=by_xla)
+    return by_xla(x, weight)
 
 
 def unembed(h: Float[Array, "*batch d"], table: Float[Array, "vocab d"]) -> Float[Array, "*batch vocab"]:
     """``h @ table.T``, otherwise as :func:`dense_product`."""
-    if _is_slow(h, table):
+
+    def by_xla(h: jax.Array, table: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,vd->...v", h.astype(table.dtype), table, preferred_element_type=jnp.float32)
+
+    def by_sums(h: jax.Array, table: jax.Array) -> jax.Array:
         y = jnp.sum(table.astype(jnp.float32) * h.astype(jnp.float32).reshape(1, -1), axis=1)
         return y.reshape(*h.shape[:-1], -1)
-    return jnp.einsum("...d,vd->...v", h.astype(table.dtype), table, preferred_element_type=jnp.float32)
+
+    if _one_bfloat16_row(h, table):
+        return lax.platform_dependent(h, table, cpu=by_sums, default=by_xla)
+    return by_xla(h, table)
 
 
-def _is_slow(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether XLA's product is many times slower than it need be."""
-    one_row = math.prod(x.shape[:-1]) == 1
-    return one_row and weight.dtype == jnp.bfloat16 and platform() == "cpu"
+def _one_bfloat16_row(x: jax.Array, weight: jax.Array) -> bool:
+    return math.prod(x.shape[:-1]) == 1 and weight.dtype == jnp.bfloat16
 
 
 def _row_times_matrix(x: Float[Array, " k"], weight: Float[Array, "k n"]) -> Float[Array, " n"]:
@@ -73,7 +80,7 @@ def _row_times_matrix(x: Float[Array, " k"], weight: Float[Array, "k n"]) -> Flo
             y = y + factor * row.astype(jnp.float32)
         return y
 
-    y = jnp.zeros(n)
+    y = vary_like(jnp.zeros(n), (x, weight))
     if k >= ROWS:
         y = lax.fori_loop(0, k // ROWS, add, y)
     return add(k // ROWS, y, k % ROWS) if k % ROWS else y
