@@ -100,7 +100,7 @@ def test_help_has_examples(capsys):
     assert "slim-jax quantize smollm2" in said(capsys, "--help")
     for command in ("convert", "quantize", "eval", "generate", "inspect", "plan", "export"):
         assert f"slim-jax {command}" in said(capsys, command, "--help")
-    assert "the paper's SliM-LLM+" in " ".join(said(capsys, "quantize", "--help").replace("│", "").split())
+    assert "SliM-LLM+" in said(capsys, "quantize", "--help")
     assert said(capsys) == said(capsys, "--help")
     assert said(capsys, "--version").startswith("slim-jax ")
 

@@ -1,7 +1,7 @@
 """Quantizing the layers that share an input: statistics, bit search, one stacked solve, packing."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class LayerSolver:
     def solve(
         self,
         names: list[str],
-        weights: list[jax.Array],
+        weights: Sequence[jax.Array | np.ndarray],
         observation: Observation,
         like: list[MixedTensor] | None = None,
     ) -> Iterator[tuple[MixedTensor, LayerReport]]:
