@@ -135,7 +135,7 @@ def print_plan(name: str, plan: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def gib(size: float) -> str:
+    def gib(size: int) -> str:
         return f"{size / 2**30:.2f} GiB"
 
     cut: dict[str, list[str]] = {}

@@ -104,7 +104,7 @@ class Placement:
         if self.mesh is None or n % self.devices:
             return function
 
-        def last(a: jax.Array) -> P:
+        def last(a: jax.Array | jax.ShapeDtypeStruct) -> P:
             return P(*[None] * (a.ndim - 1), AXIS)
 
         def cut(whole: Any, channels: Any) -> Any:

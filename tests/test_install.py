@@ -87,4 +87,4 @@ def test_a_wheel_without_extras(tmp_path):
     model, text = write_model(tmp_path / "hf"), write_text(tmp_path / "calib.txt", 300, 1)
     call("slim-jax", "quantize", model, "q2", "--calibration", text, *QUANTIZE)
     assert call("slim-jax", "generate", "q2", "--prompt", "w5 w6", "--max-tokens", "4").startswith("w5 w6")
-    assert call("python", "-c", CHAT, "q2").split() == ["w5", "w6"]
+    assert call("python", "-c", CHAT, model).split() == ["w5", "w6"]
