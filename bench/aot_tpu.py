@@ -311,7 +311,8 @@ def packed(
     def product(x, w):
         chosen = None
         if config:
-            chosen = dataclasses.replace(kernel.choose(of_target().name, m, k, n), **config)
+            start = kernel.choose(of_target().name, m, k, n, w.mean_width, group_size)
+            chosen = dataclasses.replace(start, **config)
         if constant:
             w = dataclasses.replace(w, segments=np.array(segments, np.int32))
         return kernel.mixed_matmul(x, w, config=chosen)

@@ -134,7 +134,7 @@ def tune(
     start = kernel.heuristic(devices.of_target().name, m, *shape)
 
     def products() -> Iterator[tuple[Any, Product]]:
-        for config in candidates(start, FIELDS[kernel.__name__.rpartition(".")[2]]):
+        for config in candidates(start, FIELDS[kernel.NAME]):
             run = jax.jit(lambda x, w, config=config: kernel.mixed_matmul(x, w, config=config))
             moved = x.nbytes + w.nbytes + 4 * m * shape[1]
             yield config, Product(run, x, weights, moved, 2 * m * shape[0] * shape[1])
@@ -182,7 +182,7 @@ def main() -> None:
         from pallas_kernels.tpu import decode as kernel  # type: ignore[no-redef]
     else:
         sys.exit(f"bench.tune: JAX's platform is {platform}, expected a GPU or a TPU")
-    name, kind = f"mosaic_{platform}", devices.of_target().name
+    name, kind = kernel.NAME, devices.of_target().name
     table, end = tuning.user_table(), time.monotonic() + 60 * arguments.minutes
     known = tuning.read_table(table).get(name, {})
     wanted = []

@@ -22,7 +22,7 @@ FIELD = {"mosaic_gpu": "stages", "mosaic_tpu": "groups"}
 
 
 def name_of(kernel) -> str:
-    return kernel.__name__.rpartition(".")[2]
+    return kernel.NAME
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_tune_writes_what_it_found(monkeypatch, capsys):
         return y if config.stages == 2 else 2 * y
 
     kernel = SimpleNamespace(
-        __name__="pallas_kernels.gpu.kernel",
+        NAME=gpu.NAME,
         heuristic=lambda kind, m, k, n: gpu.Config(),
         mixed_matmul=mixed_matmul,
     )

@@ -13,6 +13,10 @@ DECODE_ROWS = 32
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0")
 
 
+NAME = "mosaic_gpu"
+"""Of the implementation, and of its part of the tuning table."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How the product is cut into blocks.
@@ -73,7 +77,7 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
 
 def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
     """What was measured for this product, else what the :func:`heuristic` says."""
-    found = tuned("mosaic_gpu", Config, device_kind, m, k, n, bits, group_size)
+    found = tuned(NAME, Config, device_kind, m, k, n, bits, group_size)
     return heuristic(device_kind, m, k, n) if found is None else found
 
 

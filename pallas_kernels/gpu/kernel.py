@@ -48,6 +48,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import devices
+from pallas_kernels.gpu.config import NAME as NAME
 from pallas_kernels.gpu.config import Config as Config
 from pallas_kernels.gpu.config import check_supported, fitted
 from pallas_kernels.gpu.config import choose as choose

@@ -17,6 +17,10 @@ WITHOUT_INT8 = ("v7x",)  # their matrix units multiply no integers
 VMEM_BYTES = 60 << 20  # the most that a kernel asks for; of 64 MiB on the smallest, v5p and v7x
 
 
+NAME = "mosaic_tpu"
+"""Of the implementation, and of its part of the tuning table."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What the kernels can be tuned by; all but ``vector`` is for decode.
@@ -88,7 +92,7 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
 
 def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
     """What was measured for this product, else what the :func:`heuristic` says."""
-    found = tuned("mosaic_tpu", Config, device_kind, m, k, n, bits, group_size)
+    found = tuned(NAME, Config, device_kind, m, k, n, bits, group_size)
     return heuristic(device_kind, m, k, n) if found is None else found
 
 

@@ -54,6 +54,7 @@ from pallas_kernels import devices
 from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type
 from pallas_kernels.tpu.config import DECODE_ROWS as DECODE_ROWS
 from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, check_supported
+from pallas_kernels.tpu.config import NAME as NAME
 from pallas_kernels.tpu.config import Config as Config
 from pallas_kernels.tpu.config import choose as choose
 from pallas_kernels.tpu.config import heuristic as heuristic
