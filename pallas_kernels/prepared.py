@@ -18,7 +18,7 @@ from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_ste
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["tensor", "zero", "steps", "factors", "counts", "layer"],
-    meta_fields=["shape"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -34,7 +34,6 @@ class Prepared:
         a unit of the zero code (0 except in the low plane, so that a group's zero point counts once).
       counts: ``int32[L, widths]``, how many of a width's steps there are.
       layer: which of the stack to multiply with; None for a single weight.
-      shape: ``(K, N)``.
     """
 
     tensor: MixedTensor
@@ -43,7 +42,11 @@ class Prepared:
     factors: dict[int, jax.Array]
     counts: jax.Array
     layer: jax.Array | None
-    shape: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(K, N)``."""
+        return self.tensor.shape
 
     def at(self, layer: jax.Array) -> "Prepared":
         """One layer of the stack: nothing is sliced, products read its part where it lies."""
@@ -70,7 +73,6 @@ def prepare(w: MixedTensor) -> Prepared:
         factors={n: factors for n, (_, factors, _) in tables.items()},
         counts=jnp.stack([count for _, _, count in tables.values()]),
         layer=None,
-        shape=w.shape,
     )
 
 
