@@ -145,7 +145,9 @@ def quantize(
             help="A UTF-8 text to calibrate on, or [bold]self[/]: the model writes its own.",
         ),
     ],
-    bits: Annotated[int, typer.Option(help="Mean bits of a code; slim mixes N - 1, N and N + 1.")] = 2,
+    bits: Annotated[
+        float, typer.Option(help="Mean bits of a code; any number such as 2.25 with --criterion model.")
+    ] = 2,
     group_size: Annotated[
         int, typer.Option(help="Input channels that share a width and a scale: 32, 64, 128 …")
     ] = 128,
@@ -425,7 +427,7 @@ def inspect(
 @app.command()
 def plan(
     source: SourceArgument,
-    bits: Annotated[int, typer.Option(help="Mean bit width.")] = 2,
+    bits: Annotated[float, typer.Option(help="Mean bit width.")] = 2,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale.")] = 128,
     method: Annotated[str, typer.Option(metavar="slim|slim-plus|gptq|rtn")] = "slim",
     devices: Annotated[

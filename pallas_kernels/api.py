@@ -16,8 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import devices, xla
-from pallas_kernels.layout import MixedTensor, vary_like
-from pallas_kernels.prepared import Prepared
+from pallas_kernels.layout import MixedTensor, stack, vary_like
+from pallas_kernels.prepared import Prepared, prepare_stack
 from pallas_kernels.prepared import prepare as prepare_for_xla
 
 Kernel = Callable[[jax.Array, Any], jax.Array]
@@ -60,18 +60,24 @@ def use_implementation(*names: str) -> AbstractContextManager[None]:
     return _chosen(_names(names))
 
 
-def prepare(w: MixedTensor, *, implementation: str | Sequence[str] | None = None) -> MixedTensor | Prepared:
+def prepare(
+    w: MixedTensor | Sequence[MixedTensor], *, implementation: str | Sequence[str] | None = None
+) -> MixedTensor | Prepared:
     """A packed weight made ready to be multiplied often, by a back end that gains from it; else ``w``.
 
     What the product would work out of ``w`` alone, each time, is worked out once. The result is for running,
     not for storing.
 
     Args:
-      w: the packed weight, or stacked ones with a leading axis on their leaves. Of these choose one by
-        ``at(layer)``, which slices nothing.
+      w: the packed weight; or those of several layers, alike but for the values of their leaves and the
+        rows of their words. These come back stacked, on a leading axis of the leaves where the back end
+        gains nothing; else choose one by ``at(layer)``, which slices nothing.
       implementation: as for :func:`mixed_matmul`.
     """
-    return prepare_for_xla(w) if _names(implementation)[0] == "xla" else w
+    for_xla = _names(implementation)[0] == "xla"
+    if isinstance(w, MixedTensor):
+        return prepare_for_xla(w) if for_xla else w
+    return prepare_stack(w) if for_xla else stack(w)
 
 
 def mixed_matmul(
@@ -128,12 +134,12 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
 def _check(x: jax.Array, w: MixedTensor | Prepared, bias: jax.Array | None) -> None:
     k, n = w.shape
     words = w.words if isinstance(w, MixedTensor) else w.tensor.words
-    layers = 0 if isinstance(w, MixedTensor) or w.layer is None else 1
+    stacked = isinstance(w, Prepared) and w.first_rows is not None and w.layer is None
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {x.shape}, expected [..., {k}] for a weight of shape {w.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}, expected a floating type")
-    if words.ndim != 2 + layers:
+    if words.ndim != 2 or stacked:
         raise ValueError(f"w.words has shape {words.shape}, expected [rows, {n}]: scan over stacked weights")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")

@@ -24,6 +24,7 @@ which need it, get a fraction.
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -215,6 +216,16 @@ class MixedTensor:
         bits[np.asarray(self.order)] = np.repeat(self.widths, np.asarray(self.segments))
         return bits
 
+    def with_rows(self, rows: int) -> "MixedTensor":
+        """The same weight with its words filled up to so many rows, which nothing reads.
+
+        Compiled programs go by the number of rows, and that by the mean width.
+        """
+        missing = rows - self.words.shape[-2]
+        if not missing:
+            return self
+        return dataclasses.replace(self, words=jnp.pad(self.words, ((0, missing), (0, 0))))
+
     def codes(self) -> jax.Array:
         """The codes alone, ``uint8[K, N]``."""
         plain = dataclasses.replace(self, scale=jnp.ones_like(self.scale), zero=jnp.zeros_like(self.zero))
@@ -315,6 +326,12 @@ def pack(
         widths=widths,
         dtype=jnp.dtype(dtype),
     )
+
+
+def stack(layers: Sequence[MixedTensor]) -> MixedTensor:
+    """Weights that are alike but for values and rows of words, on a leading axis of every leaf."""
+    most = max(w.words.shape[0] for w in layers)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w.with_rows(most) for w in layers])
 
 
 def abstract_tensor(

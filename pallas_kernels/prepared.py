@@ -5,20 +5,22 @@ byte each) is the same for every token, so a model that generates works it out o
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, zero_step
+from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, stack, zero_step
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tensor", "zero", "steps", "factors", "counts", "layer"],
-    meta_fields=[],
+    data_fields=["tensor", "zero", "steps", "factors", "counts", "first_rows", "layer"],
+    meta_fields=["rows"],
 )
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -27,13 +29,16 @@ class Prepared:
     A *step* is one plane of one group. Attributes with ``L`` lack that axis for a single weight.
 
     Attributes:
-      tensor: the packed weight.
+      tensor: the packed weight; of a stack, leaves have an axis ``L`` except ``words``, where the layers lie
+        one under the other, as many rows as each has, and ``rows`` of nothing at the end.
       zero: ``uint8[L, G, N]``, a zero code a byte.
       steps: of each plane width, ``int32[L, S, 3]``: a step's group, its place in storage, its first row.
       factors: of each plane width, ``float32[L, S, 2]``: what bit 0 of the plane is worth in the code, and
         a unit of the zero code (0 except in the low plane, so that a group's zero point counts once).
       counts: ``int32[L, widths]``, how many of a width's steps there are.
+      first_rows: ``int32[L]``, where in the words a layer of the stack begins; None for a single weight.
       layer: which of the stack to multiply with; None for a single weight.
+      rows: of words, of the layer that has most; static.
     """
 
     tensor: MixedTensor
@@ -41,7 +46,9 @@ class Prepared:
     steps: dict[int, jax.Array]
     factors: dict[int, jax.Array]
     counts: jax.Array
+    first_rows: jax.Array | None
     layer: jax.Array | None
+    rows: int
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,15 +61,16 @@ class Prepared:
 
     def weight(self) -> MixedTensor:
         """The packed weight, of a stack that of the layer."""
-        if self.layer is None:
+        if self.layer is None or self.first_rows is None:
             return self.tensor
-        return jax.tree.map(partial(lax.dynamic_index_in_dim, index=self.layer, keepdims=False), self.tensor)
+        one = partial(lax.dynamic_index_in_dim, index=self.layer, keepdims=False)
+        words = lax.dynamic_slice_in_dim(self.tensor.words, one(self.first_rows), self.rows)
+        rest = dataclasses.replace(self.tensor, words=self.tensor.zero)
+        return dataclasses.replace(jax.tree.map(one, rest), words=words)
 
 
 def prepare(w: MixedTensor) -> Prepared:
-    """Works out what does not depend on ``x``; leaves may be stacked on a leading axis."""
-    if w.words.ndim == 3:
-        return jax.vmap(prepare)(w)
+    """Works out what does not depend on ``x``."""
     # A width whose group would need more words than there are does not occur.
     widths = [b for b in w.widths if w.group_size * b // WORD_BITS <= w.words.shape[0]]
     tables = {n: _steps(w, n) for n in sorted({n for b in widths for n in plane_widths(b)})}
@@ -72,7 +80,24 @@ def prepare(w: MixedTensor) -> Prepared:
         steps={n: steps for n, (steps, _, _) in tables.items()},
         factors={n: factors for n, (_, factors, _) in tables.items()},
         counts=jnp.stack([count for _, _, count in tables.values()]),
+        first_rows=None,
         layer=None,
+        rows=w.words.shape[0],
+    )
+
+
+def prepare_stack(layers: Sequence[MixedTensor]) -> Prepared:
+    """:func:`prepare` for layers that are alike but for the values of their leaves and the rows of words."""
+    counts = [w.words.shape[0] for w in layers]
+    most, n = max(counts), layers[0].words.shape[1]
+    stacked = jax.vmap(prepare)(stack(layers))
+    first_rows = jnp.asarray(np.cumsum([0, *counts[:-1]]), jnp.int32)
+    words = jnp.concatenate([*(w.words for w in layers), jnp.zeros((most, n), jnp.uint32)])
+    return dataclasses.replace(
+        stacked,
+        tensor=dataclasses.replace(stacked.tensor, words=words),
+        steps={n: steps.at[:, :, 2].add(first_rows[:, None]) for n, steps in stacked.steps.items()},
+        first_rows=first_rows,
     )
 
 

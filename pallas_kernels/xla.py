@@ -57,16 +57,16 @@ def _add_planes(
     """Adds what all planes of width ``n`` contribute to ``y[M, N]``."""
     words, scale, rows = w.tensor.words, w.tensor.scale, w.tensor.group_size * n // WORD_BITS
     layer = jnp.int32(0) if w.layer is None else w.layer
-    n_rows, n_groups = words.shape[-2], scale.shape[-2]
+    n_groups = scale.shape[-2]
     # Layers one under the other, so that a step's place is a row and nothing is sliced before the loop.
-    words, scale, zero = (a.reshape(-1, a.shape[-1]) for a in (words, scale, w.zero))
+    scale, zero = (a.reshape(-1, a.shape[-1]) for a in (scale, w.zero))
     steps, factors = (a[n].reshape(-1, a[n].shape[-1]) for a in (w.steps, w.factors))
     first = layer * w.steps[n].shape[-2]
     count = w.counts.reshape(-1, w.counts.shape[-1])[layer, index]
 
     def body(t: jax.Array, y: jax.Array) -> jax.Array:
         group, position, row = (steps[first + t, i] for i in range(3))
-        plane = lax.dynamic_slice_in_dim(words, layer * n_rows + row, rows)
+        plane = lax.dynamic_slice_in_dim(words, row, rows)
         dot = factors[first + t, 0] * _plane_dot(x_MxGxg[:, group], plane, n)
         position = layer * n_groups + position
         zeros = (factors[first + t, 1] * x_sum[:, group])[:, None] * zero[position].astype(jnp.float32)[None]

@@ -1,11 +1,17 @@
 """How to quantize: one frozen record that the Python API, the command line and the manifest share."""
 
 import dataclasses
+import math
 from typing import Any
+
+from pallas_kernels.layout import zero_bits
 
 METHODS = ("slim", "slim-plus", "gptq", "rtn")
 SQC = ("search", "paper", "minmax")
-CRITERIA = ("kl", "error", "paper")
+CRITERIA = ("model", "kl", "error", "paper")
+WIDE = 3.5
+"""Mean width up to which codes of more than 4 bits, for which all zero points take 8, do not pay."""
+
 LEARN = ("clip", "clip-gptq", "grid", "rounding")
 
 
@@ -14,8 +20,9 @@ class SlimConfig:
     """Settings of a quantization. ``None`` stands for the choice that goes with the other settings.
 
     Attributes:
-      bits: the mean width ``N`` of the codes, 2 to 7 for "slim" (which also uses ``N - 1`` and
-        ``N + 1``), 1 to 8 for uniform bits.
+      bits: the mean width ``N`` of the codes. For uniform bits a whole number from 1 to 8; where they are
+        allocated within each layer one from 2 to 7 (groups get ``N - 1`` to ``N + 1``); over the whole
+        model any number from 1 to 7, such as 2.25.
       group_size: input channels that share scale, zero point and width; a multiple of 32.
       method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then
         learns, block by block; "gptq" gives all groups ``bits``; "rtn" rounds to nearest, without
@@ -23,8 +30,11 @@ class SlimConfig:
       sqc: how scales and zero points are found, a name of `slim_jax.method.sqc.FITS`. "paper" repeats
         the choices of the authors' code, in the allocation and the order of work too. By default
         "search" for "slim", "minmax" for the two baselines.
-      criterion: what the bit search minimizes: "kl", "error" (see `slim_jax.method.sba.scores`) or
-        "paper". By default "paper" where ``sqc`` is, "kl" elsewhere.
+      criterion: what the bit search minimizes: "model", the expected rise of the model's loss, over all
+        layers at once (`slim_jax.method.budget`); within each layer "kl", "error" (see
+        `slim_jax.method.sba.scores`) or "paper". By default "paper" where ``sqc`` is, "kl" elsewhere.
+      guide: whether tokens count in the Hessians by the gradient of the model's loss
+        (`slim_jax.run.sweep`), which sweeps over all of them, not over a few thousand.
       sequential: True calibrates each layer on what the quantized layers before it in its block give,
         False on the outputs of the unquantized block. By default False where ``sqc`` is "paper".
       damping: fraction of the mean of the Hessian's diagonal that is added to it.
@@ -41,11 +51,12 @@ class SlimConfig:
       ValueError: a setting is out of its range.
     """
 
-    bits: int = 2
+    bits: float = 2
     group_size: int = 128
     method: str = "slim"
     sqc: str | None = None
     criterion: str | None = None
+    guide: bool = False
     sequential: bool | None = None
     damping: float = 0.01
     search_tokens: int = 2048
@@ -65,9 +76,7 @@ class SlimConfig:
         _one_of("criterion", self.criterion, CRITERIA)
         if self.sequential is None:
             object.__setattr__(self, "sequential", self.sqc != "paper")
-        low, high = (2, 7) if self.mixed else (1, 8)
-        if not isinstance(self.bits, int) or not low <= self.bits <= high:
-            raise ValueError(f"bits is {self.bits}, expected {low} to {high} for method {self.method}")
+        self._check_bits()
         if not isinstance(self.group_size, int) or self.group_size < 32 or self.group_size % 32:
             raise ValueError(f"group_size is {self.group_size}, expected a positive multiple of 32")
         if not 0 < self.damping <= 1:
@@ -83,6 +92,25 @@ class SlimConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 
+    def _check_bits(self) -> None:
+        low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)
+        if self.bits == int(self.bits):
+            object.__setattr__(self, "bits", int(self.bits))
+        elif not self.over_model:
+            raise ValueError(f"bits is {self.bits}, expected a whole number unless criterion is 'model'")
+        if not low <= self.bits <= high:
+            raise ValueError(f"bits is {self.bits}, expected {low} to {high} for method {self.method}")
+
+    @property
+    def over_model(self) -> bool:
+        """Whether one budget of bits is spent over the whole model."""
+        return self.mixed and self.criterion == "model"
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether the full-precision model's gradients are needed."""
+        return bool(self.guide) or self.over_model
+
     @property
     def mixed(self) -> bool:
         """Whether bits are allocated by salience."""
@@ -96,7 +124,18 @@ class SlimConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """The bit widths that a layer may hold."""
-        return (self.bits - 1, self.bits, self.bits + 1) if self.mixed else (self.bits,)
+        if self.over_model:
+            lowest, highest = max(1, math.floor(self.bits) - 2), math.ceil(self.bits) + 2
+            return tuple(range(lowest, min(highest, 4 if self.bits <= WIDE else 8) + 1))
+        bits = int(self.bits)
+        return (bits - 1, bits, bits + 1) if self.mixed else (bits,)
+
+    @property
+    def mean_width(self) -> float:
+        """The budget of bits per code, which makes up for zero points of 8 bits where widths above 4 occur:
+        as many bits are stored as for uniform codes of ``bits``."""
+        zeros = zero_bits(self.widths) - zero_bits((math.ceil(self.bits),))
+        return self.bits - zeros / self.group_size
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""

@@ -129,7 +129,13 @@ def test_each_step_compiles_once_per_model(config):
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2])
 @pytest.mark.parametrize(
-    "slim", [SLIM, SlimConfig(bits=3, group_size=32, sqc="paper")], ids=["search", "paper"]
+    "slim",
+    [
+        SLIM,
+        SlimConfig(bits=3, group_size=32, sqc="paper"),
+        SlimConfig(bits=2.5, group_size=32, criterion="model", guide=True),
+    ],
+    ids=["search", "paper", "model"],
 )
 def test_resumed_equals_uninterrupted(model, tmp_path, killed_after, slim):
     offload = killed_after == 1  # where activations are changes nothing

@@ -1,7 +1,8 @@
 """Quantizing the layers that share an input: statistics, bit search, one stacked solve, packing."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from pallas_kernels import MixedTensor, pack
 from pallas_kernels.layout import zero_bits
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.budget import group_errors
 from slim_jax.method.gptq import Solution, solve
 from slim_jax.method.hessian import Observation, Statistics, statistics
 from slim_jax.method.sba import Allocation, allocate, output_divergence, scores
@@ -45,6 +47,27 @@ class LayerSolver:
         self.config, self.bits, self.placement = config, bits, placement
         self.zero_bits = zero_bits(_widths(config, bits))
 
+    def errors(self, weights: Mapping[str, Any], observation: Observation) -> dict[str, np.ndarray]:
+        """``float32[G, W]`` of every layer that shares an input: see `slim_jax.method.budget.group_errors`.
+
+        ``weights`` are ``[K, N]`` by the layers' names.
+        """
+        found, _ = self._statistics(observation, list(weights))
+        errors = {}
+        for name, w in weights.items():
+            padded = jnp.pad(self.placement.channels(w).astype(jnp.float32), _rows_up_to(found, w))
+            by_width = group_errors(
+                padded * found.alive[:, None],
+                found.importance,
+                widths=self.config.widths,
+                group_size=self.config.group_size,
+                zero_bits=self.zero_bits,
+                sqc=self.config.sqc or "search",
+                placement=self.placement,
+            )
+            errors[name] = self.placement.fetch(by_width)
+        return errors
+
     def solve(
         self,
         names: list[str],
@@ -65,7 +88,7 @@ class LayerSolver:
         """
         config, k = self.config, weights[0].shape[0]
         found, damping = self._statistics(observation, names)
-        padding = ((0, found.alive.shape[0] - k), (0, 0))
+        padding = _rows_up_to(found, weights[0])
         placed = [self.placement.channels(w).astype(jnp.float32) for w in weights]
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in placed]
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
@@ -78,7 +101,7 @@ class LayerSolver:
             grids = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *all_grids)
         solutions = self._solutions(padded, found, [bits for bits, _ in chosen], grids)
         if config.criterion != "paper" and any(mixed for _, mixed in chosen):
-            uniform = [np.full_like(bits, config.bits) for bits, _ in chosen]
+            uniform = [np.full_like(bits, int(config.bits)) for bits, _ in chosen]
             plain = self._solutions(padded, found, uniform)
             for i, (w, (_, mixed)) in enumerate(zip(padded, chosen)):
                 if mixed and not _pays(*self.placement.tree((w, x, solutions[i], plain[i]))):
@@ -143,16 +166,16 @@ class LayerSolver:
                 raise ValueError(f"the allocation has {has} for {name}, expected {groups} groups")
             return np.asarray(given), None
         if not config.mixed:
-            return np.full(groups, config.bits), None
+            return np.full(groups, int(config.bits)), None
         score, order = scores(
             w,
             x,
             found.importance,
-            bits=config.bits,
+            bits=int(config.bits),
             group_size=config.group_size,
             zero_bits=self.zero_bits,
             sqc="minmax" if config.criterion == "paper" else config.sqc or "search",
-            criterion=config.criterion or "kl",
+            criterion=str(config.criterion),
             placement=self.placement,
         )
         candidates = np.asarray(score)
@@ -160,7 +183,7 @@ class LayerSolver:
         if config.criterion == "paper" and groups > 3:  # the authors always mix, and stop one p earlier
             first, candidates = 1, candidates[: groups // 2]
         p = first + int(np.argmin(candidates[first:]))
-        return allocate(np.asarray(order), p, config.bits), p
+        return allocate(np.asarray(order), p, int(config.bits)), p
 
     def _pack(self, solution: Solution, bits: np.ndarray, k: int) -> MixedTensor:
         zero_unit = np.exp2(bits - self.zero_bits)[:, None]
@@ -186,10 +209,15 @@ def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> boo
     return bool(output_divergence(w, _weight(mixed), x) < output_divergence(w, _weight(uniform), x))
 
 
+def _rows_up_to(found: Statistics, w: jax.Array | np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What `jnp.pad` is to add to a weight for whole groups."""
+    return (0, found.alive.shape[0] - w.shape[0]), (0, 0)
+
+
 _weight = jax.jit(Solution.weight)
 
 
 def _widths(config: SlimConfig, bits: Allocation | None) -> tuple[int, ...]:
-    if bits is None:
+    if bits is None or config.over_model:
         return config.widths
     return tuple(sorted({b for layer in bits.values() for b in layer}))

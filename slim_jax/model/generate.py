@@ -18,9 +18,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import MixedTensor, prepare
+from pallas_kernels.layout import stack
 from slim_jax.model.cache import State
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Decoder
+from slim_jax.model.decoder import Block, Decoder
 from slim_jax.model.linear import Linear
 from slim_jax.model.step import forward, stackable
 
@@ -130,8 +131,8 @@ class Generator:
             mesh=linear.mesh,
         )
         if self.stacked:
-            blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-        if linear.mesh is None:
+            blocks = _stacked(blocks, prepare if linear.mesh is None else stack)
+        elif linear.mesh is None:
             blocks = _prepared(blocks)
         outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
         outer.blocks = nnx.List([])
@@ -257,6 +258,18 @@ class Generator:
                 written.append(np.asarray(tokens))
                 done += steps
         return np.concatenate(written).T
+
+
+@partial(jax.jit, static_argnames="join_packed")
+def _stacked(blocks: Sequence[Block], join_packed: Callable[..., Any]) -> Any:
+    """Blocks on a leading axis, their packed weights as ``join_packed`` makes one of several."""
+
+    def join(*layers: Any) -> Any:
+        if isinstance(layers[0], MixedTensor):
+            return join_packed(layers)
+        return jnp.stack(layers)
+
+    return jax.tree.map(join, *blocks, is_leaf=lambda value: isinstance(value, MixedTensor))
 
 
 @jax.jit

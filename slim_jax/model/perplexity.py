@@ -12,6 +12,7 @@ from jax import lax
 
 from slim_jax.model.decoder import Block, Decoder, embed, sequence_positions
 from slim_jax.model.params import make_outer, split_params
+from slim_jax.model.step import most_rows, with_rows
 from slim_jax.model.windows import select_windows
 
 LOGIT_TOKENS = 256
@@ -76,12 +77,12 @@ def perplexity(
     windows = select_windows(tokens, window, max_windows)
     params, _ = split_params(model)
     outer = make_outer(model.config, params)
-    losses: list[float] = []
+    rows, losses = most_rows(list(model.blocks)), list[float]()
     for row in windows:
         batch = jnp.asarray(row, jnp.int32)[None]
         h = embed(outer, batch)
         for block in model.blocks:
-            h = _forward(block, h)
+            h = _forward(with_rows(block, rows), h)
         losses.append(float(_loss(outer, h, batch)))
         if on_window is not None:
             on_window(len(losses), len(windows), math.exp(min(np.mean(losses), 700.0)))

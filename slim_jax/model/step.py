@@ -18,15 +18,36 @@ from slim_jax.model.decoder import Block, Decoder
 
 
 def stackable(blocks: Sequence[Block]) -> bool:
-    """Whether blocks are packed, and alike in everything but the values of their leaves."""
-    leaves = jax.tree.leaves(blocks[0], is_leaf=lambda x: isinstance(x, MixedTensor))
-    if not any(isinstance(leaf, MixedTensor) for leaf in leaves):
+    """Whether blocks are packed, and alike in all but the values of their leaves and the rows of words."""
+    if not most_rows(blocks[:1]):
         return False
-    kinds = [
+    rows = most_rows(blocks)
+    alike = [jax.eval_shape(lambda block: with_rows(block, rows), block) for block in blocks]
+    kinds: list[Any] = [
         (jax.tree.structure(block), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(block)])
-        for block in blocks
+        for block in alike
     ]
     return all(kind == kinds[0] for kind in kinds)
+
+
+def most_rows(blocks: Sequence[Block]) -> list[int]:
+    """Of each packed weight of a block, in order, the most rows of words that one of the blocks has."""
+    rows = [
+        [w.words.shape[-2] for w in jax.tree.leaves(b, is_leaf=_is_packed) if _is_packed(w)] for b in blocks
+    ]
+    return [max(same) for same in zip(*rows)]
+
+
+def with_rows(block: Block, rows: Sequence[int]) -> Block:
+    """The block with its packed weights' words filled up, so that one program serves all blocks."""
+    wanted = iter(rows)
+    return jax.tree.map(
+        lambda leaf: leaf.with_rows(next(wanted)) if _is_packed(leaf) else leaf, block, is_leaf=_is_packed
+    )
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, MixedTensor)
 
 
 def forward(

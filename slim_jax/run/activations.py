@@ -33,10 +33,12 @@ class Inputs(NamedTuple):
     Attributes:
       x: ``[B, T, K]`` a batch.
       seen: ``bool[B, T]`` a batch, the tokens that go through these layers; None for all.
+      weights: ``float32[samples, length]``, how much each token counts; None where all count alike.
     """
 
     x: Batches
     seen: list[jax.Array] | None = None
+    weights: np.ndarray | None = None
 
 
 def sample_positions(tokens: int, stride: int) -> np.ndarray:
@@ -50,38 +52,38 @@ def sample_positions(tokens: int, stride: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("stride", "placement"))
-def _observe(x: Float[Array, "b t k"], *, stride: int, placement: Placement) -> tuple[jax.Array, jax.Array]:
-    """The Gram matrix of every device's inputs, ``[devices, K, K]``, and the sample."""
-
-    def own(_: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = x.reshape(-1, x.shape[-1])
-        positions = sample_positions(len(tokens), stride)
-        return gram(tokens)[None], tokens[positions].astype(jnp.float32)
-
-    return placement.over_samples(own)((), x)
-
-
-@partial(jax.jit, static_argnames=("stride", "placement"))
-def _observe_seen(
-    x: Float[Array, "b t k"], seen: Bool[Array, "b t"], *, stride: int, placement: Placement
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As :func:`_observe` for the tokens that are ``seen``, and how many they are.
+def _observe(
+    x: Float[Array, "b t k"],
+    seen: Bool[Array, "b t"] | None,
+    weights: Float[Array, "b t"] | None,
+    *,
+    stride: int,
+    placement: Placement,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of every device's tokens that are ``seen``: Gram matrix ``[devices, K, K]``, sample, number, weight.
 
     The sample has its usual size: few tokens are in it several times, and zeros where there are none.
     """
 
-    def own(_: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, seen = inputs
-        mask = seen.reshape(-1)
-        tokens = jnp.where(mask[:, None], x.reshape(-1, x.shape[-1]), 0)
-        count = jnp.sum(mask, dtype=jnp.int32)
-        positions = jnp.argsort(~mask, stable=True)  # of the seen tokens, in order, then of the others
-        evenly = sample_positions(len(mask), stride) / np.float32(len(mask)) * count
-        chosen = positions[jnp.minimum(evenly.astype(jnp.int32), jnp.maximum(count - 1, 0))]
-        return gram(tokens)[None], tokens[chosen].astype(jnp.float32), count[None]
+    def own(_: Any, inputs: tuple[jax.Array, jax.Array | None, jax.Array | None]):
+        x, seen, weights = inputs
+        tokens = x.reshape(-1, x.shape[-1])
+        positions: Any = sample_positions(len(tokens), stride)
+        count = jnp.int32(len(tokens))
+        if seen is not None:
+            mask = seen.reshape(-1)
+            tokens = jnp.where(mask[:, None], tokens, 0)
+            count = jnp.sum(mask, dtype=jnp.int32)
+            ordered = jnp.argsort(~mask, stable=True)  # the seen tokens, in order, then the others
+            evenly = positions / np.float32(len(mask)) * count
+            positions = ordered[jnp.minimum(evenly.astype(jnp.int32), jnp.maximum(count - 1, 0))]
+        sample, weight = tokens[positions].astype(jnp.float32), count.astype(jnp.float32)
+        if weights is not None:
+            flat = weights.reshape(-1) if seen is None else jnp.where(mask, weights.reshape(-1), 0)
+            tokens, weight = tokens * jnp.sqrt(flat)[:, None].astype(tokens.dtype), jnp.sum(flat)
+        return gram(tokens)[None], sample, count[None], weight[None]
 
-    parts, sample, counts = placement.over_samples(own)((), (x, seen))
-    return parts, sample, jnp.sum(counts)
+    return placement.over_samples(own)((), (x, seen, weights))
 
 
 @jax.jit
@@ -94,18 +96,22 @@ def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> O
 
     A device's batch is as large as it would be if there were no others, and the sums are taken in the
     order of samples: GPTQ would turn a difference in their last bits into other codes.
+
+    Weights are normalized: the Gram matrix is that of as many tokens as there were.
     """
-    total, samples, tokens = None, [], 0
+    total, samples, tokens, weight, row = None, [], 0, 0.0, 0
     for i, x in enumerate(inputs.x):
-        if inputs.seen is None:
-            parts, sample = _observe(x, stride=stride, placement=placement)
-            tokens += x.shape[0] * x.shape[1]
-        else:
-            parts, sample, count = _observe_seen(x, inputs.seen[i], stride=stride, placement=placement)
-            tokens += int(count)
+        rows = None if inputs.weights is None else placement.samples(inputs.weights[row : row + len(x)])
+        seen = None if inputs.seen is None else inputs.seen[i]
+        parts, sample, counts, weights = _observe(x, seen, rows, stride=stride, placement=placement)
+        tokens += int(np.sum(placement.fetch(counts)))
+        weight += float(np.sum(placement.fetch(weights), dtype=np.float64))
+        row += len(x)
         total = _add_in_order(total, placement.rows(parts))
         samples.append(placement.whole(sample))
     assert total is not None
+    if inputs.weights is not None and weight > 0:
+        total = total * np.float32(tokens / weight)
     return Observation(placement.whole(total), jnp.concatenate(samples), tokens)
 
 
@@ -182,8 +188,8 @@ class Activations:
     ) -> None:
         self._config, self._offload, self._placement = source.config, offload, placement
         outer = make_outer(source.config, {n: placement.whole(v) for n, v in source.outer().items()})
-        batches = _split(tokens.astype(np.int32), placement.devices)
-        self.batches = self._keep(embed(outer, placement.samples(rows)) for rows in batches)
+        batches = sample_batches(tokens.astype(np.int32), placement.devices)
+        self.batches = self.keep(embed(outer, placement.samples(rows)) for rows in batches)
 
     def stages(self, params: Params) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """Passes a block; on the way, yields each group of layers with its inputs.
@@ -192,15 +198,15 @@ class Activations:
         """
         groups = linear_groups(self._config)
         block = self._block(params)
-        x = self._keep(_attn_input(block, h) for h in self.batches)
+        x = self.keep(_attn_input(block, h) for h in self.batches)
         yield groups["attn"], Inputs(x)
         block = self._block(params)
         for i, attn_input in enumerate(x):
             x[i] = _o_input(block, attn_input, placement=self._placement)
         yield groups["attn.o"], Inputs(x)
         block = self._block(params)
-        self.batches = self._keep(_after_attn(block, h, o_input) for h, o_input in zip(self.batches, x))
-        x = self._keep(_mlp_input(block, h) for h in self.batches)
+        self.batches = self.keep(_after_attn(block, h, o_input) for h, o_input in zip(self.batches, x))
+        x = self.keep(_mlp_input(block, h) for h in self.batches)
         if self._config.num_experts:
             yield from self._experts(params, block, x)
             return
@@ -210,25 +216,26 @@ class Activations:
             x[i] = _down_input(block.mlp, mlp_input)
         yield groups["mlp.down"], Inputs(x)
         block = self._block(params)
-        self.batches = self._keep(_after_mlp(block, h, down_input) for h, down_input in zip(self.batches, x))
+        self.batches = self.keep(_after_mlp(block, h, down_input) for h, down_input in zip(self.batches, x))
 
     def _experts(self, params: Params, block: Block, x: Batches) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """The rest of a block with experts; each sees the tokens that are routed to it."""
         groups = linear_groups(self._config)
         weights = [_route(block, mlp_input) for mlp_input in x]
-        y = self._keep(jnp.zeros_like(h) for h in self.batches)
+        y = self.keep(jnp.zeros_like(h) for h in self.batches)
         for index in range(self._config.num_experts):
             name, of_expert = f"moe.experts.{index}", [w[..., index] for w in weights]
             seen = [w > 0 for w in of_expert]
             yield groups[name], Inputs(x, seen)
             expert = self._expert(params, index)
-            hidden = self._keep(_down_input(expert, mlp_input) for mlp_input in x)
+            hidden = self.keep(_down_input(expert, mlp_input) for mlp_input in x)
             yield groups[f"{name}.down"], Inputs(hidden, seen)
             expert = self._expert(params, index)
-            y = self._keep(_add_expert(expert, *parts) for parts in zip(y, hidden, of_expert))
-        self.batches = self._keep(_after_experts(block, h, part) for h, part in zip(self.batches, y))
+            y = self.keep(_add_expert(expert, *parts) for parts in zip(y, hidden, of_expert))
+        self.batches = self.keep(_after_experts(block, h, part) for h, part in zip(self.batches, y))
 
-    def _keep(self, arrays: Iterable[jax.Array]) -> Batches:
+    def keep(self, arrays: Iterable[jax.Array]) -> Batches:
+        """The arrays, in memory or offloaded."""
         return list(arrays) if self._offload is None else OnDisk(arrays, self._offload)
 
     def _block(self, params: Params) -> Block:
@@ -249,8 +256,8 @@ def as_computed(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value, COMPUTE_DTYPE if rounded else jnp.float32)
 
 
-def _split(tokens: np.ndarray, devices: int) -> Iterator[np.ndarray]:
-    """Rows of ``tokens`` in equal batches, so that one program serves all of them."""
+def sample_batches(tokens: np.ndarray, devices: int) -> Iterator[np.ndarray]:
+    """Rows of ``tokens [samples, length]`` in equal batches, so that one program serves all of them."""
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     while tokens.shape[0] % (devices * batch):
         batch -= 1

@@ -102,6 +102,8 @@ def quantize_module(
       ValueError: there are no batches, no layer is selected, or a selected layer is called inside a
         transformation such as jit or scan, where its inputs have no values.
     """
+    if config.sweeps:
+        raise ValueError("criterion 'model' and guide need a decoder's loss, expected neither for a module")
     if config.method == "slim-plus":
         raise ValueError("method is 'slim-plus', which learns decoder blocks; expected slim, gptq or rtn")
     module, batches = nnx.clone(module), list(batches)

@@ -23,6 +23,7 @@ import optax
 from jax.sharding import Mesh
 
 from pallas_kernels import MixedTensor
+from pallas_kernels.layout import WORD_BITS
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.hessian import Observation
@@ -33,17 +34,23 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report
-from slim_jax.run.activations import Activations, Inputs, observe
+from slim_jax.run.activations import Activations, observe
 from slim_jax.run.checkpoint import CheckpointWriter
 from slim_jax.run.learning import BlockLearner, OnEpoch
 from slim_jax.run.offload import Batches
 from slim_jax.run.source import DecoderSource, Source
+from slim_jax.run.sweep import Guide, Sweep
 
 OnBlock = Callable[[BlockReport], None]
 
 
 def _dense(value: Any) -> Any:
-    return value.dequantize(COMPUTE_DTYPE) if isinstance(value, MixedTensor) else value
+    if not isinstance(value, MixedTensor):
+        return value
+    rows = (
+        value.groups * value.group_size * max(value.widths) // WORD_BITS
+    )  # one program for every mean width
+    return value.with_rows(rows).dequantize(COMPUTE_DTYPE)
 
 
 def _pass(activations: Activations, params: Params) -> None:
@@ -66,6 +73,10 @@ class BlockQuantizer:
         placement: Placement = ONE_DEVICE,
     ) -> None:
         self.source, self.config, self.placement = source, config, placement
+        self.guide: Guide | None = None
+        if config.sweeps:
+            self.guide = Sweep(source, tokens, config, offload, placement).run()
+            bits = bits or self.guide.allocation
         self.solver = LayerSolver(config, bits, placement)
         self.activations = Activations(source, tokens, offload, placement)
         self.stride = max(1, tokens.size // config.search_tokens)
@@ -90,14 +101,14 @@ class BlockQuantizer:
         if packed:
             raise ValueError(f"blocks.{index}.{packed[0]} is already quantized, expected a dense model")
         before = self.activations.batches
-        tensors, layers, expert_tokens = self._solve_block(f"blocks.{index}.", dense)
+        tensors, layers, expert_tokens = self._solve_block(index, dense)
         learning = None
         if self.learner is not None:
             samples = self._samples(dense, before)
             tensors, learning = self.learner.improve(index, dense, tensors, samples, on_epoch)
             if self.config.learn == "clip-gptq":
                 self.activations.batches = before
-                again, *_ = self._solve_block(f"blocks.{index}.", dense, tensors)
+                again, *_ = self._solve_block(index, dense, tensors)
                 tensors, learning = self.learner.better(dense, tensors, again, samples, learning)
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
         if self.learner is not None:
@@ -112,7 +123,7 @@ class BlockQuantizer:
         return result, report
 
     def _solve_block(
-        self, prefix: str, dense: Params, given: Mapping[str, MixedTensor] | None = None
+        self, index: int, dense: Params, given: Mapping[str, MixedTensor] | None = None
     ) -> tuple[dict[str, MixedTensor], list[LayerReport], list[int]]:
         """Quantizes every layer of a block, by name in the block, and passes the activations on.
 
@@ -123,12 +134,14 @@ class BlockQuantizer:
         tensors: dict[str, MixedTensor] = {}
         layers: list[LayerReport] = []
         expert_tokens: list[int] = []
-        for names, observation in self._observations(current):
+        for names, observation in self._observations(index, current):
             if names[0].startswith("moe.experts.") and not names[0].endswith(".down"):
                 expert_tokens.append(observation.tokens)
             weights = [dense[f"{name}.weight"] for name in names]
             like = [given[name] for name in names] if given else None
-            solved = self.solver.solve([prefix + name for name in names], weights, observation, like)
+            solved = self.solver.solve(
+                [f"blocks.{index}.{name}" for name in names], weights, observation, like
+            )
             for name, (tensor, report) in zip(names, solved):
                 tensors[name], current[f"{name}.weight"] = tensor, _dense(tensor)
                 layers.append(report)
@@ -143,29 +156,33 @@ class BlockQuantizer:
         x, y, y_here = (jnp.concatenate(list(b)) for b in (before, self.reference.batches, here.batches))
         return Samples(x, y, y_here)
 
-    def _observations(self, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
+    def _observations(
+        self, index: int, params: dict[str, Any]
+    ) -> Iterator[tuple[tuple[str, ...], Observation]]:
         """Yields each group of layers with what was seen of its inputs, and passes the block.
 
         The caller puts quantized weights into ``params``; later layers see what these give, if the
         config is sequential, else what the unquantized block gave.
         """
         if self.config.sequential:
-            yield from self._observed(params)
+            yield from self._observed(index, params)
             return
         before = self.activations.batches
-        seen = list(self._observed(params))
+        seen = list(self._observed(index, params))
         self.activations.batches = before
         yield from seen
         _pass(self.activations, params)
 
-    def _observed(self, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
+    def _observed(self, index: int, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
         """What is seen at each stage; at an expert's, filled up from all tokens of the block."""
         prior: tuple[Batches, Observation] | None = None
         for names, inputs in self.activations.stages(params):
+            if self.guide is not None and self.config.guide:
+                inputs = inputs._replace(weights=self.guide.of(index, names))
             found = observe(inputs, self.stride, self.placement)
             if inputs.seen is not None:
                 if prior is None or prior[0] is not inputs.x:  # gate and up of all experts read one input
-                    prior = inputs.x, observe(Inputs(inputs.x), self.stride, self.placement)
+                    prior = inputs.x, observe(inputs._replace(seen=None), self.stride, self.placement)
                 found = found.with_prior(prior[1])
             yield names, found
 

@@ -88,7 +88,7 @@ def make_plan(
 
     Args:
       config: the decoder's.
-      settings: how it would be quantized; groups are counted at the mean width.
+      settings: how it would be quantized; groups are counted at the widths beside the mean.
       device: a key of :data:`DEVICES`.
       devices: how many share the model, as `slim_jax.load` with a mesh cuts it.
       batch: sequences that run at once.
@@ -138,8 +138,12 @@ def make_plan(
 
 
 def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:
-    groups = group_count(shape[0], settings.group_size)
-    segments = tuple(groups if width == settings.bits else 0 for width in settings.widths)
+    groups, mean = group_count(shape[0], settings.group_size), settings.mean_width
+    wider = round(groups * (mean - math.floor(mean)))
+    counts = (
+        {math.floor(mean): groups - wider, math.ceil(mean): wider} if wider else {math.floor(mean): groups}
+    )
+    segments = tuple(counts.get(width, 0) for width in settings.widths)
     return abstract_tensor(
         shape, widths=settings.widths, segments=segments, group_size=settings.group_size
     ).nbytes

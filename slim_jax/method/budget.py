@@ -1,0 +1,162 @@
+"""SBA over the whole model: the width of every group of every layer, from one budget of bits.
+
+Costs are in one currency, the expected rise of the model's loss in nats a token, so a bit goes wherever in
+the model it lowers that most. Within a layer the choice is exact for every sum of bits; between layers one
+price of a bit, found by bisection, decides, and what is left goes to whatever gains most for it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.sba import Allocation, quantized_at
+
+SHAPES = 4
+"""A layer's mean width is a multiple of one over this, where its number of groups allows: compiled programs
+go by the rows of words that a layer has, so these should be few."""
+
+BISECTIONS = 100
+
+
+@partial(jax.jit, static_argnames=("widths", "group_size", "zero_bits", "sqc", "placement"))
+def group_errors(
+    w: Float[Array, "k n"],
+    importance: Float[Array, " k"],
+    *,
+    widths: tuple[int, ...],
+    group_size: int,
+    zero_bits: int,
+    sqc: str,
+    placement: Placement = ONE_DEVICE,
+) -> Float[Array, "groups widths"]:
+    """``sum_jn (w_jn - w_hat_jn(b))^2 / u_j^2`` of every group at every width, as ``sqc`` would fit it.
+
+    ``importance`` is ``1 / u_j^2``. ``K`` must be a multiple of ``group_size``.
+    """
+
+    def at(bits: int) -> jax.Array:
+        w_hat = quantized_at(
+            w, importance, bits, group_size=group_size, zero_bits=zero_bits, sqc=sqc, placement=placement
+        )
+        square = (w - w_hat) ** 2
+        whole = placement.of_whole()
+        if whole is not None:  # sums over channels do not depend on the number of devices
+            square = jax.lax.with_sharding_constraint(square, whole)
+        return (jnp.sum(square, axis=1) * importance).reshape(-1, group_size).sum(axis=1)
+
+    return jnp.stack([at(bits) for bits in widths], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCosts:
+    """What the widths of one layer's groups would cost.
+
+    Attributes:
+      rise: ``float64[G, W]``: expected rise of the loss with each group at each width, in nats a token.
+      weights: of a group: ``group_size * N``.
+    """
+
+    rise: np.ndarray
+    weights: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    """A layer's least cost for the sums of its groups' widths that it may have."""
+
+    totals: np.ndarray  # ascending
+    costs: np.ndarray
+    choices: np.ndarray  # index of the width chosen, [G, sums], from :func:`_curve`
+    widths: tuple[int, ...]
+
+    def bits(self, total: int) -> list[int]:
+        """The widths that cost least at a sum of ``total``."""
+        bits = []
+        for choice in self.choices[::-1]:
+            width = self.widths[choice[total]]
+            bits.append(width)
+            total -= width
+        return bits[::-1]
+
+
+def _curve(rise: np.ndarray, widths: tuple[int, ...]) -> _Curve:
+    """By dynamic programming over the groups: exact."""
+    groups = len(rise)
+    rise = np.minimum.accumulate(rise, axis=1)  # a wider code is never the worse one
+    best = np.full(groups * widths[-1] + 1, np.inf)
+    best[0] = 0.0
+    choices = np.zeros((groups, len(best)), np.uint8)
+    for group, costs in enumerate(rise):
+        tried = np.full((len(widths), len(best)), np.inf)
+        for i, width in enumerate(widths):
+            tried[i, width:] = best[: len(best) - width] + costs[i]
+        choices[group] = tried.argmin(axis=0)
+        best = tried.min(axis=0)
+    step = max(1, groups // SHAPES)
+    totals = np.flatnonzero(np.isfinite(best))
+    totals = totals[(totals - groups * widths[0]) % step == 0]
+    return _Curve(totals, best[totals], choices, widths)
+
+
+def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) -> Allocation:
+    """The allocation of least cost whose mean width, over all weights, is at most ``bits``.
+
+    Raises:
+      ValueError: no width is that small.
+    """
+    widths = tuple(sorted(widths))
+    if bits < widths[0]:
+        raise ValueError(f"bits is {bits}, expected at least {widths[0]}, the smallest width")
+    curves = {name: _curve(layer.rise, widths) for name, layer in layers.items()}
+    sizes = [layer.weights for layer in layers.values()]
+    budget = bits * sum(layer.weights * len(layer.rise) for layer in layers.values())
+
+    def cheapest(price: float) -> list[int]:
+        """Of every layer, the index on its curve where cost and price of its bits are least."""
+        return [
+            int(np.argmin(curve.costs + price * size * curve.totals))
+            for curve, size in zip(curves.values(), sizes)
+        ]
+
+    def spent(chosen: list[int]) -> float:
+        return float(sum(size * curve.totals[i] for i, curve, size in zip(chosen, curves.values(), sizes)))
+
+    low, high = 0.0, 1.0
+    while spent(cheapest(high)) > budget:
+        low, high = high, high * 4
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(cheapest(middle)) <= budget else (middle, high)
+    chosen = cheapest(high)
+    _fill(chosen, list(curves.values()), sizes, budget - spent(chosen))
+    return {name: curve.bits(int(curve.totals[i])) for (name, curve), i in zip(curves.items(), chosen)}
+
+
+def _fill(chosen: list[int], curves: list[_Curve], sizes: list[int], left: float) -> None:
+    """Spends what is left of the budget, step by step on the layer that gains most for a bit."""
+
+    def gain(layer: int) -> tuple[float, int]:
+        """The best gain for a bit of the steps that can be paid, and where it leads."""
+        curve, at = curves[layer], chosen[layer]
+        price = sizes[layer] * (curve.totals[at + 1 :] - curve.totals[at])
+        payable = int(np.searchsorted(price, left, side="right"))
+        if not payable:
+            return 0.0, at
+        ratios = (curve.costs[at] - curve.costs[at + 1 : at + 1 + payable]) / price[:payable]
+        best = int(np.argmax(ratios))
+        return float(ratios[best]), at + 1 + best
+
+    while True:
+        gains = [gain(layer) for layer in range(len(curves))]
+        best = max(range(len(gains)), key=lambda layer: gains[layer][0])
+        ratio, target = gains[best]
+        if ratio <= 0:
+            return
+        left -= sizes[best] * (curves[best].totals[target] - curves[best].totals[chosen[best]])
+        chosen[best] = target

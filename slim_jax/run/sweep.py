@@ -1,0 +1,286 @@
+"""The gradient sweep: how much every calibration token counts at every layer, and what bits are worth there.
+
+Forward and backward once over the full-precision model, a block at a time: block inputs are kept (or
+offloaded), gradients are taken from the last block to the first. With ``L`` the sum of the tokens' losses
+and ``y_t [N]`` a layer's output at token ``t``, the weight of that token is
+
+    w_t = mean_n (dL / dy_tn)^2,
+
+so that ``sum_t w_t |(W - W_hat)^T x_t|^2 / 2`` is about how much ``L`` rises when ``W`` becomes ``W_hat``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from slim_jax.config import SlimConfig
+from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.budget import LayerCosts, spend
+from slim_jax.method.layer import LayerSolver
+from slim_jax.method.sba import Allocation
+from slim_jax.model.decoder import Block, Decoder, linear_groups, sequence_positions
+from slim_jax.model.linear import Linear
+from slim_jax.model.params import make_block, make_outer
+from slim_jax.run.activations import Activations, as_computed, observe, sample_batches
+from slim_jax.run.offload import Batches
+from slim_jax.run.source import Source
+
+LIMIT = 30.0
+"""A token counts at most so many times the mean: in the first block of a small model a single one would
+weigh 18,000 times the mean, and the Hessian would be that token's alone."""
+
+
+BUDGET_TOKENS = 8192
+"""Calibration tokens that the costs of bits are summed over: whole samples, evenly spread."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What a sweep found.
+
+    Attributes:
+      weights: of every group of layers that share an input, by block and a name such as ``"attn.o"``:
+        ``float32[samples, length]``, mean 1. Experts of a block share theirs.
+      allocation: widths of the whole model's groups, where they were asked for.
+    """
+
+    weights: Mapping[tuple[int, str], np.ndarray]
+    allocation: Allocation | None = None
+
+    def of(self, index: int, names: tuple[str, ...]) -> np.ndarray:
+        """The weights of the tokens at some layers of block ``index`` that share an input."""
+        return self.weights[index, _group(names[0])]
+
+
+def _kind(name: str) -> str:
+    """A layer's name, without the number of an expert."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def _group(name: str) -> str:
+    """What names the input of a layer, alike for all experts."""
+    kind = _kind(name)
+    return kind if kind.endswith((".o", ".down")) else kind.rpartition(".")[0]
+
+
+@jax.custom_vjp
+def _tap(y: Float[Array, "b t n"], weight: Float[Array, "b t"]) -> Float[Array, "b t n"]:
+    """``y``; what is propagated to ``weight`` is not a gradient but the token's weight."""
+    return y
+
+
+def _tap_forward(y: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+    return y, None
+
+
+def _tap_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient, jnp.mean(gradient * gradient, axis=-1)
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+class _Tapped(nnx.Module):
+    """A linear layer whose output is tapped."""
+
+    def __init__(self, linear: Linear, weight: jax.Array) -> None:
+        self.linear, self.weight = linear, nnx.Variable(weight)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _tap(self.linear(x), self.weight[...])
+
+
+def _with_taps(block: Block, weights: Mapping[str, jax.Array]) -> Block:
+    block = nnx.merge(*nnx.split(block))
+    for name, weight in weights.items():
+        *path, leaf = name.split(".")
+        owner: Any = block
+        for part in path:
+            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        setattr(owner, leaf, _Tapped(getattr(owner, leaf), weight))
+    return block
+
+
+@partial(jax.jit, static_argnames="placement")
+def _forward(block: Block, h: jax.Array, *, placement: Placement) -> jax.Array:
+    def own(block: Block, h: jax.Array) -> jax.Array:
+        h = h.astype(jnp.float32)
+        return block(h, sequence_positions(h))[0].astype(jnp.bfloat16)
+
+    return placement.over_samples(own)(block, h)
+
+
+@partial(jax.jit, static_argnames=("names", "placement"), donate_argnames="gradient")
+def _backward(
+    block: Block, h: jax.Array, gradient: jax.Array, *, names: tuple[str, ...], placement: Placement
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss's gradient at the block's input, and the tokens' weights at its layers."""
+
+    def own(block: Block, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        h, gradient = inputs
+        taps = {name: jnp.zeros(h.shape[:2]) for name in names}
+
+        def run(h: jax.Array, taps: dict[str, jax.Array]) -> jax.Array:
+            return _with_taps(block, taps)(h, sequence_positions(h))[0]
+
+        _, pull_back = jax.vjp(run, h.astype(jnp.float32), taps)
+        return pull_back(gradient)
+
+    return placement.over_samples(own)(block, (h, gradient))
+
+
+@partial(jax.jit, static_argnames="placement")
+def _loss_gradient(
+    outer: Decoder, h: Float[Array, "b t d"], tokens: Int[Array, "b t"], *, placement: Placement
+) -> Float[Array, "b t d"]:
+    """Gradient of the summed loss at the last block's output; logits are made for one sample at a time."""
+
+    def own(outer: Decoder, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def of_sample(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
+            h, tokens = sample
+
+            def loss(h: jax.Array) -> jax.Array:
+                logits = outer.logits(h[:-1])
+                chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
+                return jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen)
+
+            return jax.grad(loss)(h.astype(jnp.float32))
+
+        return jax.lax.map(of_sample, inputs)
+
+    return placement.over_samples(own)(outer, (h, tokens))
+
+
+class Sweep:
+    """One pass over a model, forward and backward.
+
+    Args:
+      source: the full-precision model.
+      tokens: ``int[samples, length]``.
+      config: of the quantization.
+      offload: a folder for activations; None keeps them in memory.
+      placement: the devices that share the samples.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokens: np.ndarray,
+        config: SlimConfig,
+        offload: Path | None = None,
+        placement: Placement = ONE_DEVICE,
+    ) -> None:
+        if not config.guide:  # then only sums over tokens are asked for
+            tokens = some_samples(tokens, placement.devices)
+        self.source, self.tokens, self.config, self.placement = source, tokens, config, placement
+        self.activations = Activations(source, tokens, offload, placement)
+        self.solver = LayerSolver(config, None, placement)
+        self.names = tuple(name for names in linear_groups(source.config).values() for name in names)
+        self.weights: dict[tuple[int, str], np.ndarray] = {}
+        self.costs: dict[str, LayerCosts] = {}
+
+    def run(self) -> Guide:
+        """Sweeps, and spends the budget of bits if the config asks for it."""
+        inputs = self._inputs()
+        gradients = self._loss_gradients(inputs.pop())
+        for index in reversed(range(self.source.config.num_layers)):
+            h = inputs.pop()
+            scales = self._weigh(index, h, gradients)
+            if self.config.criterion == "model":
+                self._cost(index, h, scales)
+        allocation = None
+        if self.costs:
+            names = [
+                f"blocks.{i}.{name}" for i in range(self.source.config.num_layers) for name in self.names
+            ]
+            costs = {name: self.costs[name] for name in names}
+            allocation = spend(costs, self.config.widths, self.config.mean_width)
+        return Guide(self.weights, allocation)
+
+    def _dense(self, index: int) -> dict[str, jax.Array]:
+        params = self.source.block(index).items()
+        return {name: self.placement.whole(as_computed(name, value)) for name, value in params}
+
+    def _inputs(self) -> list[Batches]:
+        """What every block reads, bfloat16, and last what the last one gives."""
+        keep = self.activations.keep
+        inputs = [keep(h.astype(jnp.bfloat16) for h in self.activations.batches)]
+        self.activations.batches = []
+        for index in range(self.source.config.num_layers):
+            block = make_block(self.source.config, self._dense(index))
+            inputs.append(keep(_forward(block, h, placement=self.placement) for h in inputs[-1]))
+        return inputs
+
+    def _loss_gradients(self, outputs: Batches) -> Batches:
+        outer = {name: self.placement.whole(value) for name, value in self.source.outer().items()}
+        decoder = make_outer(self.source.config, outer)
+        rows = map(self.placement.samples, sample_batches(self.tokens, self.placement.devices))
+        return self.activations.keep(
+            _loss_gradient(decoder, h, batch, placement=self.placement) for h, batch in zip(outputs, rows)
+        )
+
+    def _weigh(self, index: int, inputs: Batches, gradients: Batches) -> dict[str, float]:
+        """Passes the gradients back over a block; every layer's mean weight of a token, limited."""
+        block = make_block(self.source.config, self._dense(index))
+        found: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
+        for i, h in enumerate(inputs):
+            gradients[i], weights = _backward(
+                block, h, gradients[i], names=self.names, placement=self.placement
+            )
+            for name, weight in weights.items():
+                found[name].append(self.placement.fetch(weight))
+        scales: dict[str, float] = {}
+        kinds: dict[str, Any] = {}
+        for name, parts in found.items():
+            weight, scales[name] = limited(np.concatenate(parts))
+            kinds[_kind(name)] = kinds.get(_kind(name), 0.0) + scales[name] * weight
+        for kind, weight in kinds.items():
+            profile = limited(weight)[0]
+            key = index, _group(kind)
+            shared = sum(_group(other) == key[1] for other in kinds)
+            self.weights[key] = self.weights.get(key, np.float32(0)) + np.float32(1 / shared) * profile
+        return scales
+
+    def _cost(self, index: int, inputs: Batches, scales: Mapping[str, float]) -> None:
+        """What every width of every group of the block's layers would cost."""
+        self.activations.batches = self.activations.keep(h.astype(jnp.float32) for h in inputs)
+        params = self.source.block(index)
+        guide = Guide(self.weights)
+        for names, seen in self.activations.stages(params):
+            weighted = seen._replace(weights=guide.of(index, names))
+            observation = observe(weighted, 1 << 30, self.placement)
+            layers = {f"blocks.{index}.{name}": params[f"{name}.weight"] for name in names}
+            errors = self.solver.errors(layers, observation)
+            for name, (full, error) in zip(names, errors.items()):
+                share = observation.tokens / self.tokens.size
+                rise = 0.25 * scales[name] * share * error.astype(np.float64)
+                group = self.config.group_size * params[f"{name}.weight"].shape[1]
+                self.costs[full] = LayerCosts(rise, group)
+
+
+def some_samples(tokens: np.ndarray, devices: int) -> np.ndarray:
+    """Samples of about :data:`BUDGET_TOKENS` tokens in all, a multiple of the number of devices."""
+    count = min(len(tokens), max(1, BUDGET_TOKENS // tokens.shape[1]))
+    count = -(-count // devices) * devices
+    return tokens[np.arange(count) * len(tokens) // count]
+
+
+def limited(weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights limited to :data:`LIMIT` times their mean, as ``float32`` of mean 1, and the mean left.
+
+    Ones and 0 where all weights are 0.
+    """
+    weights = weights.astype(np.float64)
+    weights = np.minimum(weights, LIMIT * weights.mean())
+    mean = float(weights.mean())
+    if mean == 0:
+        return np.ones(weights.shape, np.float32), 0.0
+    return (weights / mean).astype(np.float32), mean

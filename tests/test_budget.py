@@ -1,0 +1,174 @@
+"""The budget of bits over a whole model, against brute force; and the gradient sweep that prices it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slim_jax.config import SlimConfig
+from slim_jax.method.budget import LayerCosts, group_errors, spend
+from slim_jax.method.sqc import fit_search
+from slim_jax.model.decoder import Decoder
+from slim_jax.run import activations, sweep
+from slim_jax.run.pipeline import quantize
+from slim_jax.run.source import DecoderSource
+from tests.test_pipeline import CONFIG, TOKENS
+
+WIDTHS = (1, 2, 3, 4)
+
+
+def random_costs(rng, groups: int, weights: int) -> LayerCosts:
+    """Costs that fall about fourfold with a bit, as rounding errors do."""
+    rise = rng.exponential(size=(groups, 1)) * 4.0 ** -np.arange(4) * rng.uniform(0.7, 1.3, (groups, 4))
+    return LayerCosts(rise * weights, weights)
+
+
+def cost(layers, allocation) -> float:
+    return sum(
+        np.minimum.accumulate(layer.rise, axis=1)[g, WIDTHS.index(b)]
+        for name, layer in layers.items()
+        for g, b in enumerate(allocation[name])
+    )
+
+
+def spent(layers, allocation) -> int:
+    return sum(layer.weights * sum(allocation[name]) for name, layer in layers.items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_layer_is_exact(seed):
+    layers = {"a": random_costs(np.random.default_rng(seed), 3, 64)}
+    found = spend(layers, WIDTHS, 2.0)
+    every = ({"a": list(bits)} for bits in itertools.product(WIDTHS, repeat=3) if sum(bits) <= 6)
+    assert cost(layers, found) == pytest.approx(min(cost(layers, one) for one in every))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_share_the_budget_nearly_as_brute_force_does(seed):
+    rng = np.random.default_rng(seed)
+    layers = {"a": random_costs(rng, 3, 64), "b": random_costs(rng, 2, 192)}
+    found = spend(layers, WIDTHS, 2.25)
+    budget = 2.25 * (3 * 64 + 2 * 192)
+    every = [
+        {"a": list(bits[:3]), "b": list(bits[3:])}
+        for bits in itertools.product(WIDTHS, repeat=5)
+        if 64 * sum(bits[:3]) + 192 * sum(bits[3:]) <= budget
+    ]
+    best = min(cost(layers, one) for one in every)
+    assert spent(layers, found) <= budget
+    # One price of a bit finds the best of all allocations that spend as much as it does.
+    assert cost(layers, found) <= min(
+        cost(layers, one) for one in every if spent(layers, one) <= budget - 192
+    ) * (1 + 1e-9)
+    assert cost(layers, found) >= best * (1 - 1e-9)
+
+
+def test_few_mean_widths_and_the_whole_budget():
+    rng = np.random.default_rng(0)
+    layers = {f"{i}": random_costs(rng, 24, 64) for i in range(40)}
+    found = spend(layers, WIDTHS, 2.25)
+    assert {sum(bits) % 6 for bits in found.values()} == {0}
+    budget = 2.25 * 40 * 24 * 64
+    assert budget - 6 * 64 < spent(layers, found) <= budget
+    assert cost(layers, found) < 0.8 * cost(layers, {name: [2] * 18 + [3] * 6 for name in layers})
+    with pytest.raises(ValueError, match="expected at least 1, the smallest width"):
+        spend(layers, WIDTHS, 0.5)
+
+
+def test_errors_are_those_of_the_grids():
+    rng = np.random.default_rng(1)
+    w = rng.standard_normal((64, 48)).astype(np.float32)
+    importance = rng.exponential(size=64).astype(np.float32)
+    found = group_errors(
+        jnp.asarray(w), jnp.asarray(importance), widths=WIDTHS, group_size=32, zero_bits=4, sqc="search"
+    )
+    for group, (i, bits) in itertools.product(range(2), enumerate(WIDTHS)):
+        rows = slice(32 * group, 32 * group + 32)
+        grid = fit_search(
+            jnp.asarray(w[rows]), jnp.asarray(importance[rows]), jnp.full(48, bits, jnp.float32), 4
+        )
+        error = np.asarray(w[rows] - grid.value(grid.code(jnp.asarray(w[rows]))), np.float64)
+        wanted = np.sum(error**2 * importance[rows, None])
+        assert found[group, i] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
+    """Against central differences: each output of a layer at a token moved a little, the whole loss taken."""
+    monkeypatch.setattr(activations, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
+    tokens = TOKENS[:2]
+    found = sweep.Sweep(DecoderSource(model), tokens, SlimConfig(group_size=32, guide=True))
+    inputs = found._inputs()
+    gradients = found._loss_gradients(inputs.pop())
+    raw = {}
+    monkeypatch.setattr(sweep, "limited", lambda w: (raw.setdefault(len(raw), w), 1.0))
+    for index in reversed(range(CONFIG.num_layers)):
+        raw.clear()
+        found._weigh(index, inputs.pop(), gradients)
+    weights = dict(zip(found.names, raw.values()))  # of block 0
+
+    class Moved(nnx.Module):
+        def __init__(self, linear, by) -> None:
+            self.linear, self.by = linear, by
+
+        def __call__(self, x):
+            return self.linear(x) + self.by
+
+    @jax.jit
+    def loss(by):
+        moved = nnx.merge(*nnx.split(model))
+        moved.blocks[0].attn.v = Moved(moved.blocks[0].attn.v, by)
+        logits = moved(jnp.asarray(tokens))[:, :-1]
+        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+        return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+    token, step, n = (1, 5), 0.05, CONFIG.num_kv_heads * CONFIG.head_dim
+    square = 0.0
+    for channel in range(n):
+        by = np.zeros((*tokens.shape, n), np.float32)
+        by[(*token, channel)] = step
+        square += ((float(loss(by)) - float(loss(-by))) / (2 * step)) ** 2
+    assert weights["attn.v"][token] == pytest.approx(square / n, rel=0.05)
+    assert weights["attn.v"][0, -1] == 0  # nothing comes after the last token
+
+
+def test_limited():
+    weights, mean = sweep.limited(np.r_[np.ones(99), 1e6])
+    assert weights.max() / weights.min() == pytest.approx(sweep.LIMIT * (99 + 1e6) / 100, rel=1e-3)
+    assert weights.mean() == pytest.approx(1)
+    assert mean == pytest.approx((99 + 0.3 * (99 + 1e6)) / 100)
+    assert np.all(sweep.limited(np.zeros(4))[0] == 1)
+
+
+@pytest.mark.parametrize("guide", [False, True])
+def test_model_budget_quantizes_and_generates(model, guide):
+    config = SlimConfig(bits=2.25, group_size=32, criterion="model", guide=guide)
+    packed, report = quantize(model, TOKENS, config)
+    sizes = [(sum(bits), len(bits)) for bits in report.allocation.values()]
+    assert len({total / groups for total, groups in sizes}) > 1  # layers differ
+    weights = {layer.name: layer.shape[1] for layer in report.layers}
+    mean = sum(weights[n] * sum(b) for n, b in report.allocation.items())
+    mean /= sum(weights[n] * len(b) for n, b in report.allocation.items())
+    assert 2.0 < mean <= 2.25
+    again, _ = quantize(model, TOKENS, config)
+    for one, other in zip(jax.tree.leaves(nnx.state(packed)), jax.tree.leaves(nnx.state(again))):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 2.25}, "expected a whole number unless criterion is 'model'"),
+        ({"bits": 0.5, "criterion": "model"}, "bits is 0.5, expected 1 to 7"),
+    ],
+)
+def test_bits_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SlimConfig(**fields)
