@@ -131,10 +131,10 @@ class Generator:
         )
         if self.stacked:
             blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-        if linear.mesh is None:
-            blocks = _prepared(blocks)
         outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
         outer.blocks = nnx.List([])
+        if linear.mesh is None:
+            outer, blocks = _prepared((outer, blocks))
         # Flat, since flattening hundreds of variables in Python at every token would show.
         self._leaves, self._treedef = jax.tree.flatten((outer, blocks))
 
@@ -260,13 +260,13 @@ class Generator:
 
 
 @jax.jit
-def _prepared(blocks: Any) -> Any:
-    """Blocks whose packed weights are ready to be multiplied often."""
+def _prepared(model: Any) -> Any:
+    """Parts of a model whose packed weights are ready to be multiplied often; no array is copied."""
 
     def is_packed(value: Any) -> bool:
         return isinstance(value, MixedTensor)
 
-    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, blocks, is_leaf=is_packed)
+    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, model, is_leaf=is_packed)
 
 
 def _border(config: DecoderConfig) -> int | None:

@@ -12,9 +12,10 @@ The manifest is rewritten, whole, after every block, so a folder whose manifest 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_buffers, make_decoder
-from slim_jax.report import BlockReport, Report
+from slim_jax.report import BlockReport, LayerReport, Report
 from slim_jax.run.source import DecoderSource, Source
 
 FORMAT = "slim-jax"
@@ -197,9 +198,18 @@ class CheckpointWriter:
         """Whether :meth:`finish` was called, by this run or an earlier one."""
         return self._manifest["complete"]
 
-    def write_outer(self, params: Params) -> None:
-        """Writes the parameters outside the blocks."""
-        self._manifest["outer"] = _save_params(self.path / "outer", params, self._placement)
+    def report(self) -> Report:
+        """What was done so far, by earlier runs too."""
+        blocks = [BlockReport.from_json(entry["report"]) for entry in self.blocks]
+        ends = [LayerReport.from_json(layer) for layer in _layer_reports(self._manifest["outer"])]
+        sizes = summary(self._manifest)
+        return Report(blocks, ends, sizes["parameters"], sizes["bytes"])
+
+    def write_outer(self, params: Params, ends: Sequence[LayerReport] = ()) -> None:
+        """Writes the parameters outside the blocks, and what was done to embedding and head."""
+        entry = _save_params(self.path / "outer", params, self._placement)
+        entry["report"] = {"layers": [dataclasses.asdict(layer) for layer in ends]}
+        self._manifest["outer"] = entry
         _write_json(self.path / MANIFEST, self._manifest)
 
     def write_block(self, params: Params, report: BlockReport | None = None) -> None:
@@ -320,7 +330,7 @@ def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> No
     """
     source = DecoderSource(decoder)
     writer = CheckpointWriter(Path(path), source.config, source.origin, None)
-    writer.write_outer(source.outer())
+    writer.write_outer(source.outer(), () if report is None else report.ends)
     for index in range(source.config.num_layers):
         writer.write_block(source.block(index), None if report is None else report.blocks[index])
     writer.finish()
@@ -331,37 +341,35 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
       ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
-      layers (None where there are none), ``quantization``, and a row per packed layer: ``name``,
-      ``shape``, ``group_size``, ``bits`` (groups of each width), ``bits_per_weight``, ``error``.
+      layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
+      blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
+      (groups of each width), ``bits_per_weight``, ``error``.
 
     Raises:
       CheckpointError: see :func:`read_manifest`.
     """
-    manifest = read_manifest(path)
+    return summary(read_manifest(path))
+
+
+def summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`inspect` returns, of a manifest that need not be complete."""
     buffers = block_buffers(DecoderConfig.from_json(manifest["decoder"]), 0)
-    layers, weights, packed_bytes, total_bytes, parameters = [], 0, 0, 0, 0
-    for index, entry in [(-1, manifest["outer"]), *enumerate(manifest["blocks"])]:
+    layers: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
+    total_bytes = parameters = 0
+    outer = [] if manifest["outer"] is None else [("", manifest["outer"])]
+    for prefix, entry in [*outer, *((f"blocks.{i}.", block) for i, block in enumerate(manifest["blocks"]))]:
         sizes = {name: _size(*array) for name, array in entry["arrays"].items()}
         total_bytes += sum(size for _, size in sizes.values())
-        reports = {layer["name"]: layer for layer in (entry.get("report") or {"layers": []})["layers"]}
+        reports = {layer["name"]: layer for layer in _layer_reports(entry)}
         for name, static in entry["packed"].items():
             stored = sum(sizes.pop(f"{name}.{leaf}")[1] for leaf in LEAVES)
-            k, n = static["shape"]
-            weights, packed_bytes, parameters = weights + k * n, packed_bytes + stored, parameters + k * n
-            layer = f"blocks.{index}.{name.removesuffix('.weight')}"
-            row = reports.get(layer, {})
-            layers.append(
-                {
-                    "name": layer,
-                    "shape": static["shape"],
-                    "group_size": static["group_size"],
-                    "bits": row.get("bits"),
-                    "bits_per_weight": 8 * stored / (k * n),
-                    "error": row.get("error"),
-                    "mixed": row.get("mixed"),
-                }
-            )
+            row = _row(prefix + name.removesuffix(".weight"), static, stored, reports)
+            (layers if prefix else ends).append(row)
+            parameters += math.prod(static["shape"])
         parameters += sum(count for name, (count, _) in sizes.items() if name not in buffers)
+    weights = sum(math.prod(row["shape"]) for row in layers)
+    stored = sum(row["bytes"] for row in layers)
     return {
         "format_version": manifest["version"],
         "family": manifest["decoder"]["family"],
@@ -369,14 +377,33 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "quantization": manifest["quantization"],
         "parameters": parameters,
         "bytes": total_bytes,
-        "packed_bytes": packed_bytes,
-        "bits_per_weight": 8 * packed_bytes / weights if weights else None,
+        "packed_bytes": stored,
+        "bits_per_weight": 8 * stored / weights if weights else None,
         "layers": layers,
+        "ends": ends,
+    }
+
+
+def _layer_reports(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    return (entry.get("report") or {"layers": []})["layers"]
+
+
+def _row(name: str, static: dict[str, Any], stored: int, reports: dict[str, Any]) -> dict[str, Any]:
+    """A packed layer in :func:`inspect`; groups by width are known without a report where there is one."""
+    (k, n), g, report = static["shape"], static["group_size"], reports.get(name, {})
+    one_width = {str(static["widths"][0]): -(-k // g)} if len(static["widths"]) == 1 else None
+    return {
+        "name": name,
+        "shape": [k, n],
+        "group_size": g,
+        "bits": report.get("bits", one_width),
+        "bytes": stored,
+        "bits_per_weight": 8 * stored / (k * n),
+        "error": report.get("error"),
+        "mixed": report.get("mixed"),
     }
 
 
 def _size(shape: list[int], dtype: str) -> tuple[int, int]:
-    count = 1
-    for extent in shape:
-        count *= extent
+    count = math.prod(shape)
     return count, count * jnp.dtype(dtype).itemsize
