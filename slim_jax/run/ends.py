@@ -54,8 +54,8 @@ def quantize_ends(
     packed = [name for name, value in outer.items() if isinstance(value, MixedTensor)]
     if packed:
         raise ValueError(f"{packed[0]} is already quantized, expected a dense model")
-    solver = _TableSolver(config, placement)
-    seen = _observe_head(source.config, placement.tree(outer), activations, stride, placement)
+    solver = TableSolver(config, placement)
+    seen = observe_head(source.config, placement.tree(outer), activations, stride, placement)
     reports = []
     for name in ("embed", "head.weight"):
         if name in outer:
@@ -79,17 +79,18 @@ def _head_input(outer: Decoder, h: jax.Array) -> jax.Array:
     return outer.head_input(h).astype(COMPUTE_DTYPE)
 
 
-def _observe_head(
+def observe_head(
     config: DecoderConfig, params: Params, activations: Activations, stride: int, placement: Placement
 ) -> Observation:
+    """What was seen of the head's inputs, which take the place of the activations behind the last block."""
     outer = make_outer(config, params)
     for i, h in enumerate(activations.batches):
         activations.batches[i] = _head_input(outer, h)
     return observe(Inputs(activations.batches), stride, placement)
 
 
-class _TableSolver:
-    """Quantizes tables at the one width that the config gives them."""
+class TableSolver:
+    """Quantizes tables at the one width that ``config`` gives embedding and head."""
 
     def __init__(self, config: SlimConfig, placement: Placement) -> None:
         self.config = dataclasses.replace(
