@@ -6,7 +6,6 @@ Stored bits are those of the tables. ``--unseen`` rounds to nearest also what a 
 """
 
 import argparse
-import dataclasses
 import time
 
 import numpy as np
@@ -55,9 +54,7 @@ def main() -> None:
     for bits in map(int, arguments.bits.split(",")):
         for group_size in map(int, arguments.group_sizes.split(",")):
             for damping in map(float, arguments.dampings.split(",")):
-                settings = SlimConfig(
-                    embedding_bits=bits, embedding_group_size=group_size, damping=damping
-                )
+                settings = SlimConfig(embedding_bits=bits, embedding_group_size=group_size, damping=damping)
                 start, solver, tables, stored = time.process_time(), TableSolver(settings, ONE_DEVICE), {}, []
                 for name in {"embed", "head.weight"} & outer.keys():
                     read = name == "head.weight" or source.config.tied_head

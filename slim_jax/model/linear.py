@@ -54,7 +54,7 @@ def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> F
 def packed_product(
     x: Float[Array, "*batch k"], weight: MixedTensor | Prepared, mesh: Mesh | None
 ) -> Float[Array, "*batch n"]:
-    """``x @ weight``; ``mesh`` is over which a :class:`MixedTensor`'s output channels are cut, if they are."""
+    """``x @ weight``; ``mesh`` is over which a `MixedTensor`'s output channels are cut, if they are."""
     if isinstance(weight, MixedTensor) and mesh is not None:
         return sharded_matmul(x, weight, mesh)
     return mixed_matmul(x, weight)

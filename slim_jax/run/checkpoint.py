@@ -12,7 +12,6 @@ The manifest is rewritten, whole, after every block, so a folder whose manifest 
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -30,23 +29,14 @@ from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import product_dtype
-from slim_jax.model.params import Params, block_buffers, make_decoder
+from slim_jax.model.params import Params, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report
+from slim_jax.run.manifest import FORMAT, LEAVES, MANIFEST, VERSION, layer_reports, summary
+from slim_jax.run.manifest import CheckpointError as CheckpointError
+from slim_jax.run.manifest import inspect as inspect
+from slim_jax.run.manifest import is_checkpoint as is_checkpoint
+from slim_jax.run.manifest import read_manifest as read_manifest
 from slim_jax.run.source import DecoderSource, Source
-
-FORMAT = "slim-jax"
-VERSION = 1
-MANIFEST = "slim.json"
-LEAVES = ("words", "scale", "zero", "order", "segments")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or a folder that must not be written to."""
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder has a manifest."""
-    return (Path(path) / MANIFEST).is_file()
 
 
 def _digest(path: Path) -> str:
@@ -201,7 +191,7 @@ class CheckpointWriter:
     def report(self) -> Report:
         """What was done so far, by earlier runs too."""
         blocks = [BlockReport.from_json(entry["report"]) for entry in self.blocks]
-        ends = [LayerReport.from_json(layer) for layer in _layer_reports(self._manifest["outer"])]
+        ends = [LayerReport.from_json(layer) for layer in layer_reports(self._manifest["outer"])]
         sizes = summary(self._manifest)
         return Report(blocks, ends, sizes["parameters"], sizes["bytes"])
 
@@ -239,34 +229,6 @@ def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
         if differing:
             changes = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing)
             raise CheckpointError(f"{path} cannot be resumed with other settings: {changes}")
-
-
-def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-      CheckpointError: it is missing, damaged, of a newer format, or of an unfinished run though
-        ``complete`` asks for a whole one.
-    """
-    file = Path(path) / MANIFEST
-    try:
-        manifest = json.loads(file.read_text())
-    except OSError:
-        raise CheckpointError(f"{path} is no slim-jax checkpoint: it has no {MANIFEST}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is not a slim-jax manifest")
-    if manifest.get("version", 0) > VERSION:
-        raise CheckpointError(
-            f"{file} has format version {manifest['version']}, expected at most {VERSION}: upgrade slim-jax"
-        )
-    if complete and not manifest.get("complete"):
-        done, total = len(manifest["blocks"]), manifest["decoder"]["num_layers"]
-        raise CheckpointError(
-            f"{path} is unfinished, {done} of {total} blocks are done: quantize with --resume"
-        )
-    return manifest
 
 
 class CheckpointSource:
@@ -313,13 +275,7 @@ def save_source(source: Source, path: str | Path, on_block: Callable[[int, int],
     Raises:
       CheckpointError: ``path`` exists and is not an empty folder.
     """
-    writer = CheckpointWriter(Path(path), source.config, source.origin, None)
-    writer.write_outer(source.outer())
-    for index in range(source.config.num_layers):
-        writer.write_block(source.block(index))
-        if on_block is not None:
-            on_block(index + 1, source.config.num_layers)
-    writer.finish()
+    _save(source, path, None, on_block)
 
 
 def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> None:
@@ -328,82 +284,16 @@ def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> No
     Raises:
       CheckpointError: ``path`` exists and is not an empty folder.
     """
-    source = DecoderSource(decoder)
-    writer = CheckpointWriter(Path(path), source.config, source.origin, None)
+    _save(DecoderSource(decoder), path, report, None)
+
+
+def _save(
+    source: Source, path: str | Path, report: Report | None, on_block: Callable[[int, int], None] | None
+) -> None:
+    writer, total = CheckpointWriter(Path(path), source.config, source.origin, None), source.config.num_layers
     writer.write_outer(source.outer(), () if report is None else report.ends)
-    for index in range(source.config.num_layers):
+    for index in range(total):
         writer.write_block(source.block(index), None if report is None else report.blocks[index])
+        if on_block is not None:
+            on_block(index + 1, total)
     writer.finish()
-
-
-def inspect(path: str | Path) -> dict[str, Any]:
-    """Sizes and bits of a checkpoint, from its manifest alone.
-
-    Returns:
-      ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
-      layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
-      blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
-      (groups of each width), ``bits_per_weight``, ``error``.
-
-    Raises:
-      CheckpointError: see :func:`read_manifest`.
-    """
-    return summary(read_manifest(path))
-
-
-def summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`inspect` returns, of a manifest that need not be complete."""
-    buffers = block_buffers(DecoderConfig.from_json(manifest["decoder"]), 0)
-    layers: list[dict[str, Any]] = []
-    ends: list[dict[str, Any]] = []
-    total_bytes = parameters = 0
-    outer = [] if manifest["outer"] is None else [("", manifest["outer"])]
-    for prefix, entry in [*outer, *((f"blocks.{i}.", block) for i, block in enumerate(manifest["blocks"]))]:
-        sizes = {name: _size(*array) for name, array in entry["arrays"].items()}
-        total_bytes += sum(size for _, size in sizes.values())
-        reports = {layer["name"]: layer for layer in _layer_reports(entry)}
-        for name, static in entry["packed"].items():
-            stored = sum(sizes.pop(f"{name}.{leaf}")[1] for leaf in LEAVES)
-            row = _row(prefix + name.removesuffix(".weight"), static, stored, reports)
-            (layers if prefix else ends).append(row)
-            parameters += math.prod(static["shape"])
-        parameters += sum(count for name, (count, _) in sizes.items() if name not in buffers)
-    weights = sum(math.prod(row["shape"]) for row in layers)
-    stored = sum(row["bytes"] for row in layers)
-    return {
-        "format_version": manifest["version"],
-        "family": manifest["decoder"]["family"],
-        "origin": manifest["origin"],
-        "quantization": manifest["quantization"],
-        "parameters": parameters,
-        "bytes": total_bytes,
-        "packed_bytes": stored,
-        "bits_per_weight": 8 * stored / weights if weights else None,
-        "layers": layers,
-        "ends": ends,
-    }
-
-
-def _layer_reports(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    return (entry.get("report") or {"layers": []})["layers"]
-
-
-def _row(name: str, static: dict[str, Any], stored: int, reports: dict[str, Any]) -> dict[str, Any]:
-    """A packed layer in :func:`inspect`; groups by width are known without a report where there is one."""
-    (k, n), g, report = static["shape"], static["group_size"], reports.get(name, {})
-    one_width = {str(static["widths"][0]): -(-k // g)} if len(static["widths"]) == 1 else None
-    return {
-        "name": name,
-        "shape": [k, n],
-        "group_size": g,
-        "bits": report.get("bits", one_width),
-        "bytes": stored,
-        "bits_per_weight": 8 * stored / (k * n),
-        "error": report.get("error"),
-        "mixed": report.get("mixed"),
-    }
-
-
-def _size(shape: list[int], dtype: str) -> tuple[int, int]:
-    count = math.prod(shape)
-    return count, count * jnp.dtype(dtype).itemsize

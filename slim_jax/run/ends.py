@@ -93,6 +93,7 @@ class TableSolver:
     """Quantizes tables at the one width that ``config`` gives embedding and head."""
 
     def __init__(self, config: SlimConfig, placement: Placement) -> None:
+        assert config.embedding_bits is not None
         self.config = dataclasses.replace(
             config,
             method="rtn" if config.method == "rtn" else "gptq",
@@ -103,9 +104,7 @@ class TableSolver:
         self.placement = placement
         self.zero_bits = zero_bits(self.config.widths)
 
-    def solve(
-        self, name: str, table: Any, seen: Observation | None
-    ) -> tuple[MixedTensor, LayerReport]:
+    def solve(self, name: str, table: Any, seen: Observation | None) -> tuple[MixedTensor, LayerReport]:
         """Packs the embedding ``[vocab, d]``, or the head's weight ``[d, vocab]``.
 
         Args:

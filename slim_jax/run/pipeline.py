@@ -233,8 +233,8 @@ def quantize(
         if on_block is not None:
             on_block(report)
     outer, ends = quantize_ends(source, config, quantizer.activations, quantizer.stride, placement)
-    report = Report(reports, ends, *sizes(source.config, outer, blocks))
-    return make_decoder(source.config, outer, blocks, placement.mesh), report
+    whole = Report(reports, ends, *sizes(source.config, outer, blocks))
+    return make_decoder(source.config, outer, blocks, placement.mesh), whole
 
 
 def quantize_to_checkpoint(
