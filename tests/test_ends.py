@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_generate import oracle, packed, tiny
+from test_generate import forward, oracle, tiny
 from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint
 from test_training import next_token_loss, train
 
 from convert.export import export_hf
 from convert.hf import load_hf
-from pallas_kernels import MixedTensor, pack, side_by_side
+from pallas_kernels import MixedTensor, Prepared, pack, side_by_side
 from slim_jax.config import SlimConfig
 from slim_jax.method.hessian import Observation
 from slim_jax.model.decoder import Decoder
@@ -93,15 +93,24 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_packed_ends_equal_dense_ones(name):
-    packed_model = with_packed_ends(packed(tiny(**VARIANTS[name])))
+    packed_model = with_packed_ends(tiny(num_layers=1, **VARIANTS[name]))
     dense_model = with_dense_ends(packed_model)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
-    wanted = np.asarray(dense_model(tokens))
-    np.testing.assert_allclose(packed_model(tokens), wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
-    generator = Generator(packed_model)
+    wanted = np.asarray(forward(dense_model, tokens))
+    found = forward(packed_model, tokens)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_generation_and_perplexity_of_packed_ends(tied):
+    packed_model = with_packed_ends(tiny(num_layers=1, tied_head=tied))
+    dense_model, generator = with_dense_ends(packed_model), Generator(packed_model)
+    assert isinstance(
+        jax.tree.unflatten(generator._treedef, generator._leaves)[0].embed.get_value(), Prepared
+    )
     prompts = [[5, 9, 2, 11], [4]]
-    assert generator.generate(prompts, max_tokens=5) == [oracle(dense_model, p, 5) for p in prompts]
-    text = np.random.default_rng(1).integers(0, 61, 100)
+    assert generator.generate(prompts, max_tokens=4) == [oracle(dense_model, p, 4) for p in prompts]
+    text = np.random.default_rng(1).integers(0, 61, 64)
     found, same = (perplexity(m, text, 32).perplexity for m in (packed_model, dense_model))
     assert found == pytest.approx(same, rel=1e-5)
 
@@ -114,7 +123,7 @@ def test_the_scale_of_embeddings_is_rounded_as_in_a_bfloat16_table():
 
 
 def test_training_passes_packed_ends_by():
-    model = with_packed_ends(packed(tiny(num_layers=1, intermediate_size=64), bits=(1, 2)))
+    model = with_packed_ends(tiny(num_layers=1))
     losses = train(model, next_token_loss)
     assert np.all(np.diff(losses) < 0), losses
 
@@ -176,7 +185,7 @@ def test_a_checkpoint_holds_them(model, quantized, tmp_path):
     loaded = checkpoint.load(tmp_path / "q")
     assert type(loaded.embed) is Packed
     tokens = jnp.asarray(TOKENS[:1])
-    np.testing.assert_array_equal(loaded(tokens), decoder(tokens))
+    np.testing.assert_array_equal(forward(loaded, tokens), forward(decoder, tokens))
     found = checkpoint.inspect(tmp_path / "q")
     assert [row["name"] for row in found["ends"]] == [one.name for one in report.ends]
     assert [row["error"] for row in found["ends"]] == [one.error for one in report.ends]
@@ -239,9 +248,7 @@ def test_a_model_with_packed_ends_over_two_devices(whole):
     one, two = checkpoint.load(whole[1]), checkpoint.load(whole[1], mesh=mesh)
     assert len({shard.index for shard in two.embed.get_value().words.addressable_shards}) == 2
     some = jnp.asarray(TOKENS[:2])
-    np.testing.assert_allclose(two(some), one(some), rtol=1e-4, atol=1e-5)
-    prompts = [[3, 4, 5], [7, 8]]
-    assert Generator(two).generate(prompts, max_tokens=4) == Generator(one).generate(prompts, max_tokens=4)
+    np.testing.assert_allclose(forward(two, some), forward(one, some), rtol=1e-4, atol=1e-5)
 
 
 def test_export_writes_tables_as_files_have_them(quantized, tmp_path):
