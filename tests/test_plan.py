@@ -38,7 +38,7 @@ def test_llama_2_7b():
 
 
 def test_sizes_are_those_of_a_quantized_model(model):
-    settings = SlimConfig(bits=2, group_size=32, method="gptq")
+    settings = SlimConfig(bits=2, group_size=32, method="gptq", embedding_bits=16)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 16))
     quantized, _ = quantize(model, tokens, settings)
     outer, blocks = split_params(quantized)
