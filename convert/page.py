@@ -21,7 +21,8 @@ def layers_page(title: str, found: dict[str, Any]) -> str:
 
     Args:
       title: of the page, such as the checkpoint's path.
-      found: ``parameters``, ``packed_bytes``, ``bits_per_weight`` and a row per layer in ``layers``.
+      found: ``parameters``, ``packed_bytes``, ``bits_per_weight``, ``bytes`` and a row per layer in
+        ``layers`` and ``ends``.
     """
     title, layers = html.escape(title), [*found["ends"], *found["layers"]]
     widths = sorted({int(bits) for layer in layers for bits, n in (layer["bits"] or {}).items() if n})

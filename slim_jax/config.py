@@ -120,8 +120,8 @@ class SlimConfig:
 
 
 def default_embedding_bits(bits: int, sqc: str | None) -> int:
-    """Width of embedding and head: two bits more than the blocks have, 4 to 8; 16, which packs none, where the
-    paper's code is repeated. What that costs is in `docs/quality.md`."""
+    """Width of embedding and head: two bits more than the blocks have, 4 to 8; 16, which packs none, where
+    the paper's code is repeated. What that costs is in `docs/quality.md`."""
     return 16 if sqc == "paper" else min(max(bits, 2) + 2, 8)
 
 

@@ -78,4 +78,7 @@ def test_command_needs_no_weights(tmp_path, capsys):
     assert found["devices"] == 2
     assert math.isfinite(found["bits_per_weight"])
     assert "fits" in said(capsys, "plan", directory, *GROUPS)
+    apart = json.loads(said(capsys, "plan", directory, *GROUPS, "--embedding-bits", 16, "--json"))
+    assert apart["ends_bytes"] == 0 < found["ends_bytes"]
+    assert "embedding_bits is 9" in refused(capsys, "plan", directory, "--embedding-bits", 9)
     assert "device is 'v9'" in refused(capsys, "plan", directory, "--devices", "v9")
