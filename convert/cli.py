@@ -196,10 +196,10 @@ def quantize(
         typer.Option(
             metavar="2…8|16",
             show_default=False,
-            help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 2.[/]",
+            help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 3, at most 8; with --sqc paper: 16.[/]",
         ),
     ] = None,
-    embedding_group_size: Annotated[int, typer.Option(help="Their channels that share a scale.")] = 32,
+    embedding_group_size: Annotated[int, typer.Option(help="Their channels that share a scale.")] = 64,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of windows.")] = 0,
@@ -445,10 +445,10 @@ def plan(
         typer.Option(
             metavar="2…8|16",
             show_default=False,
-            help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 2.[/]",
+            help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 3, at most 8; with --sqc paper: 16.[/]",
         ),
     ] = None,
-    embedding_group_size: Annotated[int, typer.Option(help="Their channels that share a scale.")] = 32,
+    embedding_group_size: Annotated[int, typer.Option(help="Their channels that share a scale.")] = 64,
     devices: Annotated[
         str, typer.Option(metavar="KIND[:COUNT]", help="Where the model is to run, such as v5e:4 or h100.")
     ] = "v5e",

@@ -58,7 +58,7 @@ class SlimConfig:
     batch_size: int = 4
     augmented: float = 0.0
     embedding_bits: int | None = None
-    embedding_group_size: int = 32
+    embedding_group_size: int = 64
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -120,9 +120,9 @@ class SlimConfig:
 
 
 def default_embedding_bits(bits: int, sqc: str | None) -> int:
-    """Width of embedding and head: two bits more than the blocks have, 4 to 8; 16, which packs none, where
+    """Width of embedding and head: three bits more than the blocks have, 5 to 8; 16, which packs none, where
     the paper's code is repeated. What that costs is in `docs/quality.md`."""
-    return 16 if sqc == "paper" else min(max(bits, 2) + 2, 8)
+    return 16 if sqc == "paper" else min(max(bits, 2) + 3, 8)
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
