@@ -50,6 +50,8 @@ def _cases() -> Iterator[Case]:
         yield Case(k, n, 2, 128, 2048)
         for m in (1, 16, 2048):
             yield Case(k, n, 3, 128, m)
+    for m in (1, 16):  # a vocabulary that nothing divides, over an odd number of groups
+        yield Case(576, 4099, 4, 64, m)
     # Every group size, an odd number of groups, a short last one, columns that fill no tile.
     for bits, group_size, m in itertools.product((2, 3, 4), (32, 64, 128), (1, 3, 16, 17, 128)):
         yield Case(5 * group_size + 32, 200, bits, group_size, m)

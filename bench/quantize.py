@@ -216,7 +216,7 @@ def _setting(text: str) -> tuple[str, Any]:
 def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
     """Quantizes the source once: CPU seconds, stored bits, spread of ``p``, perplexity if there is a text."""
     source = convert.load_source(arguments.source)
-    calibration = _tokens(source, arguments.calibration)
+    calibration = tokens_of(source, arguments.calibration)
     samples = draw_windows(calibration, arguments.samples, arguments.length, arguments.seed)
     start, wall = _cpu_seconds(), time.monotonic()
     model, report = quantize(source, samples, _settings(name, bits, arguments))
@@ -232,7 +232,7 @@ def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, An
         learned = [block.learning for block in report.blocks]
         row["block_losses"] = [(one.losses[0], one.losses[one.kept_epoch]) for one in learned]
     if arguments.text:
-        result = perplexity(model, _tokens(source, arguments.text), 2048, arguments.max_windows)
+        result = perplexity(model, tokens_of(source, arguments.text), 2048, arguments.max_windows)
         row.update(dataclasses.asdict(result))
     return row
 
@@ -246,7 +246,7 @@ def _random_tokens(source: Source) -> np.ndarray:
     return np.random.default_rng(0).integers(0, source.config.vocab_size, 300_000)
 
 
-def _tokens(source: Any, path: str | None) -> np.ndarray:
+def tokens_of(source: Any, path: str | None) -> np.ndarray:
     if path is None:
         return _random_tokens(source)
     with open(path, encoding="utf-8") as file:

@@ -71,6 +71,15 @@ OutArgument = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")
 ]
+EmbeddingBits = Annotated[
+    int | None,
+    typer.Option(
+        metavar="2…8|16",
+        show_default=False,
+        help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 3, at most 8; sqc paper: 16.[/]",
+    ),
+]
+EmbeddingGroupSize = Annotated[int, typer.Option(help="Of embedding and head.")]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -193,6 +202,8 @@ def quantize(
     augmented: Annotated[
         float, typer.Option(help="slim-plus: weight of the paper's augmented loss term.")
     ] = 0.0,
+    embedding_bits: EmbeddingBits = None,
+    embedding_group_size: EmbeddingGroupSize = 64,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of windows.")] = 0,
@@ -242,6 +253,8 @@ def quantize(
         learning_rate=learning_rate,
         augmented=augmented,
         batch_size=batch_size,
+        embedding_bits=embedding_bits,
+        embedding_group_size=embedding_group_size,
     )
     text = None if calibration == "self" else _read_text(Path(calibration))
     from slim_jax.method.sba import load_allocation
@@ -282,7 +295,8 @@ def quantize(
     if save_allocation is not None:
         write_allocation(report.allocation, save_allocation)
     found = report.to_json()
-    _print(found, f"{out}: {found['bits_per_weight']:.3f} bits per weight", as_json)
+    size = f"{report.stored_bytes / 1e6:.1f} MB, {report.times_smaller:.2f} times smaller than in bfloat16"
+    _print(found, f"{out}: {found['bits_per_weight']:.3f} bits per weight in the blocks; {size}", as_json)
 
 
 def _mesh(devices: int) -> "jax.sharding.Mesh | None":
@@ -430,6 +444,8 @@ def plan(
     bits: Annotated[float, typer.Option(help="Mean bit width.")] = 2,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale.")] = 128,
     method: Annotated[str, typer.Option(metavar="slim|slim-plus|gptq|rtn")] = "slim",
+    embedding_bits: EmbeddingBits = None,
+    embedding_group_size: EmbeddingGroupSize = 64,
     devices: Annotated[
         str, typer.Option(metavar="KIND[:COUNT]", help="Where the model is to run, such as v5e:4 or h100.")
     ] = "v5e",
@@ -448,7 +464,13 @@ def plan(
     from slim_jax.config import SlimConfig
     from slim_jax.run.plan import make_plan, parse_devices
 
-    settings = SlimConfig(bits=bits, group_size=group_size, method=method)
+    settings = SlimConfig(
+        bits=bits,
+        group_size=group_size,
+        method=method,
+        embedding_bits=embedding_bits,
+        embedding_group_size=embedding_group_size,
+    )
     found = make_plan(
         _config(source),
         settings,

@@ -99,10 +99,10 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
     table.add_column("layer")
     for column in ("count", "shape", "groups by bits", "bits per weight", "error"):
         table.add_column(column, justify="right")
-    for kind, layers in layer_kinds(found["layers"]).items():
+    for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
         groups: dict[str, int] = {}
         for layer in layers:
-            for bits, count in layer["bits"].items():
+            for bits, count in (layer["bits"] or {}).items():
                 groups[bits] = groups.get(bits, 0) + count
         errors = [layer["error"] for layer in layers if layer.get("error") is not None]
         weights = [math.prod(layer["shape"]) for layer in layers]
@@ -118,11 +118,13 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
     console = Console()
     if found["layers"]:
         console.print(table)
-    packed = found["packed_bytes"] / 1e6
+    packed, whole = found["packed_bytes"] / 1e6, found["bytes"] / 1e6
+    smaller = 2 * found["parameters"] / found["bytes"]
     console.print(
         f"{found['parameters']:,} parameters; "
         + (
-            f"{packed:.1f} MB packed at {found['bits_per_weight']:.3f} bits per weight"
+            f"{packed:.1f} MB packed at {found['bits_per_weight']:.3f} bits per weight in the blocks, "
+            f"{whole:.1f} MB in all, {smaller:.2f} times smaller than in bfloat16"
             if found["layers"]
             else "not quantized"
         ),
@@ -145,7 +147,11 @@ def print_plan(name: str, plan: "Plan") -> None:
     table = Table(title=name, title_justify="left", show_header=False)
     table.add_row("parameters", f"{plan.parameters:,}, of which {plan.quantized:,} quantized")
     table.add_row("in bfloat16", gib(plan.bfloat16_bytes))
-    table.add_row("packed", f"{gib(plan.packed_bytes)}, {plan.bits_per_weight:.3f} bits per quantized weight")
+    table.add_row(
+        "packed", f"{gib(plan.packed_bytes)}, {plan.bits_per_weight:.3f} bits per weight in the blocks"
+    )
+    if plan.ends_bytes:
+        table.add_row("", f"of which embedding and head {gib(plan.ends_bytes)}")
     table.add_row("cache of a token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
     table.add_row("to quantize", f"about {gib(plan.calibration_bytes)} of memory")
     table.add_row(

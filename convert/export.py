@@ -86,14 +86,17 @@ def _tensors(source: Source, form: HFFormat, dtype: np.dtype | None) -> Iterator
         for name in () if index is None else block_buffers(source.config, index):
             del params[name]
         for name, held in form.names.tensors(params, index).items():
-            parts = [file_layout(ours, _dense(params[ours], dtype)) for ours in held]
+            parts = [_file_layout(ours, params[ours], dtype) for ours in held]
             prefix = "" if held[0].startswith("head.") else form.prefix
             yield prefix + name, np.ascontiguousarray(np.concatenate(parts))
 
 
-def _dense(value: Any, dtype: np.dtype | None) -> np.ndarray:
-    dense = np.asarray(value.dequantize() if isinstance(value, MixedTensor) else value)
-    return dense if dtype is None else dense.astype(dtype)
+def _file_layout(name: str, value: Any, dtype: np.dtype | None) -> np.ndarray:
+    """A parameter as files have it; a packed embedding lies as the weight of a product."""
+    packed = isinstance(value, MixedTensor)
+    dense = np.asarray(value.dequantize() if packed else value)
+    dense = dense if dtype is None else dense.astype(dtype)
+    return dense.T if packed and name == "embed" else file_layout(name, dense)
 
 
 def _write_weights(tensors: Iterator[tuple[str, np.ndarray]], directory: Path, shard_bytes: int) -> str:

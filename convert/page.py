@@ -21,19 +21,21 @@ def layers_page(title: str, found: dict[str, Any]) -> str:
 
     Args:
       title: of the page, such as the checkpoint's path.
-      found: ``parameters``, ``packed_bytes``, ``bits_per_weight`` and a row per layer in ``layers``.
+      found: ``parameters``, ``packed_bytes``, ``bits_per_weight``, ``bytes`` and a row per layer in
+        ``layers`` and ``ends``.
     """
-    title = html.escape(title)
-    widths = sorted({int(bits) for layer in found["layers"] for bits, n in layer["bits"].items() if n})
+    title, layers = html.escape(title), [*found["ends"], *found["layers"]]
+    widths = sorted({int(bits) for layer in layers for bits, n in (layer["bits"] or {}).items() if n})
     key = "".join(f'<span class="key" style="background:{_color(b)}"></span>{b} bits' for b in widths)
-    rows = "\n".join(_row(layer) for layer in found["layers"])
+    rows = "\n".join(_row(layer) for layer in layers)
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>
 <body>
 <h1>{title}</h1>
 <p>{found["parameters"]:,} parameters; {found["packed_bytes"] / 1e6:.1f} MB packed at
-{found["bits_per_weight"]:.3f} bits per weight, scales, zeros and order included.</p>
+{found["bits_per_weight"]:.3f} bits per weight in the blocks, scales, zeros and order included;
+{found["bytes"] / 1e6:.1f} MB in all.</p>
 <p>Share of the groups of a layer at each width:{key}</p>
 <table>
 <tr><th>layer</th><th>shape</th><th>group size</th><th>groups</th><th>bits per weight</th><th>error</th></tr>
@@ -49,7 +51,7 @@ def _color(bits: int) -> str:
 
 
 def _row(layer: dict[str, Any]) -> str:
-    counts = {int(bits): count for bits, count in layer["bits"].items() if count}
+    counts = {int(bits): count for bits, count in (layer["bits"] or {}).items() if count}
     bar = "".join(
         f'<span style="flex:{count};background:{_color(bits)}" title="{count} groups of {bits} bits"></span>'
         for bits, count in sorted(counts.items())

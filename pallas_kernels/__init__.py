@@ -8,4 +8,5 @@ from pallas_kernels.layout import pack as pack
 from pallas_kernels.prepared import Prepared as Prepared
 from pallas_kernels.sharding import part as part
 from pallas_kernels.sharding import sharded_matmul as sharded_matmul
+from pallas_kernels.sharding import side_by_side as side_by_side
 from pallas_kernels.sharding import stack_parts as stack_parts

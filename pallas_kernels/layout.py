@@ -257,6 +257,13 @@ class MixedTensor:
             dense = lax.fori_loop(first_group[i], first_group[i] + self.segments[i], body, dense)
         return dense[: self.shape[0]]
 
+    def columns(self, index: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+        """``dequantize(dtype)[:, index]`` as ``[*index.shape, K]``, without the rest of the dense weight."""
+        flat = index.reshape(-1)
+        own = {name: getattr(self, name)[:, flat] for name in ("words", "scale", "zero")}
+        some = dataclasses.replace(self, **own, shape=(self.shape[0], flat.size))
+        return some.dequantize(dtype).T.reshape(*index.shape, self.shape[0])
+
 
 def _meta_to_bytes(meta: tuple[Any, ...]) -> bytes:
     shape, group_size, widths, dtype = meta

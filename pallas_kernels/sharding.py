@@ -16,6 +16,7 @@ Over output channels (``over="n"``) ``x`` is replicated, the parts of ``y`` lie 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -81,6 +82,28 @@ def stack_parts(w: MixedTensor, parts: int, *, over: Literal["k", "n"]) -> Mixed
 def part(w: MixedTensor, index: int = 0) -> MixedTensor:
     """One of the stacked parts: inside `jax.shard_map` the only one, which is number 0."""
     return jax.tree.map(lambda leaf: leaf[index], w)
+
+
+def side_by_side(parts: Sequence[MixedTensor]) -> MixedTensor:
+    """One weight of all output channels of several, whose groups have the same bits in the same order.
+
+    Raises:
+      ValueError: they have not.
+    """
+    first, places = parts[0], [(np.asarray(w.order), np.asarray(w.segments)) for w in parts]
+    static = [(w.shape[0], w.group_size, w.widths, w.dtype) for w in parts]
+    if static.count(static[0]) < len(parts) or not all(
+        np.array_equal(one, other) for pair in places for one, other in zip(places[0], pair)
+    ):
+        raise ValueError("weights have groups of different bits, expected the same in all")
+
+    def join(name: str) -> jax.Array:
+        return jnp.asarray(np.concatenate([np.asarray(getattr(w, name)) for w in parts], axis=1))
+
+    shape = (first.shape[0], sum(w.shape[1] for w in parts))
+    return dataclasses.replace(
+        first, words=join("words"), scale=join("scale"), zero=join("zero"), shape=shape
+    )
 
 
 def _over_n(w: MixedTensor, parts: int) -> MixedTensor:

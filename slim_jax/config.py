@@ -46,6 +46,9 @@ class SlimConfig:
         paper's), else 5e-3.
       batch_size: samples of a step.
       augmented: weight of the paper's augmented loss term.
+      embedding_bits: width of the codes of embedding and head, 2 to 8; 16 leaves them as they are. By default
+        as :func:`default_embedding_bits` says.
+      embedding_group_size: their input channels that share scale and zero point.
 
     Raises:
       ValueError: a setting is out of its range.
@@ -65,6 +68,8 @@ class SlimConfig:
     learning_rate: float | None = None
     batch_size: int = 4
     augmented: float = 0.0
+    embedding_bits: int | None = None
+    embedding_group_size: int = 64
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -77,8 +82,14 @@ class SlimConfig:
         if self.sequential is None:
             object.__setattr__(self, "sequential", self.sqc != "paper")
         self._check_bits()
-        if not isinstance(self.group_size, int) or self.group_size < 32 or self.group_size % 32:
-            raise ValueError(f"group_size is {self.group_size}, expected a positive multiple of 32")
+        if self.embedding_bits is None:
+            object.__setattr__(self, "embedding_bits", default_embedding_bits(self.bits, self.sqc))
+        if self.embedding_bits not in (*range(2, 9), 16):
+            raise ValueError(f"embedding_bits is {self.embedding_bits}, expected 2 to 8, or 16 for none")
+        for name in ("group_size", "embedding_group_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 32 or size % 32:
+                raise ValueError(f"{name} is {size}, expected a positive multiple of 32")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping is {self.damping}, expected above 0 and at most 1")
         _one_of("learn", self.learn, LEARN)
@@ -112,6 +123,11 @@ class SlimConfig:
         return bool(self.guide) or self.over_model
 
     @property
+    def packs_ends(self) -> bool:
+        """Whether embedding and head are packed too."""
+        return self.embedding_bits != 16
+
+    @property
     def mixed(self) -> bool:
         """Whether bits are allocated by salience."""
         return self.method in ("slim", "slim-plus")
@@ -140,6 +156,12 @@ class SlimConfig:
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""
         return dataclasses.asdict(self)
+
+
+def default_embedding_bits(bits: float, sqc: str | None) -> int:
+    """Width of embedding and head: three bits more than the blocks have, 5 to 8; 16, which packs none, where
+    the paper's code is repeated. What that costs is in `docs/quality.md`."""
+    return 16 if sqc == "paper" else min(max(round(bits), 2) + 3, 8)
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

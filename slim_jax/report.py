@@ -42,13 +42,18 @@ class LayerReport:
         tensor: MixedTensor,
         error: float,
         mixed: int | None,
-        damping: float,
+        damping: float | None,
         borrowed: float = 0.0,
     ) -> "LayerReport":
         """Reads shape and bits off the packed weight."""
         counts = {str(width): n for width, n in sorted(Counter(tensor.bits().tolist()).items())}
         stored = tensor.bits_per_weight
         return cls(name, tensor.shape, tensor.group_size, counts, stored, error, mixed, damping, borrowed)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "LayerReport":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +115,7 @@ class BlockReport:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "BlockReport":
         """The inverse of `dataclasses.asdict`."""
-        layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in fields["layers"]]
+        layers = [LayerReport.from_json(layer) for layer in fields["layers"]]
         learning = fields.get("learning")
         learning = None if learning is None else LearningReport(**learning)
         return cls(**{**fields, "layers": layers, "learning": learning})
@@ -118,32 +123,50 @@ class BlockReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A finished quantization."""
+    """A finished quantization.
+
+    Attributes:
+      blocks: in order.
+      ends: embedding and head, where they were packed; what a tied table does is under "embed".
+      parameters: of the whole model.
+      stored_bytes: of the whole model.
+    """
 
     blocks: list[BlockReport]
+    ends: list[LayerReport] = dataclasses.field(default_factory=list)
+    parameters: int = 0
+    stored_bytes: int = 0
 
     @property
     def layers(self) -> list[LayerReport]:
-        """All layers in order."""
+        """All layers of the blocks in order."""
         return [layer for block in self.blocks for layer in block.layers]
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight over all quantized layers."""
+        """Stored bits per weight over all quantized layers of the blocks."""
         sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
         stored = sum(layer.bits_per_weight * size for layer, size in zip(self.layers, sizes))
         return stored / sum(sizes)
 
     @property
+    def times_smaller(self) -> float:
+        """Bytes of the whole model in bfloat16 over those that are stored."""
+        return 2 * self.parameters / self.stored_bytes
+
+    @property
     def allocation(self) -> dict[str, list[int]]:
-        """Bit width of every group of every layer."""
+        """Bit width of every group of every layer of the blocks."""
         return {name: bits for block in self.blocks for name, bits in block.allocation.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
         return {
             "bits_per_weight": self.bits_per_weight,
+            "bytes": self.stored_bytes,
+            "bfloat16_bytes": 2 * self.parameters,
             "seconds": sum(block.seconds for block in self.blocks),
+            "ends": [dataclasses.asdict(layer) for layer in self.ends],
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "learning": [
                 None if block.learning is None else dataclasses.asdict(block.learning)

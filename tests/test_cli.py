@@ -117,11 +117,13 @@ def test_inspect(room, capsys, tmp_path):
     assert all(layer["name"] in page for layer in found["layers"])
     table = said(capsys, "inspect", room / "q2")
     assert "mlp.down" in table
+    assert "embed" in table
     assert "bits per weight" in table
+    assert "times smaller than in bfloat16" in " ".join(table.split())
 
 
 def test_layers_page_escapes():
-    found = {"parameters": 1, "packed_bytes": 1, "bits_per_weight": 2.0, "layers": []}
+    found = {"parameters": 1, "packed_bytes": 1, "bits_per_weight": 2.0, "layers": [], "ends": [], "bytes": 1}
     assert "<b>" not in layers_page("<b>", found)
 
 

@@ -55,10 +55,10 @@ def dense(decoder: Decoder) -> Decoder:
 
 
 def folder_arrays(path):
-    """All parameters of a checkpoint, leaf by leaf."""
+    """All parameters of a checkpoint, leaf by leaf, those outside the blocks first."""
     source = checkpoint.CheckpointSource(path)
-    for index in range(source.config.num_layers):
-        for name, value in source.block(index).items():
+    for index in range(-1, source.config.num_layers):
+        for name, value in (source.outer() if index < 0 else source.block(index)).items():
             leaves = (
                 [getattr(value, leaf) for leaf in checkpoint.LEAVES]
                 if isinstance(value, MixedTensor)

@@ -38,7 +38,7 @@ def test_llama_2_7b():
 
 
 def test_sizes_are_those_of_a_quantized_model(model):
-    settings = SlimConfig(bits=2, group_size=32, method="gptq")
+    settings = SlimConfig(bits=2, group_size=32, method="gptq", embedding_bits=16)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 16))
     quantized, _ = quantize(model, tokens, settings)
     outer, blocks = split_params(quantized)
@@ -78,4 +78,7 @@ def test_command_needs_no_weights(tmp_path, capsys):
     assert found["devices"] == 2
     assert math.isfinite(found["bits_per_weight"])
     assert "fits" in said(capsys, "plan", directory, *GROUPS)
+    apart = json.loads(said(capsys, "plan", directory, *GROUPS, "--embedding-bits", 16, "--json"))
+    assert apart["ends_bytes"] == 0 < found["ends_bytes"]
+    assert "embedding_bits is 9" in refused(capsys, "plan", directory, "--embedding-bits", 9)
     assert "device is 'v9'" in refused(capsys, "plan", directory, "--devices", "v9")

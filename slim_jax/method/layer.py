@@ -25,11 +25,18 @@ DAMPING_TRIES = 4
 
 
 @jax.jit
-def relative_error(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> jax.Array:
-    """``tr(dW^T H dW) / tr(W^T H W)`` with ``dW = W - W_hat``, ``[K, N]``: the squared error of the
-    outputs over the squared outputs, however ``W_hat`` was found."""
+def squares(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``tr(dW^T H dW)`` and ``tr(W^T H W)`` with ``dW = W - W_hat``, ``[K, N]``: the squared error of the
+    outputs and the squared outputs, however ``W_hat`` was found."""
     delta = w - w_hat
-    return jnp.sum(delta * (h @ delta)) / jnp.maximum(jnp.sum(w * (h @ w)), 1e-30)
+    return jnp.sum(delta * (h @ delta)), jnp.sum(w * (h @ w))
+
+
+@jax.jit
+def relative_error(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> jax.Array:
+    """The squared error of the outputs over the squared outputs."""
+    error, total = squares(w, w_hat, h)
+    return error / jnp.maximum(total, 1e-30)
 
 
 class LayerSolver:
@@ -52,7 +59,7 @@ class LayerSolver:
 
         ``weights`` are ``[K, N]`` by the layers' names.
         """
-        found, _ = self._statistics(observation, list(weights))
+        found, _ = self.statistics(observation, list(weights))
         errors = {}
         for name, w in weights.items():
             padded = jnp.pad(self.placement.channels(w).astype(jnp.float32), _rows_up_to(found, w))
@@ -87,7 +94,7 @@ class LayerSolver:
           ValueError: the Hessian is not positive definite, or the given bits do not fit.
         """
         config, k = self.config, weights[0].shape[0]
-        found, damping = self._statistics(observation, names)
+        found, damping = self.statistics(observation, names)
         padding = _rows_up_to(found, weights[0])
         placed = [self.placement.channels(w).astype(jnp.float32) for w in weights]
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in placed]
@@ -111,7 +118,7 @@ class LayerSolver:
             error = float(relative_error(w, _weight(solution), found.h))
             yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
 
-    def _statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
+    def statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
         """With the damping that it took: raised tenfold until the Hessian is positive definite."""
         damping = self.config.damping
         for _ in range(DAMPING_TRIES):

@@ -10,16 +10,19 @@ block to block (whether its attention is local) is data: a :class:`Buffer` among
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import MixedTensor, Prepared
 from slim_jax.model.attention import attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import Linear, unembed
+from slim_jax.model.linear import Linear, look_up, unembed
 from slim_jax.model.rotary import frequencies, rotate
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -239,12 +242,21 @@ def linear_groups(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model: ``model(tokens[B, T])`` gives logits ``[B, T, vocab_size]``."""
+    """A decoder-only language model: ``model(tokens[B, T])`` gives logits ``[B, T, vocab_size]``.
+
+    Attributes:
+      embed: the token table, an `nnx.Param` ``[vocab, d]`` where it is dense; packed it is ``[d, vocab]``, so
+        that one weight serves the look-up and, where the head is tied, the product.
+      mesh: over which a packed table's tokens are cut; None on one device.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         d, embed_size = config.hidden_size, config.embed_size or config.hidden_size
         self.config = config
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, embed_size)) * 0.02)
+        self.embed: nnx.Variable[Any] = nnx.Param(
+            jax.random.normal(rngs.params(), (config.vocab_size, embed_size)) * 0.02
+        )
+        self.mesh: Mesh | None = None
         learned, rows = config.positions == "learned", config.max_positions + config.position_offset
         self.embed_positions = (
             nnx.Param(jax.random.normal(rngs.params(), (rows, d)) * 0.02) if learned else None
@@ -258,10 +270,12 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream that enters the first block."""
-        table = self.embed[...]
-        h = table[tokens].astype(jnp.float32)
+        table = self.embed.get_value()
+        h = look_up(table, tokens)
         if self.config.embed_scale != 1:
-            h = h * jnp.asarray(self.config.embed_scale, table.dtype).astype(jnp.float32)
+            # Of what dtype a packed table was, its scales tell: models that round the factor have bfloat16.
+            dtype = jnp.bfloat16 if isinstance(table, MixedTensor | Prepared) else table.dtype
+            h = h * jnp.asarray(self.config.embed_scale, dtype).astype(jnp.float32)
         if self.project_in is not None:
             h = self.project_in(h)
         if self.embed_positions is not None:
@@ -269,13 +283,16 @@ class Decoder(nnx.Module):
             h = h + self.embed_positions[...][rows].astype(jnp.float32)
         return h
 
-    def logits(self, h: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
-        """Logits from the output of the last block."""
+    def head_input(self, h: Float[Array, "... d"]) -> Float[Array, "... e"]:
+        """The input of the head, from the output of the last block."""
         if self.norm is not None:
             h = self.norm(h)
-        if self.project_out is not None:
-            h = self.project_out(h)
-        logits = unembed(h, self.embed[...]) if self.head is None else self.head(h)
+        return h if self.project_out is None else self.project_out(h)
+
+    def logits(self, h: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
+        """Logits from the output of the last block."""
+        x = self.head_input(h)
+        logits = unembed(x, self.embed.get_value(), self.mesh) if self.head is None else self.head(x)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

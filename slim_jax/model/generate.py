@@ -132,10 +132,10 @@ class Generator:
         )
         if self.stacked:
             blocks = _stacked(blocks, prepare if linear.mesh is None else stack)
-        elif linear.mesh is None:
-            blocks = _prepared(blocks)
         outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
         outer.blocks = nnx.List([])
+        if linear.mesh is None:
+            outer, blocks = _prepared(outer), blocks if self.stacked else _prepared(blocks)
         # Flat, since flattening hundreds of variables in Python at every token would show.
         self._leaves, self._treedef = jax.tree.flatten((outer, blocks))
 
@@ -273,13 +273,13 @@ def _stacked(blocks: Sequence[Block], join_packed: Callable[..., Any]) -> Any:
 
 
 @jax.jit
-def _prepared(blocks: Any) -> Any:
-    """Blocks whose packed weights are ready to be multiplied often."""
+def _prepared(model: Any) -> Any:
+    """Parts of a model whose packed weights are ready to be multiplied often; no array is copied."""
 
     def is_packed(value: Any) -> bool:
         return isinstance(value, MixedTensor)
 
-    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, blocks, is_leaf=is_packed)
+    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, model, is_leaf=is_packed)
 
 
 def _border(config: DecoderConfig) -> int | None:

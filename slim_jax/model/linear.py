@@ -51,8 +51,33 @@ def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> F
     return by_xla(x, weight)
 
 
-def unembed(h: Float[Array, "*batch d"], table: Float[Array, "vocab d"]) -> Float[Array, "*batch vocab"]:
-    """``h @ table.T``, otherwise as :func:`dense_product`."""
+def packed_product(
+    x: Float[Array, "*batch k"], weight: MixedTensor | Prepared, mesh: Mesh | None
+) -> Float[Array, "*batch n"]:
+    """``x @ weight``; ``mesh`` is over which a `MixedTensor`'s output channels are cut, if they are."""
+    if isinstance(weight, MixedTensor) and mesh is not None:
+        return sharded_matmul(x, weight, mesh)
+    return mixed_matmul(x, weight)
+
+
+def look_up(table: Float[Array, "vocab d"] | MixedTensor | Prepared, tokens: Array) -> Float[Array, "... d"]:
+    """The tokens' rows of an embedding table, ``float32[..., d]``; a packed one is ``[d, vocab]``."""
+    if isinstance(table, Prepared):
+        table = table.weight()
+    if isinstance(table, MixedTensor):
+        return table.columns(tokens, jnp.float32)
+    return table[tokens].astype(jnp.float32)
+
+
+def unembed(
+    h: Float[Array, "*batch d"],
+    table: Float[Array, "vocab d"] | MixedTensor | Prepared,
+    mesh: Mesh | None = None,
+) -> Float[Array, "*batch vocab"]:
+    """``h @ table.T``, otherwise as :func:`dense_product`; of a packed table, which is ``[d, vocab]``,
+    :func:`packed_product`."""
+    if isinstance(table, MixedTensor | Prepared):
+        return packed_product(h, table, mesh)
 
     def by_xla(h: jax.Array, table: jax.Array) -> jax.Array:
         return jnp.einsum("...d,vd->...v", h.astype(table.dtype), table, preferred_element_type=jnp.float32)
@@ -101,10 +126,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
         weight = self.weight.get_value()
-        if isinstance(weight, MixedTensor) and self.mesh is not None:
-            y = sharded_matmul(x, weight, self.mesh)
-        elif isinstance(weight, MixedTensor | Prepared):
-            y = mixed_matmul(x, weight)
+        if isinstance(weight, MixedTensor | Prepared):
+            y = packed_product(x, weight, self.mesh)
         else:
             y = dense_product(x, weight)
         if self.bias is None:

@@ -45,11 +45,14 @@ def outer_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _fill(module: Any, params: Params) -> None:
     expected = _flat(module)
+    shapes = {name: tuple(value.shape) for name, value in expected.items()}
+    if isinstance(params.get("embed"), MixedTensor) and "embed" in shapes:
+        shapes["embed"] = shapes["embed"][::-1]  # packed as the weight of a product
     problems = [f"{name} is missing" for name in expected.keys() - params.keys()]
     problems += [f"{name} is not known" for name in params.keys() - expected.keys()]
     for name in expected.keys() & params.keys():
-        if tuple(params[name].shape) != tuple(expected[name].shape):
-            problems.append(f"{name} has shape {params[name].shape}, expected {expected[name].shape}")
+        if tuple(params[name].shape) != shapes[name]:
+            problems.append(f"{name} has shape {params[name].shape}, expected {shapes[name]}")
     if problems:
         raise ValueError("parameters do not fit the config: " + "; ".join(sorted(problems)))
     for name, value in params.items():
@@ -99,7 +102,7 @@ def make_decoder(
     named = {f"blocks.{i}.{name}": value for i, block in enumerate(blocks) for name, value in block.items()}
     _fill(decoder, {**outer, **named})
     for _, module in nnx.iter_modules(decoder):
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Decoder):
             module.mesh = mesh
     return decoder
 

@@ -187,7 +187,7 @@ class Activations:
         placement: Placement = ONE_DEVICE,
     ) -> None:
         self._config, self._offload, self._placement = source.config, offload, placement
-        outer = make_outer(source.config, {n: placement.whole(v) for n, v in source.outer().items()})
+        outer = make_outer(source.config, placement.tree(dict(source.outer())))
         batches = sample_batches(tokens.astype(np.int32), placement.devices)
         self.batches = self.keep(embed(outer, placement.samples(rows)) for rows in batches)
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,14 @@ from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import product_dtype
-from slim_jax.model.params import Params, block_buffers, make_decoder
-from slim_jax.report import BlockReport, Report
+from slim_jax.model.params import Params, make_decoder
+from slim_jax.report import BlockReport, LayerReport, Report
+from slim_jax.run.manifest import FORMAT, LEAVES, MANIFEST, VERSION, layer_reports, summary
+from slim_jax.run.manifest import CheckpointError as CheckpointError
+from slim_jax.run.manifest import inspect as inspect
+from slim_jax.run.manifest import is_checkpoint as is_checkpoint
+from slim_jax.run.manifest import read_manifest as read_manifest
 from slim_jax.run.source import DecoderSource, Source
-
-FORMAT = "slim-jax"
-VERSION = 1
-MANIFEST = "slim.json"
-LEAVES = ("words", "scale", "zero", "order", "segments")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or a folder that must not be written to."""
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder has a manifest."""
-    return (Path(path) / MANIFEST).is_file()
 
 
 def _digest(path: Path) -> str:
@@ -197,9 +188,18 @@ class CheckpointWriter:
         """Whether :meth:`finish` was called, by this run or an earlier one."""
         return self._manifest["complete"]
 
-    def write_outer(self, params: Params) -> None:
-        """Writes the parameters outside the blocks."""
-        self._manifest["outer"] = _save_params(self.path / "outer", params, self._placement)
+    def report(self) -> Report:
+        """What was done so far, by earlier runs too."""
+        blocks = [BlockReport.from_json(entry["report"]) for entry in self.blocks]
+        ends = [LayerReport.from_json(layer) for layer in layer_reports(self._manifest["outer"])]
+        sizes = summary(self._manifest)
+        return Report(blocks, ends, sizes["parameters"], sizes["bytes"])
+
+    def write_outer(self, params: Params, ends: Sequence[LayerReport] = ()) -> None:
+        """Writes the parameters outside the blocks, and what was done to embedding and head."""
+        entry = _save_params(self.path / "outer", params, self._placement)
+        entry["report"] = {"layers": [dataclasses.asdict(layer) for layer in ends]}
+        self._manifest["outer"] = entry
         _write_json(self.path / MANIFEST, self._manifest)
 
     def write_block(self, params: Params, report: BlockReport | None = None) -> None:
@@ -229,34 +229,6 @@ def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
         if differing:
             changes = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing)
             raise CheckpointError(f"{path} cannot be resumed with other settings: {changes}")
-
-
-def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-      CheckpointError: it is missing, damaged, of a newer format, or of an unfinished run though
-        ``complete`` asks for a whole one.
-    """
-    file = Path(path) / MANIFEST
-    try:
-        manifest = json.loads(file.read_text())
-    except OSError:
-        raise CheckpointError(f"{path} is no slim-jax checkpoint: it has no {MANIFEST}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is not a slim-jax manifest")
-    if manifest.get("version", 0) > VERSION:
-        raise CheckpointError(
-            f"{file} has format version {manifest['version']}, expected at most {VERSION}: upgrade slim-jax"
-        )
-    if complete and not manifest.get("complete"):
-        done, total = len(manifest["blocks"]), manifest["decoder"]["num_layers"]
-        raise CheckpointError(
-            f"{path} is unfinished, {done} of {total} blocks are done: quantize with --resume"
-        )
-    return manifest
 
 
 class CheckpointSource:
@@ -303,13 +275,7 @@ def save_source(source: Source, path: str | Path, on_block: Callable[[int, int],
     Raises:
       CheckpointError: ``path`` exists and is not an empty folder.
     """
-    writer = CheckpointWriter(Path(path), source.config, source.origin, None)
-    writer.write_outer(source.outer())
-    for index in range(source.config.num_layers):
-        writer.write_block(source.block(index))
-        if on_block is not None:
-            on_block(index + 1, source.config.num_layers)
-    writer.finish()
+    _save(source, path, None, on_block)
 
 
 def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> None:
@@ -318,65 +284,16 @@ def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> No
     Raises:
       CheckpointError: ``path`` exists and is not an empty folder.
     """
-    source = DecoderSource(decoder)
-    writer = CheckpointWriter(Path(path), source.config, source.origin, None)
-    writer.write_outer(source.outer())
-    for index in range(source.config.num_layers):
+    _save(DecoderSource(decoder), path, report, None)
+
+
+def _save(
+    source: Source, path: str | Path, report: Report | None, on_block: Callable[[int, int], None] | None
+) -> None:
+    writer, total = CheckpointWriter(Path(path), source.config, source.origin, None), source.config.num_layers
+    writer.write_outer(source.outer(), () if report is None else report.ends)
+    for index in range(total):
         writer.write_block(source.block(index), None if report is None else report.blocks[index])
+        if on_block is not None:
+            on_block(index + 1, total)
     writer.finish()
-
-
-def inspect(path: str | Path) -> dict[str, Any]:
-    """Sizes and bits of a checkpoint, from its manifest alone.
-
-    Returns:
-      ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
-      layers (None where there are none), ``quantization``, and a row per packed layer: ``name``,
-      ``shape``, ``group_size``, ``bits`` (groups of each width), ``bits_per_weight``, ``error``.
-
-    Raises:
-      CheckpointError: see :func:`read_manifest`.
-    """
-    manifest = read_manifest(path)
-    buffers = block_buffers(DecoderConfig.from_json(manifest["decoder"]), 0)
-    layers, weights, packed_bytes, total_bytes, parameters = [], 0, 0, 0, 0
-    for index, entry in [(-1, manifest["outer"]), *enumerate(manifest["blocks"])]:
-        sizes = {name: _size(*array) for name, array in entry["arrays"].items()}
-        total_bytes += sum(size for _, size in sizes.values())
-        reports = {layer["name"]: layer for layer in (entry.get("report") or {"layers": []})["layers"]}
-        for name, static in entry["packed"].items():
-            stored = sum(sizes.pop(f"{name}.{leaf}")[1] for leaf in LEAVES)
-            k, n = static["shape"]
-            weights, packed_bytes, parameters = weights + k * n, packed_bytes + stored, parameters + k * n
-            layer = f"blocks.{index}.{name.removesuffix('.weight')}"
-            row = reports.get(layer, {})
-            layers.append(
-                {
-                    "name": layer,
-                    "shape": static["shape"],
-                    "group_size": static["group_size"],
-                    "bits": row.get("bits"),
-                    "bits_per_weight": 8 * stored / (k * n),
-                    "error": row.get("error"),
-                    "mixed": row.get("mixed"),
-                }
-            )
-        parameters += sum(count for name, (count, _) in sizes.items() if name not in buffers)
-    return {
-        "format_version": manifest["version"],
-        "family": manifest["decoder"]["family"],
-        "origin": manifest["origin"],
-        "quantization": manifest["quantization"],
-        "parameters": parameters,
-        "bytes": total_bytes,
-        "packed_bytes": packed_bytes,
-        "bits_per_weight": 8 * packed_bytes / weights if weights else None,
-        "layers": layers,
-    }
-
-
-def _size(shape: list[int], dtype: str) -> tuple[int, int]:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count, count * jnp.dtype(dtype).itemsize

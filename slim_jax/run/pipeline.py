@@ -36,6 +36,7 @@ from slim_jax.model.params import Params, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report
 from slim_jax.run.activations import Activations, observe
 from slim_jax.run.checkpoint import CheckpointWriter
+from slim_jax.run.ends import quantize_ends, sizes
 from slim_jax.run.learning import BlockLearner, OnEpoch
 from slim_jax.run.offload import Batches
 from slim_jax.run.source import DecoderSource, Source
@@ -218,7 +219,7 @@ def quantize(
     on_block: OnBlock | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[Decoder, Report]:
-    """Quantizes the linear layers of a model's blocks; embeddings, norms and head stay as they are.
+    """Quantizes the linear layers of a model's blocks, then embedding and head; norms stay as they are.
 
     Args:
       model: a decoder in memory, or a source that is read block by block.
@@ -248,8 +249,9 @@ def quantize(
         reports.append(report)
         if on_block is not None:
             on_block(report)
-    outer = {name: placement.channels(value) for name, value in source.outer().items()}
-    return make_decoder(source.config, outer, blocks, placement.mesh), Report(reports)
+    outer, ends = quantize_ends(source, config, quantizer.activations, quantizer.stride, placement)
+    whole = Report(reports, ends, *sizes(source.config, outer, blocks))
+    return make_decoder(source.config, outer, blocks, placement.mesh), whole
 
 
 def quantize_to_checkpoint(
@@ -285,12 +287,9 @@ def quantize_to_checkpoint(
         path, source.config, source.origin, settings, resume=resume, placement=placement
     )
     if writer.complete:
-        return Report([BlockReport.from_json(entry["report"]) for entry in writer.blocks])
-    if not writer.blocks:
-        writer.write_outer(source.outer())
+        return writer.report()
     with _scratch(path / f"activations.{jax.process_index()}" if offload else None) as folder:
         quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, folder, placement)
-        reports = []
         for index in range(source.config.num_layers):
             if index < len(writer.blocks):
                 report = BlockReport.from_json(writer.blocks[index]["report"])
@@ -298,11 +297,12 @@ def quantize_to_checkpoint(
             else:
                 params, report = quantizer.quantize(index, on_epoch)
                 writer.write_block(params, report)
-            reports.append(report)
             if on_block is not None:
                 on_block(report)
+        ends = quantize_ends(source, config, quantizer.activations, quantizer.stride, placement)
+        writer.write_outer(*ends)
     writer.finish()
-    return Report(reports)
+    return writer.report()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
@@ -27,8 +29,10 @@ class Plan:
       parameters: number of all parameters.
       quantized: number of those that would be quantized.
       bfloat16_bytes: the whole model in bfloat16.
-      packed_bytes: the whole model with packed linear layers, the rest in bfloat16.
-      bits_per_weight: of the packed layers, everything counted.
+      packed_bytes: the whole model with packed linear layers, and embedding and head if the settings pack
+        them, the rest in bfloat16.
+      bits_per_weight: of the packed layers of the blocks, everything counted.
+      ends_bytes: of embedding and head, in ``packed_bytes`` too.
       cache_bytes_per_token: keys and values of one token in bfloat16.
       calibration_bytes: the most that quantizing needs at once, beside the runtime: activations, one
         block in float32 twice, and the Hessian with its factors.
@@ -38,7 +42,8 @@ class Plan:
       device_bytes: what one device would hold, for ``batch`` sequences of ``context`` tokens.
       fits: whether it does.
       max_context: tokens that each sequence may have.
-      sharding: layer -> "n" (its output channels are cut over the devices) or "replicated".
+      sharding: layer, embedding and head too where they are packed -> "n" (its output channels are cut over
+        the devices) or "replicated".
     """
 
     parameters: int
@@ -46,6 +51,7 @@ class Plan:
     bfloat16_bytes: int
     packed_bytes: int
     bits_per_weight: float
+    ends_bytes: int
     cache_bytes_per_token: int
     calibration_bytes: int
     device: str
@@ -99,18 +105,22 @@ def make_plan(
     block, outer = block_params(config), outer_params(config)
     linear = [name for names in linear_groups(config).values() for name in names]
     sizes = {name: math.prod(shape.shape) for name, shape in block.items()}
-    packed = {name: _packed_bytes(block[f"{name}.weight"].shape, settings) for name in linear}
-    outputs = {name: block[f"{name}.weight"].shape[1] for name in linear}
+    shapes = {name: block[f"{name}.weight"].shape for name in linear}
+    packed = {name: _packed_bytes(shape, settings) for name, shape in shapes.items()}
+    ends = _ends(outer, settings)
+    outputs = {**{name: shape[1] for name, shape in shapes.items()}, **dict.fromkeys(ends, config.vocab_size)}
     sharding = {name: "replicated" if devices == 1 or n % devices else "n" for name, n in outputs.items()}
     quantized = sum(sizes[f"{name}.weight"] for name in linear)
     rest = 2 * (sum(sizes.values()) - quantized)
     outside = sum(math.prod(shape.shape) for shape in outer.values())
+    in_tables = sum(math.prod(shape.shape) for name, shape in outer.items() if _label(name) in ends)
+
+    def share(packed: dict[str, int]) -> int:
+        cut = {name: 1 if sharding[name] == "replicated" else devices for name in packed}
+        return sum(-(-size // cut[name]) for name, size in packed.items())
 
     layers = config.num_layers
-    share = sum(
-        size if sharding[name] == "replicated" else -(-size // devices) for name, size in packed.items()
-    )
-    weights = layers * (share + rest) + 2 * outside
+    weights = layers * (share(packed) + rest) + share(ends) + 2 * (outside - in_tables)
     heads = config.num_kv_heads if config.num_kv_heads % devices else config.num_kv_heads // devices
     cache_here = 2 * 2 * layers * heads * config.head_dim
     working = 4 * batch * (config.vocab_size + 8 * config.intermediate_size)
@@ -119,10 +129,11 @@ def make_plan(
     device_bytes = weights + working + batch * context * cache_here
     return Plan(
         parameters=layers * sum(sizes.values()) + outside,
-        quantized=layers * quantized,
+        quantized=layers * quantized + in_tables,
         bfloat16_bytes=2 * (layers * sum(sizes.values()) + outside),
-        packed_bytes=layers * (sum(packed.values()) + rest) + 2 * outside,
+        packed_bytes=layers * (sum(packed.values()) + rest) + sum(ends.values()) + 2 * (outside - in_tables),
         bits_per_weight=8 * sum(packed.values()) / quantized,
+        ends_bytes=sum(ends.values()),
         cache_bytes_per_token=2 * 2 * layers * config.num_kv_heads * config.head_dim,
         calibration_bytes=_calibration_bytes(config, settings, sum(sizes.values()), samples * length),
         device=device,
@@ -135,6 +146,26 @@ def make_plan(
         max_context=max(0, min(config.max_positions, room // (batch * cache_here))),
         sharding=sharding,
     )
+
+
+def _label(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _ends(outer: Mapping[str, Any], settings: SlimConfig) -> dict[str, int]:
+    """Bytes of embedding and head, where they are packed."""
+    if not settings.packs_ends or settings.embedding_bits is None:
+        return {}
+    tables = {"embed": outer["embed"].shape[::-1]}
+    if "head.weight" in outer:
+        tables["head"] = outer["head.weight"].shape
+    bits, g = settings.embedding_bits, settings.embedding_group_size
+    return {
+        name: abstract_tensor(
+            shape, widths=(bits,), segments=(group_count(shape[0], g),), group_size=g
+        ).nbytes
+        for name, shape in tables.items()
+    }
 
 
 def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:

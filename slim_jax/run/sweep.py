@@ -220,8 +220,7 @@ class Sweep:
         return inputs
 
     def _loss_gradients(self, outputs: Batches) -> Batches:
-        outer = {name: self.placement.whole(value) for name, value in self.source.outer().items()}
-        decoder = make_outer(self.source.config, outer)
+        decoder = make_outer(self.source.config, self.placement.tree(dict(self.source.outer())))
         rows = map(self.placement.samples, sample_batches(self.tokens, self.placement.devices))
         return self.activations.keep(
             _loss_gradient(decoder, h, batch, placement=self.placement) for h, batch in zip(outputs, rows)

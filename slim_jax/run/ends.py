@@ -1,0 +1,161 @@
+"""Embedding and head, packed once all blocks are: one weight ``[d, vocab]`` each, or one for both if tied.
+
+The head reads what the last norm gives for the calibration tokens, so GPTQ rounds it by their Hessian like
+any layer. All channels of an embedding count alike, and its errors meet no sum: it is rounded to nearest.
+Tables are long, so they are solved some thousand tokens at a time.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import MixedTensor, pack, side_by_side
+from pallas_kernels.layout import zero_bits
+from slim_jax.config import SlimConfig
+from slim_jax.devices import PANEL, Placement
+from slim_jax.method.gptq import Solution, solve
+from slim_jax.method.hessian import Observation, Statistics
+from slim_jax.method.layer import LayerSolver, squares
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import COMPUTE_DTYPE, product_dtype
+from slim_jax.model.params import Params, block_params, make_outer, outer_params
+from slim_jax.report import LayerReport
+from slim_jax.run.activations import Activations, Inputs, observe
+from slim_jax.run.source import Source
+
+CHUNK = 64 * PANEL
+"""Tokens of the vocabulary that are solved at once."""
+
+
+def quantize_ends(
+    source: Source, config: SlimConfig, activations: Activations, stride: int, placement: Placement
+) -> tuple[dict[str, Any], list[LayerReport]]:
+    """What stands outside the blocks, embedding and head packed if ``config`` wants it, and what was done.
+
+    Args:
+      source: of the dense model.
+      config: how to quantize.
+      activations: behind the last block. They are spent: head inputs take their place.
+      stride: see `slim_jax.run.activations.observe`.
+      placement: the devices that share the work.
+
+    Raises:
+      ValueError: the model's ends are packed already, or the head's Hessian is not positive definite.
+    """
+    outer = dict(source.outer())
+    if not config.packs_ends:
+        return {name: placement.channels(value) for name, value in outer.items()}, []
+    packed = [name for name, value in outer.items() if isinstance(value, MixedTensor)]
+    if packed:
+        raise ValueError(f"{packed[0]} is already quantized, expected a dense model")
+    solver = TableSolver(config, placement)
+    seen = observe_head(source.config, placement.tree(outer), activations, stride, placement)
+    reports = []
+    for name in ("embed", "head.weight"):
+        if name in outer:
+            read = seen if name == "head.weight" or source.config.tied_head else None
+            outer[name], report = solver.solve(name, outer[name], read)
+            reports.append(report)
+    rest = {n: v if isinstance(v, MixedTensor) else placement.channels(v) for n, v in outer.items()}
+    return rest, reports
+
+
+def sizes(config: DecoderConfig, outer: Params, blocks: Sequence[Params]) -> tuple[int, int]:
+    """Parameters of a model, and the bytes that hold them."""
+    shapes = [outer_params(config), *[block_params(config)] * config.num_layers]
+    buffers = len(blocks) if config.global_layers else 0
+    count = sum(math.prod(shape.shape) for part in shapes for shape in part.values()) - buffers
+    return count, sum(value.nbytes for part in (outer, *blocks) for value in part.values())
+
+
+@jax.jit
+def _head_input(outer: Decoder, h: jax.Array) -> jax.Array:
+    return outer.head_input(h).astype(COMPUTE_DTYPE)
+
+
+def observe_head(
+    config: DecoderConfig, params: Params, activations: Activations, stride: int, placement: Placement
+) -> Observation:
+    """What was seen of the head's inputs, which take the place of the activations behind the last block."""
+    outer = make_outer(config, params)
+    for i, h in enumerate(activations.batches):
+        activations.batches[i] = _head_input(outer, h)
+    return observe(Inputs(activations.batches), stride, placement)
+
+
+class TableSolver:
+    """Quantizes tables at the one width that ``config`` gives embedding and head."""
+
+    def __init__(self, config: SlimConfig, placement: Placement) -> None:
+        assert config.embedding_bits is not None
+        self.config = dataclasses.replace(
+            config,
+            method="rtn" if config.method == "rtn" else "gptq",
+            sqc="search",
+            bits=config.embedding_bits,
+            group_size=config.embedding_group_size,
+        )
+        self.placement = placement
+        self.zero_bits = zero_bits(self.config.widths)
+
+    def solve(self, name: str, table: Any, seen: Observation | None) -> tuple[MixedTensor, LayerReport]:
+        """Packs the embedding ``[vocab, d]``, or the head's weight ``[d, vocab]``.
+
+        Args:
+          name: "embed" or "head.weight".
+          table: its values.
+          seen: what was seen of the head's inputs; None for a table that is only looked up in.
+        """
+        vocab, d = table.shape if name == "embed" else table.shape[::-1]
+        label = name.removesuffix(".weight")
+        feedback = seen is not None and self.config.method != "rtn"
+        seen = seen or Observation(jnp.eye(d), jnp.zeros((1, d)), 2)  # its Hessian is the identity
+        found, damping = LayerSolver(self.config, None, self.placement).statistics(seen, [label])
+        parts, error, total = [], 0.0, 0.0
+        for start in range(0, vocab, CHUNK):
+            chunk = slice(start, start + CHUNK)
+            w = self.placement.channels(table[chunk].T if name == "embed" else table[:, chunk])
+            w = jnp.pad(w.astype(jnp.float32), ((0, found.alive.shape[0] - d), (0, 0)))
+            w = w * found.alive[:, None] if feedback else w
+            solution = self._solve(w, found, feedback)
+            chunk_error, chunk_total = squares(w, _weight(solution), found.h)
+            error, total = error + float(chunk_error), total + float(chunk_total)
+            parts.append(self._pack(solution, d))
+        tensor = self.placement.tensor(side_by_side(parts))
+        return tensor, LayerReport.of(label, tensor, error / max(total, 1e-30), None, damping)
+
+    def _solve(self, w: jax.Array, found: Statistics, feedback: bool) -> Solution:
+        config = self.config
+        widths = np.full((w.shape[0] // config.group_size, w.shape[1]), config.bits, np.float32)
+        return solve(
+            w,
+            found.u,
+            found.importance,
+            self.placement.channels(widths),
+            group_size=config.group_size,
+            zero_bits=self.zero_bits,
+            sqc="search",
+            feedback=feedback,
+            placement=self.placement,
+        )
+
+    def _pack(self, solution: Solution, d: int) -> MixedTensor:
+        code, scale, zero = map(self.placement.fetch, solution)
+        unit = 2.0 ** (self.config.bits - self.zero_bits)
+        return pack(
+            code[:d],
+            scale,
+            np.rint(zero / unit).astype(np.uint8),
+            np.full(len(scale), self.config.bits),
+            group_size=self.config.group_size,
+            dtype=product_dtype(),
+        )
+
+
+_weight = jax.jit(Solution.weight)

@@ -1,0 +1,126 @@
+"""What `slim.json` says of a checkpoint: sizes and bits without reading any array."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.params import block_buffers
+
+FORMAT = "slim-jax"
+VERSION = 1
+MANIFEST = "slim.json"
+LEAVES = ("words", "scale", "zero", "order", "segments")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or a folder that must not be written to."""
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder has a manifest."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+      CheckpointError: it is missing, damaged, of a newer format, or of an unfinished run though
+        ``complete`` asks for a whole one.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except OSError:
+        raise CheckpointError(f"{path} is no slim-jax checkpoint: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not a slim-jax manifest")
+    if manifest.get("version", 0) > VERSION:
+        raise CheckpointError(
+            f"{file} has format version {manifest['version']}, expected at most {VERSION}: upgrade slim-jax"
+        )
+    if complete and not manifest.get("complete"):
+        done, total = len(manifest["blocks"]), manifest["decoder"]["num_layers"]
+        raise CheckpointError(
+            f"{path} is unfinished, {done} of {total} blocks are done: quantize with --resume"
+        )
+    return manifest
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Sizes and bits of a checkpoint, from its manifest alone.
+
+    Returns:
+      ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
+      layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
+      blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
+      (groups of each width), ``bits_per_weight``, ``error``.
+
+    Raises:
+      CheckpointError: see :func:`read_manifest`.
+    """
+    return summary(read_manifest(path))
+
+
+def summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`inspect` returns, of a manifest that need not be complete."""
+    buffers = block_buffers(DecoderConfig.from_json(manifest["decoder"]), 0)
+    layers, ends = list[dict[str, Any]](), list[dict[str, Any]]()
+    total_bytes = parameters = 0
+    outer = [] if manifest["outer"] is None else [("", manifest["outer"])]
+    for prefix, entry in [*outer, *((f"blocks.{i}.", block) for i, block in enumerate(manifest["blocks"]))]:
+        sizes = {name: _bytes(*array) for name, array in entry["arrays"].items()}
+        total_bytes += sum(sizes.values())
+        reports = {layer["name"]: layer for layer in layer_reports(entry)}
+        for name, static in entry["packed"].items():
+            stored = sum(sizes.pop(f"{name}.{leaf}") for leaf in LEAVES)
+            row = _row(prefix + name.removesuffix(".weight"), static, stored, reports)
+            (layers if prefix else ends).append(row)
+            parameters += math.prod(static["shape"])
+        dense = [name for name in sizes if name not in buffers]
+        parameters += sum(math.prod(entry["arrays"][name][0]) for name in dense)
+    weights = sum(math.prod(row["shape"]) for row in layers)
+    stored = sum(row["bytes"] for row in layers)
+    return {
+        "format_version": manifest["version"],
+        "family": manifest["decoder"]["family"],
+        "origin": manifest["origin"],
+        "quantization": manifest["quantization"],
+        "parameters": parameters,
+        "bytes": total_bytes,
+        "packed_bytes": stored,
+        "bits_per_weight": 8 * stored / weights if weights else None,
+        "layers": layers,
+        "ends": ends,
+    }
+
+
+def layer_reports(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The reports of the layers of an entry of the manifest, as JSON values."""
+    return (entry.get("report") or {"layers": []})["layers"]
+
+
+def _row(name: str, static: dict[str, Any], stored: int, reports: dict[str, Any]) -> dict[str, Any]:
+    """A packed layer in :func:`inspect`; groups by width are known without a report where there is one."""
+    (k, n), g, report = static["shape"], static["group_size"], reports.get(name, {})
+    one_width = {str(static["widths"][0]): -(-k // g)} if len(static["widths"]) == 1 else None
+    return {
+        "name": name,
+        "shape": [k, n],
+        "group_size": g,
+        "bits": report.get("bits", one_width),
+        "bytes": stored,
+        "bits_per_weight": 8 * stored / (k * n),
+        "error": report.get("error"),
+        "mixed": report.get("mixed"),
+    }
+
+
+def _bytes(shape: list[int], dtype: str) -> int:
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
