@@ -49,6 +49,12 @@ class SlimConfig:
       embedding_bits: width of the codes of embedding and head, 2 to 8; 16 leaves them as they are. By default
         as :func:`default_embedding_bits` says.
       embedding_group_size: their input channels that share scale and zero point.
+      tune: whether scales and norms of the whole model are tuned in the end, by the divergence of its logits
+        from the full-precision model's (`slim_jax.run.tuning`). By default where the method is "slim-plus"
+        and ``sqc`` not "paper".
+      tune_steps: of tuning.
+      tune_batch_size: samples of such a step.
+      tune_rate: learning rate of tuning, of the logarithms of scales and gains.
 
     Raises:
       ValueError: a setting is out of its range.
@@ -70,6 +76,10 @@ class SlimConfig:
     augmented: float = 0.0
     embedding_bits: int | None = None
     embedding_group_size: int = 64
+    tune: bool | None = None
+    tune_steps: int = 64
+    tune_batch_size: int = 2
+    tune_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -95,11 +105,14 @@ class SlimConfig:
         _one_of("learn", self.learn, LEARN)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 1e-2 if self.clips else 5e-3)
-        if not 0 < self.learning_rate <= 1:  # type: ignore[operator]
-            raise ValueError(f"learning_rate is {self.learning_rate}, expected above 0 and at most 1")
+        if self.tune is None:
+            object.__setattr__(self, "tune", self.method == "slim-plus" and self.sqc != "paper")
+        for name in ("learning_rate", "tune_rate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and at most 1")
         if self.augmented < 0:
             raise ValueError(f"augmented is {self.augmented}, expected 0 or more")
-        for name in ("search_tokens", "epochs", "batch_size"):
+        for name in ("search_tokens", "epochs", "batch_size", "tune_steps", "tune_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 

@@ -73,6 +73,29 @@ class LearningReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class TuningReport:
+    """How scales and norms of the whole model were tuned.
+
+    Attributes:
+      losses: step, and the divergence from the full-precision model's next token on held-out samples, in
+        nats a token; first the start.
+      kept: which of ``losses`` was kept, the lowest.
+      tokens: that were learned from, counted as often as they were seen.
+      note: what went wrong, empty if nothing did.
+    """
+
+    losses: list[tuple[int, float]]
+    kept: int
+    tokens: int
+    note: str = ""
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "TuningReport":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**fields, "losses": [(step, loss) for step, loss in fields["losses"]]})
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockReport:
     """One finished block.
 
@@ -130,12 +153,14 @@ class Report:
       ends: embedding and head, where they were packed; what a tied table does is under "embed".
       parameters: of the whole model.
       stored_bytes: of the whole model.
+      tuning: how scales and norms were tuned in the end, where they were.
     """
 
     blocks: list[BlockReport]
     ends: list[LayerReport] = dataclasses.field(default_factory=list)
     parameters: int = 0
     stored_bytes: int = 0
+    tuning: TuningReport | None = None
 
     @property
     def layers(self) -> list[LayerReport]:
@@ -168,6 +193,7 @@ class Report:
             "seconds": sum(block.seconds for block in self.blocks),
             "ends": [dataclasses.asdict(layer) for layer in self.ends],
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "tuning": None if self.tuning is None else dataclasses.asdict(self.tuning),
             "learning": [
                 None if block.learning is None else dataclasses.asdict(block.learning)
                 for block in self.blocks

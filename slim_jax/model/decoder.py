@@ -291,7 +291,10 @@ class Decoder(nnx.Module):
 
     def logits(self, h: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Logits from the output of the last block."""
-        x = self.head_input(h)
+        return self.head_output(self.head_input(h))
+
+    def head_output(self, x: Float[Array, "... e"]) -> Float[Array, "... vocab"]:
+        """Logits from the input of the head."""
         logits = unembed(x, self.embed.get_value(), self.mesh) if self.head is None else self.head(x)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from pallas_kernels import MixedTensor
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import MLP, Block, Buffer, Decoder, is_local
-from slim_jax.model.linear import Linear, Packed
+from slim_jax.model.linear import COMPUTE_DTYPE, Linear, Packed
 
 Params = Mapping[str, Any]
 """Parameters of one block, or of what stands outside the blocks, by dotted name."""
@@ -117,3 +117,9 @@ def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]
     flat = _flat(decoder)
     outer = {name: value for name, value in flat.items() if not name.startswith("blocks.")}
     return outer, [_flat(block) for block in decoder.blocks]
+
+
+def as_computed(name: str, value: Any) -> jax.Array:
+    """A dense parameter in the dtype that calibration computes in: a router's choices are not rounded."""
+    rounded = value.ndim == 2 and name != "moe.router.weight"
+    return jnp.asarray(value, COMPUTE_DTYPE if rounded else jnp.float32)

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels import MixedTensor
+from pallas_kernels.layout import WORD_BITS
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.hessian import Observation, gram, spread
 from slim_jax.model.decoder import MLP, Block, embed, linear_groups, sequence_positions
 from slim_jax.model.linear import COMPUTE_DTYPE
-from slim_jax.model.params import Params, make_block, make_expert, make_outer
+from slim_jax.model.params import Params, as_computed, make_block, make_expert, make_outer
 from slim_jax.run.offload import Batches, OnDisk
 from slim_jax.run.source import Source
 
@@ -218,6 +220,11 @@ class Activations:
         block = self._block(params)
         self.batches = self.keep(_after_mlp(block, h, down_input) for h, down_input in zip(self.batches, x))
 
+    def carry(self, params: Params) -> None:
+        """Passes a block, dense or packed."""
+        for _ in self.stages({name: dense_weight(value) for name, value in params.items()}):
+            pass
+
     def _experts(self, params: Params, block: Block, x: Batches) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """The rest of a block with experts; each sees the tokens that are routed to it."""
         groups = linear_groups(self._config)
@@ -250,10 +257,12 @@ class Activations:
         return {name: self._placement.whole(as_computed(name, value)) for name, value in params.items()}
 
 
-def as_computed(name: str, value: Any) -> jax.Array:
-    """A dense parameter in the dtype that calibration computes in: a router's choices are not rounded."""
-    rounded = value.ndim == 2 and name != "moe.router.weight"
-    return jnp.asarray(value, COMPUTE_DTYPE if rounded else jnp.float32)
+def dense_weight(value: Any) -> Any:
+    """A packed weight as calibration computes with it; anything else as it is."""
+    if not isinstance(value, MixedTensor):
+        return value
+    rows = value.groups * value.group_size * max(value.widths) // WORD_BITS
+    return value.with_rows(rows).dequantize(COMPUTE_DTYPE)  # one program for every mean width
 
 
 def sample_batches(tokens: np.ndarray, devices: int) -> Iterator[np.ndarray]:

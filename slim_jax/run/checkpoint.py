@@ -4,6 +4,7 @@
     out/outer/         embeddings, last norm, head
     out/blocks/007/    one block
     out/tokenizer/     the tokenizer's own files
+    out/drafts/        blocks that tuning is going to replace, until it has
 
 The manifest is rewritten, whole, after every block, so a folder whose manifest says
 ``"complete": false`` is a run that can be resumed.
@@ -30,7 +31,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, make_decoder
-from slim_jax.report import BlockReport, LayerReport, Report
+from slim_jax.report import BlockReport, LayerReport, Report, TuningReport
 from slim_jax.run.manifest import FORMAT, LEAVES, MANIFEST, VERSION, layer_reports, summary
 from slim_jax.run.manifest import CheckpointError as CheckpointError
 from slim_jax.run.manifest import inspect as inspect
@@ -101,9 +102,10 @@ def _save_params(folder: Path, params: Params, placement: Placement) -> dict[str
 
 
 def _load_params(
-    folder: Path, entry: dict[str, Any], dtype: jnp.dtype | None, placement: Placement
+    path: Path, entry: dict[str, Any], folder_name: str, dtype: jnp.dtype | None, placement: Placement
 ) -> dict[str, Any]:
     """Reads what :func:`_save_params` wrote, every file's digest compared first."""
+    folder = path / entry.get("folder", folder_name)
     for name, digest in entry["files"].items():
         path = folder / name
         if not path.is_file():
@@ -138,6 +140,7 @@ class CheckpointWriter:
       origin: of the source.
       quantization: settings that a resumed run must share, as JSON values; None for dense weights.
       resume: continue in a folder that an interrupted run left.
+      drafts: what is written first will be replaced by :meth:`write_tuned`.
       placement: the devices that have the arrays.
 
     Raises:
@@ -152,9 +155,10 @@ class CheckpointWriter:
         quantization: dict[str, Any] | None,
         *,
         resume: bool = False,
+        drafts: bool = False,
         placement: Placement = ONE_DEVICE,
     ) -> None:
-        self.path, self._placement = Path(path), placement
+        self.path, self._placement, self._first = Path(path), placement, "drafts/" if drafts else ""
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -188,38 +192,67 @@ class CheckpointWriter:
         """Whether :meth:`finish` was called, by this run or an earlier one."""
         return self._manifest["complete"]
 
+    @property
+    def all_written(self) -> bool:
+        """Whether nothing is missing, though what is there may be a draft."""
+        return len(self.blocks) == self._manifest["decoder"]["num_layers"] and bool(self._manifest["outer"])
+
     def report(self) -> Report:
         """What was done so far, by earlier runs too."""
         blocks = [BlockReport.from_json(entry["report"]) for entry in self.blocks]
         ends = [LayerReport.from_json(layer) for layer in layer_reports(self._manifest["outer"])]
-        sizes = summary(self._manifest)
-        return Report(blocks, ends, sizes["parameters"], sizes["bytes"])
+        sizes, tuning = summary(self._manifest), self._manifest.get("tuning")
+        tuning = None if tuning is None else TuningReport.from_json(tuning)
+        return Report(blocks, ends, sizes["parameters"], sizes["bytes"], tuning)
 
     def write_outer(self, params: Params, ends: Sequence[LayerReport] = ()) -> None:
         """Writes the parameters outside the blocks, and what was done to embedding and head."""
-        entry = _save_params(self.path / "outer", params, self._placement)
-        entry["report"] = {"layers": [dataclasses.asdict(layer) for layer in ends]}
-        self._manifest["outer"] = entry
+        report = {"layers": [dataclasses.asdict(layer) for layer in ends]}
+        self._manifest["outer"] = self._save(f"{self._first}outer", params, report)
         _write_json(self.path / MANIFEST, self._manifest)
 
     def write_block(self, params: Params, report: BlockReport | None = None) -> None:
         """Writes the next block."""
-        entry = _save_params(self._folder(len(self.blocks)), params, self._placement)
-        entry["report"] = None if report is None else dataclasses.asdict(report)
-        self._manifest["blocks"].append(entry)
+        folder = f"{self._first}blocks/{len(self.blocks):03d}"
+        fields = None if report is None else dataclasses.asdict(report)
+        self.blocks.append(self._save(folder, params, fields))
         _write_json(self.path / MANIFEST, self._manifest)
+
+    def read_outer(self) -> dict[str, Any]:
+        """Reads back what stands outside the blocks."""
+        return _load_params(self.path, self._manifest["outer"], "outer", None, self._placement)
 
     def read_block(self, index: int) -> dict[str, Any]:
         """Reads a finished block back."""
-        return _load_params(self._folder(index), self.blocks[index], None, self._placement)
+        return _load_params(self.path, self.blocks[index], f"blocks/{index:03d}", None, self._placement)
+
+    def write_tuned(
+        self,
+        outer: Callable[[Params], Params],
+        block: Callable[[int, Params], Params],
+        report: TuningReport,
+    ) -> None:
+        """Replaces every draft by what the functions make of it, one after another."""
+        self._manifest["tuning"] = dataclasses.asdict(report)
+        for index, entry in enumerate(self.blocks):
+            if "folder" in entry:
+                params = block(index, self.read_block(index))
+                self.blocks[index] = self._save(f"blocks/{index:03d}", params, entry["report"])
+                _write_json(self.path / MANIFEST, self._manifest)
+        if "folder" in self._manifest["outer"]:
+            params = outer(self.read_outer())
+            self._manifest["outer"] = self._save("outer", params, self._manifest["outer"]["report"])
 
     def finish(self) -> None:
         """Declares the checkpoint complete."""
         self._manifest["complete"] = True
         _write_json(self.path / MANIFEST, self._manifest)
+        if jax.process_index() == 0:
+            shutil.rmtree(self.path / "drafts", ignore_errors=True)
 
-    def _folder(self, index: int) -> Path:
-        return self.path / "blocks" / f"{index:03d}"
+    def _save(self, folder: str, params: Params, report: dict[str, Any] | None) -> dict[str, Any]:
+        entry = {**_save_params(self.path / folder, params, self._placement), "report": report}
+        return {**entry, "folder": folder} if self._first and folder.startswith(self._first) else entry
 
 
 def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -254,12 +287,12 @@ class CheckpointSource:
 
     def outer(self) -> Params:
         """See `Source`."""
-        return _load_params(self.path / "outer", self._manifest["outer"], self._dtype, self.placement)
+        return _load_params(self.path, self._manifest["outer"], "outer", self._dtype, self.placement)
 
     def block(self, index: int) -> Params:
         """See `Source`."""
         entry = self._manifest["blocks"][index]
-        return _load_params(self.path / "blocks" / f"{index:03d}", entry, self._dtype, self.placement)
+        return _load_params(self.path, entry, f"blocks/{index:03d}", self._dtype, self.placement)
 
 
 def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Decoder:

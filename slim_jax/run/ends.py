@@ -27,6 +27,7 @@ from slim_jax.model.linear import COMPUTE_DTYPE, product_dtype
 from slim_jax.model.params import Params, block_params, make_outer, outer_params
 from slim_jax.report import LayerReport
 from slim_jax.run.activations import Activations, Inputs, observe
+from slim_jax.run.offload import Batches
 from slim_jax.run.source import Source
 
 CHUNK = 64 * PANEL
@@ -79,14 +80,19 @@ def _head_input(outer: Decoder, h: jax.Array) -> jax.Array:
     return outer.head_input(h).astype(COMPUTE_DTYPE)
 
 
+def head_inputs(config: DecoderConfig, params: Params, activations: Activations) -> Batches:
+    """The head's inputs, which take the place of the activations behind the last block."""
+    outer = make_outer(config, params)
+    for i, h in enumerate(activations.batches):
+        activations.batches[i] = _head_input(outer, h)
+    return activations.batches
+
+
 def observe_head(
     config: DecoderConfig, params: Params, activations: Activations, stride: int, placement: Placement
 ) -> Observation:
     """What was seen of the head's inputs, which take the place of the activations behind the last block."""
-    outer = make_outer(config, params)
-    for i, h in enumerate(activations.batches):
-        activations.batches[i] = _head_input(outer, h)
-    return observe(Inputs(activations.batches), stride, placement)
+    return observe(Inputs(head_inputs(config, params, activations)), stride, placement)
 
 
 class TableSolver:

@@ -14,9 +14,8 @@ from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.plus import Layer, Learned, Samples, SlimPlus, clip_start, solved_start
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.params import Params
+from slim_jax.model.params import Params, as_computed
 from slim_jax.report import LearningReport
-from slim_jax.run.activations import as_computed
 
 HELD_OUT = 8
 """One sample in so many is not learned from, but judges."""
@@ -26,6 +25,15 @@ PATIENCE = 2
 
 OnEpoch = Callable[[int, int, float], None]
 """Called after every epoch with its number, the number of all, and the held-out loss."""
+
+
+def held_out(samples: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples judge, and which are learned from; a single batch has nothing to hold out."""
+    every = np.arange(samples)
+    if samples < 2 * batch:
+        return every, every
+    judges = np.arange(0, samples, HELD_OUT)
+    return judges, np.setdiff1d(every, judges)
 
 
 @functools.cache
@@ -74,10 +82,7 @@ class BlockLearner:
     ) -> None:
         self.config, self.placement = config, placement
         self.batch = min(config.batch_size, samples)
-        self.judges = self.learners = np.arange(samples)
-        if samples >= 2 * self.batch:  # a single batch has nothing to hold out: it judges itself
-            self.judges = np.arange(0, samples, HELD_OUT)
-            self.learners = np.setdiff1d(self.learners, self.judges)
+        self.judges, self.learners = held_out(samples, self.batch)
         steps = config.epochs * (len(self.learners) // self.batch)
         self.plus = SlimPlus(
             decoder,

@@ -23,41 +23,26 @@ import optax
 from jax.sharding import Mesh
 
 from pallas_kernels import MixedTensor
-from pallas_kernels.layout import WORD_BITS
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.hessian import Observation
 from slim_jax.method.layer import LayerSolver
 from slim_jax.method.plus import Samples
 from slim_jax.method.sba import Allocation
+from slim_jax.method.tune import apply
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report
-from slim_jax.run.activations import Activations, observe
+from slim_jax.run.activations import Activations, dense_weight, observe
 from slim_jax.run.checkpoint import CheckpointWriter
 from slim_jax.run.ends import quantize_ends, sizes
 from slim_jax.run.learning import BlockLearner, OnEpoch
 from slim_jax.run.offload import Batches
 from slim_jax.run.source import DecoderSource, Source
 from slim_jax.run.sweep import Guide, Sweep
+from slim_jax.run.tuning import OnStep, tune
 
 OnBlock = Callable[[BlockReport], None]
-
-
-def _dense(value: Any) -> Any:
-    if not isinstance(value, MixedTensor):
-        return value
-    rows = (
-        value.groups * value.group_size * max(value.widths) // WORD_BITS
-    )  # one program for every mean width
-    return value.with_rows(rows).dequantize(COMPUTE_DTYPE)
-
-
-def _pass(activations: Activations, params: Params) -> None:
-    """Carries activations over a block, dense or packed."""
-    for _ in activations.stages({name: _dense(value) for name, value in params.items()}):
-        pass
 
 
 class BlockQuantizer:
@@ -82,17 +67,18 @@ class BlockQuantizer:
         self.activations = Activations(source, tokens, offload, placement)
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
+        self.reference: Activations | None = None  # behind full-precision blocks
         if config.method == "slim-plus":
-            self.reference = Activations(source, tokens, offload, placement)  # behind full-precision blocks
+            self.reference = Activations(source, tokens, offload, placement)
             self.learner = BlockLearner(
                 source.config, config, self.solver.zero_bits, len(tokens), optimizer, placement
             )
 
     def skip(self, index: int, params: Params) -> None:
         """Carries the activations over a block that an earlier run has quantized."""
-        if self.learner is not None:
-            _pass(self.reference, self.source.block(index))
-        _pass(self.activations, params)
+        if self.reference is not None:
+            self.reference.carry(self.source.block(index))
+        self.activations.carry(params)
 
     def quantize(self, index: int, on_epoch: OnEpoch | None = None) -> tuple[dict[str, Any], BlockReport]:
         """Quantizes block ``index``: its parameters, linear weights packed, and what was done."""
@@ -114,7 +100,7 @@ class BlockQuantizer:
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
         if self.learner is not None:
             self.activations.batches = before
-            _pass(self.activations, result)
+            self.activations.carry(result)
         allocation = {f"blocks.{index}.{name}": tensor.bits().tolist() for name, tensor in tensors.items()}
         seconds = time.monotonic() - start
         total = self.source.config.num_layers
@@ -122,6 +108,10 @@ class BlockQuantizer:
         if report.warning:
             warnings.warn(report.warning, stacklevel=2)
         return result, report
+
+    def ends(self) -> tuple[dict[str, Any], list[LayerReport]]:
+        """What stands outside the blocks, once all of these are quantized; see `quantize_ends`."""
+        return quantize_ends(self.source, self.config, self.activations, self.stride, self.placement)
 
     def _solve_block(
         self, index: int, dense: Params, given: Mapping[str, MixedTensor] | None = None
@@ -144,16 +134,17 @@ class BlockQuantizer:
                 [f"blocks.{index}.{name}" for name in names], weights, observation, like
             )
             for name, (tensor, report) in zip(names, solved):
-                tensors[name], current[f"{name}.weight"] = tensor, _dense(tensor)
+                tensors[name], current[f"{name}.weight"] = tensor, dense_weight(tensor)
                 layers.append(report)
         return tensors, layers, expert_tokens
 
     def _samples(self, dense: Params, before: Batches) -> Samples:
         """What the block at hand learns from; passes the full-precision activations on."""
+        assert self.reference is not None
         here = copy.copy(self.activations)
         here.batches = before
-        _pass(here, dense)
-        _pass(self.reference, dense)
+        here.carry(dense)
+        self.reference.carry(dense)
         x, y, y_here = (jnp.concatenate(list(b)) for b in (before, self.reference.batches, here.batches))
         return Samples(x, y, y_here)
 
@@ -172,7 +163,7 @@ class BlockQuantizer:
         seen = list(self._observed(index, params))
         self.activations.batches = before
         yield from seen
-        _pass(self.activations, params)
+        self.activations.carry(params)
 
     def _observed(self, index: int, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
         """What is seen at each stage; at an expert's, filled up from all tokens of the block."""
@@ -218,6 +209,7 @@ def quantize(
     mesh: Mesh | None = None,
     on_block: OnBlock | None = None,
     on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[Decoder, Report]:
     """Quantizes the linear layers of a model's blocks, then embedding and head; norms stay as they are.
 
@@ -231,6 +223,7 @@ def quantize(
         all axes count alike. Their number must divide that of the samples.
       on_block: called with every finished block.
       on_epoch: of "slim-plus": called after every epoch with its number, the number of all, and the loss.
+      on_step: of tuning: called after every step with its number, the number of all, and the loss.
 
     Returns:
       The decoder on packed weights, and a report.
@@ -249,8 +242,14 @@ def quantize(
         reports.append(report)
         if on_block is not None:
             on_block(report)
-    outer, ends = quantize_ends(source, config, quantizer.activations, quantizer.stride, placement)
-    whole = Report(reports, ends, *sizes(source.config, outer, blocks))
+    outer, ends = quantizer.ends()
+    tuning = None
+    if config.tune:
+        learned, tuning = tune(
+            source, tokens, config, outer, blocks, placement, quantizer.reference, on_step=on_step
+        )
+        outer, blocks = apply(outer, learned.outer), [apply(b, learned.of(i)) for i, b in enumerate(blocks)]
+    whole = Report(reports, ends, *sizes(source.config, outer, blocks), tuning)
     return make_decoder(source.config, outer, blocks, placement.mesh), whole
 
 
@@ -267,6 +266,7 @@ def quantize_to_checkpoint(
     mesh: Mesh | None = None,
     on_block: OnBlock | None = None,
     on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
 ) -> Report:
     """:func:`quantize` for models larger than memory: every finished block is on disk before the next starts.
 
@@ -284,25 +284,52 @@ def quantize_to_checkpoint(
     tokens = _check(source, tokens, placement.devices)
     settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
     writer = CheckpointWriter(
-        path, source.config, source.origin, settings, resume=resume, placement=placement
+        path,
+        source.config,
+        source.origin,
+        settings,
+        resume=resume,
+        drafts=bool(config.tune),
+        placement=placement,
     )
     if writer.complete:
         return writer.report()
     with _scratch(path / f"activations.{jax.process_index()}" if offload else None) as folder:
-        quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, folder, placement)
-        for index in range(source.config.num_layers):
-            if index < len(writer.blocks):
-                report = BlockReport.from_json(writer.blocks[index]["report"])
-                quantizer.skip(index, writer.read_block(index))
-            else:
-                params, report = quantizer.quantize(index, on_epoch)
-                writer.write_block(params, report)
-            if on_block is not None:
-                on_block(report)
-        ends = quantize_ends(source, config, quantizer.activations, quantizer.stride, placement)
-        writer.write_outer(*ends)
+        reference = None
+        if not writer.all_written:
+            quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, folder, placement)
+            _write_all(quantizer, writer, on_block, on_epoch)
+            reference = quantizer.reference
+            del quantizer
+        if config.tune:
+            outer, blocks = writer.read_outer(), list(map(writer.read_block, range(source.config.num_layers)))
+            file = path / "drafts/tuning.npz"
+            learned, tuning = tune(
+                source, tokens, config, outer, blocks, placement, reference, folder, file, on_step
+            )
+            writer.write_tuned(
+                lambda outer: apply(outer, learned.outer),
+                lambda index, block: apply(block, learned.of(index)),
+                tuning,
+            )
     writer.finish()
     return writer.report()
+
+
+def _write_all(
+    quantizer: BlockQuantizer, writer: CheckpointWriter, on_block: OnBlock | None, on_epoch: OnEpoch | None
+) -> None:
+    """Writes all that an earlier run has not written."""
+    for index in range(quantizer.source.config.num_layers):
+        if index < len(writer.blocks):
+            report = BlockReport.from_json(writer.blocks[index]["report"])
+            quantizer.skip(index, writer.read_block(index))
+        else:
+            params, report = quantizer.quantize(index, on_epoch)
+            writer.write_block(params, report)
+        if on_block is not None:
+            on_block(report)
+    writer.write_outer(*quantizer.ends())
 
 
 @contextlib.contextmanager

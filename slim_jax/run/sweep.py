@@ -28,8 +28,8 @@ from slim_jax.method.layer import LayerSolver
 from slim_jax.method.sba import Allocation
 from slim_jax.model.decoder import Block, Decoder, linear_groups, sequence_positions
 from slim_jax.model.linear import Linear
-from slim_jax.model.params import make_block, make_outer
-from slim_jax.run.activations import Activations, as_computed, observe, sample_batches
+from slim_jax.model.params import as_computed, make_block, make_outer
+from slim_jax.run.activations import Activations, observe, sample_batches
 from slim_jax.run.offload import Batches
 from slim_jax.run.source import Source
 

@@ -1,0 +1,212 @@
+"""Tuning end to end: a packed model's scales and norms move until its logits are the full-precision model's.
+
+Codes and zero points stay as they are, and with them what is stored of each weight. Every scale and every
+gain of a norm is multiplied by the exponential of what is learned, by the gradient of
+
+    KL(p || q) = sum_v p_v (log p_v - log q_v),
+
+the mean over tokens, with ``p`` of the full-precision model and ``q`` of the packed one. Blocks are scanned
+over and what happens inside them is computed again on the way back, but for the results of products.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels import MixedTensor
+from pallas_kernels.layout import stack
+from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.plus import straight_through
+from slim_jax.method.sqc import stored_grids
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder, sequence_positions
+from slim_jax.model.linear import COMPUTE_DTYPE
+from slim_jax.model.params import Params, as_computed, make_block, make_outer
+
+
+class Learned(NamedTuple):
+    """Logarithms of factors, by parameter, ``float32``.
+
+    Attributes:
+      blocks: ``[L, ...]``, of all blocks.
+      outer: of what stands outside.
+    """
+
+    blocks: dict[str, jax.Array]
+    outer: dict[str, jax.Array]
+
+    def of(self, index: int) -> dict[str, jax.Array]:
+        """Of one block."""
+        return {name: factors[index] for name, factors in self.blocks.items()}
+
+
+class Fixed(NamedTuple):
+    """What stays.
+
+    Attributes:
+      blocks: all parameters of the blocks, stacked.
+      outer: of the packed model.
+      full: of the full-precision model, for its head alone.
+    """
+
+    blocks: Params
+    outer: Params
+    full: Params
+
+
+class Batch(NamedTuple):
+    """Some samples: tokens ``int32[B, T]`` and the full-precision model's head inputs ``[B, T, e]``."""
+
+    tokens: jax.Array
+    target: jax.Array
+
+
+@jax.jit
+def scaled(tensor: MixedTensor, log_factor: Float[Array, "g n"]) -> MixedTensor:
+    """A packed weight with its scales multiplied; groups of ``log_factor`` in storage order."""
+    scale = tensor.scale.astype(jnp.float32) * jnp.exp(log_factor)
+    return dataclasses.replace(tensor, scale=scale.astype(jnp.bfloat16))
+
+
+def _weight(tensor: MixedTensor, log_factor: jax.Array) -> jax.Array:
+    """What :func:`scaled` gives, dense and differentiable."""
+    grid, order = stored_grids(tensor), jnp.argsort(tensor.order)
+    scale = grid.scale * jnp.exp(log_factor[order])
+    scale = straight_through(scale, scale.astype(jnp.bfloat16).astype(jnp.float32))
+    g, (k, n) = tensor.group_size, tensor.shape
+    code = jnp.pad(tensor.codes(), ((0, tensor.groups * g - k), (0, 0))).reshape(-1, g, n)
+    w = scale[:, None] * (code.astype(jnp.float32) - grid.zero[:, None])
+    return w.reshape(-1, n)[:k].astype(COMPUTE_DTYPE)
+
+
+def _applied(params: Params, factors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Dense parameters as calibration computes with them, what is learned applied."""
+
+    def value(name: str, value: Any) -> jax.Array:
+        if isinstance(value, MixedTensor):
+            return _weight(value, factors[name])
+        return _gain(value, factors[name]) if name in factors else as_computed(name, value)
+
+    return {name: value(name, given) for name, given in params.items()}
+
+
+def _gain(value: jax.Array, log_factor: jax.Array) -> jax.Array:
+    return jnp.asarray(value, jnp.float32) * jnp.exp(log_factor)
+
+
+def apply(params: Params, factors: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Packed parameters as they are stored, what is learned applied."""
+
+    def value(name: str, value: Any) -> Any:
+        if name not in factors:
+            return value
+        if isinstance(value, MixedTensor):
+            return scaled(value, factors[name])
+        return _gain(value, factors[name]).astype(value.dtype)
+
+    return {name: value(name, given) for name, given in params.items()}
+
+
+def stacked(blocks: Sequence[Params]) -> dict[str, Any]:
+    """The blocks' parameters, each on a leading axis."""
+
+    def join(values: list[Any]) -> Any:
+        return stack(values) if isinstance(values[0], MixedTensor) else jnp.stack(values)
+
+    return {name: join([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def no_change(params: Params, layers: int | None = None) -> dict[str, jax.Array]:
+    """Zeros: what is learned at first, of the gains of norms and, inside so many blocks, of scales."""
+    start, leading = {}, () if layers is None else (layers,)
+    for name, value in params.items():
+        if isinstance(value, MixedTensor):
+            if layers is not None:
+                start[name] = jnp.zeros((*leading, *value.scale.shape))
+        elif name.endswith(".weight") and value.ndim == 1:
+            start[name] = jnp.zeros((*leading, *value.shape))
+    return start
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuner:
+    """The steps of one model's tuning; hashable, so that each compiles once.
+
+    Attributes:
+      config: the decoder's.
+      optimizer: any gradient transformation.
+      placement: the devices that share a batch's samples, where they divide their number.
+    """
+
+    config: DecoderConfig
+    optimizer: optax.GradientTransformation
+    placement: Placement = ONE_DEVICE
+
+    def loss(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
+        """Divergence of the packed model's next token from the full-precision one's, mean over tokens."""
+        outer = make_outer(self.config, apply(fixed.outer, learned.outer))
+        positions = sequence_positions(batch.tokens)
+
+        def through(h: jax.Array, layer: tuple[Params, dict[str, jax.Array]]) -> tuple[jax.Array, None]:
+            return make_block(self.config, _applied(*layer))(h, positions)[0], None
+
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        through = jax.checkpoint(through, policy=keep, prevent_cse=False)  # type: ignore[assignment]
+        h = outer.embed_tokens(batch.tokens, positions)
+        h, _ = lax.scan(through, h, (fixed.blocks, learned.blocks))
+        full = make_outer(self.config, fixed.full)
+        return _divergence(outer, full, outer.head_input(h), batch.target) / batch.tokens.size
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def step(
+        self, learned: Learned, state: Any, fixed: Fixed, batch: Batch
+    ) -> tuple[Learned, Any, Float[Array, ""]]:
+        """One step, and the loss before it."""
+        loss, gradient = jax.value_and_grad(self.loss)(learned, fixed, self._cut(batch))
+        updates, state = self.optimizer.update(gradient, state, learned)
+        changed = optax.apply_updates(learned, updates), state
+        whole = self.placement.of_whole()
+        if whole is not None:
+            changed = lax.with_sharding_constraint(changed, whole)
+        return *changed, loss
+
+    @partial(jax.jit, static_argnums=0)
+    def evaluate(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
+        """The loss of some samples."""
+        return self.loss(learned, fixed, self._cut(batch))
+
+    def _cut(self, batch: Batch) -> Batch:
+        sharding = self.placement.of_samples()
+        if sharding is None or len(batch.tokens) % sharding.num_devices:
+            return batch
+        return lax.with_sharding_constraint(batch, sharding)
+
+
+def _divergence(
+    outer: Decoder, full: Decoder, x: Float[Array, "b t e"], target: Float[Array, "b t e"]
+) -> Float[Array, ""]:
+    """Sum over tokens of ``KL(p || q)`` by the inputs of both heads.
+
+    Logits are made for a sample at a time, and the gradient in ``x`` along with them: on the way back there
+    would be nothing left to make it from but the logits themselves.
+    """
+
+    def of_sample(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, target = pair
+        wanted = jax.nn.log_softmax(full.head_output(target))
+
+        def divergence(x: jax.Array) -> jax.Array:
+            found = jax.nn.log_softmax(outer.head_output(x.astype(COMPUTE_DTYPE)))
+            return jnp.sum(jnp.exp(wanted) * (wanted - found))
+
+        return jax.value_and_grad(divergence)(x)
+
+    values, gradient = lax.map(of_sample, lax.stop_gradient((x, target)))
+    return jnp.sum(values) + jnp.sum(gradient * (x - lax.stop_gradient(x)))
