@@ -178,10 +178,15 @@ def quantize(
     criterion: Annotated[
         str | None,
         typer.Option(
-            metavar="kl|error|paper",
-            help="What the bit search minimizes. [dim]Default: kl, with --sqc paper: paper.[/]",
+            metavar="model|kl|error|paper",
+            help="What the bit search minimizes: model, the expected rise of the loss, with one budget for "
+            "all layers; the others within each layer. [dim]Default: model, with --sqc paper: paper.[/]",
         ),
     ] = None,
+    guide: Annotated[
+        bool,
+        typer.Option("--guide/--no-guide", help="Tokens count by the gradient of the model's loss."),
+    ] = False,
     damping: Annotated[
         float, typer.Option(help="Added to the Hessian, as a part of its mean diagonal.")
     ] = 0.01,
@@ -202,6 +207,16 @@ def quantize(
     augmented: Annotated[
         float, typer.Option(help="slim-plus: weight of the paper's augmented loss term.")
     ] = 0.0,
+    tune: Annotated[
+        bool | None,
+        typer.Option(
+            "--tune/--no-tune",
+            show_default=False,
+            help="At the end, tune scales and norms of the whole model until its logits are the "
+            "full-precision model's. [dim]Default: with slim-plus.[/]",
+        ),
+    ] = None,
+    tune_steps: Annotated[int, typer.Option(help="Of tuning, two windows each.")] = 64,
     embedding_bits: EmbeddingBits = None,
     embedding_group_size: EmbeddingGroupSize = 64,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
@@ -247,6 +262,9 @@ def quantize(
         method=method,
         sqc=sqc,
         criterion=criterion,
+        guide=guide,
+        tune=tune,
+        tune_steps=tune_steps,
         damping=damping,
         learn=learn,
         epochs=epochs,
@@ -290,6 +308,8 @@ def quantize(
             mesh=mesh,
             on_block=lambda block: step(_figures(block)),
             on_epoch=lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
+            on_sweep=lambda n, of: step.show(f"gradients of block {n}/{of}"),
+            on_step=lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
         )
     _keep_tokenizer(tokenizer, out)
     if save_allocation is not None:

@@ -32,7 +32,7 @@ class SlimConfig:
         "search" for "slim", "minmax" for the two baselines.
       criterion: what the bit search minimizes: "model", the expected rise of the model's loss, over all
         layers at once (`slim_jax.method.budget`); within each layer "kl", "error" (see
-        `slim_jax.method.sba.scores`) or "paper". By default "paper" where ``sqc`` is, "kl" elsewhere.
+        `slim_jax.method.sba.scores`) or "paper". By default "paper" where ``sqc`` is, "model" elsewhere.
       guide: whether tokens count in the Hessians by the gradient of the model's loss
         (`slim_jax.run.sweep`), which sweeps over all of them, not over a few thousand.
       sequential: True calibrates each layer on what the quantized layers before it in its block give,
@@ -87,7 +87,8 @@ class SlimConfig:
             object.__setattr__(self, "sqc", "search" if self.mixed else "minmax")
         _one_of("sqc", self.sqc, SQC)
         if self.criterion is None:
-            object.__setattr__(self, "criterion", "paper" if self.sqc == "paper" else "kl")
+            within = "paper" if self.sqc == "paper" else "kl"
+            object.__setattr__(self, "criterion", "model" if self.mixed and within == "kl" else within)
         _one_of("criterion", self.criterion, CRITERIA)
         if self.sequential is None:
             object.__setattr__(self, "sequential", self.sqc != "paper")
@@ -129,11 +130,6 @@ class SlimConfig:
     def over_model(self) -> bool:
         """Whether one budget of bits is spent over the whole model."""
         return self.mixed and self.criterion == "model"
-
-    @property
-    def sweeps(self) -> bool:
-        """Whether the full-precision model's gradients are needed."""
-        return bool(self.guide) or self.over_model
 
     @property
     def packs_ends(self) -> bool:

@@ -25,7 +25,7 @@ from slim_jax.model.perplexity import perplexity
 from slim_jax.run import checkpoint, ends, pipeline, plan
 from slim_jax.run.source import DecoderSource
 
-ENDS = SlimConfig(bits=2, group_size=32, embedding_bits=4, embedding_group_size=32)
+ENDS = SlimConfig(bits=2, group_size=32, criterion="kl", embedding_bits=4, embedding_group_size=32)
 SMALL = dataclasses.replace(CONFIG, num_layers=1)
 
 

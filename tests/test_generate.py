@@ -45,20 +45,24 @@ def linears(block: Block, config: DecoderConfig) -> list[Linear]:
     return [operator.attrgetter(name)(block) for name in names]
 
 
-def packed(decoder: Decoder, bits: tuple[int, ...] = (1, 2, 3), alike: bool = True) -> Decoder:
-    """The decoder with random codes of mixed widths, in an order that differs from layer to layer."""
+def packed(decoder: Decoder, bits: tuple[int, ...] = (1, 2, 3), unlike: str = "") -> Decoder:
+    """The decoder with random codes of mixed widths, in an order that differs from layer to layer.
+
+    In the first block the mean width may be another (unlike in "rows"), or only one width (in "widths").
+    """
     rng = np.random.default_rng(0)
     for i, block in enumerate(decoder.blocks):
         for linear in linears(block, decoder.config):
             k, n = linear.weight.shape
             groups = k // 32
             widths = rng.permutation(np.resize(bits[1:] if groups == 2 else bits, groups))
-            if not alike and i == 0:
+            if unlike and i == 0:
                 widths[:] = bits[-1]
+            may_occur = bits[-1:] if unlike == "widths" and i == 0 else bits
             codes = rng.integers(0, 256, (k, n)) % np.repeat(1 << widths, 32)[:, None]
             zero = rng.integers(0, 16, (groups, n))
             scale = rng.random((groups, n)) * 0.2 + 0.05
-            linear.weight = Packed(pack(codes, scale, zero, widths, group_size=32, widths=bits))
+            linear.weight = Packed(pack(codes, scale, zero, widths, group_size=32, widths=may_occur))
     return decoder
 
 
@@ -126,13 +130,15 @@ def test_prompt_may_fill_all_positions_but_one():
     assert generate(model, [prompt], max_tokens=1) == [oracle(model, prompt, 1)]
 
 
-@pytest.mark.parametrize(("alike", "variant"), [(True, "rotary"), (False, "rotary"), (True, "local_global")])
-def test_packed_equals_dequantized(alike, variant):
-    model = packed(tiny(**VARIANTS[variant]), alike=alike)
+@pytest.mark.parametrize(
+    ("unlike", "variant"), [("", "rotary"), ("rows", "rotary"), ("widths", "rotary"), ("", "local_global")]
+)
+def test_packed_equals_dequantized(unlike, variant):
+    model = packed(tiny(**VARIANTS[variant]), unlike=unlike)
     generator = Generator(model)
-    assert generator.stacked == alike
-    # Unlike blocks compile one by one: for them the prefill is enough.
-    prompts, count = ([PROMPTS[0]], 9) if alike else (PROMPTS, 1)
+    assert generator.stacked == (unlike != "widths")
+    # Blocks of different kinds compile one by one: for them the prefill is enough.
+    prompts, count = ([PROMPTS[0]], 9) if generator.stacked else (PROMPTS, 1)
     found = generator.generate(prompts, max_tokens=count)
     dense = Generator(dequantized(model))
     assert not dense.stacked
@@ -140,7 +146,7 @@ def test_packed_equals_dequantized(alike, variant):
 
 
 def test_the_cache_has_the_dtype_of_products():
-    model = packed(tiny(), alike=True)
+    model = packed(tiny())
     assert Generator(model)._empty(1, 16).kv[0].dtype == jnp.float32
     for block in model.blocks:
         for linear in linears(block, model.config):

@@ -30,7 +30,7 @@ CONFIG = DecoderConfig(
     head_dim=16,
     max_positions=64,
 )
-SLIM = SlimConfig(bits=2, group_size=32)
+SLIM = SlimConfig(bits=2, group_size=32, criterion="kl")
 TOKENS = np.random.default_rng(0).integers(0, 64, (8, 32))
 
 
@@ -248,7 +248,7 @@ def test_baselines_and_their_order(model, quantized, method):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"bits": 1}, "bits is 1, expected 2 to 7"),
+        ({"bits": 1, "criterion": "kl"}, "bits is 1, expected 2 to 7"),
         ({"bits": 9, "method": "rtn"}, "expected 1 to 8"),
         ({"group_size": 48}, "multiple of 32"),
         ({"method": "awq"}, "expected one of slim, slim-plus, gptq, rtn"),

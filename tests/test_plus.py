@@ -24,7 +24,9 @@ from slim_jax.run.learning import BlockLearner
 from slim_jax.run.source import DecoderSource
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (64, 32))
-PLUS = SlimConfig(bits=2, group_size=32, method="slim-plus", epochs=4, batch_size=4)
+PLUS = SlimConfig(
+    bits=2, group_size=32, method="slim-plus", criterion="kl", tune=False, epochs=4, batch_size=4
+)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,8 @@ def quantize_module(
     Args:
       module: an NNX module that runs outside of jit; it is not changed.
       batches: inputs, one a call; they must fit in memory.
-      config: how to quantize; any method but "slim-plus", which needs blocks.
+      config: how to quantize; any method but "slim-plus", which needs blocks. Bits are allocated within each
+        layer: criterion "model", which needs a decoder's loss, stands for "kl" here.
       select: patterns such as ``"blocks.*.mlp.*"`` (`fnmatch`) of the paths to quantize; all by default.
       forward: ``forward(module, batch)``; by default ``module(batch)``.
 
@@ -102,8 +103,10 @@ def quantize_module(
       ValueError: there are no batches, no layer is selected, or a selected layer is called inside a
         transformation such as jit or scan, where its inputs have no values.
     """
-    if config.sweeps:
-        raise ValueError("criterion 'model' and guide need a decoder's loss, expected neither for a module")
+    if config.guide or config.bits != int(config.bits):
+        raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
+    if config.over_model:  # there is no model's loss to spend bits by
+        config = dataclasses.replace(config, criterion="kl")
     if config.method == "slim-plus":
         raise ValueError("method is 'slim-plus', which learns decoder blocks; expected slim, gptq or rtn")
     module, batches = nnx.clone(module), list(batches)

@@ -39,7 +39,7 @@ from slim_jax.run.ends import quantize_ends, sizes
 from slim_jax.run.learning import BlockLearner, OnEpoch
 from slim_jax.run.offload import Batches
 from slim_jax.run.source import DecoderSource, Source
-from slim_jax.run.sweep import Guide, Sweep
+from slim_jax.run.sweep import Guide, OnSweep, Sweep
 from slim_jax.run.tuning import OnStep, tune
 
 OnBlock = Callable[[BlockReport], None]
@@ -57,11 +57,12 @@ class BlockQuantizer:
         optimizer: optax.GradientTransformation | None = None,
         offload: Path | None = None,
         placement: Placement = ONE_DEVICE,
+        on_sweep: OnSweep | None = None,
     ) -> None:
         self.source, self.config, self.placement = source, config, placement
         self.guide: Guide | None = None
-        if config.sweeps:
-            self.guide = Sweep(source, tokens, config, offload, placement).run()
+        if config.guide or (config.over_model and bits is None):
+            self.guide = Sweep(source, tokens, config, offload, placement).run(on_sweep)
             bits = bits or self.guide.allocation
         self.solver = LayerSolver(config, bits, placement)
         self.activations = Activations(source, tokens, offload, placement)
@@ -210,6 +211,7 @@ def quantize(
     on_block: OnBlock | None = None,
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
+    on_sweep: OnSweep | None = None,
 ) -> tuple[Decoder, Report]:
     """Quantizes the linear layers of a model's blocks, then embedding and head; norms stay as they are.
 
@@ -223,6 +225,7 @@ def quantize(
         all axes count alike. Their number must divide that of the samples.
       on_block: called with every finished block.
       on_epoch: of "slim-plus": called after every epoch with its number, the number of all, and the loss.
+      on_sweep: called after every block of the gradient sweep with how many are done, and of how many.
       on_step: of tuning: called after every step with its number, the number of all, and the loss.
 
     Returns:
@@ -234,7 +237,7 @@ def quantize(
     source = DecoderSource(model) if isinstance(model, Decoder) else model
     placement = Placement(mesh)
     tokens = _check(source, tokens, placement.devices)
-    quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, None, placement)
+    quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, None, placement, on_sweep)
     blocks, reports = [], []
     for index in range(source.config.num_layers):
         params, report = quantizer.quantize(index, on_epoch)
@@ -267,6 +270,7 @@ def quantize_to_checkpoint(
     on_block: OnBlock | None = None,
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
+    on_sweep: OnSweep | None = None,
 ) -> Report:
     """:func:`quantize` for models larger than memory: every finished block is on disk before the next starts.
 
@@ -297,7 +301,9 @@ def quantize_to_checkpoint(
     with _scratch(path / f"activations.{jax.process_index()}" if offload else None) as folder:
         reference = None
         if not writer.all_written:
-            quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, folder, placement)
+            quantizer = BlockQuantizer(
+                source, tokens, config, allocation, optimizer, folder, placement, on_sweep
+            )
             _write_all(quantizer, writer, on_block, on_epoch)
             reference = quantizer.reference
             del quantizer

@@ -10,7 +10,7 @@ so that ``sum_t w_t |(W - W_hat)^T x_t|^2 / 2`` is about how much ``L`` rises wh
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ LIMIT = 30.0
 """A token counts at most so many times the mean: in the first block of a small model a single one would
 weigh 18,000 times the mean, and the Hessian would be that token's alone."""
 
+OnSweep = Callable[[int, int], None]
+"""Called after every block, from the last to the first, with how many are done, and of how many."""
 
 BUDGET_TOKENS = 8192
 """Calibration tokens that the costs of bits are summed over: whole samples, evenly spread."""
@@ -187,8 +189,8 @@ class Sweep:
         self.weights: dict[tuple[int, str], np.ndarray] = {}
         self.costs: dict[str, LayerCosts] = {}
 
-    def run(self) -> Guide:
-        """Sweeps, and spends the budget of bits if the config asks for it."""
+    def run(self, on_sweep: OnSweep | None = None) -> Guide:
+        """Sweeps, and spends the budget of bits if the config asks for it; see :data:`OnSweep`."""
         inputs = self._inputs()
         gradients = self._loss_gradients(inputs.pop())
         for index in reversed(range(self.source.config.num_layers)):
@@ -196,6 +198,8 @@ class Sweep:
             scales = self._weigh(index, h, gradients)
             if self.config.criterion == "model":
                 self._cost(index, h, scales)
+            if on_sweep is not None:
+                on_sweep(self.source.config.num_layers - index, self.source.config.num_layers)
         allocation = None
         if self.costs:
             names = [
