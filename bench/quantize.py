@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
+from convert import calibration
 from pallas_kernels import MixedTensor
 from pallas_kernels.layout import zero_bits
 from slim_jax.config import SlimConfig
@@ -30,7 +31,8 @@ from slim_jax.method.plus import Samples
 from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import sequence_positions
-from slim_jax.model.params import block_params, make_block, outer_params
+from slim_jax.model.generate import sample_text
+from slim_jax.model.params import block_params, make_block, make_decoder, outer_params
 from slim_jax.model.perplexity import perplexity
 from slim_jax.model.windows import draw_windows
 from slim_jax.run.activations import Activations
@@ -216,8 +218,7 @@ def _setting(text: str) -> tuple[str, Any]:
 def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
     """Quantizes the source once: CPU seconds, stored bits, spread of ``p``, perplexity if there is a text."""
     source = convert.load_source(arguments.source)
-    calibration = tokens_of(source, arguments.calibration)
-    samples = draw_windows(calibration, arguments.samples, arguments.length, arguments.seed)
+    samples = _samples(source, arguments)
     start, wall = _cpu_seconds(), time.monotonic()
     model, report = quantize(source, samples, _settings(name, bits, arguments))
     row: dict[str, Any] = {
@@ -237,6 +238,22 @@ def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, An
     return row
 
 
+def _samples(source: Source, arguments: argparse.Namespace) -> np.ndarray:
+    if arguments.calibration is None:
+        tokens = _random_tokens(source)
+        return draw_windows(tokens, arguments.samples, arguments.length, arguments.seed)
+
+    def write(samples: int, length: int, seed: int) -> np.ndarray:
+        blocks = [source.block(index) for index in range(source.config.num_layers)]
+        decoder = make_decoder(source.config, source.outer(), blocks)
+        return sample_text(decoder, samples=samples, length=length, seed=seed)
+
+    tokenizer: Any = getattr(source, "tokenizer", None)
+    given = calibration.parts(arguments.calibration.split(","))
+    encode = partial(encode_text, tokenizer)
+    return calibration.draw(given, encode, write, arguments.samples, arguments.length, arguments.seed)
+
+
 def _spread(values: list[int | None]) -> dict[str, int]:
     return {str(v): values.count(v) for v in sorted({v for v in values if v is not None})}
 
@@ -249,15 +266,19 @@ def _random_tokens(source: Source) -> np.ndarray:
 def tokens_of(source: Any, path: str | None) -> np.ndarray:
     if path is None:
         return _random_tokens(source)
-    with open(path, encoding="utf-8") as file:
-        return np.asarray(source.tokenizer(file.read(), add_special_tokens=False)["input_ids"])
+    return encode_text(source.tokenizer, calibration.read_text(Path(path)))
+
+
+def encode_text(tokenizer: Any, text: str) -> np.ndarray:
+    """The tokens of a text, none added."""
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def main() -> None:
     """Runs what the options ask for and prints it."""
     parser = argparse.ArgumentParser(prog="python -m bench.quantize", description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="smollm2")
-    parser.add_argument("--calibration", help="text to draw samples from; random tokens without")
+    parser.add_argument("--calibration", help="as of `slim-jax quantize`, joined by commas; random without")
     parser.add_argument("--text", help="text to measure perplexity on; none without")
     parser.add_argument(
         "--methods",

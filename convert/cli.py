@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,13 +148,14 @@ def quantize(
     source: SourceArgument,
     out: OutArgument,
     calibration: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            metavar="FILE|self",
+            metavar="mix|self|FILE[:SHARE]",
             show_default=False,
-            help="A UTF-8 text to calibrate on, or [bold]self[/]: the model writes its own.",
+            help="What to calibrate on, once or several times: a UTF-8 text; [bold]self[/], what the model "
+            "writes; [bold]mix[/], some of that and of everything. A share may follow. [dim]Default: mix.[/]",
         ),
-    ],
+    ] = None,
     bits: Annotated[
         float, typer.Option(help="Mean bits of a code; any number such as 2.25 with --criterion model.")
     ] = 2,
@@ -274,7 +276,9 @@ def quantize(
         embedding_bits=embedding_bits,
         embedding_group_size=embedding_group_size,
     )
-    text = None if calibration == "self" else _read_text(Path(calibration))
+    from convert.calibration import draw, parts
+
+    texts = parts(calibration or ())
     from slim_jax.method.sba import load_allocation
     from slim_jax.method.sba import save_allocation as write_allocation
     from slim_jax.run.pipeline import quantize_to_checkpoint
@@ -287,12 +291,10 @@ def quantize(
     mesh = _mesh(devices)
     model = _open(source)
     _require_positions("--length", length, model)
-    if text is None:
-        tokenizer = _optional_tokenizer(source, model)
-        tokens = _own_text(source, model, samples, length, seed)
-    else:
-        tokenizer = _tokenizer(source, model)
-        tokens = _windows(tokenizer, text, calibration, samples, length, seed)
+    find = _tokenizer if any(part.text is not None for part in texts) else _optional_tokenizer
+    tokenizer = find(source, model)
+    encode = None if tokenizer is None else partial(_encode, tokenizer)
+    tokens = draw(texts, encode, partial(_own_text, source, model), samples, length, seed)
     ctx.obj.on_interrupt = (
         f"interrupted; the same command with --resume goes on after {out}'s last whole block"
     )
@@ -349,7 +351,9 @@ def evaluate(
 
     slim-jax eval out/q2 --text test.txt --window 2048 --max-windows 38 --json
     """
-    content = _read_text(text)
+    from convert.calibration import read_text
+
+    content = read_text(text)
     import numpy as np
 
     from slim_jax.model.perplexity import perplexity
@@ -589,27 +593,6 @@ def _keep_tokenizer(tokenizer: Any, out: Path) -> None:
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids, with what the model's own tokenizer puts before a text."""
     return list(tokenizer(text, verbose=False)["input_ids"])
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-
-
-def _windows(
-    tokenizer: Any, text: str, name: str, samples: int, length: int, seed: int
-) -> "np.ndarray":  # int32 [samples, length]
-    """Windows of a text at random places, which may overlap."""
-    import numpy as np
-
-    from slim_jax.model.windows import draw_windows
-
-    tokens = np.asarray(_encode(tokenizer, text), np.int32)
-    if len(tokens) < length:
-        raise ValueError(f"{name} has {len(tokens)} tokens, expected at least {length} (--length)")
-    return draw_windows(tokens, samples, length, seed)
 
 
 def _own_text(

@@ -1,0 +1,137 @@
+"""Calibration windows: of files, of the model's own writing, or of a mixture that needs neither file nor net.
+
+A model that was quantized to two bits forgets what its calibration text did not show. The mixture shows some
+of everything: what the model writes itself, fiction, a manual, programs, and many languages
+(`convert/texts/README.md`).
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from slim_jax.model.windows import draw_windows
+
+SELF, MIX = "self", "mix"
+
+SHARES = {SELF: 0.4, "fiction": 0.1, "manual": 0.1, "code": 0.2, "languages": 0.2}
+"""Of the mixture's windows."""
+
+WriteText = Callable[[int, int, int], np.ndarray]
+"""``write(samples, length, seed)``: what the model writes, ``int32[samples, length]``."""
+
+
+class Part(NamedTuple):
+    """A part of the calibration.
+
+    Attributes:
+      name: "self", one of the texts of the mixture, or a file's path.
+      share: of the windows, a part of the sum of all shares.
+      text: where the windows are cut from; None where the model writes them.
+    """
+
+    name: str
+    share: float
+    text: str | None
+
+
+def parts(given: Sequence[str]) -> list[Part]:
+    """What `--calibration` names: ``mix``, ``self`` or files, each with a share behind a colon or without.
+
+    Raises:
+      ValueError: a share is not a positive number, or a file is not UTF-8 text.
+      OSError: a file cannot be read.
+    """
+    found = []
+    for item in given or [MIX]:
+        name, share = _share(item)
+        if name == MIX:
+            found += [Part(part, share * size, _shipped(part)) for part, size in SHARES.items()]
+        else:
+            found.append(Part(name, share, None if name == SELF else read_text(Path(name))))
+    return found
+
+
+def _share(item: str) -> tuple[str, float]:
+    name, colon, tail = item.rpartition(":")
+    try:
+        share = float(tail)
+    except ValueError:
+        return item, 1.0  # the colon is the path's own
+    if not colon:
+        return item, 1.0
+    if not 0 < share < float("inf"):
+        raise ValueError(f"--calibration {item}: the share is {tail}, expected a positive number")
+    return name, share
+
+
+def _shipped(name: str) -> str | None:
+    if name == SELF:
+        return None
+    return (resources.files("convert") / "texts" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+      ValueError: it is not UTF-8.
+      OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def counts(given: Sequence[Part], samples: int) -> list[int]:
+    """How many of ``samples`` windows each part gives, as near to its share as whole numbers allow."""
+    exact = np.asarray([part.share for part in given]) * samples / sum(part.share for part in given)
+    whole = np.floor(exact).astype(int)
+    for index in np.argsort(whole - exact, kind="stable")[: samples - whole.sum()]:
+        whole[index] += 1
+    return whole.tolist()
+
+
+def draw(
+    given: Sequence[Part],
+    encode: Callable[[str], Any] | None,
+    write: WriteText,
+    samples: int,
+    length: int,
+    seed: int,
+) -> Int32[np.ndarray, "samples length"]:
+    """The windows of all parts, in an order drawn by ``seed``; of one part alone, as they come.
+
+    Args:
+      given: see :func:`parts`.
+      encode: tokens of a text; None where there is no tokenizer.
+      write: the model's own writing.
+      samples: windows.
+      length: tokens of each.
+      seed: equal seeds give equal windows.
+
+    Raises:
+      ValueError: there is no tokenizer though there is a text, or a text is shorter than one window.
+    """
+    windows = []
+    for index, (part, count) in enumerate(zip(given, counts(given, samples))):
+        if not count:
+            continue
+        if part.text is None:
+            windows.append(np.asarray(write(count, length, seed), np.int32))
+            continue
+        if encode is None:
+            raise ValueError(f"{part.name} needs the model's tokenizer, of which there is none: use self")
+        tokens = np.asarray(encode(part.text), np.int32)
+        if part.name in SHARES and len(tokens) < length:  # a long window shows a short text more than once
+            tokens = np.resize(tokens, length)
+        if len(tokens) < length:
+            raise ValueError(f"{part.name} has {len(tokens)} tokens, expected at least {length} (--length)")
+        windows.append(draw_windows(tokens, count, length, seed + index))
+    if len(windows) == 1:
+        return windows[0]
+    return np.concatenate(windows)[np.random.default_rng(seed).permutation(samples)]
