@@ -197,7 +197,7 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _settings(name: str, bits: int, arguments: argparse.Namespace) -> SlimConfig:
+def _settings(name: str, bits: float, arguments: argparse.Namespace) -> SlimConfig:
     method, _, variant = name.partition(":")
     part = "learn" if method == "slim-plus" else "sqc"
     choice = {part: variant} if variant else {}
@@ -215,7 +215,7 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def quality(arguments: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
+def quality(arguments: argparse.Namespace, name: str, bits: float) -> dict[str, Any]:
     """Quantizes the source once: CPU seconds, stored bits, spread of ``p``, perplexity if there is a text."""
     source = convert.load_source(arguments.source)
     samples = _samples(source, arguments)
@@ -316,7 +316,7 @@ def main() -> None:
         out["peak_mib"] = {str(layers): peak_memory(layers) for layers in (4, 64)}
         say("peak memory: " + ", ".join(f"{n} blocks {mib:.0f} MiB" for n, mib in out["peak_mib"].items()))
     for name in arguments.methods.split(","):
-        for bits in map(int, arguments.bits.split(",")):
+        for bits in map(float, arguments.bits.split(",")):
             row = quality(arguments, name, bits)
             out["quality"].append(row)
             found = f", perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""

@@ -80,6 +80,13 @@ EmbeddingBits = Annotated[
         help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 3, at most 8; sqc paper: 16.[/]",
     ),
 ]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Instead of --bits: as many as make the whole model so large, such as 48MB or 1.5GiB.",
+    ),
+]
 EmbeddingGroupSize = Annotated[int, typer.Option(help="Of embedding and head.")]
 DtypeOption = Annotated[
     str | None,
@@ -219,6 +226,7 @@ def quantize(
         ),
     ] = None,
     tune_steps: Annotated[int, typer.Option(help="Of tuning, two windows each.")] = 64,
+    target_size: TargetSize = None,
     embedding_bits: EmbeddingBits = None,
     embedding_group_size: EmbeddingGroupSize = 64,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
@@ -282,6 +290,7 @@ def quantize(
     from slim_jax.method.sba import load_allocation
     from slim_jax.method.sba import save_allocation as write_allocation
     from slim_jax.run.pipeline import quantize_to_checkpoint
+    from slim_jax.run.plan import for_size, parse_size
 
     chosen = None if allocation is None else load_allocation(allocation)
     if save_allocation is not None and not save_allocation.resolve().parent.is_dir():
@@ -291,6 +300,8 @@ def quantize(
     mesh = _mesh(devices)
     model = _open(source)
     _require_positions("--length", length, model)
+    if target_size is not None:
+        config = for_size(model.config, config, parse_size(target_size))
     find = _tokenizer if any(part.text is not None for part in texts) else _optional_tokenizer
     tokenizer = find(source, model)
     encode = None if tokenizer is None else partial(_encode, tokenizer)
@@ -468,6 +479,7 @@ def plan(
     bits: Annotated[float, typer.Option(help="Mean bit width.")] = 2,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale.")] = 128,
     method: Annotated[str, typer.Option(metavar="slim|slim-plus|gptq|rtn")] = "slim",
+    target_size: TargetSize = None,
     embedding_bits: EmbeddingBits = None,
     embedding_group_size: EmbeddingGroupSize = 64,
     devices: Annotated[
@@ -486,7 +498,7 @@ def plan(
     slim-jax plan models/Llama-2-70b --bits 2 --devices v5e:4 --context 2048 --json
     """
     from slim_jax.config import SlimConfig
-    from slim_jax.run.plan import make_plan, parse_devices
+    from slim_jax.run.plan import for_size, make_plan, parse_devices, parse_size
 
     settings = SlimConfig(
         bits=bits,
@@ -495,8 +507,11 @@ def plan(
         embedding_bits=embedding_bits,
         embedding_group_size=embedding_group_size,
     )
+    config = _config(source)
+    if target_size is not None:
+        settings = for_size(config, settings, parse_size(target_size))
     found = make_plan(
-        _config(source),
+        config,
         settings,
         *parse_devices(devices),
         batch=batch,

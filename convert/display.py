@@ -97,7 +97,7 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
 
     table = Table(title=name, title_justify="left")
     table.add_column("layer")
-    for column in ("count", "shape", "groups by bits", "bits per weight", "error"):
+    for column in ("count", "shape", "groups by bits", "bits per weight", "error", "rise"):
         table.add_column(column, justify="right")
     for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
         groups: dict[str, int] = {}
@@ -105,6 +105,7 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
             for bits, count in (layer["bits"] or {}).items():
                 groups[bits] = groups.get(bits, 0) + count
         errors = [layer["error"] for layer in layers if layer.get("error") is not None]
+        rises = [layer["rise"] for layer in layers if layer.get("rise") is not None]
         weights = [math.prod(layer["shape"]) for layer in layers]
         stored = sum(layer["bits_per_weight"] * size for layer, size in zip(layers, weights))
         table.add_row(
@@ -114,10 +115,12 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
             "  ".join(f"{bits}: {count}" for bits, count in sorted(groups.items()) if count),
             f"{stored / sum(weights):.3f}",
             f"{sum(errors) / len(errors):.4g}" if errors else "",
+            f"{sum(rises):.4f}" if rises else "",
         )
     console = Console()
     if found["layers"]:
         console.print(table)
+        console.print("error: of the outputs; rise: of the loss, as expected, in nats a token")
     packed, whole = found["packed_bytes"] / 1e6, found["bytes"] / 1e6
     smaller = 2 * found["parameters"] / found["bytes"]
     console.print(

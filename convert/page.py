@@ -38,7 +38,8 @@ def layers_page(title: str, found: dict[str, Any]) -> str:
 {found["bytes"] / 1e6:.1f} MB in all.</p>
 <p>Share of the groups of a layer at each width:{key}</p>
 <table>
-<tr><th>layer</th><th>shape</th><th>group size</th><th>groups</th><th>bits per weight</th><th>error</th></tr>
+<tr><th>layer</th><th>shape</th><th>group size</th><th>groups</th><th>bits per weight</th><th>error</th>
+<th>expected rise of the loss, nats</th></tr>
 {rows}
 </table>
 </body>
@@ -57,6 +58,7 @@ def _row(layer: dict[str, Any]) -> str:
         for bits, count in sorted(counts.items())
     )
     error = "" if layer.get("error") is None else f"{layer['error']:.4g}"
+    rise = "" if layer.get("rise") is None else f"{layer['rise']:.5f}"
     cells = (
         html.escape(layer["name"]),
         " × ".join(map(str, layer["shape"])),
@@ -65,5 +67,6 @@ def _row(layer: dict[str, Any]) -> str:
     return (
         "<tr>"
         + "".join(f"<td>{cell}</td>" for cell in cells)
-        + f'<td class="bar"><div>{bar}</div></td><td>{layer["bits_per_weight"]:.3f}</td><td>{error}</td></tr>'
+        + f'<td class="bar"><div>{bar}</div></td><td>{layer["bits_per_weight"]:.3f}</td>'
+        + f"<td>{error}</td><td>{rise}</td></tr>"
     )

@@ -23,6 +23,8 @@ class LayerReport:
         None where the bits were given.
       damping: of its Hessian: the config's, or what it took to make the Hessian positive definite.
       borrowed: of an expert: the share of its Hessian that is from all tokens of the block, not its own.
+      rise: by how much the layer was expected to raise the model's loss, in nats a token, when one budget of
+        bits was spent over the whole model: bits went where this falls most for a bit.
     """
 
     name: str
@@ -34,6 +36,7 @@ class LayerReport:
     mixed: int | None = None
     damping: float | None = None
     borrowed: float = 0.0
+    rise: float | None = None
 
     @classmethod
     def of(

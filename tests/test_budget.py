@@ -165,7 +165,7 @@ def test_model_budget_quantizes_and_generates(model, guide):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 2.25}, "expected a whole number unless criterion is 'model'"),
+        ({"bits": 2.25, "criterion": "kl"}, "expected a whole number unless criterion is 'model'"),
         ({"bits": 0.5, "criterion": "model"}, "bits is 0.5, expected 1 to 7"),
     ],
 )

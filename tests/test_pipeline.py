@@ -127,11 +127,11 @@ def test_each_step_compiles_once_per_model(config):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("killed_after", [0, 1, 2])
+@pytest.mark.parametrize("killed_after", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
 @pytest.mark.parametrize(
     "slim",
     [
-        SLIM,
+        pytest.param(SLIM, marks=pytest.mark.slow),
         SlimConfig(bits=3, group_size=32, sqc="paper"),
         SlimConfig(bits=2.5, group_size=32, criterion="model", guide=True),
     ],

@@ -82,3 +82,32 @@ def test_command_needs_no_weights(tmp_path, capsys):
     assert apart["ends_bytes"] == 0 < found["ends_bytes"]
     assert "embedding_bits is 9" in refused(capsys, "plan", directory, "--embedding-bits", 9)
     assert "device is 'v9'" in refused(capsys, "plan", directory, "--devices", "v9")
+
+
+@pytest.mark.parametrize("size", ["1.5GB", "2GB", "3GiB"])
+def test_a_target_size_is_met_and_used(size):
+    wanted = plan.parse_size(size)
+    found = plan.for_size(LLAMA_2_7B, SlimConfig(), wanted)
+    assert found.embedding_bits == SlimConfig(bits=int(found.bits)).embedding_bits
+    assert 0.97 * wanted < plan.make_plan(LLAMA_2_7B, found, "v5e").packed_bytes <= wanted
+    assert plan.for_size(LLAMA_2_7B, SlimConfig(embedding_bits=8), wanted).embedding_bits == 8
+
+
+def test_target_sizes_that_cannot_be():
+    with pytest.raises(ValueError, match="at 1 bit the model takes"):
+        plan.for_size(LLAMA_2_7B, SlimConfig(), 10**6)
+    with pytest.raises(ValueError, match="needs criterion 'model'"):
+        plan.for_size(LLAMA_2_7B, SlimConfig(criterion="kl"), 10**10)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("48MB", 48_000_000), ("1.5 GiB", 1_610_612_736), ("7", 7), ("2kB", 2000)]
+)
+def test_sizes(text, size):
+    assert plan.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1MB", "1.2.3GB", "5TB", "0"])
+def test_bad_sizes(text):
+    with pytest.raises(ValueError, match="expected one such as 48MB"):
+        plan.parse_size(text)

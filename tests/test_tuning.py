@@ -14,6 +14,7 @@ from test_pipeline import CONFIG, GEMMA, TOKENS, assert_same_checkpoint
 from pallas_kernels import MixedTensor
 from slim_jax.config import SlimConfig
 from slim_jax.method import tune
+from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.run import checkpoint, pipeline, tuning
@@ -21,16 +22,34 @@ from slim_jax.run.activations import Activations
 from slim_jax.run.ends import head_inputs
 from slim_jax.run.source import DecoderSource
 
+# Judged by what it learns from: what a random model learns of one sample says nothing of others.
 TUNED = SlimConfig(
-    bits=2, group_size=32, criterion="model", tune=True, tune_steps=8, tune_rate=2e-2, embedding_bits=8
+    bits=2,
+    group_size=32,
+    tune=True,
+    tune_steps=8,
+    tune_batch_size=len(TOKENS),
+    tune_rate=1e-2,
+    embedding_bits=8,
+    criterion="kl",
 )
 UNTUNED = dataclasses.replace(TUNED, tune=False)
 
 
-@pytest.fixture(scope="module", params=[CONFIG, GEMMA], ids=["plain", "local_global"])
+def confident(config: DecoderConfig) -> Decoder:
+    """A random model whose next tokens are not all alike."""
+    model = Decoder(dataclasses.replace(config, num_layers=2), rngs=nnx.Rngs(0))
+    model.embed.set_value(20 * model.embed.get_value())
+    return model
+
+
+BOTH = [pytest.param(CONFIG, id="plain"), pytest.param(GEMMA, id="local_global", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=BOTH)
 def models(request):
     """A model, and its quantization before any tuning."""
-    model = Decoder(dataclasses.replace(request.param, num_layers=2), rngs=nnx.Rngs(0))
+    model = confident(request.param)
     return model, pipeline.quantize(model, TOKENS, UNTUNED)[0]
 
 
@@ -104,9 +123,8 @@ def test_tuning_lowers_the_divergence_and_leaves_codes(models):
     losses = [loss for _, loss in report.tuning.losses]
     assert [step for step, _ in report.tuning.losses] == [0, 2, 4, 6, 8]
     assert report.tuning.kept == np.argmin(losses) > 0
-    judges = TOKENS[tuning.held_out(len(TOKENS), 2)[0]]
-    assert losses[0] == pytest.approx(divergence(full, packed, judges), rel=0.03)
-    assert losses[report.tuning.kept] == pytest.approx(divergence(full, found, judges), rel=0.03)
+    assert losses[0] == pytest.approx(divergence(full, packed, TOKENS), rel=0.03)
+    assert losses[report.tuning.kept] == pytest.approx(divergence(full, found, TOKENS), rel=0.03)
     for before, after in zip(split_params(packed)[1], split_params(found)[1], strict=True):
         for name, value in before.items():
             if not isinstance(value, MixedTensor):
@@ -145,10 +163,11 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 8, "first block", "blocks"])
+@pytest.mark.parametrize(
+    "after", [1, *(pytest.param(a, marks=pytest.mark.slow) for a in (8, "first block", "blocks"))]
+)
 def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, monkeypatch):
-    model = Decoder(dataclasses.replace(CONFIG, num_layers=2), rngs=nnx.Rngs(0))
-    source = DecoderSource(model)
+    source = DecoderSource(confident(CONFIG))
     monkeypatch.setattr(tuning, "SAVED", 1)
     pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "whole")
 
@@ -184,6 +203,7 @@ def _raise(*_):
     raise Killed
 
 
+@pytest.mark.slow
 def test_several_devices_share_the_samples(models):
     full, _ = models
     mesh = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2])

@@ -138,6 +138,17 @@ def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) 
     return {name: curve.bits(int(curve.totals[i])) for (name, curve), i in zip(curves.items(), chosen)}
 
 
+def expected_rise(
+    layers: Mapping[str, LayerCosts], widths: Sequence[int], allocation: Allocation
+) -> dict[str, float]:
+    """By how much each layer, as allocated, is expected to raise the loss, in nats a token."""
+    column = {width: i for i, width in enumerate(sorted(widths))}
+    return {
+        name: float(sum(rise[column[width]] for rise, width in zip(layer.rise, allocation[name])))
+        for name, layer in layers.items()
+    }
+
+
 def _fill(chosen: list[int], curves: list[_Curve], sizes: list[int], left: float) -> None:
     """Spends what is left of the budget, step by step on the layer that gains most for a bit."""
 

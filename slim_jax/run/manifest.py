@@ -60,7 +60,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
       ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
       layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
       blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
-      (groups of each width), ``bits_per_weight``, ``error``.
+      (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``.
 
     Raises:
       CheckpointError: see :func:`read_manifest`.
@@ -119,6 +119,7 @@ def _row(name: str, static: dict[str, Any], stored: int, reports: dict[str, Any]
         "bits_per_weight": 8 * stored / (k * n),
         "error": report.get("error"),
         "mixed": report.get("mixed"),
+        "rise": report.get("rise"),
     }
 
 

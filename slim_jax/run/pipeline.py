@@ -7,6 +7,7 @@ shapes, so each jitted step here compiles once per model.
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -136,7 +137,8 @@ class BlockQuantizer:
             )
             for name, (tensor, report) in zip(names, solved):
                 tensors[name], current[f"{name}.weight"] = tensor, dense_weight(tensor)
-                layers.append(report)
+                rise = None if self.guide is None else self.guide.rises.get(report.name)
+                layers.append(dataclasses.replace(report, rise=rise))
         return tensors, layers, expert_tokens
 
     def _samples(self, dense: Params, before: Batches) -> Samples:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
-from slim_jax.config import SlimConfig
+from slim_jax.config import SlimConfig, default_embedding_bits
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import linear_groups
 from slim_jax.model.params import block_params, outer_params
@@ -146,6 +147,47 @@ def make_plan(
         max_context=max(0, min(config.max_positions, room // (batch * cache_here))),
         sharding=sharding,
     )
+
+
+def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConfig:
+    """The settings with the mean width at which the whole model takes at most ``size`` bytes, as stored.
+
+    Embedding and head keep a width that was chosen for them; else they get the default beside the mean width.
+
+    Raises:
+      ValueError: the smallest mean width takes more, or one budget over the model is not what is asked for.
+    """
+    if not settings.over_model:
+        raise ValueError("a target size needs criterion 'model', which gives any mean width")
+    block = block_params(config)
+    shapes = [block[f"{name}.weight"].shape for names in linear_groups(config).values() for name in names]
+    g = settings.group_size
+    bytes_per_bit = config.num_layers * sum(group_count(k, g) * g * n for k, n in shapes) / 8
+    chosen, smallest = settings.embedding_bits, 0
+    default = chosen == default_embedding_bits(settings.bits, settings.sqc)
+    for whole in range(6, 0, -1):
+        given = dataclasses.replace(settings, bits=whole, embedding_bits=None if default else chosen)
+        smallest = make_plan(config, given, next(iter(DEVICES))).packed_bytes
+        if smallest <= size:
+            bits = min(whole + (size - smallest) / bytes_per_bit, whole + 0.999)
+            return dataclasses.replace(given, bits=math.floor(1000 * bits) / 1000)
+    raise ValueError(f"target size is {size:,} bytes, but at 1 bit the model takes {smallest:,}")
+
+
+def parse_size(text: str) -> int:
+    """``"1.5GB"`` -> 1,500,000,000 bytes; kB, MB, GB and KiB, MiB, GiB, and none for bytes.
+
+    Raises:
+      ValueError: it is no positive size.
+    """
+    match = re.fullmatch(r"([0-9.]+) *([kKMG]?)(i?)B?", text.strip())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if not match or number <= 0:
+        raise ValueError(f"size is {text!r}, expected one such as 48MB or 1.5GiB")
+    return int(number * (1024 if match[3] else 1000) ** "_KMG".index(match[2].upper() or "_"))
 
 
 def _label(name: str) -> str:

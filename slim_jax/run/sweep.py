@@ -21,9 +21,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.layout import vary_like
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
-from slim_jax.method.budget import LayerCosts, spend
+from slim_jax.method.budget import LayerCosts, expected_rise, spend
 from slim_jax.method.layer import LayerSolver
 from slim_jax.method.sba import Allocation
 from slim_jax.model.decoder import Block, Decoder, linear_groups, sequence_positions
@@ -52,10 +53,12 @@ class Guide:
       weights: of every group of layers that share an input, by block and a name such as ``"attn.o"``:
         ``float32[samples, length]``, mean 1. Experts of a block share theirs.
       allocation: widths of the whole model's groups, where they were asked for.
+      rises: by how much each layer is then expected to raise the loss, in nats a token.
     """
 
     weights: Mapping[tuple[int, str], np.ndarray]
     allocation: Allocation | None = None
+    rises: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def of(self, index: int, names: tuple[str, ...]) -> np.ndarray:
         """The weights of the tokens at some layers of block ``index`` that share an input."""
@@ -128,7 +131,7 @@ def _backward(
 
     def own(block: Block, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         h, gradient = inputs
-        taps = {name: jnp.zeros(h.shape[:2]) for name in names}
+        taps = {name: vary_like(jnp.zeros(h.shape[:2]), h) for name in names}
 
         def run(h: jax.Array, taps: dict[str, jax.Array]) -> jax.Array:
             return _with_taps(block, taps)(h, sequence_positions(h))[0]
@@ -200,14 +203,12 @@ class Sweep:
                 self._cost(index, h, scales)
             if on_sweep is not None:
                 on_sweep(self.source.config.num_layers - index, self.source.config.num_layers)
-        allocation = None
-        if self.costs:
-            names = [
-                f"blocks.{i}.{name}" for i in range(self.source.config.num_layers) for name in self.names
-            ]
-            costs = {name: self.costs[name] for name in names}
-            allocation = spend(costs, self.config.widths, self.config.mean_width)
-        return Guide(self.weights, allocation)
+        if not self.costs:
+            return Guide(self.weights)
+        names = [f"blocks.{i}.{name}" for i in range(self.source.config.num_layers) for name in self.names]
+        costs, widths = {name: self.costs[name] for name in names}, self.config.widths
+        allocation = spend(costs, widths, self.config.mean_width)
+        return Guide(self.weights, allocation, expected_rise(costs, widths, allocation))
 
     def _dense(self, index: int) -> dict[str, jax.Array]:
         params = self.source.block(index).items()
