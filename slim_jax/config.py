@@ -52,8 +52,8 @@ class SlimConfig:
       tune: whether scales and norms of the whole model are tuned in the end, by the divergence of its logits
         from the full-precision model's (`slim_jax.run.tuning`). By default where the method is "slim-plus"
         and ``sqc`` not "paper".
-      tune_steps: of tuning.
-      tune_batch_size: samples of such a step.
+      tune_epochs: of tuning, passes over the calibration samples.
+      tune_batch_size: samples of one of its steps.
       tune_rate: learning rate of tuning, of the logarithms of scales and gains.
 
     Raises:
@@ -77,9 +77,9 @@ class SlimConfig:
     embedding_bits: int | None = None
     embedding_group_size: int = 64
     tune: bool | None = None
-    tune_steps: int = 64
-    tune_batch_size: int = 2
-    tune_rate: float = 1e-3
+    tune_epochs: int = 1
+    tune_batch_size: int = 1
+    tune_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -113,7 +113,7 @@ class SlimConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and at most 1")
         if self.augmented < 0:
             raise ValueError(f"augmented is {self.augmented}, expected 0 or more")
-        for name in ("search_tokens", "epochs", "batch_size", "tune_steps", "tune_batch_size"):
+        for name in ("search_tokens", "epochs", "batch_size", "tune_epochs", "tune_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 

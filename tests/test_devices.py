@@ -113,7 +113,7 @@ def test_generating_over_several_devices(alone):
 @pytest.mark.slow
 def test_learning_over_several_devices(source, mesh):
     config = SlimConfig(
-        bits=2, group_size=32, method="slim-plus", criterion="kl", epochs=2, batch_size=8, tune_steps=4
+        bits=2, group_size=32, method="slim-plus", criterion="kl", epochs=2, batch_size=8, tune_epochs=1
     )
     losses = {}
     for name, devices in (("one", None), ("eight", mesh)):

@@ -27,7 +27,7 @@ TUNED = SlimConfig(
     bits=2,
     group_size=32,
     tune=True,
-    tune_steps=8,
+    tune_epochs=8,
     tune_batch_size=len(TOKENS),
     tune_rate=1e-2,
     embedding_bits=8,
@@ -121,7 +121,7 @@ def test_tuning_lowers_the_divergence_and_leaves_codes(models):
     found, report = pipeline.quantize(full, TOKENS, TUNED, on_step=lambda *step: steps.append(step))
     assert [step[:2] for step in steps] == [(i, 8) for i in range(1, 9)]
     losses = [loss for _, loss in report.tuning.losses]
-    assert [step for step, _ in report.tuning.losses] == [0, 2, 4, 6, 8]
+    assert [step for step, _ in report.tuning.losses] == [0, 2, 5, 8]
     assert report.tuning.kept == np.argmin(losses) > 0
     assert losses[0] == pytest.approx(divergence(full, packed, TOKENS), rel=0.03)
     assert losses[report.tuning.kept] == pytest.approx(divergence(full, found, TOKENS), rel=0.03)
@@ -137,7 +137,7 @@ def test_tuning_lowers_the_divergence_and_leaves_codes(models):
 
 def test_a_tuning_that_only_harms_changes_nothing(models):
     full, packed = models
-    harmful = dataclasses.replace(TUNED, tune_rate=1.0, tune_steps=12)
+    harmful = dataclasses.replace(TUNED, tune_rate=1.0, tune_epochs=12)
     found, report = pipeline.quantize(full, TOKENS, harmful)
     assert report.tuning.kept == 0
     assert report.tuning.note
@@ -219,5 +219,5 @@ def test_defaults():
     assert not SlimConfig(method="slim-plus", sqc="paper").tune
     with pytest.raises(ValueError, match="tune_rate is 0, expected above 0"):
         SlimConfig(tune_rate=0)
-    with pytest.raises(ValueError, match="tune_steps is 0, expected at least 1"):
-        SlimConfig(tune_steps=0)
+    with pytest.raises(ValueError, match="tune_epochs is 0, expected at least 1"):
+        SlimConfig(tune_epochs=0)

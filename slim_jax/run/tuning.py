@@ -24,7 +24,7 @@ from slim_jax.run.ends import head_inputs
 from slim_jax.run.learning import PATIENCE, held_out
 from slim_jax.run.source import Source
 
-JUDGEMENTS = 4
+JUDGEMENTS = 3
 """How often held-out samples judge, beside the start."""
 
 SAVED = 8
@@ -103,13 +103,11 @@ class Tuning:
         batch = min(config.tune_batch_size, len(tokens))
         self.judges, learners = held_out(len(tokens), batch)
         rng = np.random.default_rng(0)
-        passes = -(-config.tune_steps * batch // len(learners))
-        order = np.concatenate([rng.permutation(learners) for _ in range(passes)])
-        self.order = order[: config.tune_steps * batch].reshape(-1, batch)
+        order = np.concatenate([rng.permutation(learners) for _ in range(config.tune_epochs)])
+        self.order = order[: len(order) // batch * batch].reshape(-1, batch)
         self.judge_batch = math.gcd(len(self.judges), batch)
-        self.tuner = Tuner(
-            decoder, optimizer or default_optimizer(config.tune_rate, config.tune_steps), placement
-        )
+        optimizer = optimizer or default_optimizer(config.tune_rate, len(self.order))
+        self.tuner = Tuner(decoder, optimizer, placement)
 
     def run(
         self, outer: Params, blocks: Sequence[Params], full: Params, on_step: OnStep | None = None
