@@ -1,223 +1,201 @@
-"""Tuning end to end: its loss and gradient against oracles, what it keeps, what it changes, resuming."""
+"""The tuning tables: what stands in them is used, what was fastest and right is written."""
 
 import dataclasses
 import json
+import math
+from argparse import Namespace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
-from test_pipeline import CONFIG, GEMMA, TOKENS, assert_same_checkpoint
 
-from pallas_kernels import MixedTensor
-from slim_jax.config import SlimConfig
-from slim_jax.method import tune
-from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Decoder
-from slim_jax.model.params import make_decoder, split_params
-from slim_jax.run import checkpoint, pipeline, tuning
-from slim_jax.run.activations import Activations
-from slim_jax.run.ends import head_inputs
-from slim_jax.run.source import DecoderSource
+from bench import tune
+from bench.timing import Product
+from pallas_kernels import pack, tuning
+from pallas_kernels.gpu import kernel as gpu
+from pallas_kernels.tpu import decode as tpu
 
-# Judged by what it learns from: what a random model learns of one sample says nothing of others.
-TUNED = SlimConfig(
-    bits=2,
-    group_size=32,
-    tune=True,
-    tune_epochs=8,
-    tune_batch_size=len(TOKENS),
-    tune_rate=1e-2,
-    embedding_bits=8,
-    criterion="kl",
-)
-UNTUNED = dataclasses.replace(TUNED, tune=False)
+KERNELS = pytest.mark.parametrize("kernel", [gpu, tpu])
+FIELD = {"mosaic_gpu": "stages", "mosaic_tpu": "groups"}
 
 
-def confident(config: DecoderConfig) -> Decoder:
-    """A random model whose next tokens are not all alike."""
-    model = Decoder(dataclasses.replace(config, num_layers=2), rngs=nnx.Rngs(0))
-    model.embed.set_value(20 * model.embed.get_value())
-    return model
+def name_of(kernel) -> str:
+    return kernel.NAME
 
 
-BOTH = [pytest.param(CONFIG, id="plain"), pytest.param(GEMMA, id="local_global", marks=pytest.mark.slow)]
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """The packaged table, then the user's; neither exists."""
+    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged.json")
+    monkeypatch.setenv("SLIM_JAX_CACHE", str(tmp_path / "cache"))
+    tuning.forget()
+    yield tmp_path / "packaged.json", tuning.user_table()
+    tuning.forget()
 
 
-@pytest.fixture(scope="module", params=BOTH)
-def models(request):
-    """A model, and its quantization before any tuning."""
-    model = confident(request.param)
-    return model, pipeline.quantize(model, TOKENS, UNTUNED)[0]
+@KERNELS
+def test_the_table_comes_before_the_heuristic(tables, kernel):
+    product = (4096, 4096, 2, 128)
+    by_heuristic = kernel.heuristic("Some device", 16, 4096, 4096)
+    assert kernel.choose("Some device", 16, *product) == by_heuristic
+    measured = dataclasses.replace(by_heuristic, **{FIELD[name_of(kernel)]: 2})
+    key = tuning.key("Some device", 16, *product)
+    tune.store(tables[1], name_of(kernel), key, dataclasses.asdict(measured))
+    tuning.forget()
+    for m in (9, 16):
+        assert kernel.choose("Some device", m, *product) == measured
+    assert kernel.choose("Some device", 8, *product) == kernel.heuristic("Some device", 8, 4096, 4096)
+    assert kernel.choose("Other device", 16, *product) == by_heuristic
+    for other in ((4096, 4096, 3, 128), (4096, 4096, 2, 64)):  # three bits, or groups of 64
+        assert kernel.choose("Some device", 16, *other) == by_heuristic
 
 
-@nnx.jit
-def logits(model: Decoder, tokens: jax.Array) -> jax.Array:
-    return model(tokens)
+@KERNELS
+def test_a_kernel_asks_for_its_weight(kernel, monkeypatch):
+    """Mean width and group size are those of the weight that is multiplied."""
+    asked = []
+    monkeypatch.setattr(kernel, "choose", lambda *key: asked.append(key) or kernel.Config())
+    monkeypatch.setattr(kernel, "_product", lambda x, *_: x, raising=False)
+    monkeypatch.setattr(kernel, "_decode", lambda x, *_: x, raising=False)
+    bits = np.array([1, 2, 2, 3])
+    zeros = np.zeros((4, 128), np.uint8)
+    w = pack(np.zeros((256, 128), np.uint8), zeros, zeros, bits, group_size=64)
+    kernel.mixed_matmul(jnp.ones((4, 256), jnp.bfloat16), w)
+    assert asked[0][1:] == (4, 256, 128, 2.0, 64)
 
 
-def divergence(full: Decoder, packed: Decoder, tokens: np.ndarray) -> float:
-    """Mean of ``sum_v p (log p - log q)``, in float64 from the models' logits."""
-    p, q = (np.asarray(logits(m, jnp.asarray(tokens)), np.float64) for m in (full, packed))
-    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
-    return float(np.mean(np.sum(np.exp(p) * (p - q), -1)))
+def test_mean_widths_count_as_the_nearest(tables):
+    assert tuning.key("a", 1, 2, 3, 2.1, 64) == tuning.key("a", 1, 2, 3, 2, 64) == "a/1x2x3/2bit-g64"
 
 
-def parts(full: Decoder, packed: Decoder, tokens: np.ndarray) -> tuple[tune.Fixed, tune.Learned, tune.Batch]:
-    """What the loss is a function of."""
-    source = DecoderSource(full)
-    outer, blocks = split_params(packed)
-    reference = Activations(source, tokens)
-    for index in range(source.config.num_layers):
-        reference.carry(source.block(index))
-    target = jnp.concatenate(list(head_inputs(source.config, source.outer(), reference)))
-    fixed = tune.Fixed(tune.stacked(blocks), outer, source.outer())
-    learned = tune.Learned(tune.no_change(blocks[0], len(blocks)), tune.no_change(outer))
-    return fixed, learned, tune.Batch(jnp.asarray(tokens, jnp.int32), target)
+def test_the_users_entries_win(tables):
+    key = tuning.key("a", 16, 1, 1, 2, 64)
+    for path, stages in zip(tables, (2, 4)):
+        tune.store(path, "mosaic_gpu", key, {"stages": stages})
+    tuning.forget()
+    found = tuning.tuned("mosaic_gpu", gpu.Config, "a", 16, 1, 1, 2, 64)
+    assert found == gpu.Config(stages=4)
+    tables[1].unlink()
+    tuning.forget()
+    found = tuning.tuned("mosaic_gpu", gpu.Config, "a", 16, 1, 1, 2, 64)
+    assert found == gpu.Config(stages=2)
 
 
-def tuner(config, rate: float = 1e-2) -> tune.Tuner:
-    return tune.Tuner(config, optax.adam(rate))
-
-
-def test_the_loss_is_the_divergence_of_the_stored_model(models):
-    full, packed = models
-    fixed, learned, batch = parts(full, packed, TOKENS[:2])
-    found = tuner(full.config).evaluate(learned, fixed, batch)
-    assert float(found) == pytest.approx(divergence(full, packed, TOKENS[:2]), rel=0.03)
-    rng = np.random.default_rng(0)
-    moved = jax.tree.map(lambda a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32), learned)
-    outer, blocks = split_params(packed)
-    stored = [tune.apply(block, moved.of(i)) for i, block in enumerate(blocks)]
-    other = make_decoder(full.config, tune.apply(outer, moved.outer), stored)
-    found = tuner(full.config).evaluate(moved, fixed, batch)
-    assert float(found) == pytest.approx(divergence(full, other, TOKENS[:2]), rel=0.03)
-
-
-def test_the_gradient_is_that_of_finite_differences(models, monkeypatch):
-    """Without rounding to bfloat16, which differences would feel."""
-    full, packed = models
-    monkeypatch.setattr(tune, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
-    monkeypatch.setattr(tune, "straight_through", lambda x, rounded: x)
-    fixed, learned, batch = parts(full, packed, TOKENS[:2])
-    loss = jax.jit(lambda learned: tuner(full.config).loss(learned, fixed, batch))
-    rng = np.random.default_rng(1)
-    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), learned)
-    gradient = jax.jit(jax.grad(loss))(learned)
-    slope = sum(float(jnp.sum(g * d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
-    step = 1e-2
-    ahead, behind = (
-        float(loss(jax.tree.map(lambda a, d, s=s: a + s * d, learned, direction))) for s in (step, -step)
-    )
-    assert slope == pytest.approx((ahead - behind) / (2 * step), rel=0.05, abs=1e-5)
-    assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(gradient))  # every scale and norm is reached
-
-
-def test_tuning_lowers_the_divergence_and_leaves_codes(models):
-    full, packed = models
-    steps = []
-    found, report = pipeline.quantize(full, TOKENS, TUNED, on_step=lambda *step: steps.append(step))
-    assert [step[:2] for step in steps] == [(i, 8) for i in range(1, 9)]
-    losses = [loss for _, loss in report.tuning.losses]
-    assert [step for step, _ in report.tuning.losses] == [0, 2, 5, 8]
-    assert report.tuning.kept == np.argmin(losses) > 0
-    assert losses[0] == pytest.approx(divergence(full, packed, TOKENS), rel=0.03)
-    assert losses[report.tuning.kept] == pytest.approx(divergence(full, found, TOKENS), rel=0.03)
-    for before, after in zip(split_params(packed)[1], split_params(found)[1], strict=True):
-        for name, value in before.items():
-            if not isinstance(value, MixedTensor):
-                assert name.endswith("norm.weight") or np.array_equal(value, after[name])
-                continue
-            for leaf in ("words", "zero", "order", "segments"):
-                np.testing.assert_array_equal(getattr(value, leaf), getattr(after[name], leaf))
-            assert np.any(value.scale != after[name].scale)
-
-
-def test_a_tuning_that_only_harms_changes_nothing(models):
-    full, packed = models
-    harmful = dataclasses.replace(TUNED, tune_rate=1.0, tune_epochs=12)
-    found, report = pipeline.quantize(full, TOKENS, harmful)
-    assert report.tuning.kept == 0
-    assert report.tuning.note
-    assert len(report.tuning.losses) <= 1 + tuning.PATIENCE  # nor does it go on
-    for before, after in zip(jax.tree.leaves(nnx.state(packed)), jax.tree.leaves(nnx.state(found))):
-        np.testing.assert_array_equal(before, after)
-
-
-def test_history_keeps_the_best_and_ends_in_time():
-    history = tuning.History()
-    assert [history.judge(step, loss) for step, loss in enumerate([3.0, 2.0, 2.5])] == [True, True, False]
-    assert not history.over
-    assert not history.judge(3, 2.1)
-    assert history.over
-    assert history.report(7) == tuning.TuningReport([(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.1)], 1, 7)
-    broken = tuning.History(losses=[(0, 1.0)])
-    assert not broken.judge(5, float("nan"))
-    assert broken.over
-    assert "nan by step 5" in broken.report(0).note
-
-
-class Killed(Exception):
-    pass
+def test_where_the_users_table_is(monkeypatch):
+    for name in ("SLIM_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/somebody")
+    assert str(tuning.user_table()) == "/somebody/.cache/slim-jax/tuned.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert str(tuning.user_table()) == "/cache/slim-jax/tuned.json"
+    monkeypatch.setenv("SLIM_JAX_CACHE", "/here")
+    assert str(tuning.user_table()) == "/here/tuned.json"
 
 
 @pytest.mark.parametrize(
-    "after", [1, *(pytest.param(a, marks=pytest.mark.slow) for a in (8, "first block", "blocks"))]
+    "content", ["{", "[]", '{"mosaic_gpu": 1}', '{"mosaic_gpu": {"KEY": {"nothing": 1}}}']
 )
-def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, monkeypatch):
-    source = DecoderSource(confident(CONFIG))
-    monkeypatch.setattr(tuning, "SAVED", 1)
-    pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "whole")
-
-    def kill(step, of, loss):
-        if step - 1 == after:  # the step is taken, and what the one before it left is kept
-            raise Killed
-
-    save = checkpoint.CheckpointWriter._save
-
-    def kill_writing(writer, folder, params, report):
-        if folder == {"first block": "blocks/001", "blocks": "outer"}.get(after):
-            raise Killed
-        return save(writer, folder, params, report)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.CheckpointWriter, "_save", kill_writing)
-        if after == 8:  # all steps are taken, none is applied
-            patch.setattr(checkpoint.CheckpointWriter, "write_tuned", _raise)
-        with pytest.raises(Killed):
-            pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", on_step=kill)
-    with pytest.raises(ValueError, match="unfinished"):
-        checkpoint.load(tmp_path / "parts")
-    found = pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", resume=True)
-    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
-    manifests = [json.loads((tmp_path / run / "slim.json").read_text()) for run in ("whole", "parts")]
-    assert manifests[0]["tuning"] == manifests[1]["tuning"]
-    assert found.tuning is not None
-    assert found.tuning.kept > 0
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["blocks", "outer", "slim.json"]
+def test_a_broken_cache_stops_no_product(tables, content):
+    key = tuning.key("a", 16, 4096, 4096, 2, 64)
+    tables[1].parent.mkdir()
+    tables[1].write_text(content.replace("KEY", key))
+    with pytest.warns(UserWarning, match="ignored"):
+        found = gpu.choose("a", 16, 4096, 4096, 2, 64)
+    assert found == gpu.heuristic("a", 16, 4096, 4096)
 
 
-def _raise(*_):
-    raise Killed
+def test_store_keeps_what_is_there(tables):
+    _, table = tables
+    tune.store(table, "mosaic_gpu", "a/16x1x1", {"stages": 2})
+    tune.store(table, "mosaic_gpu", "b/16x1x1", {"stages": 3})
+    tune.store(table, "mosaic_gpu", "a/16x1x1", {"stages": 4})
+    assert json.loads(table.read_text()) == {
+        "mosaic_gpu": {"a/16x1x1": {"stages": 4}, "b/16x1x1": {"stages": 3}}
+    }
+    assert [path.name for path in table.parent.iterdir()] == ["tuned.json"]
 
 
-@pytest.mark.slow
-def test_several_devices_share_the_samples(models):
-    full, _ = models
-    mesh = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2])
-    _, alone = pipeline.quantize(full, TOKENS, TUNED)
-    _, shared = pipeline.quantize(full, TOKENS, TUNED, mesh=mesh)
-    for (_, one), (_, other) in zip(alone.tuning.losses, shared.tuning.losses, strict=True):
-        assert one == pytest.approx(other, rel=0.05)
+@KERNELS
+def test_candidates_are_valid_and_differ(kernel):
+    start = kernel.heuristic("Some device", 16, 4096, 4096)
+    fields = tune.FIELDS[name_of(kernel)]
+    found = list(tune.candidates(start, fields))
+    assert found[0] == start
+    assert len(set(found)) == len(found) > 10
+    changes = [sum(getattr(c, f) != getattr(start, f) for f in fields) for c in found]
+    assert changes == sorted(changes)  # a search that is cut short has seen the nearest
 
 
-def test_defaults():
-    assert SlimConfig(method="slim-plus").tune
-    assert not SlimConfig(method="slim").tune
-    assert not SlimConfig(method="slim-plus", sqc="paper").tune
-    with pytest.raises(ValueError, match="tune_rate is 0, expected above 0"):
-        SlimConfig(tune_rate=0)
-    with pytest.raises(ValueError, match="tune_epochs is 0, expected at least 1"):
-        SlimConfig(tune_epochs=0)
+X = jnp.ones((4, 32))
+WEIGHTS = (jnp.ones((32, 8)),)
+WANTED = np.full((4, 8), 32.0)
+
+
+def product(run) -> Product:
+    return Product(run, X, WEIGHTS, 1, 1)
+
+
+def refuses(x, w):
+    raise NotImplementedError("no such device")
+
+
+@jax.jit
+def slow(x, w):
+    return jax.lax.fori_loop(0, 20_000, lambda _, y: jnp.minimum(y, x @ w), x @ w)
+
+
+def test_the_fastest_wins_and_what_fails_is_left_out():
+    found = tune.search(
+        [("slow", product(slow)), ("fast", product(jnp.matmul)), ("not", product(refuses))], WANTED, math.inf
+    )
+    assert found.best(repeats=3)[0] == "fast"
+    assert sorted(found.works) == ["fast", "slow"]
+    assert found.failed == {"not": "no such device"}
+    with pytest.raises(ValueError, match="none of 1 configurations works on this device: no such device"):
+        tune.search([("not", product(refuses))], WANTED, math.inf).best(repeats=3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x, w: x @ w + 1, lambda x, w: x @ w * jnp.nan, lambda x, w: x @ x.T]
+)
+def test_a_wrong_candidate_never_wins(wrong):
+    """However fast it is, and also where all others are slow."""
+    found = tune.search([("slow", product(slow)), ("wrong", product(wrong))], WANTED, math.inf)
+    assert found.best(repeats=3)[0] == "slow"
+    assert found.failed["wrong"].startswith("values are wrong")
+
+
+def test_the_search_ends_in_time():
+    tried = []
+
+    def products():
+        for name in range(100):
+            tried.append(name)
+            yield name, product(jnp.matmul)
+
+    assert list(tune.search(products(), WANTED, -math.inf).works) == [0]
+    assert len(tune.search(products(), WANTED, math.inf).works) == tune.FINALISTS
+    assert tried == [0, 1, *range(100)]
+
+
+def test_tune_writes_what_it_found(monkeypatch, capsys):
+    """The whole of a kernel's tuning, with a kernel whose heuristic is wrong."""
+
+    def mixed_matmul(x, w, *, config):
+        if config.stages == 4:
+            raise NotImplementedError("not this one")
+        y = jnp.dot(x.astype(jnp.float32), w.dequantize())
+        return y if config.stages == 2 else 2 * y
+
+    kernel = SimpleNamespace(
+        NAME=gpu.NAME,
+        heuristic=lambda kind, m, k, n: gpu.Config(),
+        mixed_matmul=mixed_matmul,
+    )
+    monkeypatch.setitem(tune.FIELDS, "mosaic_gpu", {"stages": (2, 3, 4)})
+    arguments = Namespace(bits=2, group_size=32, repeats=3)
+    found = tune.tune(kernel, 4, (128, 64), arguments, seconds=60)
+    assert found == dataclasses.asdict(gpu.Config(stages=2))
+    assert "stages=3, groups_per_step=4, split_k=1): values are wrong" in capsys.readouterr().out

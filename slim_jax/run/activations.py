@@ -199,25 +199,25 @@ class Activations:
         What the caller does to the weights in ``params`` between two stages takes effect from there on.
         """
         groups = linear_groups(self._config)
-        block = self._block(params)
+        block = self.block(params)
         x = self.keep(_attn_input(block, h) for h in self.batches)
         yield groups["attn"], Inputs(x)
-        block = self._block(params)
+        block = self.block(params)
         for i, attn_input in enumerate(x):
             x[i] = _o_input(block, attn_input, placement=self._placement)
         yield groups["attn.o"], Inputs(x)
-        block = self._block(params)
+        block = self.block(params)
         self.batches = self.keep(_after_attn(block, h, o_input) for h, o_input in zip(self.batches, x))
         x = self.keep(_mlp_input(block, h) for h in self.batches)
         if self._config.num_experts:
             yield from self._experts(params, block, x)
             return
         yield groups["mlp"], Inputs(x)
-        block = self._block(params)
+        block = self.block(params)
         for i, mlp_input in enumerate(x):
             x[i] = _down_input(block.mlp, mlp_input)
         yield groups["mlp.down"], Inputs(x)
-        block = self._block(params)
+        block = self.block(params)
         self.batches = self.keep(_after_mlp(block, h, down_input) for h, down_input in zip(self.batches, x))
 
     def carry(self, params: Params) -> None:
@@ -245,7 +245,7 @@ class Activations:
         """The arrays, in memory or offloaded."""
         return list(arrays) if self._offload is None else OnDisk(arrays, self._offload)
 
-    def _block(self, params: Params) -> Block:
+    def block(self, params: Params) -> Block:
         """The block with matrices dense in the compute dtype, the rest in float32."""
         return make_block(self._config, self._computed(params))
 

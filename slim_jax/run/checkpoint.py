@@ -226,22 +226,15 @@ class CheckpointWriter:
         """Reads a finished block back."""
         return _load_params(self.path, self.blocks[index], f"blocks/{index:03d}", None, self._placement)
 
-    def write_tuned(
-        self,
-        outer: Callable[[Params], Params],
-        block: Callable[[int, Params], Params],
-        report: TuningReport,
-    ) -> None:
-        """Replaces every draft by what the functions make of it, one after another."""
+    def write_tuned(self, outer: Params, block: Callable[[int], Params], report: TuningReport) -> None:
+        """Replaces every draft, one after another, by ``outer`` and what ``block(index)`` gives."""
         self._manifest["tuning"] = dataclasses.asdict(report)
         for index, entry in enumerate(self.blocks):
             if "folder" in entry:
-                params = block(index, self.read_block(index))
-                self.blocks[index] = self._save(f"blocks/{index:03d}", params, entry["report"])
+                self.blocks[index] = self._save(f"blocks/{index:03d}", block(index), entry["report"])
                 _write_json(self.path / MANIFEST, self._manifest)
         if "folder" in self._manifest["outer"]:
-            params = outer(self.read_outer())
-            self._manifest["outer"] = self._save("outer", params, self._manifest["outer"]["report"])
+            self._manifest["outer"] = self._save("outer", outer, self._manifest["outer"]["report"])
 
     def finish(self) -> None:
         """Declares the checkpoint complete."""

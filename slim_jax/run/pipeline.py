@@ -315,11 +315,8 @@ def quantize_to_checkpoint(
             learned, tuning = tune(
                 source, tokens, config, outer, blocks, placement, reference, folder, file, on_step
             )
-            writer.write_tuned(
-                lambda outer: apply(outer, learned.outer),
-                lambda index, block: apply(block, learned.of(index)),
-                tuning,
-            )
+            tuned = apply(outer, learned.outer)
+            writer.write_tuned(tuned, lambda index: apply(blocks[index], learned.of(index)), tuning)
     writer.finish()
     return writer.report()
 

@@ -29,7 +29,7 @@ from slim_jax.method.layer import LayerSolver
 from slim_jax.method.sba import Allocation
 from slim_jax.model.decoder import Block, Decoder, linear_groups, sequence_positions
 from slim_jax.model.linear import Linear
-from slim_jax.model.params import as_computed, make_block, make_outer
+from slim_jax.model.params import make_outer
 from slim_jax.run.activations import Activations, observe, sample_batches
 from slim_jax.run.offload import Batches
 from slim_jax.run.source import Source
@@ -210,17 +210,13 @@ class Sweep:
         allocation = spend(costs, widths, self.config.mean_width)
         return Guide(self.weights, allocation, expected_rise(costs, widths, allocation))
 
-    def _dense(self, index: int) -> dict[str, jax.Array]:
-        params = self.source.block(index).items()
-        return {name: self.placement.whole(as_computed(name, value)) for name, value in params}
-
     def _inputs(self) -> list[Batches]:
         """What every block reads, bfloat16, and last what the last one gives."""
         keep = self.activations.keep
         inputs = [keep(h.astype(jnp.bfloat16) for h in self.activations.batches)]
         self.activations.batches = []
         for index in range(self.source.config.num_layers):
-            block = make_block(self.source.config, self._dense(index))
+            block = self.activations.block(self.source.block(index))
             inputs.append(keep(_forward(block, h, placement=self.placement) for h in inputs[-1]))
         return inputs
 
@@ -233,7 +229,7 @@ class Sweep:
 
     def _weigh(self, index: int, inputs: Batches, gradients: Batches) -> dict[str, float]:
         """Passes the gradients back over a block; every layer's mean weight of a token, limited."""
-        block = make_block(self.source.config, self._dense(index))
+        block = self.activations.block(self.source.block(index))
         found: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
         for i, h in enumerate(inputs):
             gradients[i], weights = _backward(

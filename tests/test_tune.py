@@ -1,0 +1,223 @@
+"""Tuning end to end: its loss and gradient against oracles, what it keeps, what it changes, resuming."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_pipeline import CONFIG, GEMMA, TOKENS, assert_same_checkpoint
+
+from pallas_kernels import MixedTensor
+from slim_jax.config import SlimConfig
+from slim_jax.method import tune
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.params import make_decoder, split_params
+from slim_jax.run import checkpoint, pipeline, tuning
+from slim_jax.run.activations import Activations
+from slim_jax.run.ends import head_inputs
+from slim_jax.run.source import DecoderSource
+
+# Judged by what it learns from: what a random model learns of one sample says nothing of others.
+TUNED = SlimConfig(
+    bits=2,
+    group_size=32,
+    tune=True,
+    tune_epochs=8,
+    tune_batch_size=len(TOKENS),
+    tune_rate=1e-2,
+    embedding_bits=8,
+    criterion="kl",
+)
+UNTUNED = dataclasses.replace(TUNED, tune=False)
+
+
+def confident(config: DecoderConfig) -> Decoder:
+    """A random model whose next tokens are not all alike."""
+    model = Decoder(dataclasses.replace(config, num_layers=2), rngs=nnx.Rngs(0))
+    model.embed.set_value(20 * model.embed.get_value())
+    return model
+
+
+BOTH = [pytest.param(CONFIG, id="plain"), pytest.param(GEMMA, id="local_global", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def models(request):
+    """A model, and its quantization before any tuning."""
+    model = confident(request.param)
+    return model, pipeline.quantize(model, TOKENS, UNTUNED)[0]
+
+
+@nnx.jit
+def logits(model: Decoder, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
+
+
+def divergence(full: Decoder, packed: Decoder, tokens: np.ndarray) -> float:
+    """Mean of ``sum_v p (log p - log q)``, in float64 from the models' logits."""
+    p, q = (np.asarray(logits(m, jnp.asarray(tokens)), np.float64) for m in (full, packed))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return float(np.mean(np.sum(np.exp(p) * (p - q), -1)))
+
+
+def parts(full: Decoder, packed: Decoder, tokens: np.ndarray) -> tuple[tune.Fixed, tune.Learned, tune.Batch]:
+    """What the loss is a function of."""
+    source = DecoderSource(full)
+    outer, blocks = split_params(packed)
+    reference = Activations(source, tokens)
+    for index in range(source.config.num_layers):
+        reference.carry(source.block(index))
+    target = jnp.concatenate(list(head_inputs(source.config, source.outer(), reference)))
+    fixed = tune.Fixed(tune.stacked(blocks), outer, source.outer())
+    learned = tune.Learned(tune.no_change(blocks[0], len(blocks)), tune.no_change(outer))
+    return fixed, learned, tune.Batch(jnp.asarray(tokens, jnp.int32), target)
+
+
+def tuner(config, rate: float = 1e-2) -> tune.Tuner:
+    return tune.Tuner(config, optax.adam(rate))
+
+
+def test_the_loss_is_the_divergence_of_the_stored_model(models):
+    full, packed = models
+    fixed, learned, batch = parts(full, packed, TOKENS[:2])
+    found = tuner(full.config).evaluate(learned, fixed, batch)
+    assert float(found) == pytest.approx(divergence(full, packed, TOKENS[:2]), rel=0.03)
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32), learned)
+    outer, blocks = split_params(packed)
+    stored = [tune.apply(block, moved.of(i)) for i, block in enumerate(blocks)]
+    other = make_decoder(full.config, tune.apply(outer, moved.outer), stored)
+    found = tuner(full.config).evaluate(moved, fixed, batch)
+    assert float(found) == pytest.approx(divergence(full, other, TOKENS[:2]), rel=0.03)
+
+
+def test_the_gradient_is_that_of_finite_differences(models, monkeypatch):
+    """Without rounding to bfloat16, which differences would feel."""
+    full, packed = models
+    monkeypatch.setattr(tune, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
+    monkeypatch.setattr(tune, "straight_through", lambda x, rounded: x)
+    fixed, learned, batch = parts(full, packed, TOKENS[:2])
+    loss = jax.jit(lambda learned: tuner(full.config).loss(learned, fixed, batch))
+    rng = np.random.default_rng(1)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), learned)
+    gradient = jax.jit(jax.grad(loss))(learned)
+    slope = sum(float(jnp.sum(g * d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+    step = 1e-2
+    ahead, behind = (
+        float(loss(jax.tree.map(lambda a, d, s=s: a + s * d, learned, direction))) for s in (step, -step)
+    )
+    assert slope == pytest.approx((ahead - behind) / (2 * step), rel=0.05, abs=1e-5)
+    assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(gradient))  # every scale and norm is reached
+
+
+def test_tuning_lowers_the_divergence_and_leaves_codes(models):
+    full, packed = models
+    steps = []
+    found, report = pipeline.quantize(full, TOKENS, TUNED, on_step=lambda *step: steps.append(step))
+    assert [step[:2] for step in steps] == [(i, 8) for i in range(1, 9)]
+    losses = [loss for _, loss in report.tuning.losses]
+    assert [step for step, _ in report.tuning.losses] == [0, 2, 5, 8]
+    assert report.tuning.kept == np.argmin(losses) > 0
+    assert losses[0] == pytest.approx(divergence(full, packed, TOKENS), rel=0.03)
+    assert losses[report.tuning.kept] == pytest.approx(divergence(full, found, TOKENS), rel=0.03)
+    for before, after in zip(split_params(packed)[1], split_params(found)[1], strict=True):
+        for name, value in before.items():
+            if not isinstance(value, MixedTensor):
+                assert name.endswith("norm.weight") or np.array_equal(value, after[name])
+                continue
+            for leaf in ("words", "zero", "order", "segments"):
+                np.testing.assert_array_equal(getattr(value, leaf), getattr(after[name], leaf))
+            assert np.any(value.scale != after[name].scale)
+
+
+def test_a_tuning_that_only_harms_changes_nothing(models):
+    full, packed = models
+    harmful = dataclasses.replace(TUNED, tune_rate=1.0, tune_epochs=12)
+    found, report = pipeline.quantize(full, TOKENS, harmful)
+    assert report.tuning.kept == 0
+    assert report.tuning.note
+    assert len(report.tuning.losses) <= 1 + tuning.PATIENCE  # nor does it go on
+    for before, after in zip(jax.tree.leaves(nnx.state(packed)), jax.tree.leaves(nnx.state(found))):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_history_keeps_the_best_and_ends_in_time():
+    history = tuning.History()
+    assert [history.judge(step, loss) for step, loss in enumerate([3.0, 2.0, 2.5])] == [True, True, False]
+    assert not history.over
+    assert not history.judge(3, 2.1)
+    assert history.over
+    assert history.report(7) == tuning.TuningReport([(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.1)], 1, 7)
+    broken = tuning.History(losses=[(0, 1.0)])
+    assert not broken.judge(5, float("nan"))
+    assert broken.over
+    assert "nan by step 5" in broken.report(0).note
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "after", [1, *(pytest.param(a, marks=pytest.mark.slow) for a in (8, "first block", "blocks"))]
+)
+def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, monkeypatch):
+    source = DecoderSource(confident(CONFIG))
+    monkeypatch.setattr(tuning, "SAVED", 1)
+    pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "whole")
+
+    def kill(step, of, loss):
+        if step - 1 == after:  # the step is taken, and what the one before it left is kept
+            raise Killed
+
+    save = checkpoint.CheckpointWriter._save
+
+    def kill_writing(writer, folder, params, report):
+        if folder == {"first block": "blocks/001", "blocks": "outer"}.get(after):
+            raise Killed
+        return save(writer, folder, params, report)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.CheckpointWriter, "_save", kill_writing)
+        if after == 8:  # all steps are taken, none is applied
+            patch.setattr(checkpoint.CheckpointWriter, "write_tuned", _raise)
+        with pytest.raises(Killed):
+            pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", on_step=kill)
+    with pytest.raises(ValueError, match="unfinished"):
+        checkpoint.load(tmp_path / "parts")
+    found = pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", resume=True)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
+    manifests = [json.loads((tmp_path / run / "slim.json").read_text()) for run in ("whole", "parts")]
+    assert manifests[0]["tuning"] == manifests[1]["tuning"]
+    assert found.tuning is not None
+    assert found.tuning.kept > 0
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["blocks", "outer", "slim.json"]
+
+
+def _raise(*_):
+    raise Killed
+
+
+@pytest.mark.slow
+def test_several_devices_share_the_samples(models):
+    full, _ = models
+    mesh = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2])
+    _, alone = pipeline.quantize(full, TOKENS, TUNED)
+    _, shared = pipeline.quantize(full, TOKENS, TUNED, mesh=mesh)
+    for (_, one), (_, other) in zip(alone.tuning.losses, shared.tuning.losses, strict=True):
+        assert one == pytest.approx(other, rel=0.05)
+
+
+def test_defaults():
+    assert SlimConfig(method="slim-plus").tune
+    assert not SlimConfig(method="slim").tune
+    assert not SlimConfig(method="slim-plus", sqc="paper").tune
+    with pytest.raises(ValueError, match="tune_rate is 0, expected above 0"):
+        SlimConfig(tune_rate=0)
+    with pytest.raises(ValueError, match="tune_epochs is 0, expected at least 1"):
+        SlimConfig(tune_epochs=0)
