@@ -1,6 +1,6 @@
 """The packed weight: how mixed-width codes lie in memory.
 
-This is the only file that knows the layout; kernels, solvers and checkpoints ask it.
+This and `planes.py` are the only files that know the layout; kernels, solvers and checkpoints ask it.
 It knows nothing of models or of how codes were chosen.
 
 A linear layer computes ``y[M, N] = x[M, K] @ W[K, N]``. Input channels are cut into ``G`` groups
@@ -8,11 +8,7 @@ of ``g``; all output channels of a group share one bit width ``b`` and
 
     W[k, n] = scale[G(k), n] * (code[k, n] - zero[G(k), n]).
 
-*Planes.* A ``b``-bit code is the sum of planes of 4, 2 and 1 bits, low bits first
-(``3 = 2 + 1``: ``code = plane2 + 4 * plane1``). A plane of width ``n`` of one group is
-``uint32[g * n / 32, N]`` and *planar*: slot ``s`` (bits ``n*s .. n*s + n``) of word row ``j`` holds
-channel ``s * (g * n / 32) + j`` of the group, so that one shift and mask of a tile of words gives a
-contiguous run of channels.
+*Planes.* Codes are stored as planes of 4, 2 and 1 bits: `pallas_kernels.planes`.
 
 *Order.* Groups are stored by ascending width; a group's planes are adjacent rows of one flat buffer.
 
@@ -35,30 +31,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-WORD_BITS = 32
-MAX_BITS = 8
-
-
-def plane_widths(bits: int) -> tuple[int, ...]:
-    """Widths of the planes of a ``bits``-bit code, low bits first: 3 -> (2, 1), 8 -> (4, 4).
-
-    Raises:
-      ValueError: ``bits`` is not in 1..8.
-    """
-    if not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits is {bits}, expected 1 to {MAX_BITS}")
-    widths = [4] * (bits // 4)
-    return (*widths, *(n for n in (2, 1) if bits % 4 & n))
-
-
-def pieces(bits: int) -> list[list[tuple[int, int]]]:
-    """Planes ``(width, shift)`` of a code, in pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
-    planes: list[tuple[int, int]] = []
-    shift = 0
-    for n in plane_widths(bits):
-        planes.append((n, shift))
-        shift += n
-    return [found for low in (0, 4) if (found := [plane for plane in planes if plane[1] // 4 * 4 == low])]
+from pallas_kernels.planes import MAX_BITS, WORD_BITS, pack_group, pack_plane, unpack_group, unpack_plane
 
 
 def zero_bits(widths: tuple[int, ...]) -> int:
@@ -74,44 +47,6 @@ def zero_step(bits: int, widths: tuple[int, ...]) -> float:
 def group_count(k: int, group_size: int) -> int:
     """Number of groups of ``k`` input channels, a shorter last one included."""
     return -(-k // group_size)
-
-
-def pack_plane(codes: np.ndarray, bits: int, word: type = np.uint32) -> np.ndarray:
-    """Packs codes ``[R * s, N]`` of 1, 2, 4 or 8 bits into words ``[R, N]``, planar, ``s`` slots a word."""
-    slots = np.dtype(word).itemsize * 8 // bits
-    planar: np.ndarray = codes.reshape(slots, -1, codes.shape[-1]).astype(word)
-    shifts: np.ndarray = (np.arange(slots) * bits).astype(word)[:, None, None]
-    return np.bitwise_or.reduce(planar << shifts, axis=0)
-
-
-def unpack_plane(words: jax.Array, bits: int) -> jax.Array:
-    """The inverse of :func:`pack_plane`: words ``[R, N]`` -> codes ``[R * s, N]`` of the words' dtype."""
-    slots = words.dtype.itemsize * 8 // bits
-    if slots == 1:
-        return words
-    mask = words.dtype.type((1 << bits) - 1)
-    return jnp.concatenate([(words >> words.dtype.type(s * bits)) & mask for s in range(slots)], axis=0)
-
-
-def pack_group(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Packs one group's codes ``[g, N]`` into its planes, ``uint32[g * bits / 32, N]``."""
-    planes, shift = [], 0
-    for n in plane_widths(bits):
-        planes.append(pack_plane((codes >> shift) & ((1 << n) - 1), n))
-        shift += n
-    return np.concatenate(planes, axis=0)
-
-
-def unpack_group(words: jax.Array, bits: int) -> jax.Array:
-    """The inverse of :func:`pack_group`: ``uint32[g * bits / 32, N]`` -> codes ``uint32[g, N]``."""
-    row, shift, code = 0, 0, None
-    for n in plane_widths(bits):
-        rows = words.shape[0] * n // bits
-        plane = unpack_plane(words[row : row + rows], n) << np.uint32(shift)
-        code = plane if code is None else code | plane
-        row, shift = row + rows, shift + n
-    assert code is not None
-    return code
 
 
 def vary_like(value: jax.Array, like: Any) -> jax.Array:

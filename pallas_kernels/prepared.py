@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, stack, zero_step
+from pallas_kernels.layout import MixedTensor, stack, zero_step
+from pallas_kernels.planes import WORD_BITS, plane_widths
 
 
 @partial(

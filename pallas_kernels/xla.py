@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, vary_like
+from pallas_kernels.layout import MixedTensor, vary_like
+from pallas_kernels.planes import WORD_BITS
 from pallas_kernels.prepared import Prepared, prepare
 
 # Above this many rows, unpacking once is cheaper than masking every word once per row.

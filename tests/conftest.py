@@ -5,9 +5,11 @@ runs so briefly (`XLA_FLAGS`, where set, wins), and what one process has compile
 folder that goes when the session ends.
 """
 
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -71,3 +73,17 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _no_rank_promotion():
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 15_000
+"""Of the 65,530 memory maps that Linux gives a process. A compiled program holds several; a worker that
+compiled all the tests' programs, and kept them, died for want of maps."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -21,7 +21,7 @@ from pallas_kernels.gpu import registers
 from pallas_kernels.gpu.kernel import MAGIC
 from pallas_kernels.gpu.operands import DEPTH, OFFSET, ROW_TILE, WORD_ROWS, fields, places
 from pallas_kernels.gpu.registers import Warps
-from pallas_kernels.layout import pack_group, pieces
+from pallas_kernels.planes import pack_group, pieces
 
 SPLITS = [(split, n) for split in (1, 2, 4) for n in (32, 64, 128, 256)]  # as Config allows
 

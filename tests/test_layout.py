@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import MixedTensor, pack
-from pallas_kernels.layout import plane_widths
+from pallas_kernels.planes import plane_widths
 
 dequantize = jax.jit(lambda w: w.dequantize(jnp.float32))
 

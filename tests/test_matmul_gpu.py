@@ -15,7 +15,7 @@ from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, ran
 from pallas_kernels.gpu import kernel
 from pallas_kernels.gpu.kernel import Config
 from pallas_kernels.gpu.operands import fields, places
-from pallas_kernels.layout import pack_group, pieces
+from pallas_kernels.planes import pack_group, pieces
 
 # The interpreted kernel becomes an XLA program whose compilation is all the time these tests take.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

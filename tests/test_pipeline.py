@@ -137,7 +137,7 @@ def test_each_step_compiles_once_per_model(config):
     ],
     ids=["search", "paper", "model"],
 )
-def test_resumed_equals_uninterrupted(model, tmp_path, killed_after, slim):
+def test_resumed_equals_uninterrupted(model, tmp_path, monkeypatch, killed_after, slim):
     offload = killed_after == 1  # where activations are changes nothing
     source = DecoderSource(model)
     pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "whole")
@@ -159,7 +159,12 @@ def test_resumed_equals_uninterrupted(model, tmp_path, killed_after, slim):
         checkpoint.load(tmp_path / "parts")
     # A block folder that was written just before the manifest could be.
     shutil.copytree(tmp_path / "parts/blocks/000", tmp_path / "parts/blocks" / f"{killed_after + 1:03d}")
-    pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "parts", resume=True, offload=offload)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Sweep, "run", None)  # what it found is kept
+        pipeline.quantize_to_checkpoint(
+            source, TOKENS, slim, tmp_path / "parts", resume=True, offload=offload
+        )
+    assert not (tmp_path / "parts/drafts").exists()
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
     assert (tmp_path / "parts/activations.0").exists() != offload
     before = (tmp_path / "parts/slim.json").read_bytes()

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, zero_step
+from pallas_kernels.layout import MixedTensor, zero_step
+from pallas_kernels.planes import WORD_BITS
 
 OFFSET = 128.0  # what is added to every code
 MANTISSA_BITS = 7  # of a bfloat16

@@ -51,7 +51,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import devices
-from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, result_type
+from pallas_kernels.layout import MixedTensor, result_type
+from pallas_kernels.planes import WORD_BITS, pieces
 from pallas_kernels.tpu.config import DECODE_ROWS as DECODE_ROWS
 from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, check_supported
 from pallas_kernels.tpu.config import NAME as NAME

@@ -9,7 +9,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, pieces, zero_bits, zero_step
+from pallas_kernels.layout import MixedTensor, zero_bits, zero_step
+from pallas_kernels.planes import WORD_BITS, pieces
 from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, Config
 from pallas_kernels.tpu.unpack import bit_of
 

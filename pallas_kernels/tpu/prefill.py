@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS, MixedTensor, plane_widths, result_type, zero_bits, zero_step
+from pallas_kernels.layout import MixedTensor, result_type, zero_bits, zero_step
+from pallas_kernels.planes import WORD_BITS, plane_widths
 from pallas_kernels.tpu.config import LANES, SUBLANES, VMEM_BYTES, Config
 from pallas_kernels.tpu.operands import leading, zero_codes
 

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import WORD_BITS
+from pallas_kernels.planes import WORD_BITS
 from pallas_kernels.tpu.config import SUBLANES
 
 

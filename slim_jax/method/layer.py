@@ -57,9 +57,10 @@ class LayerSolver:
     def errors(self, weights: Mapping[str, Any], observation: Observation) -> dict[str, np.ndarray]:
         """``float32[G, W]`` of every layer that shares an input: see `slim_jax.method.budget.group_errors`.
 
-        ``weights`` are ``[K, N]`` by the layers' names.
+        ``weights`` are ``[K, N]`` by the layers' names. Of the default search a coarser one is enough.
         """
         found, _ = self.statistics(observation, list(weights))
+        sqc = "coarse" if self.config.sqc == "search" else self.config.sqc
         errors = {}
         for name, w in weights.items():
             padded = jnp.pad(self.placement.channels(w).astype(jnp.float32), _rows_up_to(found, w))
@@ -69,7 +70,7 @@ class LayerSolver:
                 widths=self.config.widths,
                 group_size=self.config.group_size,
                 zero_bits=self.zero_bits,
-                sqc=self.config.sqc or "search",
+                sqc=str(sqc),
                 placement=self.placement,
             )
             errors[name] = self.placement.fetch(by_width)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import MixedTensor
-from pallas_kernels.layout import WORD_BITS
+from pallas_kernels.planes import WORD_BITS
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.hessian import Observation, gram, spread
 from slim_jax.model.decoder import MLP, Block, embed, linear_groups, sequence_positions

@@ -4,7 +4,7 @@
     out/outer/         embeddings, last norm, head
     out/blocks/007/    one block
     out/tokenizer/     the tokenizer's own files
-    out/drafts/        blocks that tuning is going to replace, until it has
+    out/drafts/        until all is done: what the sweep found, blocks that tuning is going to replace
 
 The manifest is rewritten, whole, after every block, so a folder whose manifest says
 ``"complete": false`` is a run that can be resumed.

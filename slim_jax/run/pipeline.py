@@ -59,11 +59,17 @@ class BlockQuantizer:
         offload: Path | None = None,
         placement: Placement = ONE_DEVICE,
         on_sweep: OnSweep | None = None,
+        sweep_file: Path | None = None,
     ) -> None:
         self.source, self.config, self.placement = source, config, placement
         self.guide: Guide | None = None
         if config.guide or (config.over_model and bits is None):
-            self.guide = Sweep(source, tokens, config, offload, placement).run(on_sweep)
+            if sweep_file is not None and sweep_file.exists():  # of the run that is resumed
+                self.guide = Guide.load(sweep_file)
+            else:
+                self.guide = Sweep(source, tokens, config, offload, placement).run(on_sweep)
+                if sweep_file is not None:
+                    self.guide.save(sweep_file)
             bits = bits or self.guide.allocation
         self.solver = LayerSolver(config, bits, placement)
         self.activations = Activations(source, tokens, offload, placement)
@@ -303,8 +309,9 @@ def quantize_to_checkpoint(
     with _scratch(path / f"activations.{jax.process_index()}" if offload else None) as folder:
         reference = None
         if not writer.all_written:
+            swept = path / "drafts/sweep.npz"
             quantizer = BlockQuantizer(
-                source, tokens, config, allocation, optimizer, folder, placement, on_sweep
+                source, tokens, config, allocation, optimizer, folder, placement, on_sweep, swept
             )
             _write_all(quantizer, writer, on_block, on_epoch)
             reference = quantizer.reference

@@ -10,6 +10,7 @@ so that ``sum_t w_t |(W - W_hat)^T x_t|^2 / 2`` is about how much ``L`` rises wh
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,27 @@ class Guide:
     def of(self, index: int, names: tuple[str, ...]) -> np.ndarray:
         """The weights of the tokens at some layers of block ``index`` that share an input."""
         return self.weights[index, _group(names[0])]
+
+    def save(self, file: Path) -> None:
+        """Writes it whole: a reader sees nothing or all of it. One process writes."""
+        if jax.process_index() != 0:
+            return
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        told = json.dumps({"allocation": self.allocation, "rises": dict(self.rises)})
+        arrays = {f"{index} {group}": weight for (index, group), weight in self.weights.items()}
+        with temporary.open("wb") as target:
+            np.savez(target, told=np.asarray(told), **arrays)  # type: ignore[arg-type]
+        temporary.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Guide":
+        """Reads what :meth:`save` wrote."""
+        with np.load(file) as saved:
+            told = json.loads(str(saved["told"]))
+            keys = {key: key.split(" ") for key in saved.files if key != "told"}
+            weights = {(int(index), group): saved[key] for key, (index, group) in keys.items()}
+        return cls(weights, told["allocation"], told["rises"])
 
 
 def _kind(name: str) -> str:
