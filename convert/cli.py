@@ -285,6 +285,7 @@ def quantize(
         embedding_group_size=embedding_group_size,
     )
     from convert.calibration import draw, parts
+    from convert.page import write_report
 
     texts = parts(calibration or ())
     from slim_jax.method.sba import load_allocation
@@ -325,6 +326,7 @@ def quantize(
             on_step=lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
         )
     _keep_tokenizer(tokenizer, out)
+    write_report(out, out / "report.html")
     if save_allocation is not None:
         write_allocation(report.allocation, save_allocation)
     found = report.to_json()
@@ -447,7 +449,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", show_default=False, help="A slim-jax checkpoint.")],
     as_json: JsonOption = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a page with a row per layer.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the page report.html that quantize writes beside a checkpoint."
+        ),
     ] = None,
 ) -> None:
     """Show what a checkpoint stores: sizes, bits per weight, and where the bits went.
@@ -464,9 +469,9 @@ def inspect(
 
     found = checkpoint.inspect(path)
     if html is not None:
-        from convert.page import layers_page
+        from convert.page import write_report
 
-        html.write_text(layers_page(str(path), found), encoding="utf-8")
+        write_report(path, html)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

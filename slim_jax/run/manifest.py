@@ -60,7 +60,7 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
     total_bytes = parameters = 0
     outer = [] if manifest["outer"] is None else [("", manifest["outer"])]
     for prefix, entry in [*outer, *((f"blocks.{i}.", block) for i, block in enumerate(manifest["blocks"]))]:
-        sizes = {name: _bytes(*array) for name, array in entry["arrays"].items()}
+        sizes = {name: array_bytes(*array) for name, array in entry["arrays"].items()}
         total_bytes += sum(sizes.values())
         reports = {layer["name"]: layer for layer in layer_reports(entry)}
         for name, static in entry["packed"].items():
@@ -108,5 +108,6 @@ def _row(name: str, static: dict[str, Any], stored: int, reports: dict[str, Any]
     }
 
 
-def _bytes(shape: list[int], dtype: str) -> int:
+def array_bytes(shape: list[int], dtype: str) -> int:
+    """Bytes of an array as the manifest lists it."""
     return math.prod(shape) * jnp.dtype(dtype).itemsize
