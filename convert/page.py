@@ -154,7 +154,7 @@ def _heat_map(found: dict[str, Any], manifest: dict[str, Any]) -> str:
     widths = sorted({bits for groups in given.values() for bits in groups})
     return (
         f'<h2>Bits</h2>\n<p class="note">Down: layers, first to last. Across: groups of input channels.</p>\n'
-        f"<p>{_key({f'{bits} bits': COLORS[bits] for bits in widths})}</p>\n"
+        f"<p>{_key({_bits(bits): COLORS[bits] for bits in widths})}</p>\n"
         f'<div class="maps">{"".join(panels)}</div>'
     )
 
@@ -240,10 +240,14 @@ def _table(found: dict[str, Any]) -> str:
     return f"<h2>Layers</h2>\n<table>\n<tr>{heads}</tr>\n{rows}\n</table>"
 
 
+def _bits(bits: int) -> str:
+    return f"{bits} bit" if bits == 1 else f"{bits} bits"
+
+
 def _row(layer: dict[str, Any]) -> str:
     counts = {int(bits): count for bits, count in (layer["bits"] or {}).items() if count}
     bar = "".join(
-        f'<span style="flex:{count};background:{COLORS[bits]}" title="{count} groups of {bits} bits"></span>'
+        f'<span style="flex:{count};background:{COLORS[bits]}" title="{count} groups of {_bits(bits)}"></span>'
         for bits, count in sorted(counts.items())
     )
     error = "" if layer.get("error") is None else f"{layer['error']:.4g}"

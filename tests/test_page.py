@@ -123,22 +123,29 @@ def test_of_a_dense_model(tmp_path: Path) -> None:
     assert "not packed" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_takes_it(manifest: dict[str, Any], tmp_path: Path, dark: bool) -> None:
-    page, picture = tmp_path / "report.html", tmp_path / "page.png"
-    page.write_text(report_page("a model", manifest), encoding="utf-8")
+def photograph(page: Path, picture: Path, *options: str) -> bytes:
+    """A screenshot; the browser's console must have nothing to say."""
     assert CHROMIUM is not None
     done = subprocess.run(
         [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1600",
-            *(["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else []),
+            f"--user-data-dir={picture.parent / 'profile'}", "--window-size=1200,1600", *options,
             f"--screenshot={picture}", page.as_uri(),
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert picture.stat().st_size > 20_000  # an empty page has a tenth of that
+    return picture.read_bytes()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_takes_it_by_day_and_by_night(manifest: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(report_page("a model", manifest), encoding="utf-8")
+    day = photograph(page, tmp_path / "day.png")
+    night = photograph(page, tmp_path / "night.png", "--blink-settings=preferredColorScheme=0")
+    for picture in (day, night):
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+        assert len(picture) > 20_000  # an empty page has a tenth of that
+    assert day != night
