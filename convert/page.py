@@ -247,7 +247,8 @@ def _bits(bits: int) -> str:
 def _row(layer: dict[str, Any]) -> str:
     counts = {int(bits): count for bits, count in (layer["bits"] or {}).items() if count}
     bar = "".join(
-        f'<span style="flex:{count};background:{COLORS[bits]}" title="{count} groups of {_bits(bits)}"></span>'
+        f'<span style="flex:{count};background:{COLORS[bits]}" '
+        f'title="{count} groups of {_bits(bits)}"></span>'
         for bits, count in sorted(counts.items())
     )
     error = "" if layer.get("error") is None else f"{layer['error']:.4g}"
