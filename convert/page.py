@@ -38,7 +38,8 @@ th:first-child, td:first-child { text-align: left; }
 td.bar { width: 25%; }
 .bar div, .whole { display: flex; height: .9rem; }
 .whole { height: 1.8rem; border-radius: 3px; overflow: hidden; }
-.key { display: inline-block; width: .9rem; height: .9rem; margin: 0 .3rem 0 1rem; vertical-align: middle; }
+.entry { white-space: nowrap; margin-right: 1rem; }
+.key { display: inline-block; width: .9rem; height: .9rem; margin-right: .3rem; vertical-align: middle; }
 .tiles, .maps { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
 .tiles b { display: block; font-size: 1.4rem; }
 .tiles span { color: var(--soft); }
@@ -105,7 +106,7 @@ def _tiles(found: dict[str, Any], manifest: dict[str, Any]) -> str:
 
 def _key(colors: dict[str, str]) -> str:
     return "".join(
-        f'<span class="key" style="background:{color}"></span>{html.escape(name)}'
+        f'<span class="entry"><span class="key" style="background:{color}"></span>{html.escape(name)}</span> '
         for name, color in colors.items()
     )
 

@@ -77,19 +77,23 @@ class Shards:
         Raises:
           CheckpointError: a file is damaged, or has not what the manifest lists.
         """
-        found = {}
-        for name, (shape, kind) in arrays.items():
-            stored = array_name(index, name)
-            if stored not in self._places:
-                raise CheckpointError(f"no file has {stored}, though {MANIFEST} lists it")
-            path = self._places[stored]
+        places = {name: self._place(array_name(index, name)) for name in arrays}
+        found: dict[str, np.ndarray] = {}
+        for path in dict.fromkeys(places.values()):
             if path not in self._verified:
                 verify(path, self._digests[path])
                 self._verified.add(path)
-            with safe_open(path, framework="numpy") as file:
-                value = file.get_tensor(stored)
+            with safe_open(path, framework="numpy") as file:  # opening parses the whole header
+                here = [name for name, place in places.items() if place == path]
+                found |= {name: file.get_tensor(array_name(index, name)) for name in here}
+        for name, (shape, kind) in arrays.items():
+            value = found[name]
             if list(value.shape) != shape or value.dtype != jnp.dtype(kind):
-                is_now = f"{value.dtype}{list(value.shape)}"
-                raise CheckpointError(f"{path}: {stored} is {is_now}, {MANIFEST} lists {kind}{shape}")
-            found[name] = value
+                is_now, stored = f"{value.dtype}{list(value.shape)}", array_name(index, name)
+                raise CheckpointError(f"{places[name]}: {stored} is {is_now}, {MANIFEST} lists {kind}{shape}")
         return found
+
+    def _place(self, stored: str) -> Path:
+        if stored not in self._places:
+            raise CheckpointError(f"no file has {stored}, though {MANIFEST} lists it")
+        return self._places[stored]
