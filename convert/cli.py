@@ -285,6 +285,7 @@ def quantize(
         embedding_group_size=embedding_group_size,
     )
     from convert.calibration import draw, parts
+    from convert.page import write_report
 
     texts = parts(calibration or ())
     from slim_jax.method.sba import load_allocation
@@ -325,6 +326,7 @@ def quantize(
             on_step=lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
         )
     _keep_tokenizer(tokenizer, out)
+    write_report(out, out / "report.html")
     if save_allocation is not None:
         write_allocation(report.allocation, save_allocation)
     found = report.to_json()
@@ -447,7 +449,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", show_default=False, help="A slim-jax checkpoint.")],
     as_json: JsonOption = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a page with a row per layer.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the page report.html that quantize writes beside a checkpoint."
+        ),
     ] = None,
 ) -> None:
     """Show what a checkpoint stores: sizes, bits per weight, and where the bits went.
@@ -464,9 +469,9 @@ def inspect(
 
     found = checkpoint.inspect(path)
     if html is not None:
-        from convert.page import layers_page
+        from convert.page import write_report
 
-        html.write_text(layers_page(str(path), found), encoding="utf-8")
+        write_report(path, html)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -530,63 +535,74 @@ def export(
     source: SourceArgument,
     out: OutArgument,
     format: Annotated[
-        str, typer.Option(metavar="hf", help="hf: safetensors that transformers loads.")
+        str,
+        typer.Option(
+            metavar="safetensors|hf|gptq",
+            help="safetensors: packed as it is, a few files to pass on, which every command here reads. "
+            "hf: dequantized, which transformers loads. gptq: GPTQModel's packed format, which vLLM, SGLang "
+            "and transformers load; of results with one width and whole zero points.",
+        ),
     ] = "hf",
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16. [dim]Default: as they are.[/]"),
+        typer.Option(
+            metavar="DTYPE",
+            help="Of hf: float32, bfloat16 or float16. [dim]Default: as they are.[/] Of gptq, what is not "
+            "packed and scales: float16 or bfloat16. [dim]Default: float16.[/]",
+        ),
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT=VALUE",
+            show_default=False,
+            help="Of safetensors: measured with eval, for the model card. May be given several times.",
+        ),
     ] = None,
 ) -> None:
-    """Write a model with dequantized weights, for other tools to load.
+    """Write a model for others: packed to pass on, or in a form that other tools load.
+
+    slim-jax export out/q2 out/q2-packed --format safetensors --perplexity wikitext2=29.4
 
     slim-jax export out/q2 out/q2-hf --format hf --dtype bfloat16
-    """
-    if format != "hf":
-        raise ValueError(f"--format is {format!r}, expected hf")
-    _require_new(out)
-    from convert.export import export_hf
 
+    slim-jax export out/q4 out/q4-gptq --format gptq
+    """
+    from convert.formats import check_options, write
+
+    measured = check_options(format, dtype, perplexity or [])
+    _require_new(out)
     model = _open(source)
-    export_hf(model, out, dtype, tokenizer=_optional_tokenizer(source, model))
-    typer.echo(f"{out}: {model.config.num_layers} blocks, dequantized")
+    said = write(format, model, out, dtype, _optional_tokenizer(source, model), measured)
+    typer.echo(f"{out}: {model.config.num_layers} blocks, {said}")
 
 
 def _open(spec: str, dtype: str | None = None) -> "Source":
     """The model that a SOURCE argument names; no weights are read yet."""
-    from convert.load import load_source
-    from slim_jax.run.checkpoint import CheckpointSource, is_checkpoint
+    from convert.load import open_model
 
-    if is_checkpoint(Path(spec)):
-        return CheckpointSource(Path(spec))
-    return load_source(spec, dtype)
+    return open_model(spec, dtype)
 
 
 def _config(spec: str) -> "DecoderConfig":
     """The config of the model that a SOURCE argument names."""
     from convert.load import load_config
-    from slim_jax.run.checkpoint import CheckpointSource, is_checkpoint
 
-    return CheckpointSource(Path(spec)).config if is_checkpoint(Path(spec)) else load_config(spec)
+    return load_config(spec)
 
 
 def _decoder(spec: str, source: "Source") -> "Decoder":
     """The whole model in memory."""
     from slim_jax.model.params import make_decoder
-    from slim_jax.run import checkpoint
 
-    if checkpoint.is_checkpoint(Path(spec)):
-        return checkpoint.load(Path(spec))
     blocks = [source.block(i) for i in range(source.config.num_layers)]
     return make_decoder(source.config, source.outer(), blocks)
 
 
 def _tokenizer(spec: str, source: "Source") -> Any:
-    from convert.tokenizer import load_tokenizer
-    from slim_jax.run.checkpoint import is_checkpoint
+    from convert.load import source_tokenizer
 
-    if is_checkpoint(Path(spec)):
-        return load_tokenizer(Path(spec) / "tokenizer")
-    return source.tokenizer  # type: ignore[attr-defined]
+    return source_tokenizer(source)
 
 
 def _optional_tokenizer(spec: str, source: "Source") -> Any:

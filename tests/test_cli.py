@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from convert.cli import run
 from convert.display import layer_kinds
 from convert.load import load_source
-from convert.page import layers_page
+from convert.tokenizer import load_tokenizer
 from slim_jax.run import checkpoint, pipeline
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64))]
@@ -115,6 +115,8 @@ def test_inspect(room, capsys, tmp_path):
     assert row["bits_per_weight"] > 2
     page = (tmp_path / "q2.html").read_text()
     assert all(layer["name"] in page for layer in found["layers"])
+    assert "<h2>Bits</h2>" in page
+    assert page == (room / "q2/report.html").read_text()  # quantize has written it, too
     table = said(capsys, "inspect", room / "q2")
     assert "mlp.down" in table
     assert "embed" in table
@@ -122,17 +124,12 @@ def test_inspect(room, capsys, tmp_path):
     assert "times smaller than in bfloat16" in " ".join(table.split())
 
 
-def test_layers_page_escapes():
-    found = {"parameters": 1, "packed_bytes": 1, "bits_per_weight": 2.0, "layers": [], "ends": [], "bytes": 1}
-    assert "<b>" not in layers_page("<b>", found)
-
-
 def test_layer_kinds():
     kinds = layer_kinds([{"name": f"blocks.{i}.attn.q"} for i in range(3)])
     assert [(kind, len(layers)) for kind, layers in kinds.items()] == [("attn.q", 3)]
 
 
-def test_eval(room, capsys):
+def test_eval(room, capsys, tmp_path):
     dense = json.loads(
         said(capsys, "eval", room / "hf", "--text", room / "test.txt", "--window", "32", "--json")
     )
@@ -141,14 +138,16 @@ def test_eval(room, capsys):
     arguments = ("--text", room / "test.txt", "--window", "32", "--max-windows", "2")
     packed = json.loads(said(capsys, "eval", room / "q2", *arguments, "--json"))
     assert (packed["tokens"], packed["windows"]) == (64, 2)
-    assert "perplexity" in said(capsys, "eval", room / "q2", *arguments)
+    said(capsys, "export", room / "q2", tmp_path / "packed", "--format", "safetensors")
+    assert f"perplexity {packed['perplexity']:.4f}" in said(capsys, "eval", tmp_path / "packed", *arguments)
 
 
-def test_generate(room, capsys):
+def test_generate(room, capsys, tmp_path):
     prompt = "w5 w6 w7"
     one = said(capsys, "generate", room / "q2", "--prompt", prompt, "--max-tokens", "8")
     assert one.startswith(prompt)
-    assert one == said(capsys, "generate", room / "q2", "--prompt", prompt, "--max-tokens", "8")
+    said(capsys, "export", room / "q2", tmp_path / "packed", "--format", "safetensors")
+    assert one == said(capsys, "generate", tmp_path / "packed", "--prompt", prompt, "--max-tokens", "8")
     sampled = ("--temperature", "1.0", "--top-p", "0.9", "--seed", "3")
     two = said(
         capsys, "generate", room / "q2", "--prompt", prompt, "--prompt", "w9", "--max-tokens", "8", *sampled
@@ -175,6 +174,21 @@ def test_export_is_a_model_again(room, capsys, tmp_path):
     exported = json.loads(said(capsys, "eval", tmp_path / "hf", *evaluated))["perplexity"]
     packed = json.loads(said(capsys, "eval", room / "q2", *evaluated))["perplexity"]
     assert exported == pytest.approx(packed, rel=1e-4)
+
+
+def test_a_packed_export_is_a_checkpoint_again(room, capsys, tmp_path):
+    packed = tmp_path / "packed"
+    options = ("--format", "safetensors", "--perplexity", "test=12.5")
+    assert "as it is" in said(capsys, "export", room / "q2", packed, *options)
+    assert same_weights(packed, room / "q2")
+    assert len(list(packed.iterdir())) == 7
+    card = (packed / "README.md").read_text()
+    assert "| perplexity on test | 12.5 |" in card
+    assert "4 windows of 32 tokens" in card
+    layers = [json.loads(said(capsys, "inspect", path, "--json"))["layers"] for path in (packed, room / "q2")]
+    assert layers[0] == layers[1]
+    assert said(capsys, "plan", packed)
+    assert load_tokenizer(packed)("w5 w6")["input_ids"] == [5, 6]
 
 
 def test_allocation_goes_round(room, capsys, tmp_path):
@@ -312,7 +326,7 @@ def test_a_gguf_without_its_magic_is_refused(capsys, tmp_path):
 
 
 def with_a_flipped_byte(path: Path) -> str:
-    files = [file for file in path.rglob("*") if file.is_file() and "tokenizer" not in file.parts]
+    files = [file for part in ("blocks", "outer") for file in (path / part).rglob("*") if file.is_file()]
     largest = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -364,6 +378,15 @@ def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
         (["inspect", "{room}/q2", "--html", "{room}/none/page.html"], "is not a directory"),
         (["export", "{room}/q2", "{room}/x", "--format", "gguf"], "--format is 'gguf'"),
         (["export", "{room}/q2", "{room}/x", "--dtype", "int8"], "int8"),
+        (["export", "{room}/q2", "{room}/x", "--format", "gptq"], "bits, expected one width for gptq"),
+        (["export", "{room}/q2", "{room}/x", "--format", "gptq", "--dtype", "float32"], "float32"),
+        (["export", "{room}/hf", "{room}/x", "--format", "gptq"], "no packed layers"),
+        (["export", "{room}/q2", "{room}/x", "--format", "safetensors", "--dtype", "float16"], "--dtype"),
+        (["export", "{room}/q2", "{room}/x", "--perplexity", "text=3"], "--perplexity is for the model card"),
+        (
+            ["export", "{room}/q2", "{room}/x", "--format", "safetensors", "--perplexity", "text"],
+            "--perplexity is 'text', expected one such as",
+        ),
         (["convert", "{room}/hf", "{room}/x", "--dtype", "float8"], "float8"),
         (["convert"], "SOURCE"),
         (["transmogrify"], "transmogrify"),

@@ -59,6 +59,12 @@ def test_every_dependency_has_a_lower_bound():
     assert [line for line in PROJECT["dependencies"] if ">=" not in line] == []
 
 
+def test_packages_say_that_they_are_typed():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert all((ROOT / package / "py.typed").is_file() for package in PACKAGES)
+    assert all("py.typed" in data[package] for package in PACKAGES)
+
+
 @pytest.mark.slow
 def test_a_wheel_without_extras(tmp_path):
     source = tmp_path / "source"
@@ -84,7 +90,10 @@ def test_a_wheel_without_extras(tmp_path):
     shutil.rmtree(source)
 
     assert "slim-jax quantize" in call("slim-jax", "--help")
+    assert call("python", "-m", "slim_jax", "--version") == call("slim-jax", "--version")
     model, text = write_model(tmp_path / "hf"), write_text(tmp_path / "calib.txt", 300, 1)
     call("slim-jax", "quantize", model, "q2", "--calibration", text, *QUANTIZE)
     assert call("slim-jax", "generate", "q2", "--prompt", "w5 w6", "--max-tokens", "4").startswith("w5 w6")
+    call("slim-jax", "export", "q2", "packed", "--format", "safetensors")
+    assert call("slim-jax", "generate", "packed", "--prompt", "w5 w6", "--max-tokens", "4").startswith("w5")
     assert call("python", "-c", CHAT, model).split() == ["w5", "w6"]

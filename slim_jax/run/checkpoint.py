@@ -6,6 +6,8 @@
     out/tokenizer/     the tokenizer's own files
     out/drafts/        until all is done: what the sweep found, blocks that tuning is going to replace
 
+A finished checkpoint is also read from safetensors files, which people pass on (`slim_jax.run.shards`).
+
 The manifest is rewritten, whole, after every block, so a folder whose manifest says
 ``"complete": false`` is a run that can be resumed.
 """
@@ -32,17 +34,13 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report, TuningReport
+from slim_jax.run.hub import JSON_FILES, find
 from slim_jax.run.manifest import FORMAT, LEAVES, MANIFEST, VERSION, layer_reports, summary
 from slim_jax.run.manifest import CheckpointError as CheckpointError
-from slim_jax.run.manifest import inspect as inspect
 from slim_jax.run.manifest import is_checkpoint as is_checkpoint
 from slim_jax.run.manifest import read_manifest as read_manifest
+from slim_jax.run.shards import Shards, digest, verify
 from slim_jax.run.source import DecoderSource, Source
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _barrier(name: str) -> None:
@@ -97,7 +95,7 @@ def _save_params(folder: Path, params: Params, placement: Placement) -> dict[str
     return {
         "arrays": {name: [list(value.shape), str(value.dtype)] for name, value in arrays.items()},
         "packed": tensors,
-        "files": {str(path.relative_to(folder)): _digest(path) for path in files},
+        "files": {str(path.relative_to(folder)): digest(path) for path in files},
     }
 
 
@@ -106,17 +104,17 @@ def _load_params(
 ) -> dict[str, Any]:
     """Reads what :func:`_save_params` wrote, every file's digest compared first."""
     folder = path / entry.get("folder", folder_name)
-    for name, digest in entry["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though {MANIFEST} lists it")
-        if _digest(path) != digest:
-            raise CheckpointError(f"{path} is damaged: its content is not what {MANIFEST} vouches for")
+    for name, expected in entry["files"].items():
+        verify(folder / name, expected)
     abstract = {
         name: placement.abstract(tuple(shape), jnp.dtype(kind))
         for name, (shape, kind) in entry["arrays"].items()
     }
-    arrays = dict(ocp.load(folder.absolute(), abstract))
+    return _params(entry, dict(ocp.load(folder.absolute(), abstract)), dtype)
+
+
+def _params(entry: dict[str, Any], arrays: dict[str, jax.Array], dtype: jnp.dtype | None) -> dict[str, Any]:
+    """Parameters from the arrays that an entry of the manifest lists."""
     params: dict[str, Any] = {}
     for name, static in entry["packed"].items():
         leaves = {leaf: arrays.pop(f"{name}.{leaf}") for leaf in LEAVES}
@@ -261,38 +259,70 @@ class CheckpointSource:
     """A `slim_jax.run.source.Source` that reads a checkpoint block by block, every file verified.
 
     Args:
-      path: the checkpoint's folder.
+      path: the checkpoint's folder, of Orbax or of safetensors files, or ``owner/model`` on the hub.
       dtype: of dense parameters and of products with packed ones; by default dense ones as they are
         stored, products as `slim_jax.model.linear.product_dtype` says.
       mesh: devices over which the output channels of every weight are cut; the default device has all
         without.
 
+    Attributes:
+      path: the folder.
+      manifest: what `slim.json` says.
+
     Raises:
-      CheckpointError: on construction as :func:`read_manifest`; on reading, where a file is damaged.
+      CheckpointError: on construction as :func:`read_manifest`, or where the hub does not give it; on
+        reading, where a file is damaged.
     """
 
     def __init__(self, path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> None:
-        self.path, self._dtype, self.placement = Path(path), dtype, Placement(mesh)
-        self._manifest = read_manifest(path)
-        self.config = DecoderConfig.from_json(self._manifest["decoder"])
-        digest = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
-        self.origin = {"kind": "checkpoint", "path": str(self.path.absolute()), "fingerprint": digest}
+        self.path, self._dtype, self.placement = find(path), dtype, Placement(mesh)
+        self.manifest = read_manifest(self.path)
+        self.config = DecoderConfig.from_json(self.manifest["decoder"])
+        fingerprint = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        self.origin = {"kind": "checkpoint", "path": str(self.path.absolute()), "fingerprint": fingerprint}
+        files = self.manifest.get("files")
+        self._shards = None if files is None else Shards(self.path, files)
 
     def outer(self) -> Params:
         """See `Source`."""
-        return _load_params(self.path, self._manifest["outer"], "outer", self._dtype, self.placement)
+        return self._read(self.manifest["outer"], None)
 
     def block(self, index: int) -> Params:
         """See `Source`."""
-        entry = self._manifest["blocks"][index]
-        return _load_params(self.path, entry, f"blocks/{index:03d}", self._dtype, self.placement)
+        return self._read(self.manifest["blocks"][index], index)
+
+    def _read(self, entry: dict[str, Any], index: int | None) -> Params:
+        if self._shards is None:
+            folder = "outer" if index is None else f"blocks/{index:03d}"
+            return _load_params(self.path, entry, folder, self._dtype, self.placement)
+        arrays = self._shards.read(index, entry["arrays"])
+        placed = {name: self.placement.channels(value) for name, value in arrays.items()}
+        return _params(entry, placed, self._dtype)
 
 
 def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Decoder:
-    """Loads a checkpoint, dense or packed; arguments and errors are those of :class:`CheckpointSource`."""
+    """Loads a checkpoint, dense or packed; arguments and errors are those of :class:`CheckpointSource`.
+
+    ``slim_jax.load("out/q2")``, ``slim_jax.load("owner/model")``.
+    """
     source = CheckpointSource(path, dtype, mesh)
     blocks = [source.block(index) for index in range(source.config.num_layers)]
     return make_decoder(source.config, source.outer(), blocks, source.placement.mesh)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Sizes and bits of a checkpoint, local or on the hub, from its manifest alone.
+
+    Returns:
+      ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
+      layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
+      blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
+      (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``.
+
+    Raises:
+      CheckpointError: see :func:`read_manifest`; or the hub does not give it.
+    """
+    return summary(read_manifest(find(path, JSON_FILES)))
 
 
 def save_source(source: Source, path: str | Path, on_block: Callable[[int, int], None] | None = None) -> None:

@@ -53,29 +53,14 @@ def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
     return manifest
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
-    """Sizes and bits of a checkpoint, from its manifest alone.
-
-    Returns:
-      ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
-      layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
-      blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
-      (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``.
-
-    Raises:
-      CheckpointError: see :func:`read_manifest`.
-    """
-    return summary(read_manifest(path))
-
-
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`inspect` returns, of a manifest that need not be complete."""
+    """What `slim_jax.inspect` returns, of a manifest that need not be complete."""
     buffers = block_buffers(DecoderConfig.from_json(manifest["decoder"]), 0)
     layers, ends = list[dict[str, Any]](), list[dict[str, Any]]()
     total_bytes = parameters = 0
     outer = [] if manifest["outer"] is None else [("", manifest["outer"])]
     for prefix, entry in [*outer, *((f"blocks.{i}.", block) for i, block in enumerate(manifest["blocks"]))]:
-        sizes = {name: _bytes(*array) for name, array in entry["arrays"].items()}
+        sizes = {name: array_bytes(*array) for name, array in entry["arrays"].items()}
         total_bytes += sum(sizes.values())
         reports = {layer["name"]: layer for layer in layer_reports(entry)}
         for name, static in entry["packed"].items():
@@ -107,7 +92,7 @@ def layer_reports(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(name: str, static: dict[str, Any], stored: int, reports: dict[str, Any]) -> dict[str, Any]:
-    """A packed layer in :func:`inspect`; groups by width are known without a report where there is one."""
+    """A packed layer in `slim_jax.inspect`; groups by width are known without a report where there is one."""
     (k, n), g, report = static["shape"], static["group_size"], reports.get(name, {})
     one_width = {str(static["widths"][0]): -(-k // g)} if len(static["widths"]) == 1 else None
     return {
@@ -123,5 +108,6 @@ def _row(name: str, static: dict[str, Any], stored: int, reports: dict[str, Any]
     }
 
 
-def _bytes(shape: list[int], dtype: str) -> int:
+def array_bytes(shape: list[int], dtype: str) -> int:
+    """Bytes of an array as the manifest lists it."""
     return math.prod(shape) * jnp.dtype(dtype).itemsize

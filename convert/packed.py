@@ -1,0 +1,125 @@
+"""Writing a checkpoint as safetensors to pass on: the packed arrays bit for bit, in a handful of files."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.card import model_card
+from convert.errors import ConvertError
+from convert.export import keep_tokenizer, write_companions
+from convert.families import by_name
+from convert.folder import SHARD_BYTES, new_folder, write_json, write_tensors
+from pallas_kernels import MixedTensor
+from slim_jax.run.checkpoint import CheckpointSource
+from slim_jax.run.manifest import FORMAT, LEAVES, MANIFEST, VERSION
+from slim_jax.run.shards import array_name, digest
+from slim_jax.run.source import Source
+
+Measured = Sequence[tuple[str, float]]
+"""A text and the perplexity on it."""
+
+
+def export_packed(
+    source: Source,
+    out_dir: str | Path,
+    *,
+    tokenizer: Any = None,
+    perplexity: Measured = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes a model as it is, packed or not, for `slim_jax.load`, every command and the hub.
+
+    Everything is written beside the target and moved there at the end, so a failure leaves nothing.
+    One shard is in memory at a time.
+
+    Args:
+      source: the model; of a checkpoint what the manifest tells goes along, but for paths on this machine.
+      out_dir: must not exist, or be empty.
+      tokenizer: of the model; None takes ``source.tokenizer`` where there is one.
+      perplexity: for the model card.
+      shard_bytes: a shard has no more, but for an array that is larger.
+
+    Returns:
+      The directory.
+
+    Raises:
+      ConvertError: the directory holds something, or cannot be written.
+    """
+    out, known = Path(out_dir), source.manifest if isinstance(source, CheckpointSource) else None
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "complete": True,
+        "decoder": source.config.to_json(),
+        "origin": _portable(source.origin if known is None else known["origin"]),
+        "quantization": None if known is None else known["quantization"],
+        "outer": None,
+        "blocks": [],
+    }
+    if known is not None and "tuning" in known:
+        manifest["tuning"] = known["tuning"]
+    with new_folder(out) as folder:
+        write_tensors(_arrays(source, manifest, known), folder, shard_bytes)
+        manifest["files"] = {file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))}
+        write_json(folder / MANIFEST, manifest)
+        _write_config(folder, source, tokenizer, manifest)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        (folder / "README.md").write_text(model_card(out.name, manifest, size, perplexity), encoding="utf-8")
+    return out
+
+
+def _arrays(
+    source: Source, manifest: dict[str, Any], known: dict[str, Any] | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array under its name in the files; the manifest's entries are filled in on the way."""
+    for index in (None, *range(source.config.num_layers)):
+        params = source.outer() if index is None else source.block(index)
+        arrays: dict[str, Any] = {}
+        packed: dict[str, Any] = {}
+        for name, value in params.items():
+            if isinstance(value, MixedTensor):
+                packed[name] = {
+                    "shape": list(value.shape),
+                    "group_size": value.group_size,
+                    "widths": list(value.widths),
+                }
+                arrays |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in LEAVES}
+            else:
+                arrays[name] = value
+        report = None
+        if known is not None:
+            report = (known["outer"] if index is None else known["blocks"][index])["report"]
+        listed = {name: [list(value.shape), str(value.dtype)] for name, value in arrays.items()}
+        entry = {"arrays": listed, "packed": packed, "report": report}
+        if index is None:
+            manifest["outer"] = entry
+        else:
+            manifest["blocks"].append(entry)
+        for name, value in arrays.items():
+            yield array_name(index, name), np.ascontiguousarray(value).reshape(value.shape)
+
+
+def _portable(origin: dict[str, Any]) -> dict[str, Any]:
+    """Where a model is from, without the folders of this machine; a name on the hub stays."""
+    if "path" not in origin:
+        return origin
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(origin["path"]))
+    name = f"{cached[1]}/{cached[2]}" if cached else Path(origin["path"]).name
+    return {**origin, "path": name}
+
+
+def _write_config(folder: Path, source: Source, tokenizer: Any, manifest: dict[str, Any]) -> None:
+    """Hugging Face's files, by which the hub and its tools know the model; our own reader needs none."""
+    try:
+        config = by_name(source.config.family).hf.write_config(source.config)
+    except ConvertError:  # no class of transformers is such a decoder
+        keep_tokenizer(folder, source, tokenizer)
+        return
+    if any(entry["packed"] for entry in (manifest["outer"], *manifest["blocks"])):
+        settings = manifest["quantization"] or {}
+        told = {name: settings[name] for name in ("bits", "group_size", "method") if name in settings}
+        config["quantization_config"] = {"quant_method": FORMAT, **told}
+    write_companions(folder, config, source, tokenizer)

@@ -1,0 +1,151 @@
+"""The report: what it shows of a manifest, that it needs nothing but itself, and that a browser takes it."""
+
+import copy
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden_models import load_golden, write_hf
+from test_packed import packed_source
+
+from convert import load_source
+from convert.packed import export_packed
+from convert.page import byte_parts, report_page, write_report
+from slim_jax.run.manifest import read_manifest, summary
+
+CHROMIUM = next(
+    filter(
+        None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell"))
+    ),
+    None,
+)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a packed model whose blocks have 1, 2 and 4 bits in turn, with reports of a run that learned."""
+    room = tmp_path_factory.mktemp("page")
+    export_packed(packed_source("llama_untied", room / "hf", (2,)), room / "packed")
+    manifest = read_manifest(room / "packed")
+    for index, block in enumerate(manifest["blocks"]):
+        names = [f"blocks.{index}.{name.removesuffix('.weight')}" for name in block["packed"]]
+        block["report"] = {
+            "layers": [{"name": name, "error": 0.25 * (index + 1), "bits": {"2": 1}} for name in names],
+            "allocation": {name: [1, 2, 2, 4] for name in names},
+            "learning": {"losses": [4.0 + index, 1.0, 2.0], "kept_epoch": 1, "note": ""},
+        }
+    return manifest
+
+
+class Strict(HTMLParser):
+    """Collects what a page asks for, and refuses tags that are not closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(manifest: dict[str, Any]) -> None:
+    page, parser = report_page("a model", manifest), Strict()
+    parser.feed(page)
+    assert parser.open == []
+    assert parser.links == []
+    assert not parser.tags & {"script", "link", "img", "iframe"}
+    assert "url(" not in page
+    assert "prefers-color-scheme: dark" in page
+    for drawing in re.findall("<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(drawing)
+
+
+def test_the_heat_map_has_the_bits_of_every_group(manifest: dict[str, Any]) -> None:
+    page = report_page("a model", manifest)
+    panels = re.findall(r"<figcaption>(.*?)</figcaption><svg.*?viewBox=\"(.*?)\".*?>(.*?)</svg>", page)
+    assert len(panels) == 7
+    caption, box, drawing = panels[0]
+    blocks = len(manifest["blocks"])
+    assert caption.endswith(f": {blocks} × 4")
+    assert box == f"0 0 4 {blocks}"
+    runs = [re.findall(r"M(\d+) (\d+)h(\d+)", path) for path in re.findall('d="(.*?)"', drawing)]
+    assert len(runs) == 3  # a path for each width: 1, 2 and 4 bits
+    assert runs[1] == [("1", str(y), "2") for y in range(blocks)]
+    assert sum(int(run[2]) for path in runs for run in path) == 4 * blocks
+
+
+def test_bytes_add_up(manifest: dict[str, Any]) -> None:
+    parts = byte_parts(manifest)
+    found = summary(manifest)
+    assert sum(parts.values()) == found["bytes"]
+    assert parts["codes"] + parts["scales"] + parts["zero points"] + parts["order"] == found["packed_bytes"]
+    assert parts["embedding and head"] > 0
+
+
+def test_errors_and_losses(manifest: dict[str, Any]) -> None:
+    page = report_page("a model", manifest)
+    assert "block 0: 0.25" in page
+    assert "block 1: 5 to 1" in page
+    plain = copy.deepcopy(manifest)
+    for block in plain["blocks"]:
+        block["report"] = None  # as `slim_jax.save` leaves it
+    assert "Error of each block" not in report_page("a model", plain)
+    assert "Where the bytes went" in report_page("a model", plain)
+
+
+def test_it_escapes(manifest: dict[str, Any]) -> None:
+    changed = copy.deepcopy(manifest)
+    changed["quantization"] = {"method": "<i>", "bits": 2, "group_size": 32}
+    page = report_page("<b>", changed)
+    assert "<b>\n" not in page
+    assert "<title><b>" not in page
+    assert "<i>" not in page
+
+
+def test_of_a_dense_model(tmp_path: Path) -> None:
+    export_packed(load_source(write_hf(load_golden("llama_untied"), tmp_path / "hf")), tmp_path / "dense")
+    write_report(tmp_path / "dense", tmp_path / "report.html")
+    assert "not packed" in (tmp_path / "report.html").read_text()
+
+
+def photograph(page: Path, picture: Path, *options: str) -> bytes:
+    """A screenshot; the browser's console must have nothing to say."""
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            f"--user-data-dir={picture.parent / 'profile'}", "--window-size=1200,1600", *options,
+            f"--screenshot={picture}", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    return picture.read_bytes()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_takes_it_by_day_and_by_night(manifest: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(report_page("a model", manifest), encoding="utf-8")
+    day = photograph(page, tmp_path / "day.png")
+    night = photograph(page, tmp_path / "night.png", "--blink-settings=preferredColorScheme=0")
+    for picture in (day, night):
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+        assert len(picture) > 20_000  # an empty page has a tenth of that
+    assert day != night
