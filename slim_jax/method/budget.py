@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from slim_jax.devices import ONE_DEVICE, Placement
@@ -40,7 +41,7 @@ def group_errors(
     ``importance`` is ``1 / u_j^2``. ``K`` must be a multiple of ``group_size``.
     """
 
-    def at(bits: int) -> jax.Array:
+    def at(bits: jax.Array) -> jax.Array:
         w_hat = quantized_at(
             w, importance, bits, group_size=group_size, zero_bits=zero_bits, sqc=sqc, placement=placement
         )
@@ -50,7 +51,7 @@ def group_errors(
             square = jax.lax.with_sharding_constraint(square, whole)
         return (jnp.sum(square, axis=1) * importance).reshape(-1, group_size).sum(axis=1)
 
-    return jnp.stack([at(bits) for bits in widths], axis=1)
+    return lax.map(at, jnp.asarray(widths, jnp.float32)).T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,9 +51,13 @@ def inverse_cholesky(h: Float[Array, "k k"]) -> Float[Array, "k k"]:
     upper triangular, so that ``U = R^-1``: one factorization and one triangular solve, and the
     inverse itself is never formed.
     """
-    lower = jnp.linalg.cholesky(h[::-1, ::-1])
-    upper = lower[::-1, ::-1]
-    return jax.scipy.linalg.solve_triangular(upper, jnp.eye(h.shape[0], dtype=h.dtype), lower=False)
+    identity = jnp.eye(h.shape[0], dtype=h.dtype)
+    return jax.scipy.linalg.solve_triangular(_upper_factor(h), identity, lower=False)
+
+
+def _upper_factor(h: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """``R`` of ``H = R R^T``, upper triangular."""
+    return jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
 
 
 class Statistics(NamedTuple):
@@ -91,6 +95,25 @@ def statistics(
         alive=jnp.pad(1.0 - dead, flat),
         h=jnp.pad(h, square),
     )
+
+
+class Importance(NamedTuple):
+    """Of :class:`Statistics` what prices widths: `importance` and `alive`."""
+
+    importance: jax.Array
+    alive: jax.Array
+
+
+@partial(jax.jit, static_argnames="group_size")
+def importance_only(
+    total: Float[Array, "k k"], tokens: Float[Array, ""], damping: Float[Array, ""], *, group_size: int
+) -> Importance:
+    """As :func:`statistics`, without the inverse's factor ``U``: ``1 / U_jj`` is ``R_jj``."""
+    k = total.shape[0]
+    flat = (0, group_count(k, group_size) * group_size - k)
+    damped, dead = dampen(total * (2.0 / tokens), damping)
+    importance = jnp.where(dead, 0.0, jnp.diagonal(_upper_factor(damped)) ** 2)
+    return Importance(jnp.pad(importance, flat), jnp.pad(1.0 - dead, flat))
 
 
 def spread(count: int) -> np.ndarray:

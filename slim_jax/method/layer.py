@@ -1,8 +1,8 @@
 """Quantizing the layers that share an input: statistics, bit search, one stacked solve, packing."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,13 @@ from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.budget import group_errors
 from slim_jax.method.gptq import Solution, solve
-from slim_jax.method.hessian import Observation, Statistics, statistics
+from slim_jax.method.hessian import Importance, Observation, Statistics, importance_only, statistics
 from slim_jax.method.sba import Allocation, allocate, output_divergence, scores
 from slim_jax.method.sqc import Grid, stored_grids
 from slim_jax.model.linear import product_dtype
 from slim_jax.report import LayerReport
+
+Found = TypeVar("Found", Statistics, Importance)
 
 DAMPING_TRIES = 4
 """How often damping is raised tenfold before a Hessian is given up."""
@@ -59,7 +61,7 @@ class LayerSolver:
 
         ``weights`` are ``[K, N]`` by the layers' names. Of the default search a coarser one is enough.
         """
-        found, _ = self.statistics(observation, list(weights))
+        found, _ = self._damped(importance_only, observation, list(weights))
         sqc = "coarse" if self.config.sqc == "search" else self.config.sqc
         errors = {}
         for name, w in weights.items():
@@ -120,16 +122,22 @@ class LayerSolver:
             yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
 
     def statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
-        """With the damping that it took: raised tenfold until the Hessian is positive definite."""
+        """With the damping that it took."""
+        return self._damped(statistics, observation, names)
+
+    def _damped(
+        self, of: Callable[..., Found], observation: Observation, names: list[str]
+    ) -> tuple[Found, float]:
+        """Damping is raised tenfold until the Hessian is positive definite."""
         damping = self.config.damping
         for _ in range(DAMPING_TRIES):
-            found = statistics(
+            found = of(
                 self.placement.whole(observation.gram),
                 jnp.float32(observation.tokens + observation.borrowed),
                 jnp.float32(damping),
                 group_size=self.config.group_size,
             )
-            if bool(jnp.all(jnp.isfinite(found.u))):
+            if bool(jnp.all(jnp.isfinite(found.importance))):
                 if damping > self.config.damping:
                     needed = f"is positive definite only when damped by {damping:g}"
                     warnings.warn(f"the Hessian of {', '.join(names)} {needed}", stacklevel=2)
@@ -217,7 +225,9 @@ def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> boo
     return bool(output_divergence(w, _weight(mixed), x) < output_divergence(w, _weight(uniform), x))
 
 
-def _rows_up_to(found: Statistics, w: jax.Array | np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+def _rows_up_to(
+    found: Statistics | Importance, w: jax.Array | np.ndarray
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """What `jnp.pad` is to add to a weight for whole groups."""
     return (0, found.alive.shape[0] - w.shape[0]), (0, 0)
 

@@ -38,7 +38,7 @@ def group_salience(
 def quantized_at(
     w: Float[Array, "k n"],
     importance: Float[Array, " k"],
-    bits: int,
+    bits: int | jax.Array,
     *,
     group_size: int,
     zero_bits: int,
@@ -47,10 +47,12 @@ def quantized_at(
 ) -> Float[Array, "k n"]:
     """``w`` with every group rounded to nearest at one width, on the grid that ``sqc`` fits to it."""
 
-    def own(importance: jax.Array, w: jax.Array) -> jax.Array:
+    def own(whole: tuple[jax.Array, jax.Array], w: jax.Array) -> jax.Array:
+        importance, bits = whole
+
         def group(block: tuple[jax.Array, jax.Array]) -> jax.Array:
             w_group, importance_group = block
-            widths = jnp.full(w_group.shape[1], bits, jnp.float32)
+            widths = jnp.broadcast_to(bits, w_group.shape[1:])
             grid = FITS[sqc](w_group, importance_group, widths, zero_bits)
             return grid.value(grid.code(w_group))
 
@@ -58,7 +60,7 @@ def quantized_at(
         return lax.map(group, blocks).reshape(w.shape)
 
     return placement.over_channels(lambda whole, w: in_panels(partial(own, whole), w), w.shape[1])(
-        importance, w
+        (importance, jnp.float32(bits)), w
     )
 
 

@@ -42,8 +42,9 @@ weigh 18,000 times the mean, and the Hessian would be that token's alone."""
 OnSweep = Callable[[int, int], None]
 """Called after every block, from the last to the first, with how many are done, and of how many."""
 
-BUDGET_TOKENS = 8192
-"""Calibration tokens that the costs of bits are summed over: whole samples, evenly spread."""
+BUDGET_TOKENS, BUDGET_LENGTH = 4096, 256
+"""Calibration tokens that the costs of bits are summed over, and at most how many of one sample: samples are
+evenly spread, and cut short so that they are more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,10 +290,11 @@ class Sweep:
 
 
 def some_samples(tokens: np.ndarray, devices: int) -> np.ndarray:
-    """Samples of about :data:`BUDGET_TOKENS` tokens in all, a multiple of the number of devices."""
-    count = min(len(tokens), max(1, BUDGET_TOKENS // tokens.shape[1]))
+    """Of about :data:`BUDGET_TOKENS` tokens in all, a number of samples that the devices divide."""
+    length = min(tokens.shape[1], BUDGET_LENGTH)
+    count = min(len(tokens), max(1, BUDGET_TOKENS // length))
     count = -(-count // devices) * devices
-    return tokens[np.arange(count) * len(tokens) // count]
+    return tokens[np.arange(count) * len(tokens) // count, :length]
 
 
 def limited(weights: np.ndarray) -> tuple[np.ndarray, float]:
