@@ -705,7 +705,3 @@ def main() -> None:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
     sys.exit(run(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()
