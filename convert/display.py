@@ -1,6 +1,7 @@
-"""What the command line shows on a terminal: progress, text as it grows, the table of layers."""
+"""What the command line shows on a terminal: lines, progress, text as it grows, the table of layers."""
 
 import contextlib
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,16 @@ import typer
 
 if TYPE_CHECKING:
     from slim_jax.run.plan import Plan
+
+
+def print_result(result: dict[str, Any], line: str, as_json: bool) -> None:
+    """A line on standard output, or the result as JSON."""
+    typer.echo(json.dumps(result, indent=2) if as_json else line)
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    typer.echo(f"slim-jax: {' '.join(line.split())}", err=True)
 
 
 class Progress:

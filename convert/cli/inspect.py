@@ -1,0 +1,40 @@
+"""``slim-jax inspect``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convert.cli.options import JsonOption
+from convert.display import print_layers
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", show_default=False, help="A slim-jax checkpoint.")],
+    as_json: JsonOption = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with a row per layer.")
+    ] = None,
+) -> None:
+    """Show what a checkpoint stores: sizes, bits per weight, and where the bits went.
+
+    slim-jax inspect out/q2
+
+    slim-jax inspect out/q2 --json | jq .bits_per_weight
+
+    slim-jax inspect out/q2 --html layers.html
+    """
+    if html is not None and not html.resolve().parent.is_dir():
+        raise ValueError(f"--html: {html.parent} is not a directory")
+    from slim_jax.run import checkpoint
+
+    found = checkpoint.inspect(path)
+    if html is not None:
+        from convert.page import layers_page
+
+        html.write_text(layers_page(str(path), found), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_layers(str(path), found)
