@@ -22,7 +22,7 @@ from convert.page import layers_page
 from slim_jax.run import checkpoint, pipeline
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64))]
-QUANTIZE = ["--bits", "2", "--group-size", "32", "--samples", "4", "--length", "32"]
+QUANTIZE = ["--bits", "2", "--group-size", "32", "--samples", "4", "--length", "32", "--preset", "fast"]
 
 
 def tiny_golden() -> Golden:
@@ -190,10 +190,21 @@ def test_allocation_goes_round(room, capsys, tmp_path):
 
 
 def test_self_calibration(room, capsys, tmp_path):
-    said(
-        capsys, "quantize", room / "hf", tmp_path / "q", "--calibration", "self", *QUANTIZE, "--method", "rtn"
-    )
+    own = ("--calibration", "self", "--set", "method=rtn")
+    said(capsys, "quantize", room / "hf", tmp_path / "q", *QUANTIZE, *own)
     assert json.loads(said(capsys, "inspect", tmp_path / "q", "--json"))["layers"]
+
+
+def test_by_default_a_model_is_tuned(room, capsys, tmp_path):
+    small = ["--calibration", str(room / "calib.txt"), "--samples", "2"]
+    assert run(["quantize", str(room / "hf"), str(tmp_path / "q"), *small]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any("slim at 2 bits: at least" in line and "MB to store" in line for line in lines)
+    settings = json.loads((tmp_path / "q/slim.json").read_text())["quantization"]
+    assert (settings["method"], settings["tune"], settings["bits"]) == ("slim", True, 2)
+    assert settings["calibration"]["length"] == 64  # all positions that the model has
+    report = json.loads(said(capsys, "inspect", tmp_path / "q", "--json"))
+    assert report["layers"]
 
 
 def interrupt_in_block(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
@@ -229,10 +240,17 @@ def test_interrupt_and_resume(room, capsys, tmp_path, monkeypatch):
         (["--bits", "9"], "bits is 9"),
         (["--bits", "two"], "--bits"),
         (["--group-size", "48"], "group_size is 48"),
-        (["--method", "slow"], "method is 'slow'"),
-        (["--sqc", "best"], "sqc is 'best'"),
-        (["--criterion", "luck"], "criterion is 'luck'"),
-        (["--damping", "-1"], "damping is -1"),
+        (["--preset", "slow"], "preset is 'slow', expected one of fast, good, best"),
+        (["--set", "method=slow"], "method is 'slow'"),
+        (["--set", "sqc=best"], "sqc is 'best'"),
+        (["--set", "criterion=luck"], "criterion is 'luck'"),
+        (["--set", "damping=-1"], "damping is -1"),
+        (["--set", "damp=1"], "no setting 'damp', expected one such as damping"),
+        (["--set", "damping"], "expected name=value"),
+        (["--set", "damping=high"], "damping is 'high', expected a number"),
+        (["--set", "epochs=1.5"], "epochs is '1.5', expected a whole number"),
+        (["--set", "guide=1"], "guide is '1', expected true or false"),
+        (["--set", "bits=3"], "bits is given twice"),
         (["--samples", "0"], "--samples"),
         (["--length", "128"], "64 positions"),
         (["--seed", "-1"], "--seed"),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from convert.cli.options import JsonOption
+from convert.cli.sources import require_folder
 from convert.display import print_layers
 
 
@@ -25,8 +26,7 @@ def inspect(
 
     slim-jax inspect out/q2 --html layers.html
     """
-    if html is not None and not html.resolve().parent.is_dir():
-        raise ValueError(f"--html: {html.parent} is not a directory")
+    require_folder("--html", html)
     from slim_jax.run import checkpoint
 
     found = checkpoint.inspect(path)

@@ -34,7 +34,44 @@ TargetSize = Annotated[
         help="Instead of --bits: as many as make the whole model so large, such as 48MB or 1.5GiB.",
     ),
 ]
-EmbeddingGroupSize = Annotated[int, typer.Option(help="Of embedding and head.")]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        show_default=False, help="Mean bits of a code, any number such as 2.25. [dim]Default: 2.[/]"
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        show_default=False,
+        help="Input channels that share a width and a scale: 32, 64, 128 … [dim]Default: 128.[/]",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="fast|good|best",
+        show_default=False,
+        help="fast learns nothing; good tunes scales and norms of the whole model in the end; best also "
+        "learns block by block (SliM-LLM+, and codes too), ten times as long. [dim]Default: good.[/]",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        show_default=False,
+        help="Any setting of the method, such as method=gptq or damping=0.02; the table is in docs/usage.md.",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=2, show_default=False, help="Tokens per window. [dim]Default: 2048, or what the model has.[/]"
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(

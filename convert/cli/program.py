@@ -1,4 +1,4 @@
-"""The command line: ``slim-jax convert | quantize | eval | generate | inspect | export``.
+"""The command line: ``slim-jax convert | quantize | eval | generate | inspect | plan | export``.
 
 It checks options, finds models and texts, and shows progress; the work is done elsewhere. What the
 user got wrong ends in one line on standard error and exit status 2. Heavy imports stay inside the
@@ -70,9 +70,9 @@ def slim_jax_options(
 ) -> None:
     """Quantize a language model to an average of 2, 3 or 4 bits per weight, and run it packed.
 
-    [bold]Try it[/] on the built-in model, with calibration text that it writes itself:
+    [bold]Try it[/] on the built-in model:
 
-      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --calibration self --samples 64 --length 512
+      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64 --length 128
 
       slim-jax inspect out/q3
 

@@ -7,22 +7,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.cli.options import (
+    Bits,
     EmbeddingBits,
-    EmbeddingGroupSize,
+    GroupSize,
     JsonOption,
+    Length,
     OutArgument,
+    Preset,
+    Samples,
+    Set,
     SourceArgument,
     TargetSize,
 )
+from convert.cli.settings import make_settings
 from convert.cli.sources import (
     encode,
     keep_tokenizer,
     open_source,
     optional_tokenizer,
+    require_folder,
     require_new,
     require_positions,
     tokenizer_of,
     whole_decoder,
+    window_length,
 )
 from convert.display import Progress, print_result, progress, say
 
@@ -31,7 +39,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from convert.calibration import Part
-    from slim_jax.report import BlockReport
+    from slim_jax.config import SlimConfig
+    from slim_jax.report import BlockReport, Report
     from slim_jax.run.source import Source
 
 
@@ -48,74 +57,23 @@ def quantize(
             "writes; [bold]mix[/], some of that and of everything. A share may follow. [dim]Default: mix.[/]",
         ),
     ] = None,
-    bits: Annotated[
-        float, typer.Option(help="Mean bits of a code; any number such as 2.25 with --criterion model.")
-    ] = 2,
-    group_size: Annotated[
-        int, typer.Option(help="Input channels that share a width and a scale: 32, 64, 128 …")
-    ] = 128,
-    method: Annotated[
-        str,
-        typer.Option(
-            metavar="slim|slim-plus|gptq|rtn",
-            help="slim mixes bit widths by salience where that pays, slim-plus also learns by gradient (see "
-            "--learn); gptq and rtn (round to nearest) are uniform.",
-        ),
-    ] = "slim",
-    sqc: Annotated[
-        str | None,
-        typer.Option(
-            metavar="search|paper|minmax",
-            help="How scales and zeros are found. [dim]Default: search for slim, else minmax.[/]",
-        ),
-    ] = None,
-    criterion: Annotated[
-        str | None,
-        typer.Option(
-            metavar="model|kl|error|paper",
-            help="What the bit search minimizes: model, the expected rise of the loss, with one budget for "
-            "all layers; the others within each layer. [dim]Default: model, with --sqc paper: paper.[/]",
-        ),
-    ] = None,
-    guide: Annotated[
-        bool,
-        typer.Option("--guide/--no-guide", help="Tokens count by the gradient of the model's loss."),
-    ] = False,
-    damping: Annotated[
-        float, typer.Option(help="Added to the Hessian, as a part of its mean diagonal.")
-    ] = 0.01,
-    learn: Annotated[
-        str,
-        typer.Option(
-            metavar="clip|clip-gptq|grid|rounding",
-            help="What slim-plus learns. clip: clipping, the paper's SliM-LLM+. Not in the paper: clip-gptq "
-            "(clipping, then GPTQ), grid (scales and zeros), rounding (codes too).",
-        ),
-    ] = "rounding",
-    epochs: Annotated[int, typer.Option(help="slim-plus: passes over the windows, at most.")] = 10,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="slim-plus. [dim]Default: 0.01 for clip, else 0.005.[/]", show_default=False),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="slim-plus: windows of a step.")] = 4,
-    augmented: Annotated[
-        float, typer.Option(help="slim-plus: weight of the paper's augmented loss term.")
-    ] = 0.0,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    target_size: TargetSize = None,
+    preset: Preset = None,
     tune: Annotated[
         bool | None,
         typer.Option(
             "--tune/--no-tune",
             show_default=False,
             help="At the end, tune scales and norms of the whole model until its logits are the "
-            "full-precision model's. [dim]Default: with slim-plus.[/]",
+            "full-precision model's. [dim]Default: as the preset says.[/]",
         ),
     ] = None,
-    tune_epochs: Annotated[int, typer.Option(help="Of tuning: passes over the windows.")] = 1,
-    target_size: TargetSize = None,
+    given: Set = None,
     embedding_bits: EmbeddingBits = None,
-    embedding_group_size: EmbeddingGroupSize = 64,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    samples: Samples = 128,
+    length: Length = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of windows.")] = 0,
     allocation: Annotated[
         Path | None,
@@ -143,31 +101,19 @@ def quantize(
     Block after block; each finished one is on disk before the next starts, so a run that was
     interrupted goes on with --resume and ends with the same bits.
 
-      slim-jax quantize smollm2 out/q2 --group-size 64 --calibration text.txt --samples 64 --length 512
+      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64 --length 512
 
-      slim-jax quantize models/Llama-3.2-1B out/q3 --bits 3 --calibration self
+      slim-jax quantize models/Llama-3.2-1B out/q --target-size 500MB --preset best --calibration text.txt
 
-      slim-jax quantize smollm2 out/gptq --bits 3 --method gptq --calibration text.txt
+      slim-jax quantize smollm2 out/gptq --bits 3 --set method=gptq --set damping=0.02
     """
-    from slim_jax.config import SlimConfig
-
-    config = SlimConfig(
+    config = make_settings(
+        preset,
+        given or (),
         bits=bits,
         group_size=group_size,
-        method=method,
-        sqc=sqc,
-        criterion=criterion,
-        guide=guide,
         tune=tune,
-        tune_epochs=tune_epochs,
-        damping=damping,
-        learn=learn,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        augmented=augmented,
-        batch_size=batch_size,
         embedding_bits=embedding_bits,
-        embedding_group_size=embedding_group_size,
     )
     from convert.calibration import parts
 
@@ -178,12 +124,12 @@ def quantize(
     from slim_jax.run.plan import for_size, parse_size
 
     chosen = None if allocation is None else load_allocation(allocation)
-    if save_allocation is not None and not save_allocation.resolve().parent.is_dir():
-        raise ValueError(f"--save-allocation: {save_allocation.parent} is not a directory")
+    require_folder("--save-allocation", save_allocation)
     if not resume:
         require_new(out, "; --resume goes on with an interrupted run")
-    mesh = _mesh(devices)
+    mesh = _mesh(devices, samples)
     model = open_source(source)
+    length = window_length(length, model.config)
     require_positions("--length", length, model)
     if target_size is not None:
         config = for_size(model.config, config, parse_size(target_size))
@@ -191,6 +137,8 @@ def quantize(
     ctx.obj.on_interrupt = (
         f"interrupted; the same command with --resume goes on after {out}'s last whole block"
     )
+    if not resume:
+        _announce(model, config, (0 if offload else samples) * length)
     with progress("quantizing", model.config.num_layers) as step:
         report = quantize_to_checkpoint(
             model,
@@ -206,11 +154,26 @@ def quantize(
     keep_tokenizer(tokenizer, out)
     if save_allocation is not None:
         write_allocation(report.allocation, save_allocation)
+    _print_report(out, report, as_json)
+
+
+def _print_report(out: Path, report: "Report", as_json: bool) -> None:
     found = report.to_json()
     size = f"{report.stored_bytes / 1e6:.1f} MB, {report.times_smaller:.2f} times smaller than in bfloat16"
     print_result(
         found, f"{out}: {found['bits_per_weight']:.3f} bits per weight in the blocks; {size}", as_json
     )
+
+
+def _announce(source: "Source", config: "SlimConfig", tokens: int) -> None:
+    """What the run is expected to need; ``tokens`` are those whose activations will be in memory."""
+    from slim_jax.run.plan import DEVICES, make_plan
+
+    plan = make_plan(source.config, config, next(iter(DEVICES)), samples=tokens, length=1)
+    memory = f"{plan.calibration_bytes / 2**30:.2f} GiB of memory"
+    how = f"at least {memory}, tuned in the end" if config.tune else f"about {memory}"
+    stored = f"{plan.packed_bytes / 1e6:.1f} MB to store, {plan.bits_per_weight:.3f} bits per weight"
+    say(f"{config.method} at {config.bits} bits: {how}; about {stored} in the blocks")
 
 
 def _calibration(
@@ -238,13 +201,15 @@ def _own_text(
     return np.asarray(tokens, np.int32)
 
 
-def _mesh(devices: int) -> "jax.sharding.Mesh | None":
-    """Of the first devices; None for one."""
+def _mesh(devices: int, samples: int) -> "jax.sharding.Mesh | None":
+    """Of the first devices, which share the samples; None for one."""
     import jax
 
     found = jax.devices()
     if devices > len(found):
         raise ValueError(f"--devices is {devices}, this machine has {len(found)} ({found[0].platform})")
+    if samples % devices:
+        raise ValueError(f"there are {samples} samples, expected a multiple of the {devices} devices")
     return jax.make_mesh((devices,), ("devices",), devices=found[:devices]) if devices > 1 else None
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from convert.display import say
 
+LENGTH = 2048
+
 if TYPE_CHECKING:
     from slim_jax.model.config import DecoderConfig
     from slim_jax.model.decoder import Decoder
@@ -77,6 +79,16 @@ def require_new(out: Path, hint: str = "") -> None:
         raise ValueError(f"{out} exists and is not an empty directory{hint}")
 
 
+def require_folder(option: str, file: Path | None) -> None:
+    if file is not None and not file.resolve().parent.is_dir():
+        raise ValueError(f"{option}: {file.parent} is not a directory")
+
+
 def require_positions(name: str, tokens: int, source: "Source") -> None:
     if tokens > source.config.max_positions:
         raise ValueError(f"{name} is {tokens}, but the model has {source.config.max_positions} positions")
+
+
+def window_length(length: int | None, config: "DecoderConfig") -> int:
+    """Tokens of a calibration window: those asked for, else as many as there are positions, up to 2048."""
+    return min(LENGTH, config.max_positions) if length is None else length
