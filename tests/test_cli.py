@@ -1,6 +1,7 @@
 """The command line, end to end on a tiny random model, and what it says to each mistake of its user."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -98,7 +99,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def test_help_has_examples(capsys):
     assert "slim-jax quantize smollm2" in said(capsys, "--help")
-    for command in ("convert", "quantize", "eval", "generate", "inspect", "plan", "export"):
+    for command in ("convert", "quantize", "eval", "generate", "chat", "inspect", "plan", "export"):
         assert f"slim-jax {command}" in said(capsys, command, "--help")
     assert "SliM-LLM+" in said(capsys, "quantize", "--help")
     assert said(capsys) == said(capsys, "--help")
@@ -155,6 +156,49 @@ def test_generate(room, capsys):
     )
     assert prompt in two
     assert "\nw9" in two
+
+
+def test_generate_from_a_file(room, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7\n\nw9\n")
+    options = ("--prompts", tmp_path / "prompts.txt", "--max-tokens", "8", "--json")
+    found = json.loads(said(capsys, "generate", room / "q2", *options))["results"]
+    assert [row["prompt"] for row in found] == ["w5 w6 w7", "w9"]
+    assert all(row["tokens"] == 8 and row["ended"] == "length" for row in found)
+    last = found[0]["text"].split()[-1]
+    stopped = json.loads(said(capsys, "generate", room / "q2", *options, "--stop", last))["results"]
+    assert stopped[0]["text"] == found[0]["text"].partition(last)[0]
+    assert stopped[0]["ended"] == "stop"
+    one = ("--prompt", "w5 w6 w7", "--max-tokens", "8", "--stop", last)
+    assert said(capsys, "generate", room / "q2", *one) == "w5 w6 w7" + stopped[0]["text"] + "\n"
+
+
+def test_chat(room, capsys, tmp_path, monkeypatch):
+    shutil.copytree(room / "q2", tmp_path / "q2")
+    assert "has no chat template" in refused(capsys, "chat", room / "q2")
+    template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
+    )
+    (tmp_path / "q2/tokenizer/chat_template.jinja").write_text(template)
+    greedy = ("--temperature", "0", "--max-tokens", "6")
+
+    def talk(*lines: str) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        return said(capsys, "chat", tmp_path / "q2", *greedy, "--system", "w4").splitlines()
+
+    def alone(prompt: str) -> str:
+        text = said(capsys, "generate", room / "q2", "--prompt", prompt, *greedy)
+        return text.removeprefix(prompt).strip()
+
+    first = alone("w4 w5 w6 w3")
+    second = alone(f"w4 w5 w6 {first} w7 w3")
+    assert [line.strip() for line in talk("w5 w6", "w7", "", "/reset", "w5 w6")] == [first, second, first]
+    assert len(talk("w5 w6", "/exit", "w7")) == 1
+    assert talk("/help") == []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5\n" + " ".join(["w6"] * 60)))
+    assert run(["chat", str(tmp_path / "q2"), *greedy]) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith("slim-jax: 1 token")
+    assert "64 positions: /reset begins anew" in errors[1]
 
 
 def test_convert_then_quantize_gives_the_same_as_quantize(room, capsys, tmp_path):
@@ -379,6 +423,11 @@ def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
         (["generate", "{room}/q2", "--prompt", "w5", "--max-tokens", "64"], "64 positions"),
         (["generate", "{room}/q2", "--prompt", "w5", "--temperature", "-1"], "--temperature"),
         (["generate", "{room}/q2", "--prompt", "w5", "--top-p", "0"], "--top-p"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--top-k", "-1"], "--top-k"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--min-p", "1"], "min_p is 1.0"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--stop", ""], "--stop is empty"),
+        (["generate", "{room}/q2", "--prompts", "{room}/none.txt"], "none.txt"),
         (["inspect", "{room}/none"], "none"),
         (["inspect", "{room}/hf"], "hf"),
         (["inspect", "{room}/q2", "--html", "{room}/none/page.html"], "is not a directory"),

@@ -72,6 +72,33 @@ Length = Annotated[
         min=2, show_default=False, help="Tokens per window. [dim]Default: 2048, or what the model has.[/]"
     ),
 ]
+
+
+def _check_top_p(top_p: float) -> float:
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"--top-p is {top_p}, expected more than 0 and at most 1")
+    return top_p
+
+
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 from all.")]
+TopP = Annotated[
+    float,
+    typer.Option(
+        callback=_check_top_p, max=1.0, help="Draw from the likeliest tokens that make up this probability."
+    ),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, help="Draw from tokens at least so likely, as a part of the likeliest's probability."
+    ),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: the logits of tokens already seen are made smaller by this.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
+MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many new tokens.")]
 DtypeOption = Annotated[
     str | None,
     typer.Option(

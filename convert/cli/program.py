@@ -1,4 +1,4 @@
-"""The command line: ``slim-jax convert | quantize | eval | generate | inspect | plan | export``.
+"""The command line: ``slim-jax convert | quantize | eval | generate | chat | inspect | plan | export``.
 
 It checks options, finds models and texts, and shows progress; the work is done elsewhere. What the
 user got wrong ends in one line on standard error and exit status 2. Heavy imports stay inside the
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from convert.cli.chat import chat
 from convert.cli.convert import convert
 from convert.cli.eval import evaluate
 from convert.cli.export import export
@@ -77,6 +78,8 @@ def slim_jax_options(
       slim-jax inspect out/q3
 
       slim-jax generate out/q3 --prompt "The capital of France is"
+
+      slim-jax chat out/q3
     """
     ctx.obj.debug = debug
 
@@ -85,6 +88,7 @@ app.command("convert")(convert)
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("export")(export)
