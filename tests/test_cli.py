@@ -145,6 +145,25 @@ def test_eval(room, capsys):
     assert "perplexity" in said(capsys, "eval", room / "q2", *arguments)
 
 
+def test_eval_against_the_dense_model(room, capsys):
+    write_text(room / "other.txt", 100, 4)
+    texts = ("--text", room / "test.txt", "--text", room / "other.txt", "--window", "32")
+    out = said(capsys, "eval", room / "q2", *texts, "--against", room / "hf", "--json")
+    assert out.count("\n") == 1
+    found = json.loads(out)["texts"]
+    assert list(found) == [str(room / "test.txt"), str(room / "other.txt")]
+    assert [text["windows"] for text in found.values()] == [6, 3]
+    for path, text in found.items():
+        alone = ("--text", path, "--window", "32", "--json")
+        dense = json.loads(said(capsys, "eval", room / "hf", *alone))
+        assert text["against_perplexity"] == pytest.approx(dense["perplexity"])
+        assert text["kl"] > 0
+        assert 0 < text["top1_agreement"] < 1
+    lines = said(capsys, "eval", room / "q2", *texts, "--against", room / "hf").splitlines()
+    assert len(lines) == 2
+    assert all("nats a token" in line for line in lines)
+
+
 def test_generate(room, capsys):
     prompt = "w5 w6 w7"
     one = said(capsys, "generate", room / "q2", "--prompt", prompt, "--max-tokens", "8")
@@ -417,6 +436,7 @@ def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
         (["eval", "{room}/q2", "--text", "{room}/test.txt", "--max-windows", "0"], "--max-windows"),
         (["eval", "{room}/q2", "--text", "{room}/test.txt", "--window", "128"], "64 positions"),
         (["eval", "{room}/none", "--text", "{room}/test.txt"], "none"),
+        (["eval", "{room}/q2", "--text", "{room}/test.txt", "--against", "{room}/none"], "none"),
         (["generate", "{room}/q2"], "--prompt"),
         (["generate", "{room}/q2", "--prompt", ""], "--prompt"),
         (["generate", "{room}/q2", "--prompt", "w5", "--max-tokens", "0"], "--max-tokens"),
