@@ -213,7 +213,7 @@ def test_chat(room, capsys, tmp_path, monkeypatch):
     assert [line.strip() for line in talk("w5 w6", "w7", "", "/reset", "w5 w6")] == [first, second, first]
     assert len(talk("w5 w6", "/exit", "w7")) == 1
     assert talk("/help") == []
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w5\n" + " ".join(["w6"] * 60)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5\n" + " ".join(["w6"] * 62)))
     assert run(["chat", str(tmp_path / "q2"), *greedy]) == 0
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].startswith("slim-jax: 1 token")
