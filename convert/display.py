@@ -1,15 +1,28 @@
-"""What the command line shows on a terminal: progress, text as it grows, the table of layers."""
+"""What the command line shows on a terminal: lines, progress, text as it grows, the table of layers."""
 
 import contextlib
+import json
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from convert.text import Text
     from slim_jax.run.plan import Plan
+
+
+def print_result(result: dict[str, Any], line: str, as_json: bool) -> None:
+    """A line on standard output, or the result as JSON."""
+    typer.echo(json.dumps(result, indent=2) if as_json else line)
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    typer.echo(f"slim-jax: {' '.join(line.split())}", err=True)
 
 
 class Progress:
@@ -56,30 +69,32 @@ def progress(what: str, total: int) -> Iterator[Progress]:
 
 
 class Stream:
-    """Prints a continuation as it grows, never half a character."""
+    """Prints a text as it grows, and counts how fast."""
 
-    def __init__(self, tokenizer: Any, prompt: list[str]) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.shown = 0
-        typer.echo(prompt[0], nl=False)
+    def __init__(self, text: "Text") -> None:
+        self.text, self.times = text, list[float]()
 
-    def take(self, row: int, token: int) -> None:
-        """The next token of the one prompt, row 0."""
-        self.ids.append(token)
-        self._show(final=False)
+    def take(self, row: int, token: int) -> bool:
+        """The next token of the one row; whether the row ends with it."""
+        self.times.append(time.monotonic())
+        stopped = self.text.take(token)
+        self._show(self.text.news())
+        return stopped
 
     def close(self) -> None:
         """Prints what was held back."""
-        self._show(final=True)
-        typer.echo("")
+        self._show(self.text.news(final=True) + "\n")
 
-    def _show(self, *, final: bool) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if final or not text.endswith("\ufffd"):
-            typer.echo(text[self.shown :], nl=False)
-            sys.stdout.flush()
-            self.shown = len(text)
+    def rate(self) -> str:
+        """How many tokens, and how many a second after the first, whose time is that of the prompt."""
+        count, seconds = len(self.times), self.times[-1] - self.times[0] if self.times else 0.0
+        return f"{count} token{'' if count == 1 else 's'}" + (
+            f", {(count - 1) / seconds:.1f} tokens/s" if seconds > 0 else ""
+        )
+
+    def _show(self, text: str) -> None:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
 
 
 def layer_kinds(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -14,6 +14,14 @@ WIDE = 3.5
 
 LEARN = ("clip", "clip-gptq", "grid", "rounding")
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "slim", "tune": False},
+    "good": {"method": "slim", "tune": True},
+    "best": {"method": "slim-plus", "tune": True},
+}
+"""The ways to quantize that most want: nothing is learned; scales and norms are tuned end to end; before that
+blocks learn, one by one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SlimConfig:
@@ -125,6 +133,16 @@ class SlimConfig:
             raise ValueError(f"bits is {self.bits}, expected a whole number unless criterion is 'model'")
         if not low <= self.bits <= high:
             raise ValueError(f"bits is {self.bits}, expected {low} to {high} for method {self.method}")
+
+    @classmethod
+    def preset(cls, name: str = "good", **settings: Any) -> "SlimConfig":
+        """The settings of a name in :data:`PRESETS`, and others beside or instead of them.
+
+        Raises:
+          ValueError: there is no such preset, or a setting is out of its range.
+        """
+        _one_of("preset", name, tuple(PRESETS))
+        return cls(**{**PRESETS[name], **settings})
 
     @property
     def over_model(self) -> bool:

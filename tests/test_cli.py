@@ -1,6 +1,7 @@
 """The command line, end to end on a tiny random model, and what it says to each mistake of its user."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from convert.tokenizer import load_tokenizer
 from slim_jax.run import checkpoint, pipeline
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64))]
-QUANTIZE = ["--bits", "2", "--group-size", "32", "--samples", "4", "--length", "32"]
+QUANTIZE = ["--bits", "2", "--group-size", "32", "--samples", "4", "--length", "32", "--preset", "fast"]
 
 
 def tiny_golden() -> Golden:
@@ -98,7 +99,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def test_help_has_examples(capsys):
     assert "slim-jax quantize smollm2" in said(capsys, "--help")
-    for command in ("convert", "quantize", "eval", "generate", "inspect", "plan", "export"):
+    for command in ("convert", "quantize", "eval", "generate", "chat", "inspect", "plan", "export"):
         assert f"slim-jax {command}" in said(capsys, command, "--help")
     assert "SliM-LLM+" in said(capsys, "quantize", "--help")
     assert said(capsys) == said(capsys, "--help")
@@ -142,6 +143,25 @@ def test_eval(room, capsys, tmp_path):
     assert f"perplexity {packed['perplexity']:.4f}" in said(capsys, "eval", tmp_path / "packed", *arguments)
 
 
+def test_eval_against_the_dense_model(room, capsys):
+    write_text(room / "other.txt", 100, 4)
+    texts = ("--text", room / "test.txt", "--text", room / "other.txt", "--window", "32")
+    out = said(capsys, "eval", room / "q2", *texts, "--against", room / "hf", "--json")
+    assert out.count("\n") == 1
+    found = json.loads(out)["texts"]
+    assert list(found) == [str(room / "test.txt"), str(room / "other.txt")]
+    assert [text["windows"] for text in found.values()] == [6, 3]
+    for path, text in found.items():
+        alone = ("--text", path, "--window", "32", "--json")
+        dense = json.loads(said(capsys, "eval", room / "hf", *alone))
+        assert text["against_perplexity"] == pytest.approx(dense["perplexity"])
+        assert text["kl"] > 0
+        assert 0 < text["top1_agreement"] < 1
+    lines = said(capsys, "eval", room / "q2", *texts, "--against", room / "hf").splitlines()
+    assert len(lines) == 2
+    assert all("nats a token" in line for line in lines)
+
+
 def test_generate(room, capsys, tmp_path):
     prompt = "w5 w6 w7"
     one = said(capsys, "generate", room / "q2", "--prompt", prompt, "--max-tokens", "8")
@@ -154,6 +174,49 @@ def test_generate(room, capsys, tmp_path):
     )
     assert prompt in two
     assert "\nw9" in two
+
+
+def test_generate_from_a_file(room, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7\n\nw9\n")
+    options = ("--prompts", tmp_path / "prompts.txt", "--max-tokens", "8", "--json")
+    found = json.loads(said(capsys, "generate", room / "q2", *options))["results"]
+    assert [row["prompt"] for row in found] == ["w5 w6 w7", "w9"]
+    assert all(row["tokens"] == 8 and row["ended"] == "length" for row in found)
+    last = found[0]["text"].split()[-1]
+    stopped = json.loads(said(capsys, "generate", room / "q2", *options, "--stop", last))["results"]
+    assert stopped[0]["text"] == found[0]["text"].partition(last)[0]
+    assert stopped[0]["ended"] == "stop"
+    one = ("--prompt", "w5 w6 w7", "--max-tokens", "8", "--stop", last)
+    assert said(capsys, "generate", room / "q2", *one) == "w5 w6 w7" + stopped[0]["text"] + "\n"
+
+
+def test_chat(room, capsys, tmp_path, monkeypatch):
+    shutil.copytree(room / "q2", tmp_path / "q2")
+    assert "has no chat template" in refused(capsys, "chat", room / "q2")
+    template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
+    )
+    (tmp_path / "q2/tokenizer/chat_template.jinja").write_text(template)
+    greedy = ("--temperature", "0", "--max-tokens", "6")
+
+    def talk(*lines: str) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        return said(capsys, "chat", tmp_path / "q2", *greedy, "--system", "w4").splitlines()
+
+    def alone(prompt: str) -> str:
+        text = said(capsys, "generate", room / "q2", "--prompt", prompt, *greedy)
+        return text.removeprefix(prompt).strip()
+
+    first = alone("w4 w5 w6 w3")
+    second = alone(f"w4 w5 w6 {first} w7 w3")
+    assert [line.strip() for line in talk("w5 w6", "w7", "", "/reset", "w5 w6")] == [first, second, first]
+    assert len(talk("w5 w6", "/exit", "w7")) == 1
+    assert talk("/help") == []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5\n" + " ".join(["w6"] * 62)))
+    assert run(["chat", str(tmp_path / "q2"), *greedy]) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith("slim-jax: 1 token")
+    assert "64 positions: /reset begins anew" in errors[1]
 
 
 def test_convert_then_quantize_gives_the_same_as_quantize(room, capsys, tmp_path):
@@ -204,10 +267,23 @@ def test_allocation_goes_round(room, capsys, tmp_path):
 
 
 def test_self_calibration(room, capsys, tmp_path):
-    said(
-        capsys, "quantize", room / "hf", tmp_path / "q", "--calibration", "self", *QUANTIZE, "--method", "rtn"
-    )
+    own = ("--calibration", "self", "--set", "method=rtn")
+    said(capsys, "quantize", room / "hf", tmp_path / "q", *QUANTIZE, *own)
     assert json.loads(said(capsys, "inspect", tmp_path / "q", "--json"))["layers"]
+
+
+def test_what_a_command_without_options_asks_for(room, capsys, tmp_path, monkeypatch):
+    def interrupt(self, on_sweep=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.Sweep, "run", interrupt)
+    small = ["--calibration", str(room / "calib.txt"), "--samples", "2"]
+    assert run(["quantize", str(room / "hf"), str(tmp_path / "q"), *small]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert any("slim at 2 bits: at least" in line and "MB to store" in line for line in lines)
+    settings = json.loads((tmp_path / "q/slim.json").read_text())["quantization"]
+    assert (settings["method"], settings["tune"], settings["bits"]) == ("slim", True, 2)
+    assert settings["calibration"]["length"] == 64  # all positions that the model has
 
 
 def interrupt_in_block(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
@@ -243,10 +319,17 @@ def test_interrupt_and_resume(room, capsys, tmp_path, monkeypatch):
         (["--bits", "9"], "bits is 9"),
         (["--bits", "two"], "--bits"),
         (["--group-size", "48"], "group_size is 48"),
-        (["--method", "slow"], "method is 'slow'"),
-        (["--sqc", "best"], "sqc is 'best'"),
-        (["--criterion", "luck"], "criterion is 'luck'"),
-        (["--damping", "-1"], "damping is -1"),
+        (["--preset", "slow"], "preset is 'slow', expected one of fast, good, best"),
+        (["--set", "method=slow"], "method is 'slow'"),
+        (["--set", "sqc=best"], "sqc is 'best'"),
+        (["--set", "criterion=luck"], "criterion is 'luck'"),
+        (["--set", "damping=-1"], "damping is -1"),
+        (["--set", "damp=1"], "no setting 'damp', expected one such as damping"),
+        (["--set", "damping"], "expected name=value"),
+        (["--set", "damping=high"], "damping is 'high', expected a number"),
+        (["--set", "epochs=1.5"], "epochs is '1.5', expected a whole number"),
+        (["--set", "guide=1"], "guide is '1', expected true or false"),
+        (["--set", "bits=3"], "bits is given twice"),
         (["--samples", "0"], "--samples"),
         (["--length", "128"], "64 positions"),
         (["--seed", "-1"], "--seed"),
@@ -367,12 +450,18 @@ def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
         (["eval", "{room}/q2", "--text", "{room}/test.txt", "--max-windows", "0"], "--max-windows"),
         (["eval", "{room}/q2", "--text", "{room}/test.txt", "--window", "128"], "64 positions"),
         (["eval", "{room}/none", "--text", "{room}/test.txt"], "none"),
+        (["eval", "{room}/q2", "--text", "{room}/test.txt", "--against", "{room}/none"], "none"),
         (["generate", "{room}/q2"], "--prompt"),
         (["generate", "{room}/q2", "--prompt", ""], "--prompt"),
         (["generate", "{room}/q2", "--prompt", "w5", "--max-tokens", "0"], "--max-tokens"),
         (["generate", "{room}/q2", "--prompt", "w5", "--max-tokens", "64"], "64 positions"),
         (["generate", "{room}/q2", "--prompt", "w5", "--temperature", "-1"], "--temperature"),
         (["generate", "{room}/q2", "--prompt", "w5", "--top-p", "0"], "--top-p"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--top-k", "-1"], "--top-k"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--min-p", "1"], "min_p is 1.0"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--stop", ""], "--stop is empty"),
+        (["generate", "{room}/q2", "--prompts", "{room}/none.txt"], "none.txt"),
         (["inspect", "{room}/none"], "none"),
         (["inspect", "{room}/hf"], "hf"),
         (["inspect", "{room}/q2", "--html", "{room}/none/page.html"], "is not a directory"),

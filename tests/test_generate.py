@@ -13,7 +13,7 @@ from flax import nnx
 from pallas_kernels import pack
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Block, Decoder, linear_groups
-from slim_jax.model.generate import Generator, generate, nucleus, sample_text
+from slim_jax.model.generate import Generator, generate, sample_text
 from slim_jax.model.linear import Linear, Packed
 
 # `slim_jax.generate` is the function of that name.
@@ -171,17 +171,18 @@ def test_sampling_repeats_with_its_seed_only():
     assert run() != greedy
 
 
-def test_nucleus_keeps_the_fewest_tokens_that_reach_top_p():
-    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]))
-    kept = np.isfinite(np.asarray(nucleus(logits, jnp.float32(0.7))))
-    assert kept.tolist() == [[False, True, False, True], [True, False, False, False]]
-    assert np.isfinite(np.asarray(nucleus(logits, jnp.float32(1.0)))).all()
+def test_on_token_may_end_its_row():
+    full = generate(tiny(), PROMPTS, max_tokens=9)
+    found = generate(tiny(), PROMPTS, max_tokens=9, on_token=lambda row, token: row == 1)
+    assert found == [full[0], full[1][:1], full[2]]
 
 
-def test_sampling_follows_the_distribution():
-    logits = jnp.log(jnp.tile(jnp.asarray([[0.1, 0.2, 0.7]]), (4000, 1)))
-    drawn = np.asarray(generation._sample(logits, jax.random.key(0)))
-    assert np.bincount(drawn) / 4000 == pytest.approx([0.1, 0.2, 0.7], abs=0.03)
+def test_a_repetition_penalty_forbids_what_was_seen():
+    """So great a penalty that nothing that the row has seen is likeliest again."""
+    found = generate(tiny(), PROMPTS, max_tokens=9, repetition_penalty=1e9)
+    for prompt, row in zip(PROMPTS, found):
+        assert len({*prompt, *row}) == len(prompt) + 9
+    assert found != generate(tiny(), PROMPTS, max_tokens=9)
 
 
 def test_stop_token_ends_its_row_only_and_is_not_returned():
@@ -207,6 +208,9 @@ def test_stop_token_ends_its_row_only_and_is_not_returned():
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
         ([[1]], {"top_p": 1.5}, "top_p is 1.5"),
+        ([[1]], {"top_k": -1}, "top_k is -1"),
+        ([[1]], {"min_p": 1.0}, "min_p is 1.0"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ([[1] * 90], {"max_tokens": 7}, "more than the model's 96 positions"),
         ([[1, 61]], {}, "token 61, outside the vocabulary of 61"),
         ([[-1]], {}, "token -1, outside the vocabulary"),

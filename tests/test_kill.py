@@ -19,11 +19,11 @@ def start(model: Path, text: Path, out: Path, *options: str) -> subprocess.Popen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["slim", "slim-plus"])
-def test_killed_at_random_moments(tmp_path, method):
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_killed_at_random_moments(tmp_path, preset):
     model = write_model(tmp_path / "hf")
     text = write_text(tmp_path / "calib.txt", 4000, seed=0)
-    options = ("--method", method, "--epochs", "2")
+    options = ("--preset", preset, "--set", "epochs=2")
     begin = time.monotonic()
     whole = start(model, text, tmp_path / "whole", *options)
     _, errors = whole.communicate()

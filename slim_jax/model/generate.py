@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Int32
 
 from pallas_kernels import MixedTensor, prepare
 from pallas_kernels.layout import stack
@@ -23,27 +23,15 @@ from slim_jax.model.cache import State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Block, Decoder
 from slim_jax.model.linear import Linear
+from slim_jax.model.sampling import Choice, Sampling, sample
 from slim_jax.model.step import forward, stackable
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
 LENGTH_STEP = 128
 SAMPLE_ROWS = 64
 
-
-def nucleus(logits: Float[Array, "b vocab"], top_p: Float[Array, ""]) -> Float[Array, "b vocab"]:
-    """Logits with -inf outside the fewest tokens whose probabilities sum to ``top_p``; ties stay in."""
-    p = jax.nn.softmax(logits)
-    descending = -jnp.sort(-p, axis=-1)
-    before = jnp.cumsum(descending, axis=-1) - descending
-    count = jnp.sum(before < top_p, axis=-1, keepdims=True)
-    smallest = jnp.take_along_axis(descending, jnp.maximum(count, 1) - 1, axis=-1)
-    return jnp.where(p >= smallest, logits, -jnp.inf)
-
-
-def _sample(logits: jax.Array, key: jax.Array) -> jax.Array:
-    """One token a row; what a row draws depends on its place in the batch, not on the other rows."""
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0], dtype=jnp.uint32))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+OnToken = Callable[[int, int], bool | None]
+"""``on_token(row, token)``: True ends the row."""
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -53,26 +41,13 @@ def _advance(
     state: State,
     tokens: jax.Array,
     positions: jax.Array,
-    key: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-) -> tuple[jax.Array, State]:
+    choice: Choice,
+) -> tuple[jax.Array, State, Choice]:
     """Reads ``tokens[B, T]`` and chooses the next of each row, ``int32[B]``."""
     outer, blocks = jax.tree.unflatten(treedef, leaves)
     logits, state = forward(outer, blocks, state, tokens, positions)
-    key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
-    # One program for all ways to choose: only the branch taken runs, and only nucleus sorts.
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    how = jnp.where(temperature > 0, jnp.where(top_p < 1, 2, 1), 0)
-    chosen = lax.switch(
-        how,
-        [
-            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            lambda: _sample(scaled, key),
-            lambda: _sample(nucleus(scaled, top_p), key),
-        ],
-    )
-    return chosen, state
+    choice = choice.reads(tokens, positions)
+    return choice.next(logits, state.length), state, choice
 
 
 @partial(jax.jit, static_argnums=0)
@@ -93,7 +68,7 @@ def _write(
         positions = jnp.broadcast_to(state.length, (token.shape[0], 1))
         step_key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
         logits, state = forward(outer, blocks, state, token[:, None], positions)
-        token = _sample(logits, step_key)
+        token = sample(logits, step_key)
         return (token, state), token
 
     (token, state), tokens = lax.scan(step, (token, state), None, length=steps)
@@ -144,15 +119,14 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         *,
         max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[int] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: OnToken | None = None,
+        **sampling: Any,
     ) -> list[list[int]]:
-        """See :func:`generate`."""
-        config = self.config
-        _check(config, prompts, max_tokens, temperature, top_p)
+        """See :func:`generate`; ``sampling`` are the fields of `slim_jax.model.sampling.Sampling`."""
+        config, how = self.config, Sampling(**sampling)
+        _check(config, prompts, max_tokens)
         stops = set(config.eos_token_ids if stop is None else stop)
         batch = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -165,7 +139,7 @@ class Generator:
 
         state = self._empty(batch, _round_up(width + max_tokens - 1))
         seen = [(tokens, positions)]
-        choice = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
+        choice = how.start(seed, batch, config.vocab_size)
         results: list[list[int]] = [[] for _ in prompts]
         active = set(range(batch))
         for step in range(max_tokens):
@@ -173,7 +147,7 @@ class Generator:
                 # As transformers does: what was read with the short factors is read again with the long.
                 tokens, positions = _joined(seen)
                 state = self._empty(batch, _round_up(tokens.shape[1] + max_tokens - 1 - step))
-            chosen, state = _advance(self._treedef, self._leaves, state, tokens, positions, *choice)
+            chosen, state, choice = _advance(self._treedef, self._leaves, state, tokens, positions, choice)
             tokens = np.asarray(chosen)[:, None]
             positions = (lengths + step)[:, None]
             seen.append((tokens, positions))
@@ -183,8 +157,8 @@ class Generator:
                     active.remove(row)
                     continue
                 results[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
+                if on_token is not None and on_token(row, token):
+                    active.remove(row)
             if not active:
                 break
         return results
@@ -246,10 +220,9 @@ class Generator:
         token, done = jnp.asarray(first), before
         if before:
             start = np.ascontiguousarray(column[0][:batch])
-            zero = jnp.float32(0.0)
-            _, state = _advance(
-                treedef, self._leaves, state, start, np.zeros((batch, 1), np.int32), key, zero, zero
-            )
+            greedy = Sampling().start(0, batch, self.config.vocab_size)
+            at = np.zeros((batch, 1), np.int32)
+            _, state, _ = _advance(treedef, self._leaves, state, start, at, greedy)
         for size in sizes:
             state = state.grown(size)
             steps = min(size, length - 1) - done
@@ -300,17 +273,11 @@ def _sizes(length: int) -> list[int]:
     return [*range(LENGTH_STEP, length, LENGTH_STEP), length]
 
 
-def _check(
-    config: DecoderConfig, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float
-) -> None:
+def _check(config: DecoderConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
     if len(prompts) == 0:
         raise ValueError("prompts is empty, expected at least one prompt")
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
-    if not temperature >= 0 or math.isinf(temperature):
-        raise ValueError(f"temperature is {temperature}, expected 0 or a positive number")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, expected a number above 0 and up to 1")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} is empty, expected at least one token")
@@ -332,10 +299,13 @@ def generate(
     *,
     max_tokens: int,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop: Sequence[int] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continues prompts, all in one batch. To call it often, make one :class:`Generator` and keep it.
 
@@ -347,27 +317,34 @@ def generate(
       prompts: token ids, one or more of each prompt; lengths may differ.
       max_tokens: tokens to write at most for each prompt.
       temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled from.
-      top_p: sampling is from the fewest tokens whose probabilities sum to this.
+      top_k: sampling is from so many likeliest tokens; 0 for all.
+      top_p: then from the fewest of these whose probabilities sum to this.
+      min_p: then from those at least so likely, as a part of the likeliest token's probability.
+      repetition_penalty: logits of tokens that the row has seen are divided by this where positive,
+        multiplied where negative; at temperature 0 too.
       seed: of sampling; equal seeds and equal calls give equal results.
       stop: tokens that end a row, not returned; the config's ``eos_token_ids`` if None.
-      on_token: called with ``(row, token)`` as tokens appear.
+      on_token: called with ``(row, token)`` as tokens appear; the row ends after one for which it gives True.
 
     Returns:
       The new tokens of each prompt, without the prompt.
 
     Raises:
-      ValueError: there are no prompts or an empty one, ``max_tokens < 1``, ``temperature < 0``, ``top_p``
-        is not in (0, 1], a prompt and ``max_tokens`` exceed the config's ``max_positions``, or a token
-        is not in the vocabulary.
+      ValueError: there are no prompts or an empty one, ``max_tokens < 1``, sampling is out of range
+        (`slim_jax.model.sampling.Sampling`), a prompt and ``max_tokens`` exceed the
+        config's ``max_positions``, or a token is not in the vocabulary.
     """
     return Generator(model).generate(
         prompts,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
         seed=seed,
         stop=stop,
         on_token=on_token,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
     )
 
 

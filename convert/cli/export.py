@@ -1,0 +1,54 @@
+"""``slim-jax export``."""
+
+from typing import Annotated
+
+import typer
+
+from convert.cli.options import OutArgument, SourceArgument
+from convert.cli.sources import open_source, optional_tokenizer, require_new
+
+
+def export(
+    source: SourceArgument,
+    out: OutArgument,
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="safetensors|hf|gptq",
+            help="safetensors: packed as it is, a few files to pass on, which every command here reads. "
+            "hf: dequantized, which transformers loads. gptq: GPTQModel's packed format, which vLLM, SGLang "
+            "and transformers load; of results with one width and whole zero points.",
+        ),
+    ] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Of hf: float32, bfloat16 or float16. [dim]Default: as they are.[/] Of gptq, what is not "
+            "packed and scales: float16 or bfloat16. [dim]Default: float16.[/]",
+        ),
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT=VALUE",
+            show_default=False,
+            help="Of safetensors: measured with eval, for the model card. May be given several times.",
+        ),
+    ] = None,
+) -> None:
+    """Write a model for others: packed to pass on, or in a form that other tools load.
+
+    slim-jax export out/q2 out/q2-packed --format safetensors --perplexity wikitext2=29.4
+
+    slim-jax export out/q2 out/q2-hf --format hf --dtype bfloat16
+
+    slim-jax export out/q4 out/q4-gptq --format gptq
+    """
+    from convert.formats import check_options, write
+
+    measured = check_options(format, dtype, perplexity or [])
+    require_new(out)
+    model = open_source(source)
+    said = write(format, model, out, dtype, optional_tokenizer(model), measured)
+    typer.echo(f"{out}: {model.config.num_layers} blocks, {said}")

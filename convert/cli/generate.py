@@ -1,0 +1,138 @@
+"""``slim-jax generate``."""
+
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convert.cli.options import (
+    JsonOption,
+    MaxTokens,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    SourceArgument,
+    Temperature,
+    TopK,
+    TopP,
+)
+from convert.cli.sources import encode, open_source, require_positions, tokenizer_of, whole_decoder
+from convert.display import Stream
+
+if TYPE_CHECKING:
+    from convert.text import Text
+    from slim_jax.model.generate import Generator
+
+ROWS = 16
+"""Prompts that are continued at once."""
+
+
+def generate(
+    source: SourceArgument,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(show_default=False, metavar="TEXT", help="May be given several times."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text with one prompt a line.")
+    ] = None,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            show_default=False,
+            help="Where a continuation ends, \\n at a line's; may be given several times.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, token by token to the terminal.
+
+    slim-jax generate out/q2 --prompt "The capital of France is" --max-tokens 32
+
+    slim-jax generate out/q3 --prompt "Once" --prompt "Never" --temperature 0.8 --top-p 0.95
+
+    slim-jax generate out/q3 --prompts questions.txt --stop "\\n" --json
+    """
+    wanted = [*(prompt or ()), *_lines(prompts)]
+    if not wanted:
+        raise ValueError("there is no prompt, expected --prompt or --prompts")
+    stops = [text.replace("\\n", "\n") for text in stop or ()]
+    if "" in stops:
+        raise ValueError("--stop is empty, expected some text")
+    from convert.text import Text
+    from slim_jax.model.generate import Generator
+    from slim_jax.model.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    opened = open_source(source)
+    tokenizer = tokenizer_of(opened)
+    ids = [encode(tokenizer, text) for text in wanted]
+    for text, tokens in zip(wanted, ids):
+        if not tokens:
+            raise ValueError(f"--prompt {text!r} has no tokens, expected some text")
+        require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened)
+    generator = Generator(whole_decoder(opened))
+    how = {"max_tokens": max_tokens, "seed": seed, **dataclasses.asdict(sampling)}
+    texts = [Text(tokenizer, stops) for _ in wanted]
+    if len(wanted) == 1 and not as_json:
+        typer.echo(wanted[0], nl=False)
+        stream = Stream(texts[0])
+        generator.generate(ids, on_token=stream.take, **how)
+        stream.close()
+        return
+    start = time.monotonic()
+    _continue(generator, ids, texts, how)
+    if as_json:
+        _print_json(wanted, texts, max_tokens, time.monotonic() - start)
+        return
+    for text, written in zip(wanted, texts):
+        typer.echo(text + written.text + "\n")
+
+
+def _lines(file: Path | None) -> list[str]:
+    """The lines of a file that are not empty."""
+    from convert.calibration import read_text
+
+    if file is None:
+        return []
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts: {file} has no prompts, expected one a line")
+    return lines
+
+
+def _continue(generator: "Generator", ids: list[list[int]], texts: "list[Text]", how: dict[str, Any]) -> None:
+    """Fills the texts, some at a time; every batch draws from a seed of its own."""
+    seed = how.pop("seed")
+    for number, batch in enumerate(itertools.batched(zip(ids, texts), ROWS)):
+        prompts, rows = zip(*batch)
+
+        def take(row: int, token: int, rows: "tuple[Text, ...]" = rows) -> bool:
+            return rows[row].take(token)
+
+        generator.generate(prompts, on_token=take, seed=seed + number, **how)
+
+
+def _print_json(prompts: list[str], texts: "list[Text]", max_tokens: int, seconds: float) -> None:
+    def ended(text: "Text") -> str:
+        """By a stop string, the model's own end, or ``--max-tokens``."""
+        return "stop" if text.stopped else "length" if len(text.ids) == max_tokens else "end"
+
+    results = [
+        {"prompt": prompt, "text": text.text, "tokens": len(text.ids), "ended": ended(text)}
+        for prompt, text in zip(prompts, texts)
+    ]
+    document = {"results": results, "seconds": round(seconds, 3)}
+    typer.echo(json.dumps(document, indent=2))

@@ -1,0 +1,43 @@
+"""``slim-jax inspect``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convert.cli.options import JsonOption
+from convert.cli.sources import require_folder
+from convert.display import print_layers
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", show_default=False, help="A slim-jax checkpoint.")],
+    as_json: JsonOption = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the page report.html that quantize writes beside a checkpoint."
+        ),
+    ] = None,
+) -> None:
+    """Show what a checkpoint stores: sizes, bits per weight, and where the bits went.
+
+    slim-jax inspect out/q2
+
+    slim-jax inspect out/q2 --json | jq .bits_per_weight
+
+    slim-jax inspect out/q2 --html layers.html
+    """
+    require_folder("--html", html)
+    from slim_jax.run import checkpoint
+
+    found = checkpoint.inspect(path)
+    if html is not None:
+        from convert.page import write_report
+
+        write_report(path, html)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_layers(str(path), found)

@@ -1,0 +1,69 @@
+"""``slim-jax plan``."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from convert.cli.options import (
+    Bits,
+    EmbeddingBits,
+    GroupSize,
+    JsonOption,
+    Length,
+    Preset,
+    Samples,
+    Set,
+    SourceArgument,
+    TargetSize,
+)
+from convert.cli.settings import make_settings
+from convert.cli.sources import read_config, window_length
+from convert.display import print_plan
+
+
+def plan(
+    source: SourceArgument,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    target_size: TargetSize = None,
+    preset: Preset = None,
+    given: Set = None,
+    embedding_bits: EmbeddingBits = None,
+    devices: Annotated[
+        str, typer.Option(metavar="KIND[:COUNT]", help="Where the model is to run, such as v5e:4 or h100.")
+    ] = "v5e",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that each has room for.")] = 4096,
+    samples: Samples = 128,
+    length: Length = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model would need at a bit width, and whether it fits. Reads its config, no weights.
+
+    slim-jax plan models/Llama-2-7b --bits 2 --devices v5e
+
+    slim-jax plan models/Llama-2-70b --bits 2 --devices v5e:4 --context 2048 --json
+    """
+    from slim_jax.run.plan import for_size, make_plan, parse_devices, parse_size
+
+    settings = make_settings(
+        preset, given or (), bits=bits, group_size=group_size, embedding_bits=embedding_bits
+    )
+    config = read_config(source)
+    if target_size is not None:
+        settings = for_size(config, settings, parse_size(target_size))
+    found = make_plan(
+        config,
+        settings,
+        *parse_devices(devices),
+        batch=batch,
+        context=context,
+        samples=samples,
+        length=window_length(length, config),
+    )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print_plan(source, found)

@@ -1,0 +1,145 @@
+"""The command line: ``slim-jax convert | quantize | eval | generate | chat | inspect | plan | export``.
+
+It checks options, finds models and texts, and shows progress; the work is done elsewhere. What the
+user got wrong ends in one line on standard error and exit status 2. Heavy imports stay inside the
+commands, so that ``--help`` is instant.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from convert.cli.chat import chat
+from convert.cli.convert import convert
+from convert.cli.eval import evaluate
+from convert.cli.export import export
+from convert.cli.generate import generate
+from convert.cli.inspect import inspect
+from convert.cli.plan import plan
+from convert.cli.quantize import quantize
+from convert.display import say
+
+OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+# click's ClickException. Newer typer brings its own click, so there is no one place to import it from.
+ClickException: Any = typer.BadParameter.__bases__[0].__bases__[0]
+
+app = typer.Typer(
+    name="slim-jax",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclasses.dataclass
+class Session:
+    """What the commands tell :func:`run`.
+
+    Attributes:
+      debug: let tracebacks through.
+      on_interrupt: the line to print on Ctrl-C.
+    """
+
+    debug: bool = False
+    on_interrupt: str = "interrupted"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"slim-jax {version('slim-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def slim_jax_options(
+    ctx: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="SLIM_JAX_DEBUG", help="Show tracebacks and library logs.")
+    ] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantize a language model to an average of 2, 3 or 4 bits per weight, and run it packed.
+
+    [bold]Try it[/] on the built-in model:
+
+      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64 --length 128
+
+      slim-jax inspect out/q3
+
+      slim-jax generate out/q3 --prompt "The capital of France is"
+
+      slim-jax chat out/q3
+    """
+    ctx.obj.debug = debug
+
+
+app.command("convert")(convert)
+app.command("quantize")(quantize)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("inspect")(inspect)
+app.command("plan")(plan)
+app.command("export")(export)
+
+
+def _error_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, ClickException):
+        return error.format_message()  # type: ignore[attr-defined, no-any-return]
+    return str(error) or type(error).__name__
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: what the user typed after ``slim-jax``.
+
+    Returns:
+      The exit status: 0, or 2 for the user's mistake, 130 for Ctrl-C, 1 for a mistake of ours.
+    """
+    session = Session()
+    try:
+        status = app(list(arguments) or ["--help"], prog_name="slim-jax", standalone_mode=False, obj=session)
+    except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
+    except (ValueError, OSError, ClickException) as error:
+        if session.debug:
+            raise
+        say(f"error: {_error_line(error)}")
+        return USER_ERROR
+    except Exception as error:
+        if session.debug:
+            raise
+        say(f"internal error: {type(error).__name__}: {error}; slim-jax --debug shows where")
+        return BUG
+    if status == INTERRUPTED:
+        say(session.on_interrupt)
+    return status if isinstance(status, int) else OK
+
+
+def main() -> None:
+    """The ``slim-jax`` program: :func:`run` without other libraries' logs and warnings."""
+    if os.environ.get("SLIM_JAX_DEBUG") is None and "--debug" not in sys.argv:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for name in ("absl", "jax", "orbax", "transformers", "flax"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,237 @@
+"""``slim-jax quantize``."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convert.cli.options import (
+    Bits,
+    EmbeddingBits,
+    GroupSize,
+    JsonOption,
+    Length,
+    OutArgument,
+    Preset,
+    Samples,
+    Set,
+    SourceArgument,
+    TargetSize,
+)
+from convert.cli.settings import make_settings
+from convert.cli.sources import (
+    encode,
+    keep_tokenizer,
+    open_source,
+    optional_tokenizer,
+    require_folder,
+    require_new,
+    require_positions,
+    tokenizer_of,
+    whole_decoder,
+    window_length,
+)
+from convert.display import Progress, print_result, progress, say
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    from convert.calibration import Part
+    from slim_jax.config import SlimConfig
+    from slim_jax.report import BlockReport, Report
+    from slim_jax.run.source import Source
+
+
+def quantize(
+    ctx: typer.Context,
+    source: SourceArgument,
+    out: OutArgument,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="mix|self|FILE[:SHARE]",
+            show_default=False,
+            help="What to calibrate on, once or several times: a UTF-8 text; [bold]self[/], what the model "
+            "writes; [bold]mix[/], some of that and of everything. A share may follow. [dim]Default: mix.[/]",
+        ),
+    ] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    target_size: TargetSize = None,
+    preset: Preset = None,
+    tune: Annotated[
+        bool | None,
+        typer.Option(
+            "--tune/--no-tune",
+            show_default=False,
+            help="At the end, tune scales and norms of the whole model until its logits are the "
+            "full-precision model's. [dim]Default: as the preset says.[/]",
+        ),
+    ] = None,
+    given: Set = None,
+    embedding_bits: EmbeddingBits = None,
+    samples: Samples = 128,
+    length: Length = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of windows.")] = 0,
+    allocation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Bits per layer and group from this JSON file; nothing is searched."
+        ),
+    ] = None,
+    save_allocation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the bits that were chosen to this JSON file.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last finished block of an interrupted run.")
+    ] = False,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload-activations", help="Keep calibration activations on disk, not in memory."),
+    ] = False,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Share the work among so many of this machine's devices.")
+    ] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model with SliM-LLM and store it packed.
+
+    Block after block; each finished one is on disk before the next starts, so a run that was
+    interrupted goes on with --resume and ends with the same bits.
+
+      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64 --length 512
+
+      slim-jax quantize models/Llama-3.2-1B out/q --target-size 500MB --preset best --calibration text.txt
+
+      slim-jax quantize smollm2 out/gptq --bits 3 --set method=gptq --set damping=0.02
+    """
+    config = make_settings(
+        preset,
+        given or (),
+        bits=bits,
+        group_size=group_size,
+        tune=tune,
+        embedding_bits=embedding_bits,
+    )
+    from convert.calibration import parts
+    from convert.page import write_report
+
+    texts = parts(calibration or ())
+    from slim_jax.method.sba import load_allocation
+    from slim_jax.method.sba import save_allocation as write_allocation
+    from slim_jax.run.pipeline import quantize_to_checkpoint
+    from slim_jax.run.plan import for_size, parse_size
+
+    chosen = None if allocation is None else load_allocation(allocation)
+    require_folder("--save-allocation", save_allocation)
+    if not resume:
+        require_new(out, "; --resume goes on with an interrupted run")
+    mesh = _mesh(devices, samples)
+    model = open_source(source)
+    length = window_length(length, model.config)
+    require_positions("--length", length, model)
+    if target_size is not None:
+        config = for_size(model.config, config, parse_size(target_size))
+    tokenizer, tokens = _calibration(model, texts, samples, length, seed)
+    ctx.obj.on_interrupt = (
+        f"interrupted; the same command with --resume goes on after {out}'s last whole block"
+    )
+    if not resume:
+        _announce(model, config, (0 if offload else samples) * length)
+    with progress("quantizing", model.config.num_layers) as step:
+        report = quantize_to_checkpoint(
+            model,
+            tokens,
+            config,
+            out,
+            allocation=chosen,
+            resume=resume,
+            offload=offload,
+            mesh=mesh,
+            **_shown(step),
+        )
+    keep_tokenizer(tokenizer, out)
+    write_report(out, out / "report.html")
+    if save_allocation is not None:
+        write_allocation(report.allocation, save_allocation)
+    _print_report(out, report, as_json)
+
+
+def _print_report(out: Path, report: "Report", as_json: bool) -> None:
+    found = report.to_json()
+    size = f"{report.stored_bytes / 1e6:.1f} MB, {report.times_smaller:.2f} times smaller than in bfloat16"
+    print_result(
+        found, f"{out}: {found['bits_per_weight']:.3f} bits per weight in the blocks; {size}", as_json
+    )
+
+
+def _announce(source: "Source", config: "SlimConfig", tokens: int) -> None:
+    """What the run is expected to need; ``tokens`` are those whose activations will be in memory."""
+    from slim_jax.run.plan import DEVICES, make_plan
+
+    plan = make_plan(source.config, config, next(iter(DEVICES)), samples=tokens, length=1)
+    memory = f"{plan.calibration_bytes / 2**30:.2f} GiB of memory"
+    how = f"at least {memory}, tuned in the end" if config.tune else f"about {memory}"
+    stored = f"{plan.packed_bytes / 1e6:.1f} MB to store, {plan.bits_per_weight:.3f} bits per weight"
+    say(f"{config.method} at {config.bits} bits: {how}; about {stored} in the blocks")
+
+
+def _calibration(
+    source: "Source", texts: "list[Part]", samples: int, length: int, seed: int
+) -> "tuple[Any, np.ndarray]":
+    """The tokenizer, None where there is none, and the windows, ``int32[samples, length]``."""
+    from convert.calibration import draw
+
+    find = tokenizer_of if any(part.text is not None for part in texts) else optional_tokenizer
+    tokenizer = find(source)
+    to_tokens = None if tokenizer is None else partial(encode, tokenizer)
+    return tokenizer, draw(texts, to_tokens, partial(_own_text, source), samples, length, seed)
+
+
+def _own_text(
+    source: "Source", samples: int, length: int, seed: int
+) -> "np.ndarray":  # int32 [samples, length]
+    """Calibration text that the model writes itself."""
+    import numpy as np
+
+    from slim_jax.model.generate import sample_text
+
+    say(f"the model writes {samples} windows of {length} tokens to calibrate on")
+    tokens = sample_text(whole_decoder(source), samples=samples, length=length, seed=seed)
+    return np.asarray(tokens, np.int32)
+
+
+def _mesh(devices: int, samples: int) -> "jax.sharding.Mesh | None":
+    """Of the first devices, which share the samples; None for one."""
+    import jax
+
+    found = jax.devices()
+    if devices > len(found):
+        raise ValueError(f"--devices is {devices}, this machine has {len(found)} ({found[0].platform})")
+    if samples % devices:
+        raise ValueError(f"there are {samples} samples, expected a multiple of the {devices} devices")
+    return jax.make_mesh((devices,), ("devices",), devices=found[:devices]) if devices > 1 else None
+
+
+def _figures(block: "BlockReport") -> str:
+    """What the progress display says of a finished block."""
+    if block.warning:
+        say(block.warning)
+    learning = block.learning
+    if learning is None:
+        return f"error {block.error:.3g}"
+    if learning.note:
+        say(f"block {block.index}: {learning.note}")
+    return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
+
+
+def _shown(step: Progress) -> dict[str, Any]:
+    """What a run calls, to show how far it is."""
+    return {
+        "on_block": lambda block: step(_figures(block)),
+        "on_epoch": lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
+        "on_sweep": lambda n, of: step.show(f"gradients of block {n}/{of}"),
+        "on_step": lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
+    }

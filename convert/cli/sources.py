@@ -1,0 +1,84 @@
+"""The model that a command's SOURCE names, its tokenizer, and what both are checked for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.display import say
+
+LENGTH = 2048
+
+if TYPE_CHECKING:
+    from slim_jax.model.config import DecoderConfig
+    from slim_jax.model.decoder import Decoder
+    from slim_jax.run.source import Source
+
+
+def open_source(spec: str, dtype: str | None = None) -> "Source":
+    """The model that a SOURCE argument names; no weights are read yet."""
+    from convert.load import open_model
+
+    return open_model(spec, dtype)
+
+
+def read_config(spec: str) -> "DecoderConfig":
+    """The config of the model that a SOURCE argument names."""
+    from convert.load import load_config
+
+    return load_config(spec)
+
+
+def whole_decoder(source: "Source") -> "Decoder":
+    """The whole model in memory."""
+    from slim_jax.model.params import make_decoder
+
+    blocks = [source.block(i) for i in range(source.config.num_layers)]
+    return make_decoder(source.config, source.outer(), blocks)
+
+
+def tokenizer_of(source: "Source") -> Any:
+    from convert.load import source_tokenizer
+
+    return source_tokenizer(source)
+
+
+def optional_tokenizer(source: "Source") -> Any:
+    """The tokenizer, or None and a note where the model has none."""
+    try:
+        return tokenizer_of(source)
+    except ValueError as error:
+        say(f"note: going on without a tokenizer: {error}")
+        return None
+
+
+def keep_tokenizer(tokenizer: Any, out: Path) -> None:
+    from convert.tokenizer import save_tokenizer
+
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, out / "tokenizer")
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids, with what the model's own tokenizer puts before a text."""
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def require_new(out: Path, hint: str = "") -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise ValueError(f"{out} exists and is not an empty directory{hint}")
+
+
+def require_folder(option: str, file: Path | None) -> None:
+    if file is not None and not file.resolve().parent.is_dir():
+        raise ValueError(f"{option}: {file.parent} is not a directory")
+
+
+def require_positions(name: str, tokens: int, source: "Source") -> None:
+    if tokens > source.config.max_positions:
+        raise ValueError(f"{name} is {tokens}, but the model has {source.config.max_positions} positions")
+
+
+def window_length(length: int | None, config: "DecoderConfig") -> int:
+    """Tokens of a calibration window: those asked for, else as many as there are positions, up to 2048."""
+    return min(LENGTH, config.max_positions) if length is None else length

@@ -1,0 +1,71 @@
+"""Presets, and what `--set` makes of a name and a value."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from convert.cli.settings import make_settings, parse_setting, settable
+from slim_jax import SlimConfig
+from slim_jax.config import PRESETS
+
+USAGE = Path(__file__).parents[1] / "docs/usage.md"
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ("damping=0.02", ("damping", 0.02)),
+        ("bits = 3", ("bits", 3.0)),
+        ("epochs=4", ("epochs", 4)),
+        ("guide=true", ("guide", True)),
+        ("tune=False", ("tune", False)),
+        ("tune=none", ("tune", None)),
+        ("sqc=paper", ("sqc", "paper")),
+    ],
+)
+def test_a_setting_has_the_type_of_its_field(item, expected):
+    name, value = parse_setting(item)
+    assert (name, value) == expected
+    assert type(value) is type(expected[1])
+
+
+@pytest.mark.parametrize(
+    "item", ["damping=inf", "damping=nan", "epochs=none", "=1", "epochs=", "learn_rate=1"]
+)
+def test_other_settings_are_refused(item):
+    with pytest.raises(ValueError, match=f"^--set {item}: "):
+        parse_setting(item)
+
+
+def test_presets_in_python_and_on_the_command_line():
+    for name in PRESETS:
+        assert make_settings(name, ["damping=0.02"], bits=2.5) == SlimConfig.preset(
+            name, damping=0.02, bits=2.5
+        )
+    assert make_settings(None, []) == SlimConfig.preset() == SlimConfig(method="slim", tune=True)
+    assert SlimConfig.preset("best") == SlimConfig(method="slim-plus")
+    assert SlimConfig.preset("fast") == SlimConfig()
+    with pytest.raises(ValueError, match="preset is 'slow'"):
+        SlimConfig.preset("slow")
+
+
+def test_a_method_that_is_named_is_not_tuned_by_the_default_preset():
+    assert make_settings(None, ["method=gptq"]) == SlimConfig(method="gptq")
+    assert make_settings(None, ["sqc=paper"]) == SlimConfig(sqc="paper")
+    assert make_settings("good", ["method=gptq"]) == SlimConfig(method="gptq", tune=True)
+
+
+def test_the_table_in_the_docs_names_every_setting():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", USAGE.read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == list(settable())
+    defaults = {field.name: field.default for field in dataclasses.fields(SlimConfig)}
+    for name, said in rows:
+        default = defaults[name]
+        if isinstance(default, bool):
+            assert said == str(default).lower()
+        elif isinstance(default, int | float):
+            assert float(said) == default
+        elif default is not None:
+            assert said == f"`{default}`"
