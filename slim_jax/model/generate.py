@@ -1,12 +1,13 @@
-"""Text from a decoder: prefill once, then one token at a time against a cache of keys and values.
+"""Text from a decoder: prefill once, then tokens against a cache of keys and values, several a dispatch.
 
-One jitted function serves both. It is shared by all generators, so that a second generator of the same
-shapes compiles nothing. Chat templates and text are not this file's business: it knows token ids.
+The host is asked for nothing while a chunk of tokens is written (:mod:`slim_jax.model.loop`). Chat templates
+and text are not this file's business: it knows token ids.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Int32
 
 from pallas_kernels import MixedTensor, prepare
 from pallas_kernels.layout import stack
@@ -23,81 +23,15 @@ from slim_jax.model.cache import State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Block, Decoder
 from slim_jax.model.linear import Linear
-from slim_jax.model.step import forward, stackable
+from slim_jax.model.loop import CHUNK, Choice, Tokens, next_logits, read, write, write_text
+from slim_jax.model.loop import nucleus as nucleus
+from slim_jax.model.step import stackable
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
 LENGTH_STEP = 128
 SAMPLE_ROWS = 64
-
-
-def nucleus(logits: Float[Array, "b vocab"], top_p: Float[Array, ""]) -> Float[Array, "b vocab"]:
-    """Logits with -inf outside the fewest tokens whose probabilities sum to ``top_p``; ties stay in."""
-    p = jax.nn.softmax(logits)
-    descending = -jnp.sort(-p, axis=-1)
-    before = jnp.cumsum(descending, axis=-1) - descending
-    count = jnp.sum(before < top_p, axis=-1, keepdims=True)
-    smallest = jnp.take_along_axis(descending, jnp.maximum(count, 1) - 1, axis=-1)
-    return jnp.where(p >= smallest, logits, -jnp.inf)
-
-
-def _sample(logits: jax.Array, key: jax.Array) -> jax.Array:
-    """One token a row; what a row draws depends on its place in the batch, not on the other rows."""
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0], dtype=jnp.uint32))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(
-    treedef: Any,
-    leaves: list[jax.Array],
-    state: State,
-    tokens: jax.Array,
-    positions: jax.Array,
-    key: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-) -> tuple[jax.Array, State]:
-    """Reads ``tokens[B, T]`` and chooses the next of each row, ``int32[B]``."""
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
-    logits, state = forward(outer, blocks, state, tokens, positions)
-    key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
-    # One program for all ways to choose: only the branch taken runs, and only nucleus sorts.
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    how = jnp.where(temperature > 0, jnp.where(top_p < 1, 2, 1), 0)
-    chosen = lax.switch(
-        how,
-        [
-            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            lambda: _sample(scaled, key),
-            lambda: _sample(nucleus(scaled, top_p), key),
-        ],
-    )
-    return chosen, state
-
-
-@partial(jax.jit, static_argnums=0)
-def _next_logits(treedef: Any, leaves: list[jax.Array], state: State, tokens: jax.Array) -> jax.Array:
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
-    return forward(outer, blocks, state, tokens, jnp.zeros_like(tokens))[0]
-
-
-@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def _write(
-    treedef: Any, leaves: list[jax.Array], state: State, token: jax.Array, steps: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array, State]:
-    """``steps`` tokens a row at temperature 1: the last ``[B]``, all ``[steps, B]`` and the state."""
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
-
-    def step(carry: tuple[jax.Array, State], _: None) -> tuple[tuple[jax.Array, State], jax.Array]:
-        token, state = carry
-        positions = jnp.broadcast_to(state.length, (token.shape[0], 1))
-        step_key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
-        logits, state = forward(outer, blocks, state, token[:, None], positions)
-        token = _sample(logits, step_key)
-        return (token, state), token
-
-    (token, state), tokens = lax.scan(step, (token, state), None, length=steps)
-    return token, tokens, state
+# A chunk of tokens takes about so long at most: they appear, and an interrupt is seen, when it is done.
+CHUNK_SECONDS = 0.2
 
 
 def _round_up(length: int) -> int:
@@ -151,9 +85,24 @@ class Generator:
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """See :func:`generate`."""
-        config = self.config
-        _check(config, prompts, max_tokens, temperature, top_p)
-        stops = set(config.eos_token_ids if stop is None else stop)
+        _check(self.config, prompts, max_tokens, temperature, top_p)
+        stops = set(self.config.eos_token_ids if stop is None else stop)
+        choice = Choice(jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
+        results: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        for chunk in self._chunks(prompts, max_tokens, choice, sorted(stops)):
+            for chosen in chunk.tolist():
+                active = [row for row in active if chosen[row] not in stops]
+                for row in active:
+                    results[row].append(chosen[row])
+                    if on_token is not None:
+                        on_token(row, chosen[row])
+        return results
+
+    def _chunks(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, choice: Choice, stops: Sequence[int]
+    ) -> Iterator[np.ndarray]:
+        """Next tokens ``int32[n, B]``, until there are ``max_tokens`` or every row has had a stop token."""
         batch = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = _round_up(int(lengths.max()))
@@ -163,31 +112,37 @@ class Generator:
             tokens[row, width - len(prompt) :] = prompt
             positions[row, width - len(prompt) :] = np.arange(len(prompt))
 
-        state = self._empty(batch, _round_up(width + max_tokens - 1))
-        seen = [(tokens, positions)]
-        choice = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
-        results: list[list[int]] = [[] for _ in prompts]
-        active = set(range(batch))
-        for step in range(max_tokens):
-            if step and positions.max() == _border(config):
+        seen, border = [(tokens, positions)], _border(self.config)
+        stop_tokens = np.full(_round_up(len(stops)), -1, np.int32)  # of few sizes: each compiles
+        stop_tokens[: len(stops)] = stops
+        state, ended = None, np.zeros(batch, bool)
+        done, size = 0, 1
+        while done < max_tokens and not ended.all():
+            next_position = int(lengths.max()) + done - 1
+            if state is None or next_position == border:
                 # As transformers does: what was read with the short factors is read again with the long.
                 tokens, positions = _joined(seen)
-                state = self._empty(batch, _round_up(tokens.shape[1] + max_tokens - 1 - step))
-            chosen, state = _advance(self._treedef, self._leaves, state, tokens, positions, *choice)
-            tokens = np.asarray(chosen)[:, None]
-            positions = (lengths + step)[:, None]
+                state = self._empty(batch, _round_up(tokens.shape[1] + max_tokens - 1 - done))
+                chosen, state = read(self._treedef, self._leaves, state, tokens, positions, choice)
+                chosen = np.asarray(chosen)[None]
+            else:
+                left = border - next_position if border is not None and next_position < border else max_tokens
+                steps, start = min(size, left, max_tokens - done), time.perf_counter()
+                at = Tokens(tokens[:, -1], positions[:, -1], ended)
+                chosen, count, state = write(
+                    self._treedef, self._leaves, state, at, choice, stop_tokens, np.int32(steps)
+                )
+                chosen = np.asarray(chosen)[: int(count)]
+                quick = time.perf_counter() - start < CHUNK_SECONDS / 2
+                size = min(2 * size, CHUNK) if quick else max(size // 2, 1)
+            tokens, positions = (
+                chosen.T,
+                (lengths + done)[:, None] + np.arange(len(chosen), dtype=np.int32)[None],
+            )
             seen.append((tokens, positions))
-            for row in sorted(active):
-                token = int(tokens[row, 0])
-                if token in stops:
-                    active.remove(row)
-                    continue
-                results[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
-            if not active:
-                break
-        return results
+            ended = ended | np.isin(tokens, stops).any(axis=1)
+            done += len(chosen)
+            yield chosen
 
     def sample_text(self, *, samples: int, length: int, seed: int) -> Int32[np.ndarray, "samples length"]:
         """See :func:`sample_text`."""
@@ -230,7 +185,7 @@ class Generator:
         if starts:
             state = self._empty(1, 1)
             token = jnp.full((1, 1), starts[0], jnp.int32)
-            logits = _next_logits(self._treedef, self._leaves, state, token)[0]
+            logits = next_logits(self._treedef, self._leaves, state, token)[0]
         # Gumbel top-k: the order of perturbed logits is that of draws without replacement.
         order = np.argsort(-np.asarray(logits + jax.random.gumbel(key, logits.shape)), kind="stable")
         return np.resize(order, samples).astype(np.int32)
@@ -246,15 +201,14 @@ class Generator:
         token, done = jnp.asarray(first), before
         if before:
             start = np.ascontiguousarray(column[0][:batch])
-            zero = jnp.float32(0.0)
-            _, state = _advance(
-                treedef, self._leaves, state, start, np.zeros((batch, 1), np.int32), key, zero, zero
-            )
+            greedy = Choice(key, jnp.float32(0.0), jnp.float32(1.0))
+            zeros = np.zeros((batch, 1), np.int32)
+            _, state = read(treedef, self._leaves, state, start, zeros, greedy)
         for size in sizes:
             state = state.grown(size)
             steps = min(size, length - 1) - done
             if steps > 0:
-                token, tokens, state = _write(treedef, self._leaves, state, token, steps, key)
+                token, tokens, state = write_text(treedef, self._leaves, state, token, steps, key)
                 written.append(np.asarray(tokens))
                 done += steps
         return np.concatenate(written).T
@@ -350,7 +304,8 @@ def generate(
       top_p: sampling is from the fewest tokens whose probabilities sum to this.
       seed: of sampling; equal seeds and equal calls give equal results.
       stop: tokens that end a row, not returned; the config's ``eos_token_ids`` if None.
-      on_token: called with ``(row, token)`` as tokens appear.
+      on_token: called with ``(row, token)`` as tokens appear, several at a time: as many as take a fifth of
+        a second, up to 16.
 
     Returns:
       The new tokens of each prompt, without the prompt.

@@ -83,6 +83,8 @@ def unembed(
         return jnp.einsum("...d,vd->...v", h.astype(table.dtype), table, preferred_element_type=jnp.float32)
 
     def by_sums(h: jax.Array, table: jax.Array) -> jax.Array:
+        # Tied to h, or XLA would convert the whole table once, ahead of a loop over tokens, and read that.
+        h, table = lax.optimization_barrier((h, table))
         y = jnp.sum(table.astype(jnp.float32) * h.astype(jnp.float32).reshape(1, -1), axis=1)
         return y.reshape(*h.shape[:-1], -1)
 
