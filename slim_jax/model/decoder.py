@@ -22,7 +22,7 @@ from pallas_kernels import MixedTensor, Prepared
 from slim_jax.model.attention import attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import Linear, look_up, unembed
+from slim_jax.model.linear import Linear, look_up, outputs, unembed
 from slim_jax.model.rotary import frequencies, rotate
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -49,11 +49,20 @@ class Norm(nnx.Module):
         along_last = (1,) * (x.ndim - 1) + (-1,)
         if self.bias is not None:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        y = x * jax.lax.rsqrt(_mean_square(x) + self.eps)
         y = y * (self.scale[...].astype(jnp.float32) + self.offset).reshape(along_last)
         if self.bias is None:
             return y
         return y + self.bias[...].astype(jnp.float32).reshape(along_last)
+
+
+def _mean_square(x: Float[Array, "... d"]) -> Float[Array, "... 1"]:
+    d = x.shape[-1]
+    if jax.default_backend() != "cpu" or x.shape[-2:-1] != (1,) or d % 32:
+        return jnp.mean(x * x, axis=-1, keepdims=True)
+    # One token a row: XLA's CPU compiler takes three programs for a sum of many terms, two for sums of sums.
+    parts = (x * x).reshape(*x.shape[:-1], 32, d // 32)
+    return jnp.sum(jnp.sum(parts, axis=-1), axis=-1, keepdims=True) / d
 
 
 class Attention(nnx.Module):
@@ -83,9 +92,7 @@ class Attention(nnx.Module):
         """Attention up to the output projection, over the tokens of ``x`` and of the cache that they join."""
         config = self.config
         batch, time, _ = x.shape
-        q = self.q(x).reshape(batch, time, config.num_heads, config.head_dim)
-        k = self.k(x).reshape(batch, time, config.num_kv_heads, config.head_dim)
-        v = self.v(x).reshape(batch, time, config.num_kv_heads, config.head_dim)
+        q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in outputs(x, self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.positions == "rotary":
@@ -130,7 +137,10 @@ class MLP(nnx.Module):
     def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... inner"]:
         """The input of ``down``."""
         activate = ACTIVATIONS[self.activation]
-        return activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
+        if self.gate is None:
+            return activate(self.up(x))
+        gate, up = outputs(x, self.gate, self.up)
+        return activate(gate) * up
 
 
 class MoE(nnx.Module):
@@ -239,6 +249,14 @@ def linear_groups(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
         groups[mlp] = (f"{mlp}.gate", f"{mlp}.up") if config.gated else (f"{mlp}.up",)
         groups[f"{mlp}.down"] = (f"{mlp}.down",)
     return groups
+
+
+def linear_layer(block: Block, name: str) -> Linear:
+    """The layer that :func:`linear_groups` names."""
+    found: Any = block
+    for part in name.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part)
+    return found
 
 
 class Decoder(nnx.Module):

@@ -5,6 +5,7 @@ and text are not this file's business: it knows token ids.
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32
 
-from pallas_kernels import MixedTensor, prepare
+from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
 from pallas_kernels.layout import stack
 from slim_jax.model.cache import State
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Block, Decoder
-from slim_jax.model.linear import Linear
+from slim_jax.model.decoder import Block, Decoder, linear_groups, linear_layer
+from slim_jax.model.linear import Linear, Packed, join
 from slim_jax.model.loop import CHUNK, Choice, Tokens, next_logits, read, write, write_text
 from slim_jax.model.loop import nucleus as nucleus
 from slim_jax.model.step import stackable
@@ -65,7 +66,8 @@ class Generator:
             mesh=linear.mesh,
         )
         if self.stacked:
-            blocks = _stacked(blocks, prepare if linear.mesh is None else stack)
+            groups = tuple(linear_groups(model.config).values())
+            blocks = _stacked(blocks, groups, linear.mesh is None)
         outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
         outer.blocks = nnx.List([])
         if linear.mesh is None:
@@ -214,21 +216,34 @@ class Generator:
         return np.concatenate(written).T
 
 
-@partial(jax.jit, static_argnames="join_packed")
-def _stacked(blocks: Sequence[Block], join_packed: Callable[..., Any]) -> Any:
-    """Blocks on a leading axis, their packed weights as ``join_packed`` makes one of several."""
+@partial(jax.jit, static_argnames=("groups", "ready"))
+def _stacked(blocks: Sequence[Block], groups: Sequence[Sequence[str]], ready: bool) -> Any:
+    """Blocks on a leading axis; if ``ready``, their packed weights prepared, those of a group as one."""
+    joined: dict[Sequence[str], Prepared] = {}
+    for names in groups if ready else ():
+        layers = [[linear_layer(block, name) for name in names] for block in blocks]
+        weights = [[layer.weight.get_value() for layer in same] for same in layers]
+        if len(names) > 1 and all(isinstance(w, MixedTensor) for w in weights[0]):
+            found = prepare_joined(weights)
+            if found is not None:
+                joined[names] = found
+                for layer in itertools.chain(*layers):
+                    layer.weight = Packed(None)
 
-    def join(*layers: Any) -> Any:
+    def together(*layers: Any) -> Any:
         if isinstance(layers[0], MixedTensor):
-            return join_packed(layers)
+            return (prepare if ready else stack)(layers)
         return jnp.stack(layers)
 
-    return jax.tree.map(join, *blocks, is_leaf=lambda value: isinstance(value, MixedTensor))
+    whole = jax.tree.map(together, *blocks, is_leaf=lambda value: isinstance(value, MixedTensor))
+    for names, weight in joined.items():
+        join([linear_layer(whole, name) for name in names], weight)
+    return whole
 
 
 @jax.jit
 def _prepared(model: Any) -> Any:
-    """Parts of a model whose packed weights are ready to be multiplied often; no array is copied."""
+    """Parts of a model whose packed weights are ready to be multiplied often."""
 
     def is_packed(value: Any) -> bool:
         return isinstance(value, MixedTensor)
