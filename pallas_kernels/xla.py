@@ -86,8 +86,11 @@ def _add_steps(x_MxGxg: jax.Array, w: Prepared, first: int, stride: int) -> jax.
             y, before + add, (0, tile * width), allow_negative_indices=False
         )
 
-    y = vary_like(jnp.zeros((m, w.shape[1]), jnp.float32), (x_MxGxg, w))
-    return lax.while_loop(more, body, (jnp.int32(0), y))[1]
+    # Zeros and a count of its own: loops that start from the same constants start from copies of them.
+    t, y, _ = lax.optimization_barrier(
+        (jnp.int32(0), jnp.zeros((m, w.shape[1]), jnp.float32), jnp.int32(first))
+    )
+    return lax.while_loop(more, body, (t, vary_like(y, (x_MxGxg, w))))[1]
 
 
 def _row_sums(x: jax.Array) -> jax.Array:

@@ -49,20 +49,11 @@ class Norm(nnx.Module):
         along_last = (1,) * (x.ndim - 1) + (-1,)
         if self.bias is not None:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(_mean_square(x) + self.eps)
+        y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         y = y * (self.scale[...].astype(jnp.float32) + self.offset).reshape(along_last)
         if self.bias is None:
             return y
         return y + self.bias[...].astype(jnp.float32).reshape(along_last)
-
-
-def _mean_square(x: Float[Array, "... d"]) -> Float[Array, "... 1"]:
-    d = x.shape[-1]
-    if jax.default_backend() != "cpu" or x.shape[-2:-1] != (1,) or d % 32:
-        return jnp.mean(x * x, axis=-1, keepdims=True)
-    # One token a row: XLA's CPU compiler takes three programs for a sum of many terms, two for sums of sums.
-    parts = (x * x).reshape(*x.shape[:-1], 32, d // 32)
-    return jnp.sum(jnp.sum(parts, axis=-1), axis=-1, keepdims=True) / d
 
 
 class Attention(nnx.Module):
