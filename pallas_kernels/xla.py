@@ -96,8 +96,8 @@ def _add_steps(x_MxGxg: jax.Array, w: Prepared, first: int, stride: int) -> jax.
 def _row_sums(x: jax.Array) -> jax.Array:
     """``x.sum(-1)`` as sums of single columns: a reduction is a loop of its own, these are a few scalars."""
     sums = [x[:, i] for i in range(x.shape[1])]
-    while len(sums) > 1:
-        sums = [a + b for a, b in zip(sums[::2], sums[1::2])]
+    while len(sums) > 1:  # an odd one waits at the end
+        sums = [*(a + b for a, b in zip(sums[::2], sums[1::2])), *sums[len(sums) // 2 * 2 :]]
     return sums[0]
 
 

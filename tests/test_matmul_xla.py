@@ -112,6 +112,12 @@ def test_weights_that_read_one_input_are_one_product(m):
         mixed_matmul(x, joined, implementation="xla")
 
 
+def test_a_group_size_that_is_no_power_of_two():
+    w, dense = random_weight(192, 8, 96, [2, 3])
+    x = random_x(1, 192)
+    TestXla().assert_close(mixed_matmul(x, w, implementation="xla"), x, dense)
+
+
 def test_weights_that_do_not_fit_together_are_not_joined():
     w, _ = random_weight(96, 64, 32, [1, 2, 3])
     narrow, _ = random_weight(96, 6, 32, [1, 2, 3])
