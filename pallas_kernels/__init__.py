@@ -2,6 +2,7 @@
 
 from pallas_kernels.api import mixed_matmul as mixed_matmul
 from pallas_kernels.api import prepare as prepare
+from pallas_kernels.api import prepare_joined as prepare_joined
 from pallas_kernels.api import use_implementation as use_implementation
 from pallas_kernels.layout import MixedTensor as MixedTensor
 from pallas_kernels.layout import pack as pack

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import devices, xla
 from pallas_kernels.layout import MixedTensor, stack, vary_like
-from pallas_kernels.prepared import Prepared, prepare_stack
-from pallas_kernels.prepared import prepare as prepare_for_xla
+from pallas_kernels.prepared import Prepared, joinable, prepare_stack
 
 Kernel = Callable[[jax.Array, Any], jax.Array]
 
@@ -76,8 +75,25 @@ def prepare(
     """
     for_xla = _names(implementation)[0] == "xla"
     if isinstance(w, MixedTensor):
-        return prepare_for_xla(w) if for_xla else w
-    return prepare_stack(w) if for_xla else stack(w)
+        return prepare_stack([[w]]) if for_xla else w
+    return prepare_stack([[one] for one in w]) if for_xla else stack(w)
+
+
+def prepare_joined(
+    layers: Sequence[Sequence[MixedTensor]], *, implementation: str | Sequence[str] | None = None
+) -> Prepared | None:
+    """Weights that read one input as one product whose result has theirs side by side, of stacked layers.
+
+    Args:
+      layers: of each layer, its weights; layers are alike as for :func:`prepare`.
+      implementation: as for :func:`mixed_matmul`.
+
+    Returns:
+      What :func:`prepare` gives, or None if the back end gains nothing or the weights do not fit together.
+    """
+    if _names(implementation)[0] != "xla" or not joinable(layers[0]):
+        return None
+    return prepare_stack(layers)
 
 
 def mixed_matmul(
@@ -110,7 +126,9 @@ def mixed_matmul(
     names = _names(implementation)
     _check(x, w, bias)
     if isinstance(w, Prepared) and names[0] != "xla":
-        w = w.weight()
+        parts = [mixed_matmul(x, one, implementation=implementation) for one in w.weights()]
+        y = jnp.concatenate(parts, axis=-1)
+        return y if bias is None else y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     k, n = w.shape
     batch = x.shape[:-1]
     x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
@@ -133,14 +151,15 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _check(x: jax.Array, w: MixedTensor | Prepared, bias: jax.Array | None) -> None:
     k, n = w.shape
-    words = w.words if isinstance(w, MixedTensor) else w.tensor.words
-    stacked = isinstance(w, Prepared) and w.first_rows is not None and w.layer is None
+    stacked = isinstance(w, Prepared) and w.stacked and w.layer is None
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {x.shape}, expected [..., {k}] for a weight of shape {w.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}, expected a floating type")
-    if words.ndim != 2 or stacked:
-        raise ValueError(f"w.words has shape {words.shape}, expected [rows, {n}]: scan over stacked weights")
+    if w.words.ndim != 2 or stacked:
+        raise ValueError(
+            f"w.words has shape {w.words.shape}, expected [rows, {n}]: scan over stacked weights"
+        )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")
 
@@ -167,8 +186,7 @@ def _forward(names: tuple[str, ...], x: jax.Array, w: MixedTensor | Prepared):
 
 def _backward(names: tuple[str, ...], residuals: tuple[jax.Array, MixedTensor | Prepared], dy: jax.Array):
     x, w = residuals
-    dense = (w if isinstance(w, MixedTensor) else w.weight()).dequantize()
-    dx = jnp.dot(dy, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    dx = jnp.dot(dy, w.dequantize().T, preferred_element_type=jnp.float32).astype(x.dtype)
     return dx, jax.tree.map(_no_gradient, w)
 
 

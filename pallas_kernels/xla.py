@@ -8,9 +8,12 @@ is the packed words, and each masked row of words is multiplied into the result 
 
 The shape of the decode loop is decided by XLA's CPU back end (jax 0.12): a ``while`` whose body holds
 only elementwise work becomes one vectorised kernel that pays nothing per iteration, while the same body
-with a dot or a sort in it, or outside a loop, runs five times slower. So there is one loop per *plane*
-width, with a dynamic trip count; what differs between groups is scalars computed in its body.
+with a dot or a sort in it, or outside a loop, runs five times slower. All else that is launched costs a
+microsecond or more. So a product is one loop over its steps, all that a step needs is worked out in its
+body, and the steps are dealt out to a few such loops, which run at the same time.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,8 @@ from pallas_kernels.prepared import Prepared, prepare
 
 # Above this many rows, unpacking once is cheaper than masking every word once per row.
 DECODE_ROWS = 8
+# Loops of a product, each on a thread.
+LOOPS = 2
 # Independent sums per output: in one chain, every addition would wait for the one before.
 CHAINS = 16
 
@@ -31,8 +36,10 @@ CHAINS = 16
 def mixed_matmul(x: Float[Array, "M K"], w: MixedTensor | Prepared) -> Float[Array, "M N"]:
     """``x @ W``, accumulated in float32; see :func:`pallas_kernels.mixed_matmul`."""
     if x.shape[0] <= DECODE_ROWS:
-        return decode(x, w if isinstance(w, Prepared) else prepare(w))
-    return prefill(x, w.weight() if isinstance(w, Prepared) else w)
+        return decode(x, w if isinstance(w, Prepared) else prepare(w, in_place=True))
+    if isinstance(w, Prepared):
+        return jnp.concatenate([prefill(x, one) for one in w.weights()], axis=1)
+    return prefill(x, w)
 
 
 def prefill(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
@@ -42,61 +49,74 @@ def prefill(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
 
 def decode(x: Float[Array, "M K"], w: Prepared) -> Float[Array, "M N"]:
     """The product without a dense weight, in float32 whatever its dtype is."""
-    tensor, (m, k) = w.tensor, x.shape
-    groups, g = tensor.groups, tensor.group_size
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * g - k))).reshape(m, groups, g)
-    x_sum = x.sum(-1)
-    y = vary_like(jnp.zeros((m, w.shape[1]), jnp.float32), (x, tensor))
-    for i, n in enumerate(w.steps):
-        y = _add_planes(y, x * _slot_factors(g, n)[None, None], x_sum, w, n, i)
-    return y
+    one, (m, k) = w.tensors[0], x.shape
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, one.groups * one.group_size - k)))
+    x = x.reshape(m, one.groups, one.group_size)
+    loops = min(LOOPS, w.steps.shape[1])
+    y = [_add_steps(x, w, i, loops) for i in range(loops)]
+    return sum(y[1:], y[0])
 
 
-def _add_planes(
-    y: jax.Array, x_MxGxg: jax.Array, x_sum: jax.Array, w: Prepared, n: int, index: int
-) -> jax.Array:
-    """Adds what all planes of width ``n`` contribute to ``y[M, N]``."""
-    words, scale, rows = w.tensor.words, w.tensor.scale, w.tensor.group_size * n // WORD_BITS
+def _add_steps(x_MxGxg: jax.Array, w: Prepared, first: int, stride: int) -> jax.Array:
+    """What every ``stride``-th step from the ``first`` on contributes to ``y[M, N]``."""
     layer = jnp.int32(0) if w.layer is None else w.layer
-    n_groups = scale.shape[-2]
-    # Layers one under the other, so that a step's place is a row and nothing is sliced before the loop.
-    scale, zero = (a.reshape(-1, a.shape[-1]) for a in (scale, w.zero))
-    steps, factors = (a[n].reshape(-1, a[n].shape[-1]) for a in (w.steps, w.factors))
-    first = layer * w.steps[n].shape[-2]
-    count = w.counts.reshape(-1, w.counts.shape[-1])[layer, index]
+    m, width, g = x_MxGxg.shape[0], w.words.shape[1], w.tensors[0].group_size
 
-    def body(t: jax.Array, y: jax.Array) -> jax.Array:
-        group, position, row = (steps[first + t, i] for i in range(3))
-        plane = lax.dynamic_slice_in_dim(words, row, rows)
-        dot = factors[first + t, 0] * _plane_dot(x_MxGxg[:, group], plane, n)
-        position = layer * n_groups + position
-        zeros = (factors[first + t, 1] * x_sum[:, group])[:, None] * zero[position].astype(jnp.float32)[None]
-        return y + scale[position].astype(jnp.float32)[None] * (dot - zeros)
+    # Places are never negative: to ask whether they are is a program of its own for each.
+    at = partial(lax.dynamic_slice, allow_negative_indices=False)
 
-    return lax.fori_loop(0, count, body, y)
+    def more(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return first + carry[0] * stride < at(w.counts, (layer,), (1,))[0]
+
+    def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        t, y = carry
+        i = first + t * stride
+        kind, group, row, position, tile = at(w.steps, (layer, i, 0), (1, 1, 5))[0, 0]
+        factor, zero_unit = at(w.factors, (layer, i, 0), (1, 1, 2))[0, 0]
+        x = at(x_MxGxg, (0, group, 0), (m, 1, g))[:, 0]
+        dots = [
+            lambda n=n: _plane_dot(x, at(w.words, (row, 0), (g * n // WORD_BITS, width)), n) for n in w.planes
+        ]
+        dot = dots[0]() if len(dots) == 1 else lax.switch(kind, dots)
+        zero, scale = (
+            lax.dynamic_slice_in_dim(a, position, 1).astype(jnp.float32) for a in (w.zero, w.scale)
+        )
+        add = scale * (factor * dot - zero_unit * _row_sums(x)[:, None] * zero)
+        before = at(y, (0, tile * width), (m, width))
+        return t + 1, lax.dynamic_update_slice(
+            y, before + add, (0, tile * width), allow_negative_indices=False
+        )
+
+    # Zeros and a count of its own: loops that start from the same constants start from copies of them.
+    t, y, _ = lax.optimization_barrier(
+        (jnp.int32(0), jnp.zeros((m, w.shape[1]), jnp.float32), jnp.int32(first))
+    )
+    return lax.while_loop(more, body, (t, vary_like(y, (x_MxGxg, w))))[1]
 
 
-def _slot_factors(group_size: int, n: int) -> np.ndarray:
-    """``float32[g]``: ``2**-(n * slot)`` for every channel, since codes are masked where they lie, unshifted.
-
-    The last slot is shifted instead (a mask would leave the sign bit set); its factor is 1.
-    """
-    slots = WORD_BITS // n
-    factors = 2.0 ** (-n * np.arange(slots))
-    factors[-1] = 1.0
-    return np.repeat(factors, group_size // slots).astype(np.float32)
+def _row_sums(x: jax.Array) -> jax.Array:
+    """``x.sum(-1)`` as sums of single columns: a reduction is a loop of its own, these are a few scalars."""
+    sums = [x[:, i] for i in range(x.shape[1])]
+    while len(sums) > 1:  # an odd one waits at the end
+        sums = [*(a + b for a, b in zip(sums[::2], sums[1::2])), *sums[len(sums) // 2 * 2 :]]
+    return sums[0]
 
 
 def _plane_dot(x: jax.Array, words: jax.Array, n: int) -> jax.Array:
-    """``x[M, g] . plane[g, N]``, unrolled; ``x`` carries the slot factors."""
+    """``x[M, g] . plane[g, N]``, unrolled.
+
+    Codes are masked where they lie, unshifted, and ``x`` multiplied by ``2**-(n * slot)`` instead; the last
+    slot is shifted (a mask would leave the sign bit set).
+    """
     slots, rows = WORD_BITS // n, words.shape[0]
     sums: list[jax.Array] = []
     for j in range(rows):
         for s in range(slots):
             last = s == slots - 1
             code = words[j] >> np.uint32(n * s) if last else words[j] & np.uint32(((1 << n) - 1) << (n * s))
+            factor = x[:, s * rows + j, None] * np.float32(1.0 if last else 2.0 ** (-n * s))
             # Through int32, which every CPU converts in one instruction.
-            term = x[:, s * rows + j, None] * code.astype(jnp.int32).astype(jnp.float32)[None]
+            term = factor * code.astype(jnp.int32).astype(jnp.float32)[None]
             chain = (j * slots + s) % CHAINS
             if chain == len(sums):
                 sums.append(term)

@@ -24,6 +24,7 @@ UNCHECKED = (
     "pallas_kernels.layout",
     "pallas_kernels.prepared",
     "slim_jax.model.cache",
+    "slim_jax.model.sampling",
     # Tests describe devices that are not here by records that look like JAX's.
     "pallas_kernels.devices",
     # What runs inside a kernel there is given Mosaic's registers where interpret mode gives arrays.

@@ -15,6 +15,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Block, Decoder, linear_groups
 from slim_jax.model.generate import Generator, generate, sample_text
 from slim_jax.model.linear import Linear, Packed
+from slim_jax.model.loop import CHUNK
 
 # `slim_jax.generate` is the function of that name.
 generation = importlib.import_module("slim_jax.model.generate")
@@ -196,6 +197,51 @@ def test_stop_token_ends_its_row_only_and_is_not_returned():
     assert [[t for row, t in seen if row == i] for i in range(3)] == cut
     assert generate(tiny(eos_token_ids=(stop,)), PROMPTS, max_tokens=9) == cut
     assert generate(tiny(eos_token_ids=(stop,)), PROMPTS, max_tokens=9, stop=[]) == full
+
+
+def test_chunks_give_what_single_tokens_give(monkeypatch):
+    """The same draws, however many tokens a dispatch writes; none is asked for beyond the last."""
+    generator, sizes = Generator(tiny()), []
+    several = generation.write
+
+    def recorded(*arguments):
+        sizes.append(int(arguments[-1]))
+        return several(*arguments)
+
+    monkeypatch.setattr(generation, "write", recorded)
+    monkeypatch.setattr(generation, "CHUNK_SECONDS", 1e9)
+    options = {"max_tokens": 40, "temperature": 5.0, "top_p": 0.9, "seed": 4}
+    chunked = generator.generate(PROMPTS, **options)
+    assert sizes == [1, 2, 4, 8, CHUNK, 8]
+    monkeypatch.setattr(generation, "CHUNK_SECONDS", 0.0)
+    sizes.clear()
+    assert generator.generate(PROMPTS, **options) == chunked
+    assert sizes == [1] * 39
+
+
+def test_rows_that_have_all_ended_end_the_loop_on_the_device(monkeypatch):
+    generator, seen, several = Generator(tiny()), [], generation.write
+    monkeypatch.setattr(generation, "CHUNK_SECONDS", 1e9)
+    monkeypatch.setattr(generation, "write", lambda *a: seen.append(several(*a)) or seen[-1])
+    options = {"max_tokens": 40, "temperature": 5.0}
+    full = generator.generate(PROMPTS[:1], **options)[0]
+    end = next(i for i in range(17, 30) if full[i] not in full[:i])  # within the first whole chunk
+    seen.clear()
+    assert generator.generate(PROMPTS[:1], stop=[full[end]], **options)[0] == full[:end]
+    assert [int(count) for _, count, _ in seen] == [1, 2, 4, 8, end - 15]
+
+
+def test_an_interrupt_among_tokens_leaves_the_generator_whole():
+    generator, seen = Generator(tiny()), []
+
+    def interrupt(row, token):
+        seen.append(token)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(PROMPTS[:1], max_tokens=20, on_token=interrupt)
+    assert generator.generate(PROMPTS[:1], max_tokens=20)[0][:5] == seen
 
 
 @pytest.mark.parametrize(

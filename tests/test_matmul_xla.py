@@ -1,5 +1,7 @@
 """The XLA back end, and what the public function adds to any: batches, gradients, argument checks."""
 
+from functools import partial
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from matmul_cases import ALLOCATIONS, MatmulCases, random_weight, random_x
 
-from pallas_kernels import mixed_matmul, use_implementation
+from pallas_kernels import mixed_matmul, prepare, prepare_joined, prepared, use_implementation
 
 
 class TestXla(MatmulCases):
@@ -82,6 +84,58 @@ class TestXla(MatmulCases):
         for _, dense in layers:
             expected = expected @ dense
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("m", [1, 3, 12])
+def test_weights_that_read_one_input_are_one_product(m):
+    """Each has widths, an order of groups and rows of its own, which differ from layer to layer too."""
+    sizes, allocations = (64, 32, 96), ([1, 2, 3], [3, 2, 1], [4, 2, 2], [1, 1, 2])
+    layers, denses = [], []
+    for i in range(2):
+        pairs = [
+            random_weight(80, n, 32, allocations[i + j], 10 * i + j, widths=(1, 2, 3, 4))
+            for j, n in enumerate(sizes)
+        ]
+        layers.append([w for w, _ in pairs])
+        denses.append(np.concatenate([dense for _, dense in pairs], axis=1))
+    joined = jax.jit(partial(prepare_joined, implementation="xla"))(layers)
+    assert joined.sizes == sizes
+    assert joined.words.shape[1] == 32  # a tile fits them all
+    x = random_x(m, 80)
+    product = jax.jit(lambda x, i: mixed_matmul(x, joined.at(i), implementation="xla"))
+    for i, dense in enumerate(denses):
+        TestXla().assert_close(product(x, jnp.int32(i)), x, dense)
+        np.testing.assert_array_equal(joined.at(jnp.int32(i)).dequantize(), np.float32(dense))
+    gradient = jax.grad(lambda x: product(x, jnp.int32(1)).sum())(x)
+    TestXla().assert_close(gradient, jnp.ones((m, sum(sizes))), denses[1].T)
+    with pytest.raises(ValueError, match="scan over stacked"):
+        mixed_matmul(x, joined, implementation="xla")
+
+
+def test_a_group_size_that_is_no_power_of_two():
+    w, dense = random_weight(192, 8, 96, [2, 3])
+    x = random_x(1, 192)
+    TestXla().assert_close(mixed_matmul(x, w, implementation="xla"), x, dense)
+
+
+def test_weights_that_do_not_fit_together_are_not_joined():
+    w, _ = random_weight(96, 64, 32, [1, 2, 3])
+    narrow, _ = random_weight(96, 6, 32, [1, 2, 3])
+    other, _ = random_weight(64, 64, 32, [1, 2])
+    for second in (narrow, other):
+        assert prepare_joined([[w, second]], implementation="xla") is None
+    assert prepare_joined([[w, w]], implementation=("mosaic_tpu", "xla")) is None
+    assert prepare_joined([[w, w]], implementation="xla").shape == (96, 128)
+
+
+def test_columns_of_a_weight_in_tiles(monkeypatch):
+    monkeypatch.setattr(prepared, "TILE", 512)
+    w, dense = random_weight(96, 1536, 32, [1, 2, 3])
+    ready = prepare(w, implementation="xla")
+    assert ready.words.shape[1] == 512
+    index = jnp.asarray([[0, 511, 512], [1535, 7, 1024]])
+    np.testing.assert_array_equal(ready.columns(index), np.float32(dense).T[np.asarray(index)])
+    TestXla().assert_close(mixed_matmul(random_x(1, 96), ready, implementation="xla"), random_x(1, 96), dense)
 
 
 def test_export_and_import():

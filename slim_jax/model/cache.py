@@ -39,7 +39,8 @@ class KeyValues:
             new = new.astype(a.dtype)
             if self.layer is None:
                 return lax.dynamic_update_slice(a, new, (0, 0, self.start, 0))
-            return lax.dynamic_update_slice(a, new[None], (self.layer, 0, 0, self.start, 0))
+            place = (self.layer, 0, 0, self.start, 0)
+            return lax.dynamic_update_slice(a, new[None], place, allow_negative_indices=False)
 
         return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))
 
@@ -47,8 +48,10 @@ class KeyValues:
         """The layer's keys and values, ``[B, num_kv_heads, S, head_dim]``."""
         if self.layer is None:
             return self.keys, self.values
-        k, v = (lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for a in (self.keys, self.values))
-        return k, v
+        one = partial(
+            lax.dynamic_index_in_dim, index=self.layer, keepdims=False, allow_negative_indices=False
+        )
+        return one(self.keys), one(self.values)
 
 
 @jax.tree_util.register_dataclass

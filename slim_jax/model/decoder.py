@@ -22,7 +22,7 @@ from pallas_kernels import MixedTensor, Prepared
 from slim_jax.model.attention import attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import Linear, look_up, unembed
+from slim_jax.model.linear import Linear, look_up, outputs, unembed
 from slim_jax.model.rotary import frequencies, rotate
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -83,9 +83,7 @@ class Attention(nnx.Module):
         """Attention up to the output projection, over the tokens of ``x`` and of the cache that they join."""
         config = self.config
         batch, time, _ = x.shape
-        q = self.q(x).reshape(batch, time, config.num_heads, config.head_dim)
-        k = self.k(x).reshape(batch, time, config.num_kv_heads, config.head_dim)
-        v = self.v(x).reshape(batch, time, config.num_kv_heads, config.head_dim)
+        q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in outputs(x, self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.positions == "rotary":
@@ -130,7 +128,10 @@ class MLP(nnx.Module):
     def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... inner"]:
         """The input of ``down``."""
         activate = ACTIVATIONS[self.activation]
-        return activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
+        if self.gate is None:
+            return activate(self.up(x))
+        gate, up = outputs(x, self.gate, self.up)
+        return activate(gate) * up
 
 
 class MoE(nnx.Module):
@@ -239,6 +240,14 @@ def linear_groups(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
         groups[mlp] = (f"{mlp}.gate", f"{mlp}.up") if config.gated else (f"{mlp}.up",)
         groups[f"{mlp}.down"] = (f"{mlp}.down",)
     return groups
+
+
+def linear_layer(block: Block, name: str) -> Linear:
+    """The layer that :func:`linear_groups` names."""
+    found: Any = block
+    for part in name.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part)
+    return found
 
 
 class Decoder(nnx.Module):

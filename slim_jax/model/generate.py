@@ -1,12 +1,14 @@
-"""Text from a decoder: prefill once, then one token at a time against a cache of keys and values.
+"""Text from a decoder: prefill once, then tokens against a cache of keys and values, several a dispatch.
 
-One jitted function serves both. It is shared by all generators, so that a second generator of the same
-shapes compiles nothing. Chat templates and text are not this file's business: it knows token ids.
+The host is asked for nothing while a chunk of tokens is written (:mod:`slim_jax.model.loop`). Chat templates
+and text are not this file's business: it knows token ids.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jaxtyping import Int32
 
-from pallas_kernels import MixedTensor, prepare
+from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
 from pallas_kernels.layout import stack
 from slim_jax.model.cache import State
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Block, Decoder
-from slim_jax.model.linear import Linear
-from slim_jax.model.sampling import Choice, Sampling, sample
-from slim_jax.model.step import forward, stackable
+from slim_jax.model.decoder import Block, Decoder, linear_groups, linear_layer
+from slim_jax.model.linear import Linear, Packed, join
+from slim_jax.model.loop import CHUNK, Tokens, next_logits, read, write, write_text
+from slim_jax.model.sampling import Choice, Sampling
+from slim_jax.model.step import stackable
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
 LENGTH_STEP = 128
@@ -33,46 +35,8 @@ SAMPLE_ROWS = 64
 OnToken = Callable[[int, int], bool | None]
 """``on_token(row, token)``: True ends the row."""
 
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(
-    treedef: Any,
-    leaves: list[jax.Array],
-    state: State,
-    tokens: jax.Array,
-    positions: jax.Array,
-    choice: Choice,
-) -> tuple[jax.Array, State, Choice]:
-    """Reads ``tokens[B, T]`` and chooses the next of each row, ``int32[B]``."""
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
-    logits, state = forward(outer, blocks, state, tokens, positions)
-    choice = choice.reads(tokens, positions)
-    return choice.next(logits, state.length), state, choice
-
-
-@partial(jax.jit, static_argnums=0)
-def _next_logits(treedef: Any, leaves: list[jax.Array], state: State, tokens: jax.Array) -> jax.Array:
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
-    return forward(outer, blocks, state, tokens, jnp.zeros_like(tokens))[0]
-
-
-@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def _write(
-    treedef: Any, leaves: list[jax.Array], state: State, token: jax.Array, steps: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array, State]:
-    """``steps`` tokens a row at temperature 1: the last ``[B]``, all ``[steps, B]`` and the state."""
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
-
-    def step(carry: tuple[jax.Array, State], _: None) -> tuple[tuple[jax.Array, State], jax.Array]:
-        token, state = carry
-        positions = jnp.broadcast_to(state.length, (token.shape[0], 1))
-        step_key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
-        logits, state = forward(outer, blocks, state, token[:, None], positions)
-        token = sample(logits, step_key)
-        return (token, state), token
-
-    (token, state), tokens = lax.scan(step, (token, state), None, length=steps)
-    return token, tokens, state
+# A chunk of tokens takes about so long at most: they appear, and an interrupt is seen, when it is done.
+CHUNK_SECONDS = 0.2
 
 
 def _round_up(length: int) -> int:
@@ -106,7 +70,8 @@ class Generator:
             mesh=linear.mesh,
         )
         if self.stacked:
-            blocks = _stacked(blocks, prepare if linear.mesh is None else stack)
+            groups = tuple(linear_groups(model.config).values())
+            blocks = _stacked(blocks, groups, linear.mesh is None)
         outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
         outer.blocks = nnx.List([])
         if linear.mesh is None:
@@ -125,9 +90,27 @@ class Generator:
         **sampling: Any,
     ) -> list[list[int]]:
         """See :func:`generate`; ``sampling`` are the fields of `slim_jax.model.sampling.Sampling`."""
-        config, how = self.config, Sampling(**sampling)
-        _check(config, prompts, max_tokens)
-        stops = set(config.eos_token_ids if stop is None else stop)
+        how = Sampling(**sampling)
+        _check(self.config, prompts, max_tokens)
+        stops = set(self.config.eos_token_ids if stop is None else stop)
+        choice = how.start(seed, len(prompts), self.config.vocab_size)
+        results: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        for chunk in self._chunks(prompts, max_tokens, choice, sorted(stops)):
+            for chosen in chunk.tolist():
+                active = [row for row in active if chosen[row] not in stops]
+                for row in active:
+                    results[row].append(chosen[row])
+                if on_token is not None:
+                    active = [row for row in active if not on_token(row, chosen[row])]
+            if not active:
+                break
+        return results
+
+    def _chunks(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, choice: Choice, stops: Sequence[int]
+    ) -> Iterator[np.ndarray]:
+        """Next tokens ``int32[n, B]``, until there are ``max_tokens`` or every row has had a stop token."""
         batch = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = _round_up(int(lengths.max()))
@@ -137,31 +120,37 @@ class Generator:
             tokens[row, width - len(prompt) :] = prompt
             positions[row, width - len(prompt) :] = np.arange(len(prompt))
 
-        state = self._empty(batch, _round_up(width + max_tokens - 1))
-        seen = [(tokens, positions)]
-        choice = how.start(seed, batch, config.vocab_size)
-        results: list[list[int]] = [[] for _ in prompts]
-        active = set(range(batch))
-        for step in range(max_tokens):
-            if step and positions.max() == _border(config):
+        seen, border = [(tokens, positions)], _border(self.config)
+        stop_tokens = np.full(_round_up(len(stops)), -1, np.int32)  # of few sizes: each compiles
+        stop_tokens[: len(stops)] = stops
+        state, ended = None, np.zeros(batch, bool)
+        done, size = 0, 1
+        while done < max_tokens and not ended.all():
+            next_position = int(lengths.max()) + done - 1
+            if state is None or next_position == border:
                 # As transformers does: what was read with the short factors is read again with the long.
                 tokens, positions = _joined(seen)
-                state = self._empty(batch, _round_up(tokens.shape[1] + max_tokens - 1 - step))
-            chosen, state, choice = _advance(self._treedef, self._leaves, state, tokens, positions, choice)
-            tokens = np.asarray(chosen)[:, None]
-            positions = (lengths + step)[:, None]
+                state = self._empty(batch, _round_up(tokens.shape[1] + max_tokens - 1 - done))
+                chosen, state, choice = read(self._treedef, self._leaves, state, tokens, positions, choice)
+                chosen = np.asarray(chosen)[None]
+            else:
+                left = border - next_position if border is not None and next_position < border else max_tokens
+                steps, start = min(size, left, max_tokens - done), time.perf_counter()
+                at = Tokens(*map(jnp.asarray, (tokens[:, -1], positions[:, -1], ended)))
+                chosen, count, state, choice = write(
+                    self._treedef, self._leaves, state, at, choice, stop_tokens, np.int32(steps)
+                )
+                chosen = np.asarray(chosen)[: int(count)]
+                quick = time.perf_counter() - start < CHUNK_SECONDS / 2
+                size = min(2 * size, CHUNK) if quick else max(size // 2, 1)
+            tokens, positions = (
+                chosen.T,
+                (lengths + done)[:, None] + np.arange(len(chosen), dtype=np.int32)[None],
+            )
             seen.append((tokens, positions))
-            for row in sorted(active):
-                token = int(tokens[row, 0])
-                if token in stops:
-                    active.remove(row)
-                    continue
-                results[row].append(token)
-                if on_token is not None and on_token(row, token):
-                    active.remove(row)
-            if not active:
-                break
-        return results
+            ended = ended | np.isin(tokens, stops).any(axis=1)
+            done += len(chosen)
+            yield chosen
 
     def sample_text(self, *, samples: int, length: int, seed: int) -> Int32[np.ndarray, "samples length"]:
         """See :func:`sample_text`."""
@@ -204,7 +193,7 @@ class Generator:
         if starts:
             state = self._empty(1, 1)
             token = jnp.full((1, 1), starts[0], jnp.int32)
-            logits = _next_logits(self._treedef, self._leaves, state, token)[0]
+            logits = next_logits(self._treedef, self._leaves, state, token)[0]
         # Gumbel top-k: the order of perturbed logits is that of draws without replacement.
         order = np.argsort(-np.asarray(logits + jax.random.gumbel(key, logits.shape)), kind="stable")
         return np.resize(order, samples).astype(np.int32)
@@ -221,33 +210,46 @@ class Generator:
         if before:
             start = np.ascontiguousarray(column[0][:batch])
             greedy = Sampling().start(0, batch, self.config.vocab_size)
-            at = np.zeros((batch, 1), np.int32)
-            _, state, _ = _advance(treedef, self._leaves, state, start, at, greedy)
+            zeros = np.zeros((batch, 1), np.int32)
+            _, state, _ = read(treedef, self._leaves, state, start, zeros, greedy)
         for size in sizes:
             state = state.grown(size)
             steps = min(size, length - 1) - done
             if steps > 0:
-                token, tokens, state = _write(treedef, self._leaves, state, token, steps, key)
+                token, tokens, state = write_text(treedef, self._leaves, state, token, steps, key)
                 written.append(np.asarray(tokens))
                 done += steps
         return np.concatenate(written).T
 
 
-@partial(jax.jit, static_argnames="join_packed")
-def _stacked(blocks: Sequence[Block], join_packed: Callable[..., Any]) -> Any:
-    """Blocks on a leading axis, their packed weights as ``join_packed`` makes one of several."""
+@partial(jax.jit, static_argnames=("groups", "ready"))
+def _stacked(blocks: Sequence[Block], groups: Sequence[Sequence[str]], ready: bool) -> Any:
+    """Blocks on a leading axis; if ``ready``, their packed weights prepared, those of a group as one."""
+    joined: dict[Sequence[str], Prepared] = {}
+    for names in groups if ready else ():
+        layers = [[linear_layer(block, name) for name in names] for block in blocks]
+        weights = [[layer.weight.get_value() for layer in same] for same in layers]
+        if len(names) > 1 and all(isinstance(w, MixedTensor) for w in weights[0]):
+            found = prepare_joined(weights)
+            if found is not None:
+                joined[names] = found
+                for layer in itertools.chain(*layers):
+                    layer.weight = Packed(None)
 
-    def join(*layers: Any) -> Any:
+    def together(*layers: Any) -> Any:
         if isinstance(layers[0], MixedTensor):
-            return join_packed(layers)
+            return (prepare if ready else stack)(layers)
         return jnp.stack(layers)
 
-    return jax.tree.map(join, *blocks, is_leaf=lambda value: isinstance(value, MixedTensor))
+    whole = jax.tree.map(together, *blocks, is_leaf=lambda value: isinstance(value, MixedTensor))
+    for names, weight in joined.items():
+        join([linear_layer(whole, name) for name in names], weight)
+    return whole
 
 
 @jax.jit
 def _prepared(model: Any) -> Any:
-    """Parts of a model whose packed weights are ready to be multiplied often; no array is copied."""
+    """Parts of a model whose packed weights are ready to be multiplied often."""
 
     def is_packed(value: Any) -> bool:
         return isinstance(value, MixedTensor)
@@ -324,7 +326,8 @@ def generate(
         multiplied where negative; at temperature 0 too.
       seed: of sampling; equal seeds and equal calls give equal results.
       stop: tokens that end a row, not returned; the config's ``eos_token_ids`` if None.
-      on_token: called with ``(row, token)`` as tokens appear; the row ends after one for which it gives True.
+      on_token: called with ``(row, token)`` as tokens appear, several at a time: as many as take a fifth of
+        a second, up to 16; the row ends after one for which it gives True.
 
     Returns:
       The new tokens of each prompt, without the prompt.

@@ -1,10 +1,12 @@
 """The linear layer, dense or packed: what kind of variable its weight is, and how products are taken."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import default_backend, lax
 from jax.sharding import Mesh
@@ -62,9 +64,7 @@ def packed_product(
 
 def look_up(table: Float[Array, "vocab d"] | MixedTensor | Prepared, tokens: Array) -> Float[Array, "... d"]:
     """The tokens' rows of an embedding table, ``float32[..., d]``; a packed one is ``[d, vocab]``."""
-    if isinstance(table, Prepared):
-        table = table.weight()
-    if isinstance(table, MixedTensor):
+    if isinstance(table, MixedTensor | Prepared):
         return table.columns(tokens, jnp.float32)
     return table[tokens].astype(jnp.float32)
 
@@ -83,6 +83,8 @@ def unembed(
         return jnp.einsum("...d,vd->...v", h.astype(table.dtype), table, preferred_element_type=jnp.float32)
 
     def by_sums(h: jax.Array, table: jax.Array) -> jax.Array:
+        # Tied to h, or XLA would convert the whole table once, ahead of a loop over tokens, and read that.
+        h, table = lax.optimization_barrier((h, table))
         y = jnp.sum(table.astype(jnp.float32) * h.astype(jnp.float32).reshape(1, -1), axis=1)
         return y.reshape(*h.shape[:-1], -1)
 
@@ -130,6 +132,26 @@ class Linear(nnx.Module):
             y = packed_product(x, weight, self.mesh)
         else:
             y = dense_product(x, weight)
+        return self._with_bias(y)
+
+    def _with_bias(self, y: Float[Array, "... n"]) -> Float[Array, "... n"]:
         if self.bias is None:
             return y
         return y + self.bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def outputs(x: Float[Array, "... k"], *layers: Linear) -> list[jax.Array]:
+    """What layers that read one input give: one product where :func:`join` has made their weights one."""
+    weight = layers[0].weight.get_value()
+    if not isinstance(weight, Prepared) or len(weight.sizes) == 1:
+        return [layer(x) for layer in layers]
+    ends = np.cumsum(weight.sizes[:-1]).tolist()
+    return [
+        layer._with_bias(y) for layer, y in zip(layers, jnp.split(mixed_matmul(x, weight), ends, axis=-1))
+    ]
+
+
+def join(layers: Sequence[Linear], weight: Prepared) -> None:
+    """Gives layers that read one input the one weight that :func:`outputs` multiplies with."""
+    for i, layer in enumerate(layers):
+        layer.weight = Packed(None if i else weight)

@@ -6,6 +6,7 @@ slice of a weight that it scans over.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,13 +73,15 @@ def forward(
     else:
         whole, cut = _split_stack(blocks)
 
-        def layer(carry: tuple, x: tuple[Any, jax.Array]) -> tuple[tuple, None]:
-            cut, i = x
-            h, k, v = carry
-            return through(_one_of_stack(whole, cut, i), h, k, v, i), None
+        def layer(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            i, h, k, v = carry
+            one = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
+            block = _one_of_stack(whole, jax.tree.map(one, cut), i)
+            return i + 1, *through(block, h, k, v, i)
 
-        indices = jnp.arange(state.kv[0].shape[0], dtype=jnp.int32)
-        (h, *kv), _ = lax.scan(layer, (h, *state.kv), (cut, indices))
+        # Not a scan, whose layers are numbered by a list of numbers beside its own count.
+        count = state.kv[0].shape[0]
+        _, h, *kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, *state.kv))
         kv = tuple(kv)
     return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
 
