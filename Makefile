@@ -3,6 +3,7 @@
 # make test-slow  tests that take minutes
 # make test-lowest   the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make test-aot   kernels compiled for TPUs and GPUs that are not here, in .venv-aot
+# make docs    the site of docs/, in site/
 # make demo    quantizes a small model and compares before and after
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ DEMO_TEXT := bench/data/pride_and_prejudice.txt
 DEMO_EVAL := --text $(DEMO_TEXT) --window 512
 DEMO_GENERATE := --prompt "The capital of France is" --max-tokens 40
 
-.PHONY: setup demo test test-slow test-lowest test-aot lint format bench clean
+.PHONY: setup demo docs test test-slow test-lowest test-aot lint format bench clean
 
 setup: $(STAMP)
 
@@ -62,6 +63,14 @@ test-lowest: .venv-lowest/.installed
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python .ci/lowest.py > .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[test]'
+	@touch $@
+
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.installed: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 lint: $(STAMP)

@@ -165,7 +165,7 @@ def _layout_of(name: str, tensor: MixedTensor, dtype: np.dtype) -> Layout:
         mixed = " and ".join(map(str, widths))
         raise ConvertError(
             f"{name} mixes groups of {mixed} bits, expected one width for gptq: "
-            f"quantize with --method gptq{OTHERWISE}"
+            f"quantize with --set method=gptq{OTHERWISE}"
         )
     bits = widths[0]
     if bits not in BITS:
@@ -180,7 +180,7 @@ def _layout_of(name: str, tensor: MixedTensor, dtype: np.dtype) -> Layout:
     if np.any(zero != np.rint(zero)):
         raise ConvertError(
             f"{name} has zero points that are not whole, which gptq cannot store: "
-            f"quantize with --method gptq{OTHERWISE}"
+            f"quantize with --set method=gptq{OTHERWISE}"
         )
     if np.any(scale.astype(dtype).astype(np.float32) != scale):
         raise ConvertError(f"{name} has scales that {dtype} cannot hold: export with --dtype bfloat16")

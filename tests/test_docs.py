@@ -1,0 +1,25 @@
+"""What the documentation shows runs as it is written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_snippets_of_jax_programs():
+    found = snippets("jax-programs.md")
+    assert len(found) == 2
+    for code in found:
+        exec(compile(code, "jax-programs.md", "exec"), {"__name__": "snippet"})
+
+
+def test_every_page_is_in_the_site():
+    nav = (DOCS.parent / "mkdocs.yml").read_text().partition("nav:")[2]
+    assert {page.name for page in DOCS.glob("*.md")} == set(re.findall(r"[\w-]+\.md", nav))
