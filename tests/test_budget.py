@@ -12,6 +12,7 @@ from slim_jax.config import SlimConfig
 from slim_jax.method.budget import LayerCosts, group_errors, spend
 from slim_jax.method.sqc import fit_search
 from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import Linear
 from slim_jax.run import activations, sweep
 from slim_jax.run.pipeline import quantize
 from slim_jax.run.source import DecoderSource
@@ -114,12 +115,12 @@ def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
         found._weigh(index, inputs.pop(), gradients)
     weights = dict(zip(found.names, raw.values()))  # of block 0
 
-    class Moved(nnx.Module):
+    class Moved(Linear):
         def __init__(self, linear, by) -> None:
-            self.linear, self.by = linear, by
+            self.weight, self.bias, self.mesh, self.by = linear.weight, linear.bias, linear.mesh, by
 
         def __call__(self, x):
-            return self.linear(x) + self.by
+            return super().__call__(x) + self.by
 
     @jax.jit
     def loss(by):

@@ -116,14 +116,15 @@ def _tap_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-class _Tapped(nnx.Module):
+class _Tapped(Linear):
     """A linear layer whose output is tapped."""
 
-    def __init__(self, linear: Linear, weight: jax.Array) -> None:
-        self.linear, self.weight = linear, nnx.Variable(weight)
+    def __init__(self, linear: Linear, token_weight: jax.Array) -> None:
+        self.weight, self.bias, self.mesh = linear.weight, linear.bias, linear.mesh
+        self.token_weight = nnx.Variable(token_weight)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return _tap(self.linear(x), self.weight[...])
+    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
+        return _tap(super().__call__(x), self.token_weight[...])
 
 
 def _with_taps(block: Block, weights: Mapping[str, jax.Array]) -> Block:
