@@ -37,6 +37,7 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.mark.slow
 def test_every_stage_runs(tmp_path, monkeypatch, quick_to_compile):
     assert main(monkeypatch, "--quick", "--allow-cpu", "--out", str(tmp_path)) == 0
     document, page = read(tmp_path)

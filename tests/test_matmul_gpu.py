@@ -21,6 +21,11 @@ from pallas_kernels.planes import pack_group, pieces
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
+def slow(*values):
+    """A case for `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def small(m: int, n: int) -> Config:
     """The least code: no pipelining; few blocks. Steps of several groups have tests of their own."""
     return Config(16 if m <= 32 else 64, 32 if n <= 32 else 128, stages=1, groups_per_step=1)
@@ -44,7 +49,7 @@ class TestMosaicGpu(MatmulCases):
         self.matmul(random_x(1, 32), w)
         super().test_segment_sizes_are_data()
 
-    @pytest.mark.parametrize(("split_k", "n"), [(1, 72), (2, 72), (4, 40), (4, 30)])
+    @pytest.mark.parametrize(("split_k", "n"), [slow(1, 72), (2, 72), (4, 40), slow(4, 30)])
     def test_bias_split_and_ragged_columns(self, split_k, n):
         w, dense = random_weight(7 * 32, n, 32, [1, 2, 2, 2, 2, 3, 3])
         x, bias = random_x(3, 7 * 32, dtype=jnp.bfloat16), random_x(n, seed=2)
@@ -56,7 +61,7 @@ class TestMosaicGpu(MatmulCases):
         "config",
         [
             Config(block_m=64, block_n=128, stages=2, groups_per_step=1),
-            Config(block_m=16, block_n=64, stages=3, groups_per_step=4),
+            slow(Config(block_m=16, block_n=64, stages=3, groups_per_step=4)),
             Config(block_m=16, block_n=64, stages=2, groups_per_step=2, split_k=2),
         ],
     )

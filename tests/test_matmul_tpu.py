@@ -69,6 +69,11 @@ class Joined(Int8):
     config = Config(strips=2, groups=2, unpack="int8")
 
 
+def slow(*values):
+    """A case for `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 INT8 = pytest.mark.parametrize("cases", [Int8()], ids=["int8"])
 
 
@@ -79,8 +84,8 @@ INT8 = pytest.mark.parametrize("cases", [Int8()], ids=["int8"])
         (Int8(), 1, 635, 300, 128, [1, 3, 2, 1, 3]),
         (Bfloat16(), 17, 380, 130, 128, [1, 2, 3]),
         (Int8(), 17, 127, 40, 32, [5, 6, 7, 8]),
-        (Joined(), 3, 384, 300, 128, [1, 2, 3]),
-        (Bfloat16(), 1, 255, 40, 32, range(1, 9)),
+        slow(Joined(), 3, 384, 300, 128, [1, 2, 3]),
+        slow(Bfloat16(), 1, 255, 40, 32, range(1, 9)),
     ],
     ids=["int8-odd", "bfloat16", "int8-wide", "joined", "bfloat16-all"],
 )
@@ -91,21 +96,25 @@ def test_values(cases, m, k, n, group_size, bits):
 @INT8
 @pytest.mark.parametrize(
     ("m", "group_size", "bits", "widths"),
-    [(16, 64, [1, 3, 3, 3], (1, 2, 3)), (3, 256, [1, 2], (1, 2)), (8, 128, [4, 4], (2, 3, 4))],
+    [slow(16, 64, [1, 3, 3, 3], (1, 2, 3)), (3, 256, [1, 2], (1, 2)), slow(8, 128, [4, 4], (2, 3, 4))],
 )
 def test_group_sizes_and_empty_segments(cases, m, group_size, bits, widths):
     cases.check(m, group_size * len(bits), 130, group_size, bits, widths=widths, dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize("cases", [Int8(), Joined()], ids=["bfloat16", "float32"])  # Config.vector
-@pytest.mark.parametrize(
-    ("m", "group_size", "bits"),
+@pytest.mark.parametrize(  # cases: Config.vector is bfloat16 or float32
+    ("cases", "m", "group_size", "bits"),
     [
-        (40, 32, [1, 3, 6, 8]),
-        (48, 32, [1, 2, 3, 4]),
-        (128, 128, [1, 3, 2]),
-        (48, 64, [2, 4]),
-        (40, 256, [1, 4]),
+        (Int8(), 40, 32, [1, 3, 6, 8]),
+        (Joined(), 40, 32, [1, 3, 6, 8]),
+        (Int8(), 48, 32, [1, 2, 3, 4]),
+        slow(Joined(), 48, 32, [1, 2, 3, 4]),
+        slow(Int8(), 128, 128, [1, 3, 2]),
+        (Joined(), 128, 128, [1, 3, 2]),
+        (Int8(), 48, 64, [2, 4]),
+        slow(Joined(), 48, 64, [2, 4]),
+        slow(Int8(), 40, 256, [1, 4]),
+        (Joined(), 40, 256, [1, 4]),
     ],
 )
 def test_prefill(cases, m, group_size, bits):
@@ -125,8 +134,8 @@ def test_zeros_in_x(cases):
 @pytest.mark.parametrize(
     ("m", "outlier", "digits", "most"),
     [
-        (1, False, 2, 1.2e-5),
-        (16, False, 2, 2e-5),
+        slow(1, False, 2, 1.2e-5),
+        slow(16, False, 2, 2e-5),
         (1, True, 2, 1.8e-3),
         (16, True, 2, 2.2e-3),
         (16, True, 3, 4e-5),
@@ -149,6 +158,7 @@ def test_a_row_that_is_not_finite_harms_no_other():
     cases.assert_close(found[::3], x[::3], dense)
 
 
+@pytest.mark.slow
 def test_waiting_for_earlier_results_changes_nothing():
     w, _ = random_weight(512, 512, 128, [1, 2, 2, 3])
     x = random_x(16, 512, dtype=jnp.bfloat16)
