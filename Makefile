@@ -29,8 +29,8 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	@rm -rf $(DEMO)
-	@echo "== Quantizing SmolLM2-135M to 2 bits per weight, on text that it writes itself"
-	@$(SLIM) quantize smollm2 $(DEMO) --bits 2 --group-size 64 --calibration self --samples 64 --length 128
+	@echo "== Quantizing SmolLM2-135M to 2 bits per weight, on the built-in mixture of texts"
+	@$(SLIM) quantize smollm2 $(DEMO) --bits 2 --group-size 64 --samples 64 --length 128
 	@echo "== What is stored"
 	@$(SLIM) inspect $(DEMO)
 	@echo "== Perplexity before, on $(DEMO_TEXT)"

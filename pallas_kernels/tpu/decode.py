@@ -63,139 +63,64 @@ from pallas_kernels.tpu.operands import (
     Segment,
     blocks_of,
     concatenate,
-    correct,
     dot,
-    measure_groups,
-    measure_rows,
-    permutation,
     prepare,
     segments_of,
-    truncate,
-    zero_codes,
 )
 from pallas_kernels.tpu.prefill import prefill
+from pallas_kernels.tpu.tile import Memory, Tile
 from pallas_kernels.tpu.unpack import unpack
 
 WORD_BYTES, OTHER_BYTES = 40 << 20, 16 << 20  # of VMEM, at most
 
 
-def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):
-    sizes_ref, order_ref, x_ref, words_ref = refs[:4]
-    column_refs = refs[4 : 6 + has_bias]  # scales, zeros and the bias: a few rows for each column
-    out_ref, *scratch = refs[6 + has_bias :]
-    sizes, order, x, *column_buffers = scratch[: 5 + has_bias]
-    here, arrived, *scratch = scratch[5 + has_bias :]
-    middle_ref, unit_ref, move_ref, x_groups, sums_ref, acc_ref, scale_rows, buffer = scratch
-    field = UNPACKS[config.unpack]
-    strips, last = config.strips, words_ref.shape[1] // LANES - 1
-    step, steps = pl.program_id(1), pl.num_programs(1)
-    half = step % 2
-    blocks = blocks_of(words_ref.shape[0])
+def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):  # type: ignore[no-untyped-def]
+    """One tile of columns; see the module's docstring."""
+    tile = Tile(Memory.of(refs, 2 + has_bias), w, config)
+    memory, field = tile.memory, tile.field
 
-    def narrow(step, half, do: str):  # "start" or "wait": copies of one tile's scales, zeros and bias
-        tile, tiles = pl.program_id(0) * steps + step, pl.num_programs(0) * steps
-        widths = [(tile == tiles - 1, last % strips + 1)]  # in strips
-        if last >= strips:
-            widths.append((tile < tiles - 1, strips))
-        for mine, width in widths:
-            lanes = pl.ds(pl.multiple_of(tile * strips * LANES, LANES), width * LANES)
-            for there, copy in zip(column_refs, column_buffers, strict=True):
-                here = copy.at[half, :, pl.ds(0, width * LANES)]
-                copying = pltpu.make_async_copy(there.at[:, lanes], here, arrived.at[half, len(blocks)])
-                pl.when(mine)(getattr(copying, do))
-
-    def start(step, half):  # copies of one tile's operands to half of the buffers, in the order of their use
-        narrow(step, half, "start")
-        for r, rows in enumerate(blocks):
-
-            def strip(j, _, r=r, rows=rows):
-                at = jnp.minimum((pl.program_id(0) * steps + step) * strips + j, last) * LANES
-                pltpu.make_async_copy(
-                    words_ref.at[rows, pl.ds(pl.multiple_of(at, LANES), LANES)],
-                    buffer.at[half, j, pl.ds(SUBLANES + rows.start, rows.stop - rows.start)],
-                    arrived.at[half, r],
-                ).start()
-
-            # The first is a loop lest the compiler move the copy of x behind all these.
-            lax.fori_loop(0, strips, strip, None, unroll=strips if r else min(strips, 8))
-
-    def wait(have, need):  # for blocks of rows that begin from row ``have`` to before row ``need``
-        for r, rows in enumerate(blocks):
-            there = buffer.at[half, :, pl.ds(SUBLANES + rows.start, rows.stop - rows.start)]
-            wanted = (rows.start >= have) & (rows.start < need)
-            pl.when(wanted)(pltpu.make_async_copy(there, there, arrived.at[half, r]).wait)
-        return jnp.maximum(have, need)
-
-    @pl.when(step == 0)
+    @pl.when(tile.step == 0)
     def first():
-        copies = [
-            pltpu.make_async_copy(there, copy, here.at[i])
-            for i, (there, copy) in enumerate([(x_ref, x), (sizes_ref, sizes), (order_ref, order)])
-        ]
-        for copy in copies:
-            copy.start()
-        start(0, 0)
-        move_ref[...] = permutation(w.group_size, config).astype(move_ref.dtype)
-        copies[0].wait()
-        if field == 8:
-            measure_rows(x, middle_ref, w, config)
-        copies[1].wait()
-        copies[2].wait()
-        if field == 8:
-            measure_groups(order, x, middle_ref, unit_ref, w, config)
+        tile.copy_and_measure()
 
-    @pl.when(step + 1 < steps)
+    @pl.when(tile.step + 1 < tile.steps)
     def following():
-        start(step + 1, 1 - half)
+        tile.start(tile.step + 1, 1 - tile.half)
 
-    segments = segments_of(sizes if trips is None else trips, w, config.groups)
+    segments = segments_of(memory.sizes if trips is None else trips, w, config.groups)
     # The compiler moves nothing over a wait; so these keep x from filling all registers.
-    narrow(step, half, "wait")
+    tile.copy_columns(tile.step, tile.half, "wait")
 
-    @pl.when(step == 0)
+    @pl.when(tile.step == 0)
     def second():
-        prepare(order, x, middle_ref, unit_ref, move_ref, x_groups, sums_ref, segments, w, config)
+        m = memory
+        prepare(m.order, m.x, m.middle, m.unit, m.move, m.x_groups, m.sums, segments, w, config)
 
-    have = wait(0, 1)
-    lifted, sums = sums_ref[0], sums_ref[1]
-    for j in range(0, strips, config.join):
-        lanes = slice(j * LANES, (j + config.join) * LANES)
-        scale, zero = (copy[half, :, lanes] for copy in column_buffers[:2])
-        zero = zero_codes(zero, w)
-        scale = scale.astype(jnp.float32)  # [G, join * 128]
-        for i in range(config.join):
-            part = scale[:, i * LANES : (i + 1) * LANES]
-            scale_rows[j + i] = part * unit_ref[...] if field == 8 else part
-        offset = scale * zero.astype(jnp.float32)
-        high = truncate(offset)  # scales have 8 bits and zero codes up to 8: the rest fits bfloat16, too
-        past = correct(sums, [high, high, offset - high])
-        if field == 16:
-            past += correct(lifted, [scale] * 3)
-        acc_ref[:, lanes] = -past
-
+    have = tile.wait(0, 1)
+    tile.begin_with_zeros()
     for s in segments:
 
         def chunk(c, have, s=s):
             end = s.first_row + (c + 1) * config.groups * (w.group_size * s.bits // WORD_BITS)
-            have = wait(have, end + SUBLANES - 1)
-            _chunk(c, s=s, half=half, w=w, config=config, scratch=scratch)
+            have = tile.wait(have, end + SUBLANES - 1)
+            _chunk(c, s=s, half=tile.half, w=w, config=config, memory=memory)
             return have
 
         have = lax.fori_loop(0, s.chunks, chunk, jnp.int32(have))
-    wait(have, words_ref.shape[0])
-    for j in range(strips):
+    tile.wait(have, memory.words.shape[0])
+    for j in range(config.strips):
         lanes = slice(j * LANES, (j + 1) * LANES)
-        y = acc_ref[:, lanes] * middle_ref[...] if field == 8 else acc_ref[:, lanes]
+        y = memory.acc[:, lanes] * memory.middle[...] if field == 8 else memory.acc[:, lanes]
         if has_bias:
-            y += jnp.broadcast_to(column_buffers[2][half, :, lanes], y.shape)
-        out_ref[:, lanes] = y[: out_ref.shape[0]]
+            y += jnp.broadcast_to(memory.column_copies[2][tile.half, :, lanes], y.shape)
+        memory.out[:, lanes] = y[: memory.out.shape[0]]
 
 
-def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> None:
-    """Adds the product with one chunk's groups to ``acc_ref``."""
-    *_, x_groups, _, acc_ref, scale_rows, buffer = scratch
+def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, memory: Memory) -> None:
+    """Adds the product with one chunk's groups to the sums."""
+    x_groups, acc, scale_rows, buffer = memory.x_groups, memory.acc, memory.scale_rows, memory.buffer
     g, u, join, field = w.group_size, config.groups, config.join, UNPACKS[config.unpack]
-    rows = acc_ref.shape[0]
+    rows = acc.shape[0]
     results: list = []
     for j in range(0, config.strips, join):
         earlier = len(results) - config.ahead
@@ -230,7 +155,7 @@ def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, scratch) -> N
                 scale = scale_rows[j + i, pl.ds(scale_row, 1), :]
                 total[i] += found[:, i * LANES : (i + 1) * LANES] * scale
         for i in range(join):
-            acc_ref[:, (j + i) * LANES : (j + i + 1) * LANES] += total[i]
+            acc[:, (j + i) * LANES : (j + i + 1) * LANES] += total[i]
 
 
 def _at_once(constant):
