@@ -321,7 +321,7 @@ def main() -> None:
             out["quality"].append(row)
             found = f", perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""
             say(
-                f"{name}, {bits} bits: stored {row['stored_bits']:.3f}{found}, CPU {row['cpu_s']:.0f} s, "
+                f"{name}, {bits:g} bits: stored {row['stored_bits']:.3f}{found}, CPU {row['cpu_s']:.0f} s, "
                 f"wall {row['wall_s']:.0f} s, p {row['mixed']}"
             )
     if arguments.json:

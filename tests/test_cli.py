@@ -330,6 +330,7 @@ def test_interrupt_and_resume(room, capsys, tmp_path, monkeypatch):
         (["--set", "epochs=1.5"], "epochs is '1.5', expected a whole number"),
         (["--set", "guide=1"], "guide is '1', expected true or false"),
         (["--set", "bits=3"], "bits is given twice"),
+        (["--target-size", "1MB"], "--bits 2 and --target-size 1MB say two things"),
         (["--samples", "0"], "--samples"),
         (["--length", "128"], "64 positions"),
         (["--seed", "-1"], "--seed"),

@@ -18,7 +18,7 @@ from convert.cli.options import (
     SourceArgument,
     TargetSize,
 )
-from convert.cli.settings import make_settings
+from convert.cli.settings import check_size, make_settings
 from convert.cli.sources import read_config, window_length
 from convert.display import print_plan
 
@@ -48,6 +48,7 @@ def plan(
     """
     from slim_jax.run.plan import for_size, make_plan, parse_devices, parse_size
 
+    check_size(bits, target_size)
     settings = make_settings(
         preset, given or (), bits=bits, group_size=group_size, embedding_bits=embedding_bits
     )

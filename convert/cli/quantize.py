@@ -19,7 +19,7 @@ from convert.cli.options import (
     SourceArgument,
     TargetSize,
 )
-from convert.cli.settings import make_settings
+from convert.cli.settings import check_size, make_settings
 from convert.cli.sources import (
     encode,
     keep_tokenizer,
@@ -107,6 +107,7 @@ def quantize(
 
       slim-jax quantize smollm2 out/gptq --bits 3 --set method=gptq --set damping=0.02
     """
+    check_size(bits, target_size)
     config = make_settings(
         preset,
         given or (),

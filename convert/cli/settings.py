@@ -39,6 +39,18 @@ def make_settings(preset: str | None, given: Sequence[str], **options: Any) -> "
     return SlimConfig.preset(preset or "good", **fields)
 
 
+def check_size(bits: float | None, target_size: str | None) -> None:
+    """Whether the size of the result is asked for in one way.
+
+    Raises:
+      ValueError: it is asked for in two.
+    """
+    if bits is not None and target_size is not None:
+        raise ValueError(
+            f"--bits {bits:g} and --target-size {target_size} say two things, expected one of them"
+        )
+
+
 def parse_setting(item: str) -> tuple[str, Any]:
     """``"damping=0.02"`` -> ``("damping", 0.02)``, of the type that the field of `SlimConfig` has.
 
