@@ -43,7 +43,7 @@ demo: $(STAMP)
 	@$(SLIM) generate $(DEMO) $(DEMO_GENERATE)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -57,7 +57,7 @@ test-aot: .venv-aot/.installed
 	@touch $@
 
 test-lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile
 
 .venv-lowest/.installed: pyproject.toml .ci/lowest.py
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest

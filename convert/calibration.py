@@ -1,7 +1,7 @@
 """Calibration windows: of files, of the model's own writing, or of a mixture that needs neither file nor net.
 
 A model that was quantized to two bits forgets what its calibration text did not show. The mixture shows some
-of everything: what the model writes itself, fiction, a manual, programs, and many languages
+of everything: what the model writes itself, articles, fiction, a manual, programs, and many languages
 (`convert/texts/README.md`).
 """
 
@@ -17,7 +17,7 @@ from slim_jax.model.windows import draw_windows
 
 SELF, MIX = "self", "mix"
 
-SHARES = {SELF: 0.4, "fiction": 0.1, "manual": 0.1, "code": 0.2, "languages": 0.2}
+SHARES = {SELF: 0.4, "articles": 0.14, "fiction": 0.1, "manual": 0.1, "code": 0.12, "languages": 0.14}
 """Of the mixture's windows."""
 
 WriteText = Callable[[int, int, int], np.ndarray]

@@ -64,6 +64,7 @@ def quantize_by_two_processes(out: Path, stop_after: int) -> list[dict[str, Any]
     return checkpoint.read_manifest(out, complete=False)["blocks"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_codes(alone, tmp_path):
     blocks = quantize_by_two_processes(tmp_path / "out", CONFIG.num_layers)
     for index in range(2):
@@ -100,6 +101,7 @@ def test_a_checkpoint_loads_over_several_devices(alone, mesh):
     )
 
 
+@pytest.mark.slow
 def test_generating_over_several_devices(alone):
     """Each device keeps the keys and values of its own heads."""
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])

@@ -69,7 +69,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Length = Annotated[
     int | None,
     typer.Option(
-        min=2, show_default=False, help="Tokens per window. [dim]Default: 2048, or what the model has.[/]"
+        min=2, show_default=False, help="Tokens per window. [dim]Default: 512, or what the model has.[/]"
     ),
 ]
 
