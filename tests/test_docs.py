@@ -12,6 +12,7 @@ def snippets(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_snippets_of_jax_programs():
     found = snippets("jax-programs.md")

@@ -86,7 +86,7 @@ class TestXla(MatmulCases):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("m", [1, 3, 12])
+@pytest.mark.parametrize("m", [3, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 12))])
 def test_weights_that_read_one_input_are_one_product(m):
     """Each has widths, an order of groups and rows of its own, which differ from layer to layer too."""
     sizes, allocations = (64, 32, 96), ([1, 2, 3], [3, 2, 1], [4, 2, 2], [1, 1, 2])

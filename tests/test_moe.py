@@ -104,6 +104,11 @@ def test_router_stays_and_packed_equals_fake_quantized(model, quantized):
         np.testing.assert_array_equal(after.moe.router.weight[...], before.moe.router.weight[...])
     packed, fake = (perplexity(m, TOKENS.reshape(-1)[:64], 32).perplexity for m in (decoder, plain))
     assert packed == pytest.approx(fake, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_packed_experts_write_what_fake_quantized_ones_do(quantized):
+    decoder, plain = quantized[0], dense(quantized[0])
     prompts = [TOKENS[0, :9].tolist()]
     assert generate(decoder, prompts, max_tokens=5) == generate(plain, prompts, max_tokens=5)
 

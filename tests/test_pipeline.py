@@ -108,7 +108,10 @@ GEMMA = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("config", [CONFIG, GEMMA], ids=["alike", "local_global"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(CONFIG, id="alike"), pytest.param(GEMMA, id="local_global", marks=pytest.mark.slow)],
+)
 def test_each_step_compiles_once_per_model(config):
     model = Decoder(config, rngs=nnx.Rngs(0))
     steps = [
@@ -132,7 +135,7 @@ def test_each_step_compiles_once_per_model(config):
     "slim",
     [
         pytest.param(SLIM, marks=pytest.mark.slow),
-        SlimConfig(bits=3, group_size=32, sqc="paper"),
+        pytest.param(SlimConfig(bits=3, group_size=32, sqc="paper"), marks=pytest.mark.slow),
         SlimConfig(bits=2.5, group_size=32, criterion="model", guide=True),
     ],
     ids=["search", "paper", "model"],

@@ -81,5 +81,5 @@ def require_positions(name: str, tokens: int, source: "Source") -> None:
 
 
 def window_length(length: int | None, config: "DecoderConfig") -> int:
-    """Tokens of a calibration window: those asked for, else :data:`LENGTH`, or as many as there are positions."""
+    """Tokens of a calibration window: those asked for, else :data:`LENGTH` or all that there are."""
     return min(LENGTH, config.max_positions) if length is None else length
