@@ -242,8 +242,8 @@ def linear_groups(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     return groups
 
 
-def linear_layer(block: Block, name: str) -> Linear:
-    """The layer that :func:`linear_groups` names."""
+def linear_layer(block: Block, name: str) -> Any:
+    """The layer that :func:`linear_groups` names: a `Linear`, or what a caller has put in its place."""
     found: Any = block
     for part in name.split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)

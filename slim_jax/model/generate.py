@@ -228,8 +228,10 @@ def _stacked(blocks: Sequence[Block], groups: Sequence[Sequence[str]], ready: bo
     joined: dict[Sequence[str], Prepared] = {}
     for names in groups if ready else ():
         layers = [[linear_layer(block, name) for name in names] for block in blocks]
+        if len(names) == 1 or not all(isinstance(layer, Linear) for layer in itertools.chain(*layers)):
+            continue
         weights = [[layer.weight.get_value() for layer in same] for same in layers]
-        if len(names) > 1 and all(isinstance(w, MixedTensor) for w in weights[0]):
+        if all(isinstance(w, MixedTensor) for w in weights[0]):
             found = prepare_joined(weights)
             if found is not None:
                 joined[names] = found

@@ -1,7 +1,7 @@
 """The linear layer, dense or packed: what kind of variable its weight is, and how products are taken."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -140,15 +140,17 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def outputs(x: Float[Array, "... k"], *layers: Linear) -> list[jax.Array]:
-    """What layers that read one input give: one product where :func:`join` has made their weights one."""
-    weight = layers[0].weight.get_value()
+def outputs(x: Float[Array, "... k"], *layers: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+    """What layers that read one input give: one product where :func:`join` has made their weights one.
+
+    A layer may be another module, such as `nnx.LoRA` around a :class:`Linear`.
+    """
+    weight = layers[0].weight.get_value() if isinstance(layers[0], Linear) else None
     if not isinstance(weight, Prepared) or len(weight.sizes) == 1:
         return [layer(x) for layer in layers]
     ends = np.cumsum(weight.sizes[:-1]).tolist()
-    return [
-        layer._with_bias(y) for layer, y in zip(layers, jnp.split(mixed_matmul(x, weight), ends, axis=-1))
-    ]
+    parts = jnp.split(mixed_matmul(x, weight), ends, axis=-1)
+    return [layer._with_bias(y) for layer, y in zip(layers, parts) if isinstance(layer, Linear)]
 
 
 def join(layers: Sequence[Linear], weight: Prepared) -> None:
