@@ -17,13 +17,7 @@ from slim_jax.model.decoder import Decoder, linear_groups
 from slim_jax.model.generate import Generator
 from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_params, make_decoder
-from slim_jax.run.source import Source
-
-
-def dense_decoder(source: Source) -> Decoder:
-    """The source's model in memory."""
-    blocks = [source.block(i) for i in range(source.config.num_layers)]
-    return make_decoder(source.config, source.outer(), blocks)
+from slim_jax.run.source import Source, read_decoder
 
 
 def random_packed(
@@ -122,7 +116,7 @@ def main() -> None:
 
     source = load_source(args.source, dtype="float32")
     packed = load_packed(args.packed) if args.packed else random_decoder(source, args.bits, args.group_size)
-    generators = {"dense": Generator(dense_decoder(source)), "packed": Generator(packed)}
+    generators = {"dense": Generator(read_decoder(source)), "packed": Generator(packed)}
     speed = measure(generators, args.tokens, args.rounds)
     ratio = speed["packed"] / speed["dense"]
     if args.json:

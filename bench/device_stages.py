@@ -32,6 +32,7 @@ from slim_jax.model.perplexity import perplexity
 from slim_jax.model.windows import draw_windows
 from slim_jax.report import BlockReport
 from slim_jax.run.pipeline import quantize
+from slim_jax.run.source import read_decoder
 
 Record = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Record]]]
@@ -185,7 +186,7 @@ def _generators(quick: bool) -> dict[str, Generator]:
     dtype = jnp.bfloat16 if timing.on_accelerator() else jnp.float32
     source = RandomSource(config, dtype=dtype, alike=True)
     packed = decode.random_decoder(source, 2, 32 if quick else 128, alike=True)
-    return {"dense": Generator(decode.dense_decoder(source)), "packed": Generator(packed)}
+    return {"dense": Generator(read_decoder(source)), "packed": Generator(packed)}
 
 
 def _of_model(options: Options, measure: Callable[..., Record]) -> Cases:
@@ -305,7 +306,7 @@ def _quantize(options: Options) -> Record:
 
 def _perplexities(source: Any, model: Decoder, tokens: np.ndarray, window: int, text: str) -> Record:
     """Before and after; and after by XLA, which must agree with what the platform takes."""
-    found = {"dense": perplexity(decode.dense_decoder(source), tokens, window, 4).perplexity}
+    found = {"dense": perplexity(read_decoder(source), tokens, window, 4).perplexity}
     found["packed"] = perplexity(model, tokens, window, 4).perplexity
     with api.use_implementation("xla"):
         found["packed_by_xla"] = perplexity(model, tokens, window, 4).perplexity

@@ -32,13 +32,13 @@ from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import sequence_positions
 from slim_jax.model.generate import sample_text
-from slim_jax.model.params import block_params, make_block, make_decoder, outer_params
+from slim_jax.model.params import block_params, make_block, outer_params
 from slim_jax.model.perplexity import perplexity
 from slim_jax.model.windows import draw_windows
 from slim_jax.run.activations import Activations
 from slim_jax.run.learning import BlockLearner
 from slim_jax.run.pipeline import BlockQuantizer, quantize, quantize_to_checkpoint
-from slim_jax.run.source import Source
+from slim_jax.run.source import Source, read_decoder
 
 
 def _best(run: Any, repeats: int = 3) -> float:
@@ -244,9 +244,7 @@ def _samples(source: Source, arguments: argparse.Namespace) -> np.ndarray:
         return draw_windows(tokens, arguments.samples, arguments.length, arguments.seed)
 
     def write(samples: int, length: int, seed: int) -> np.ndarray:
-        blocks = [source.block(index) for index in range(source.config.num_layers)]
-        decoder = make_decoder(source.config, source.outer(), blocks)
-        return sample_text(decoder, samples=samples, length=length, seed=seed)
+        return sample_text(read_decoder(source), samples=samples, length=length, seed=seed)
 
     tokenizer: Any = getattr(source, "tokenizer", None)
     given = calibration.parts(arguments.calibration.split(","))

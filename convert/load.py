@@ -30,7 +30,7 @@ def load_source(spec: str | Path, dtype: Any = None) -> ModelSource:
     Raises:
       ConvertError: there is no such model, or it cannot be read; one line says why.
     """
-    path = Path(spec)
+    path = Path(_fetched(spec))
     if str(spec) in BUILT_IN and not path.exists():
         source = load_gguf(_built_in(str(spec)), dtype)
         source.origin["name"] = str(spec)
@@ -41,8 +41,6 @@ def load_source(spec: str | Path, dtype: Any = None) -> ModelSource:
         if path.suffix != ".gguf" and path.read_bytes()[:4] != b"GGUF":
             raise ConvertError(f"{path} is a file, expected a .gguf file or a directory with config.json")
         return load_gguf(path, dtype)
-    if hub.is_hub_name(spec) and path.suffix != ".gguf":
-        return load_hf(_download(str(spec)), dtype)
     names = ", ".join(BUILT_IN)
     raise ConvertError(f"{spec} does not exist, expected a directory, a .gguf file, owner/model or {names}")
 
@@ -56,8 +54,7 @@ def open_model(spec: str | Path, dtype: Any = None) -> ModelSource | CheckpointS
       ConvertError: as :func:`load_source`.
       CheckpointError: the checkpoint cannot be read.
     """
-    if hub.is_hub_name(spec) and Path(spec).suffix != ".gguf":
-        spec = _download(str(spec))
+    spec = _fetched(spec)
     return CheckpointSource(spec) if is_checkpoint(spec) else load_source(spec, dtype)
 
 
@@ -80,8 +77,7 @@ def load_config(spec: str | Path) -> DecoderConfig:
       ConvertError: as :func:`load_source`.
       CheckpointError: the checkpoint's manifest cannot be read.
     """
-    if hub.is_hub_name(spec) and Path(spec).suffix != ".gguf":
-        spec = _download(str(spec), hub.JSON_FILES)
+    spec = _fetched(spec, hub.JSON_FILES)
     if is_checkpoint(spec):
         return DecoderConfig.from_json(read_manifest(spec)["decoder"])
     path = Path(spec)
@@ -98,8 +94,11 @@ def _built_in(name: str) -> Path:
     return files[0]
 
 
-def _download(name: str, files: tuple[str, ...] = hub.FILES) -> Path:
+def _fetched(spec: str | Path, files: tuple[str, ...] = hub.FILES) -> str | Path:
+    """``spec``, or the folder of what it names on the hub."""
+    if Path(spec).suffix == ".gguf":
+        return spec
     try:
-        return hub.download(name, files)
+        return hub.download(str(spec), files) if hub.is_hub_name(spec) else spec
     except CheckpointError as error:
         raise ConvertError(str(error)) from None

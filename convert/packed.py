@@ -12,9 +12,8 @@ from convert.errors import ConvertError
 from convert.export import keep_tokenizer, write_companions
 from convert.families import by_name
 from convert.folder import SHARD_BYTES, new_folder, write_json, write_tensors
-from pallas_kernels import MixedTensor
 from slim_jax.run.checkpoint import CheckpointSource
-from slim_jax.run.manifest import FORMAT, LEAVES, MANIFEST, VERSION
+from slim_jax.run.manifest import FORMAT, MANIFEST, listed, new_manifest, stored_arrays
 from slim_jax.run.shards import array_name, digest
 from slim_jax.run.source import Source
 
@@ -49,16 +48,9 @@ def export_packed(
       ConvertError: the directory holds something, or cannot be written.
     """
     out, known = Path(out_dir), source.manifest if isinstance(source, CheckpointSource) else None
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "complete": True,
-        "decoder": source.config.to_json(),
-        "origin": _portable(source.origin if known is None else known["origin"]),
-        "quantization": None if known is None else known["quantization"],
-        "outer": None,
-        "blocks": [],
-    }
+    origin = _portable(source.origin if known is None else known["origin"])
+    settings = None if known is None else known["quantization"]
+    manifest = new_manifest(source.config, origin, settings, complete=True)
     if known is not None and "tuning" in known:
         manifest["tuning"] = known["tuning"]
     with new_folder(out) as folder:
@@ -77,23 +69,11 @@ def _arrays(
     """Every array under its name in the files; the manifest's entries are filled in on the way."""
     for index in (None, *range(source.config.num_layers)):
         params = source.outer() if index is None else source.block(index)
-        arrays: dict[str, Any] = {}
-        packed: dict[str, Any] = {}
-        for name, value in params.items():
-            if isinstance(value, MixedTensor):
-                packed[name] = {
-                    "shape": list(value.shape),
-                    "group_size": value.group_size,
-                    "widths": list(value.widths),
-                }
-                arrays |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in LEAVES}
-            else:
-                arrays[name] = value
+        arrays, packed = stored_arrays(params)
         report = None
         if known is not None:
             report = (known["outer"] if index is None else known["blocks"][index])["report"]
-        listed = {name: [list(value.shape), str(value.dtype)] for name, value in arrays.items()}
-        entry = {"arrays": listed, "packed": packed, "report": report}
+        entry = {"arrays": listed(arrays), "packed": packed, "report": report}
         if index is None:
             manifest["outer"] = entry
         else:

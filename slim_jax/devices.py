@@ -124,6 +124,11 @@ class Placement:
         """The sharding that :meth:`whole` gives, None without a mesh."""
         return None if self.mesh is None else self._sharding(P())
 
+    def gathered(self, value: Any) -> Any:
+        """Inside jit, what is to be summed over channels: whole, so that sums are those of one device."""
+        whole = self.of_whole()
+        return value if whole is None else jax.lax.with_sharding_constraint(value, whole)
+
     def _cut(self, shape: tuple[int, ...]) -> P:
         return P(None, AXIS) if len(shape) == 2 and shape[1] % self.devices == 0 else P()
 

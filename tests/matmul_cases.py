@@ -158,6 +158,11 @@ class MatmulCases:
         assert product._cache_size() == 1
 
 
+def slow(*values):
+    """A case for `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def on_device(platform):
     """Marks tests of a kernel that need a device of its platform, "cuda" or "tpu"."""
     here = devices.of_target()

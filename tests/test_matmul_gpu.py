@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x
+from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x, slow
 
 from pallas_kernels.gpu import kernel
 from pallas_kernels.gpu.kernel import Config
@@ -19,11 +19,6 @@ from pallas_kernels.planes import pack_group, pieces
 
 # The interpreted kernel becomes an XLA program whose compilation is all the time these tests take.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def slow(*values):
-    """A case for `make test-slow`."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def small(m: int, n: int) -> Config:

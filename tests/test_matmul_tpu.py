@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x
+from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x, slow
 
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu.decode import Config, heuristic
@@ -67,11 +67,6 @@ class Int8(TpuCases):
 
 class Joined(Int8):
     config = Config(strips=2, groups=2, unpack="int8")
-
-
-def slow(*values):
-    """A case for `make test-slow`."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 INT8 = pytest.mark.parametrize("cases", [Int8()], ids=["int8"])

@@ -109,12 +109,7 @@ def quantize(
     """
     check_size(bits, target_size)
     config = make_settings(
-        preset,
-        given or (),
-        bits=bits,
-        group_size=group_size,
-        tune=tune,
-        embedding_bits=embedding_bits,
+        preset, given or (), bits=bits, group_size=group_size, tune=tune, embedding_bits=embedding_bits
     )
     from convert.calibration import parts
     from convert.page import write_report

@@ -30,10 +30,9 @@ def read_config(spec: str) -> "DecoderConfig":
 
 def whole_decoder(source: "Source") -> "Decoder":
     """The whole model in memory."""
-    from slim_jax.model.params import make_decoder
+    from slim_jax.run.source import read_decoder
 
-    blocks = [source.block(i) for i in range(source.config.num_layers)]
-    return make_decoder(source.config, source.outer(), blocks)
+    return read_decoder(source)
 
 
 def tokenizer_of(source: "Source") -> Any:

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from slim_jax.devices import ONE_DEVICE, Placement
-from slim_jax.method.sba import Allocation, quantized_at
+from slim_jax.method.sba import Allocation, quantized_at, weighted_errors
 
 SHAPES = 4
 """A layer's mean width is a multiple of one over this, where its number of groups allows: compiled programs
@@ -45,11 +45,7 @@ def group_errors(
         w_hat = quantized_at(
             w, importance, bits, group_size=group_size, zero_bits=zero_bits, sqc=sqc, placement=placement
         )
-        square = (w - w_hat) ** 2
-        whole = placement.of_whole()
-        if whole is not None:  # sums over channels do not depend on the number of devices
-            square = jax.lax.with_sharding_constraint(square, whole)
-        return (jnp.sum(square, axis=1) * importance).reshape(-1, group_size).sum(axis=1)
+        return weighted_errors(w, w_hat, importance, group_size, placement)
 
     return lax.map(at, jnp.asarray(widths, jnp.float32)).T
 

@@ -64,6 +64,18 @@ def quantized_at(
     )
 
 
+def weighted_errors(
+    w: Float[Array, "k n"],
+    w_hat: Float[Array, "k n"],
+    importance: Float[Array, " k"],
+    group_size: int,
+    placement: Placement,
+) -> Float[Array, " groups"]:
+    """``sum_jn (w_jn - w_hat_jn)^2 / u_j^2`` of every group; ``importance`` is ``1 / u_j^2``."""
+    square = placement.gathered((w - w_hat) ** 2)
+    return (jnp.sum(square, axis=1) * importance).reshape(-1, group_size).sum(axis=1)
+
+
 def divergence_from(y: Float[Array, "t n"]) -> Callable[[jax.Array], jax.Array]:
     """``KL(softmax(y) || softmax(y_hat))``, averaged over tokens, as a function of ``y_hat [t, n]``."""
     p = jax.nn.softmax(y)
@@ -120,12 +132,7 @@ def scores(
       criterion: "kl"; "paper" for the authors' variant; "error" for ``sum (w - w_hat)^2 / u^2``.
       placement: the devices that share the output channels.
     """
-
-    def gather(a: jax.Array) -> jax.Array:
-        """What is summed over channels, whole: sums do not depend on the number of devices."""
-        whole = placement.of_whole()
-        return a if whole is None else lax.with_sharding_constraint(a, whole)
-
+    gather = placement.gathered
     order = jnp.argsort(group_salience(gather(w), importance, group_size))
     groups = order.shape[0]
     candidates = (groups - 1) // 2 + 1
@@ -143,13 +150,10 @@ def scores(
     down, up = order[: candidates - 1], order[::-1][: candidates - 1]
 
     if criterion == "error":
-
-        def group_error(w_hat: jax.Array) -> jax.Array:
-            error = jnp.sum(gather((w - w_hat) ** 2), axis=1) * importance
-            return error.reshape(groups, group_size).sum(axis=1)
-
-        error = group_error(middle)
-        change = (group_error(low) - error)[down] + (group_error(high) - error)[up]
+        less, error, more = (
+            weighted_errors(w, w_hat, importance, group_size, placement) for w_hat in (low, middle, high)
+        )
+        change = (less - error)[down] + (more - error)[up]
         total = jnp.sum(error) + jnp.concatenate([jnp.zeros(1), jnp.cumsum(change)])
         return total, order
 

@@ -171,10 +171,7 @@ class Tuner:
         """One step, and the loss before it."""
         loss, gradient = jax.value_and_grad(self.loss)(learned, fixed, self._cut(batch))
         updates, state = self.optimizer.update(gradient, state, learned)
-        changed = optax.apply_updates(learned, updates), state
-        whole = self.placement.of_whole()
-        if whole is not None:
-            changed = lax.with_sharding_constraint(changed, whole)
+        changed = self.placement.gathered((optax.apply_updates(learned, updates), state))
         return *changed, loss
 
     @partial(jax.jit, static_argnums=0)

@@ -243,7 +243,8 @@ def linear_groups(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
 
 
 def linear_layer(block: Block, name: str) -> Any:
-    """The layer that :func:`linear_groups` names: a `Linear`, or what a caller has put in its place."""
+    """The layer that :func:`linear_groups` names: a `Linear`, or what a caller has put in its place. The
+    beginning of a name gives what holds the layer."""
     found: Any = block
     for part in name.split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)

@@ -15,7 +15,6 @@ The manifest is rewritten, whole, after every block, so a folder whose manifest 
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,15 +31,24 @@ from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import product_dtype
-from slim_jax.model.params import Params, make_decoder
+from slim_jax.model.params import Params
 from slim_jax.report import BlockReport, LayerReport, Report, TuningReport
+from slim_jax.run.files import replacing
 from slim_jax.run.hub import JSON_FILES, find
-from slim_jax.run.manifest import FORMAT, LEAVES, MANIFEST, VERSION, layer_reports, summary
+from slim_jax.run.manifest import (
+    LEAVES,
+    MANIFEST,
+    layer_reports,
+    listed,
+    new_manifest,
+    stored_arrays,
+    summary,
+)
 from slim_jax.run.manifest import CheckpointError as CheckpointError
 from slim_jax.run.manifest import is_checkpoint as is_checkpoint
 from slim_jax.run.manifest import read_manifest as read_manifest
 from slim_jax.run.shards import Shards, digest, verify
-from slim_jax.run.source import DecoderSource, Source
+from slim_jax.run.source import DecoderSource, Source, read_decoder
 
 
 def _barrier(name: str) -> None:
@@ -53,12 +61,8 @@ def _write_json(path: Path, value: Any) -> None:
     """Writes whole, then renames: a reader sees the old file or the new one. One process writes."""
     if jax.process_index() != 0:
         return
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
+    with replacing(path, "w") as file:
         json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _remove(folder: Path) -> None:
@@ -75,13 +79,8 @@ def _save_params(folder: Path, params: Params, placement: Placement) -> dict[str
     Raises:
       CheckpointError: it cannot be written.
     """
-    arrays, tensors = {}, {}
-    for name, value in params.items():
-        if isinstance(value, MixedTensor):
-            tensors[name] = {"shape": value.shape, "group_size": value.group_size, "widths": value.widths}
-            arrays.update({f"{name}.{leaf}": getattr(value, leaf) for leaf in LEAVES})
-        else:
-            arrays[name] = placement.channels(value)
+    arrays, packed = stored_arrays(params)
+    arrays |= {name: placement.channels(arrays[name]) for name in arrays.keys() & params.keys()}
     if jax.process_index() == 0:
         _remove(folder)  # of a run that died between this folder and its manifest
     _barrier(f"{folder} is free")
@@ -93,8 +92,8 @@ def _save_params(folder: Path, params: Params, placement: Placement) -> dict[str
         raise CheckpointError(f"{folder} cannot be written: {reason}") from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        "arrays": {name: [list(value.shape), str(value.dtype)] for name, value in arrays.items()},
-        "packed": tensors,
+        "arrays": listed(arrays),
+        "packed": packed,
         "files": {str(path.relative_to(folder)): digest(path) for path in files},
     }
 
@@ -157,16 +156,7 @@ class CheckpointWriter:
         placement: Placement = ONE_DEVICE,
     ) -> None:
         self.path, self._placement, self._first = Path(path), placement, "drafts/" if drafts else ""
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "complete": False,
-            "decoder": json.loads(json.dumps(config.to_json())),
-            "origin": json.loads(json.dumps(origin)),
-            "quantization": json.loads(json.dumps(quantization)),
-            "outer": None,
-            "blocks": [],
-        }
+        manifest = new_manifest(config, origin, quantization, complete=False)
         if jax.process_index() == 0 and not (resume and is_checkpoint(self.path)):
             self._create(manifest)
         _barrier(f"{self.path} is there")
@@ -306,8 +296,7 @@ def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = N
     ``slim_jax.load("out/q2")``, ``slim_jax.load("owner/model")``.
     """
     source = CheckpointSource(path, dtype, mesh)
-    blocks = [source.block(index) for index in range(source.config.num_layers)]
-    return make_decoder(source.config, source.outer(), blocks, source.placement.mesh)
+    return read_decoder(source, source.placement.mesh)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels import MixedTensor
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.params import block_buffers
+from slim_jax.model.params import Params, block_buffers
 
 FORMAT = "slim-jax"
 VERSION = 1
@@ -51,6 +52,42 @@ def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
             f"{path} is unfinished, {done} of {total} blocks are done: quantize with --resume"
         )
     return manifest
+
+
+def new_manifest(
+    config: DecoderConfig, origin: dict[str, Any], quantization: dict[str, Any] | None, *, complete: bool
+) -> dict[str, Any]:
+    """A manifest without entries, as JSON values."""
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "complete": complete,
+        "decoder": config.to_json(),
+        "origin": origin,
+        "quantization": quantization,
+        "outer": None,
+        "blocks": [],
+    }
+    return json.loads(json.dumps(manifest))
+
+
+def stored_arrays(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters as the arrays that are stored, by name, and what an entry's ``packed`` says of them."""
+    arrays: dict[str, Any] = {}
+    packed: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, MixedTensor):
+            static = {"group_size": value.group_size, "widths": list(value.widths)}
+            packed[name] = {"shape": list(value.shape), **static}
+            arrays |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in LEAVES}
+        else:
+            arrays[name] = value
+    return arrays, packed
+
+
+def listed(arrays: dict[str, Any]) -> dict[str, Any]:
+    """What an entry's ``arrays`` says of arrays: ``[shape, dtype]`` by name."""
+    return {name: [list(value.shape), str(value.dtype)] for name, value in arrays.items()}
 
 
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:

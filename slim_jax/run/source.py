@@ -2,9 +2,11 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+from jax.sharding import Mesh
+
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.params import Params, split_params
+from slim_jax.model.params import Params, make_decoder, split_params
 
 
 @runtime_checkable
@@ -26,6 +28,12 @@ class Source(Protocol):
     def block(self, index: int) -> Params:
         """Parameters of block ``index``, named as in :func:`slim_jax.model.params.block_params`."""
         ...
+
+
+def read_decoder(source: Source, mesh: Mesh | None = None) -> Decoder:
+    """The whole model in memory; ``mesh`` is over which packed weights lie, if they do."""
+    blocks = [source.block(index) for index in range(source.config.num_layers)]
+    return make_decoder(source.config, source.outer(), blocks, mesh)
 
 
 class DecoderSource:

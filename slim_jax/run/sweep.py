@@ -28,10 +28,11 @@ from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.budget import LayerCosts, expected_rise, spend
 from slim_jax.method.layer import LayerSolver
 from slim_jax.method.sba import Allocation
-from slim_jax.model.decoder import Block, Decoder, linear_groups, sequence_positions
+from slim_jax.model.decoder import Block, Decoder, linear_groups, linear_layer, sequence_positions
 from slim_jax.model.linear import Linear
 from slim_jax.model.params import make_outer
 from slim_jax.run.activations import Activations, observe, sample_batches
+from slim_jax.run.files import write_arrays
 from slim_jax.run.offload import Batches
 from slim_jax.run.source import Source
 
@@ -67,16 +68,10 @@ class Guide:
         return self.weights[index, _group(names[0])]
 
     def save(self, file: Path) -> None:
-        """Writes it whole: a reader sees nothing or all of it. One process writes."""
-        if jax.process_index() != 0:
-            return
-        file.parent.mkdir(exist_ok=True)
-        temporary = file.with_suffix(".tmp")
+        """Writes it; see `slim_jax.run.files.write_arrays`."""
         told = json.dumps({"allocation": self.allocation, "rises": dict(self.rises)})
         arrays = {f"{index} {group}": weight for (index, group), weight in self.weights.items()}
-        with temporary.open("wb") as target:
-            np.savez(target, told=np.asarray(told), **arrays)  # type: ignore[arg-type]
-        temporary.replace(file)
+        write_arrays(file, {"told": np.asarray(told), **arrays})
 
     @classmethod
     def load(cls, file: Path) -> "Guide":
@@ -130,11 +125,8 @@ class _Tapped(Linear):
 def _with_taps(block: Block, weights: Mapping[str, jax.Array]) -> Block:
     block = nnx.merge(*nnx.split(block))
     for name, weight in weights.items():
-        *path, leaf = name.split(".")
-        owner: Any = block
-        for part in path:
-            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        setattr(owner, leaf, _Tapped(getattr(owner, leaf), weight))
+        owner, _, leaf = name.rpartition(".")
+        setattr(linear_layer(block, owner), leaf, _Tapped(linear_layer(block, name), weight))
     return block
 
 

@@ -21,6 +21,7 @@ from slim_jax.model.params import Params
 from slim_jax.report import TuningReport
 from slim_jax.run.activations import Activations
 from slim_jax.run.ends import head_inputs
+from slim_jax.run.files import write_arrays
 from slim_jax.run.learning import PATIENCE, held_out
 from slim_jax.run.source import Source
 
@@ -193,15 +194,9 @@ class History:
 
 
 def write_state(file: Path, trees: Any, history: History, placement: Placement) -> None:
-    """Keeps an unfinished tuning, whole: a reader sees the old file or the new one. One process writes."""
+    """Keeps an unfinished tuning; see `slim_jax.run.files.write_arrays`."""
     leaves = {str(i): placement.fetch(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
-    if jax.process_index() != 0:
-        return
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("wb") as target:
-        np.savez(target, history=np.asarray(json.dumps(dataclasses.asdict(history))), **leaves)  # type: ignore[arg-type]
-    temporary.replace(file)
+    write_arrays(file, {"history": np.asarray(json.dumps(dataclasses.asdict(history))), **leaves})
 
 
 def read_state(file: Path, like: Any, placement: Placement) -> tuple[Any, History]:
