@@ -165,7 +165,10 @@ def test_nvidia_smi(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rows", [2, 64])
 def test_a_loop_and_calls_time_the_same_product(rows, monkeypatch):
-    """The loop computes every product, and a product takes about what a call of it takes."""
+    """The loop computes every product, and its time counts one of them, which no call beats by far.
+
+    Nothing is said of how much slower a call may be: on a busy machine, dispatch takes any time.
+    """
     monkeypatch.setattr(timing, "_turns", lambda product: 3)
     rng = np.random.default_rng(0)
     weights = tuple(jnp.asarray(rng.normal(size=(512, 512)), jnp.float32) for _ in range(3))
@@ -176,7 +179,7 @@ def test_a_loop_and_calls_time_the_same_product(rows, monkeypatch):
     assert loop.weights == 3
     found = timing.take_turns({"loop": loop, "call": call}, 7)
     assert found["loop"].least <= found["loop"].median <= found["loop"].most
-    assert 0.1 < found["loop"].least / found["call"].least < 10
+    assert found["loop"].least < 10 * found["call"].least
 
 
 def test_nothing_of_a_loop_is_left_out():
