@@ -10,10 +10,12 @@ from flax import nnx
 
 from pallas_kernels import use_implementation
 from pallas_kernels.layout import abstract_tensor, group_count
+from slim_jax.model.block import Block, linear_groups
 from slim_jax.model.cache import State
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Block, Decoder, linear_groups
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Packed
+from slim_jax.model.stage import part_of
 from slim_jax.model.step import forward
 
 LLAMA_2_7B = DecoderConfig(
@@ -45,11 +47,9 @@ def decode_step(
         nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, num_layers=0), rngs=nnx.Rngs(0)))
     )
     block = _bfloat16(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
-    for names in linear_groups(config).values():
+    for names in linear_groups(config):
         for name in names:
-            owner = block
-            for part in name.split("."):
-                owner = getattr(owner, part)
+            owner = part_of(block, name)
             owner.weight = Packed(_packed(owner.weight.get_value().shape, bits, group_size))
     blocks = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype), block
@@ -58,7 +58,7 @@ def decode_step(
         (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim), jnp.bfloat16
     )
     state = State(
-        (cache, cache),
+        [(cache, cache)],
         jax.ShapeDtypeStruct((batch, slots), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
@@ -66,7 +66,7 @@ def decode_step(
     def step(outer: Decoder, blocks: Block, state: State, tokens: jax.Array) -> tuple[jax.Array, State]:
         positions = jnp.broadcast_to(state.length, tokens.shape)
         with use_implementation(implementation):
-            return forward(outer, blocks, state, tokens, positions)
+            return forward(outer, [blocks], state, tokens, positions)
 
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     return jax.jit(step, donate_argnums=2), (outer, blocks, state, tokens)  # the cache is written in place

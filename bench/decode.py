@@ -13,7 +13,9 @@ import numpy as np
 
 from convert import load_source
 from pallas_kernels import MixedTensor, pack
-from slim_jax.model.decoder import Decoder, linear_groups
+from slim_jax.model.block import linear_groups
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator
 from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_params, make_decoder
@@ -42,19 +44,19 @@ def random_decoder(
 ) -> Decoder:
     """The source's model with every linear layer of its blocks in random codes, if ``alike`` those of one."""
     config, rng = source.config, np.random.default_rng(seed)
-    shapes = block_params(config)
-    names = [f"{name}.weight" for group in linear_groups(config).values() for name in group]
     blocks: list[Params] = []
-    packed: Params = {}
-    for i in range(config.num_layers):
-        if not (packed and alike):
-            packed = {
+    packed: dict[DecoderConfig, Params] = {}
+    for i, kind in enumerate(config.blocks()):
+        if not (kind in packed and alike):
+            shapes = block_params(kind)
+            names = [f"{name}.weight" for group in linear_groups(kind) for name in group]
+            packed[kind] = {
                 name: dataclasses.replace(
                     random_packed(shapes[name].shape, bits, group_size, rng), dtype=product_dtype()
                 )
                 for name in names
             }
-        blocks.append({**source.block(i), **packed})
+        blocks.append({**source.block(i), **packed[kind]})
     return make_decoder(config, source.outer(), blocks)
 
 

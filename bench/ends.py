@@ -39,10 +39,9 @@ def main() -> None:
     source = convert.load_source(arguments.source)
     samples = draw_windows(tokens_of(source, arguments.calibration), arguments.samples, arguments.length, 0)
     outer, blocks = dict(source.outer()), [source.block(i) for i in range(source.config.num_layers)]
-    activations = Activations(source, samples)
-    for block in blocks:
-        for _ in activations.stages(dict(block)):
-            pass
+    activations = Activations.of(source, samples)
+    for index, block in enumerate(blocks):
+        activations = activations.behind(index, block)
     seen = observe_head(source.config, outer, activations, max(1, samples.size // 2048), ONE_DEVICE)
     text = tokens_of(source, arguments.text)
 

@@ -29,8 +29,8 @@ from pallas_kernels.layout import zero_bits
 from slim_jax.config import SlimConfig
 from slim_jax.method.plus import Samples
 from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
+from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import sequence_positions
 from slim_jax.model.generate import sample_text
 from slim_jax.model.params import block_params, make_block, outer_params
 from slim_jax.model.perplexity import perplexity
@@ -85,25 +85,26 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
     config, dense = source.config, dict(source.block(0))
     params, _ = BlockQuantizer(source, tokens, SlimConfig(group_size=64, method="rtn"), None).quantize(0)
     packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
-    x = jnp.concatenate(Activations(source, tokens).batches)
+    x = jnp.concatenate(list(Activations.of(source, tokens).batches))
     samples = Samples(x, x, x)  # for time any target will do
     settings = SlimConfig(group_size=64, method="slim-plus")
     learner = BlockLearner(config, settings, zero_bits(settings.widths), len(tokens))
     learned, layers, rest = learner.start(dense, packed)
-    state = learner.plus.optimizer.init(learned)
+    plus = learner.kinds[0]
+    state = plus.optimizer.init(learned)
     order = jnp.arange(len(tokens)).reshape(-1, settings.batch_size)
 
     @jax.jit
     def full(params: dict[str, jax.Array]) -> jax.Array:
         def loss(params: dict[str, jax.Array], rows: jax.Array) -> jax.Array:
-            y, _ = make_block(config, params)(x[rows], sequence_positions(x[rows]))
+            y, _ = make_block(config.block(0), params)(x[rows], sequence_positions(x[rows]))
             return jnp.mean((y - x[rows]) ** 2)
 
         return jax.lax.scan(lambda _, rows: (None, jax.grad(loss)(params, rows)), None, order)[1]
 
     def epoch() -> Any:
         start = jax.tree.map(jnp.copy, (learned, state))  # an epoch overwrites its arguments
-        return learner.plus.epoch(*start, layers, rest, samples, order)
+        return plus.epoch(*start, layers, rest, samples, order)
 
     dense = {name: jnp.asarray(value, jnp.float32) for name, value in dense.items()}
     ours, plain = _best(epoch), _best(lambda: full(dense))

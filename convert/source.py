@@ -97,16 +97,18 @@ class ModelSource:
         self._interleaved, self._norm_offset = interleaved, norm_offset
         self._make_tokenizer = make_tokenizer
         self._outer_shapes = {name: s.shape for name, s in outer_params(config).items()}
-        self._block_shapes = {
-            name: s.shape for name, s in block_params(config).items() if name not in block_buffers(config, 0)
-        }
+        buffers = block_buffers(config, 0)
+        self._block_shapes = [
+            {name: s.shape for name, s in block_params(block).items() if name not in buffers}
+            for block in config.blocks()
+        ]
         self._check(ignored)
 
     def _check(self, ignored: tuple[str, ...]) -> None:
         config, names = self.config, self._names
         expected = _file_shapes(names, self._outer_shapes)
-        for i in range(config.num_layers):
-            expected |= _file_shapes(names, self._block_shapes, i)
+        for i, shapes in enumerate(self._block_shapes):
+            expected |= _file_shapes(names, shapes, i)
         found = self._store.shapes
         patterns = [re.compile(pattern) for pattern in ignored]
         head = names.of("head.weight")
@@ -149,7 +151,7 @@ class ModelSource:
         """
         if not 0 <= index < self.config.num_layers:
             raise IndexError(f"block {index} of a model of {self.config.num_layers}")
-        return {**self._read(self._block_shapes, index), **block_buffers(self.config, index)}
+        return {**self._read(self._block_shapes[index], index), **block_buffers(self.config, index)}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -167,12 +169,12 @@ class ModelSource:
         for theirs, ours in held.items():
             ends = np.cumsum([_file_shape(name, shapes[name])[0] for name in ours])
             for name, value in zip(ours, np.split(raw.pop(theirs), ends[:-1])):
-                params[name] = self._ours(name, value)
+                params[name] = self._ours(name, value, index)
         return params
 
-    def _ours(self, name: str, value: np.ndarray) -> np.ndarray:
-        if name.rpartition(".")[0] in self._interleaved:
-            value = _uninterleave(value, self.config.head_dim)
+    def _ours(self, name: str, value: np.ndarray, index: int | None) -> np.ndarray:
+        if index is not None and name.rpartition(".")[0] in self._interleaved:
+            value = _uninterleave(value, self.config.block(index).head_dim)
         if name.endswith(".scale") and self._norm_offset:
             value = value - np.asarray(self._norm_offset, value.dtype)
         return np.ascontiguousarray(file_layout(name, value), dtype=self._dtype or value.dtype)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from slim_jax.model.block import Block, sequence_positions
 from slim_jax.model.cache import State
-from slim_jax.model.decoder import Block, Decoder, sequence_positions
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, make_outer, split_params
 from slim_jax.model.step import forward
 from slim_jax.run.source import Source
@@ -82,14 +83,14 @@ def run_cached(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray, steps:
     padded on the left to the longest, and after each of the next ``steps`` tokens."""
     rows, width = len(lengths), int(lengths.max())
     outer = make_outer(decoder.config, split_params(decoder)[0])
-    state = State.empty(decoder.config, rows, width + steps, stacked=False)
+    state = State.empty(decoder.config, rows, width + steps, stacked=[False] * len(decoder.config.runs()))
     start = lengths[:, None] - width
     logits = []
     for first, count in [(0, width), *((width + i, 1) for i in range(steps))]:
         positions = start + np.arange(first, first + count)[None]
         piece = np.take_along_axis(tokens, np.maximum(positions, 0), axis=1)
         found, state = _forward(
-            outer, list(decoder.blocks), state, piece, np.maximum(positions, -1).astype(np.int32)
+            outer, decoder.runs(), state, piece, np.maximum(positions, -1).astype(np.int32)
         )
         logits.append(np.asarray(found))
     return np.stack(logits)

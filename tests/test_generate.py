@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import pack
+from slim_jax.model.block import Block, linear_groups
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Block, Decoder, linear_groups
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator, generate, sample_text
 from slim_jax.model.linear import Linear, Packed
 from slim_jax.model.loop import CHUNK
@@ -42,7 +43,7 @@ def tiny(**changes) -> Decoder:
 
 
 def linears(block: Block, config: DecoderConfig) -> list[Linear]:
-    names = [name for group in linear_groups(config).values() for name in group]
+    names = [name for group in linear_groups(config) for name in group]
     return [operator.attrgetter(name)(block) for name in names]
 
 
@@ -137,12 +138,12 @@ def test_prompt_may_fill_all_positions_but_one():
 def test_packed_equals_dequantized(unlike, variant):
     model = packed(tiny(**VARIANTS[variant]), unlike=unlike)
     generator = Generator(model)
-    assert generator.stacked == (unlike != "widths")
+    assert generator.stacked == [unlike != "widths"]
     # Blocks of different kinds compile one by one: for them the prefill is enough.
-    prompts, count = ([PROMPTS[0]], 9) if generator.stacked else (PROMPTS, 1)
+    prompts, count = ([PROMPTS[0]], 9) if all(generator.stacked) else (PROMPTS, 1)
     found = generator.generate(prompts, max_tokens=count)
     dense = Generator(dequantized(model))
-    assert not dense.stacked
+    assert dense.stacked == [False]
     assert found == dense.generate(prompts, max_tokens=count)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slim_jax.model.decoder import Decoder, DecoderConfig
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
 
 # `slim_jax.model.perplexity` is the function of that name.
 module = importlib.import_module("slim_jax.model.perplexity")

@@ -115,8 +115,7 @@ GEMMA = dataclasses.replace(
 def test_each_step_compiles_once_per_model(config):
     model = Decoder(config, rngs=nnx.Rngs(0))
     steps = [
-        *(activations._attn_input, activations._o_input, activations._after_attn),
-        *(activations._mlp_input, activations._down_input, activations._after_mlp, activations._observe),
+        *(activations._run, activations._observe),
         *(hessian.statistics, gptq.solve, sba.scores),
     ]
     counts = []

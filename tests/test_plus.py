@@ -187,8 +187,8 @@ def test_what_is_stored_is_what_the_loss_saw(model):
 
     source = DecoderSource(model)
     quantizer = pipeline.BlockQuantizer(source, TOKENS, PLUS, None)
-    fields = {f.name: getattr(quantizer.learner.plus, f.name) for f in dataclasses.fields(SlimPlus)}
-    quantizer.learner.plus = Spy(**fields)
+    fields = {f.name: getattr(quantizer.learner.kinds[0], f.name) for f in dataclasses.fields(SlimPlus)}
+    quantizer.learner.kinds = [Spy(**fields)] * 2
     _, report = quantizer.quantize(0)
     assert report.learning.kept_epoch > 0
     assert len(seen) == 4

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import pack
+from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Decoder, linear_groups
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator
 from slim_jax.model.loop import Tokens, write
 from slim_jax.model.params import make_decoder, split_params
@@ -29,7 +30,7 @@ CONFIG = DecoderConfig(
 def packed_model() -> Decoder:
     rng = np.random.default_rng(0)
     outer, blocks = split_params(Decoder(CONFIG, rngs=nnx.Rngs(0)))
-    names = [f"{name}.weight" for group in linear_groups(CONFIG).values() for name in group]
+    names = [f"{name}.weight" for group in linear_groups(CONFIG) for name in group]
 
     def packed(shape: tuple[int, int]):
         groups = shape[0] // G

@@ -65,7 +65,7 @@ def test_norms_biases_embeddings_and_lora_of_a_packed_decoder(decoder):
     losses = train(decoder, next_token_loss)
     assert np.all(np.diff(losses) < 0), losses
     assert all(np.any(a != b) for a, b in zip(start, jax.tree.leaves(nnx.state(decoder, nnx.Param))))
-    assert Generator(decoder).stacked  # finds its packed layers behind the LoRA
+    assert Generator(decoder).stacked == [True]  # finds its packed layers behind the LoRA
 
 
 def test_the_bias_of_a_packed_linear_and_a_layer_before_it():

@@ -69,12 +69,12 @@ def parts(full: Decoder, packed: Decoder, tokens: np.ndarray) -> tuple[tune.Fixe
     """What the loss is a function of."""
     source = DecoderSource(full)
     outer, blocks = split_params(packed)
-    reference = Activations(source, tokens)
+    reference = Activations.of(source, tokens)
     for index in range(source.config.num_layers):
-        reference.carry(source.block(index))
+        reference = reference.behind(index, source.block(index))
     target = jnp.concatenate(list(head_inputs(source.config, source.outer(), reference)))
-    fixed = tune.Fixed(tune.stacked(blocks), outer, source.outer())
-    learned = tune.Learned(tune.no_change(blocks[0], len(blocks)), tune.no_change(outer))
+    fixed = tune.Fixed([tune.stacked(blocks)], outer, source.outer())
+    learned = tune.Learned([tune.no_change(blocks[0], len(blocks))], tune.no_change(outer))
     return fixed, learned, tune.Batch(jnp.asarray(tokens, jnp.int32), target)
 
 

@@ -30,8 +30,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor, pack
 from slim_jax.method.sqc import Grid, stored_grids
+from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import sequence_positions
 from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, block_params, make_block
 

@@ -25,8 +25,9 @@ from pallas_kernels.layout import stack
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.plus import straight_through
 from slim_jax.method.sqc import stored_grids
+from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Decoder, sequence_positions
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, as_computed, make_block, make_outer
 
@@ -35,28 +36,33 @@ class Learned(NamedTuple):
     """Logarithms of factors, by parameter, ``float32``.
 
     Attributes:
-      blocks: ``[L, ...]``, of all blocks.
+      runs: ``[L, ...]``, of the blocks of every run of one kind.
       outer: of what stands outside.
     """
 
-    blocks: dict[str, jax.Array]
+    runs: list[dict[str, jax.Array]]
     outer: dict[str, jax.Array]
 
-    def of(self, index: int) -> dict[str, jax.Array]:
-        """Of one block."""
-        return {name: factors[index] for name, factors in self.blocks.items()}
+    def blocks(self) -> list[dict[str, jax.Array]]:
+        """Of every block."""
+        counts = [len(next(iter(run.values()))) for run in self.runs]
+        return [
+            {name: factors[i] for name, factors in run.items()}
+            for run, count in zip(self.runs, counts)
+            for i in range(count)
+        ]
 
 
 class Fixed(NamedTuple):
     """What stays.
 
     Attributes:
-      blocks: all parameters of the blocks, stacked.
+      runs: all parameters of the blocks, stacked in every run of one kind.
       outer: of the packed model.
       full: of the full-precision model, for its head alone.
     """
 
-    blocks: Params
+    runs: list[Params]
     outer: Params
     full: Params
 
@@ -154,13 +160,14 @@ class Tuner:
         outer = make_outer(self.config, apply(fixed.outer, learned.outer))
         positions = sequence_positions(batch.tokens)
 
-        def through(h: jax.Array, layer: tuple[Params, dict[str, jax.Array]]) -> tuple[jax.Array, None]:
-            return make_block(self.config, _applied(*layer))(h, positions)[0], None
+        def through(kind: DecoderConfig, h: jax.Array, layer: tuple[Params, dict[str, jax.Array]]):
+            return make_block(kind, _applied(*layer))(h, positions)[0], None
 
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        through = jax.checkpoint(through, policy=keep, prevent_cse=False)  # type: ignore[assignment]
         h = outer.embed_tokens(batch.tokens, positions)
-        h, _ = lax.scan(through, h, (fixed.blocks, learned.blocks))
+        for run, params, factors in zip(self.config.runs(), fixed.runs, learned.runs, strict=True):
+            of_kind = partial(through, self.config.block(run.start))
+            h, _ = lax.scan(jax.checkpoint(of_kind, policy=keep, prevent_cse=False), h, (params, factors))
         full = make_outer(self.config, fixed.full)
         return _divergence(outer, full, outer.head_input(h), batch.target) / batch.tokens.size
 

@@ -1,6 +1,7 @@
 """What a batch has seen: the keys and values of its tokens, of all layers and of one."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -60,8 +61,9 @@ class State:
     """What a batch has seen. Slots ``>= length`` are empty.
 
     Attributes:
-      kv: keys and values, each ``[L, B, num_kv_heads, S, head_dim]`` where blocks are scanned over,
-        else one such pair without ``L`` a block: each is then updated where it lies.
+      kv: of every run of blocks of one kind: keys and values, each ``[L, B, num_kv_heads, S, head_dim]``
+        where these blocks are scanned over, else one such pair without ``L`` a block: each is then updated
+        where it lies.
       positions: ``int32[B, S]``, position of the token in each slot, -1 where a slot holds none.
       length: ``int32[]``, slots in use.
     """
@@ -77,22 +79,30 @@ class State:
         batch: int,
         size: int,
         *,
-        stacked: bool,
+        stacked: Sequence[bool],
         dtype: jax.typing.DTypeLike = jnp.float32,
         mesh: Mesh | None = None,
     ) -> "State":
-        """No tokens, and room for ``size``; heads are cut over a mesh if its devices divide them."""
-        shape = (batch, config.num_kv_heads, size, config.head_dim)
-        layers = config.num_layers
-        device = None
-        if mesh is not None:
-            cut = mesh.axis_names if config.num_kv_heads % mesh.size == 0 else None
-            device = NamedSharding(mesh, P(*[None] * (2 if stacked else 1), cut))
-        zeros = partial(jnp.zeros, dtype=dtype, device=device)
-        # Every buffer is its own: all of them are donated.
-        kv: Any = [(zeros(shape), zeros(shape)) for _ in range(0 if stacked else layers)]
-        if stacked:
-            kv = (zeros((layers, *shape)), zeros((layers, *shape)))
+        """No tokens, and room for ``size``; heads are cut over a mesh if its devices divide them.
+
+        ``stacked`` says of every run of blocks whether these are scanned over.
+        """
+
+        def zeros(kind: DecoderConfig, *leading: int) -> jax.Array:
+            device = None
+            if mesh is not None:
+                cut = mesh.axis_names if kind.num_kv_heads % mesh.size == 0 else None
+                device = NamedSharding(mesh, P(*[None] * (len(leading) + 1), cut))
+            shape = (*leading, batch, kind.num_kv_heads, size, kind.head_dim)
+            return jnp.zeros(shape, dtype, device=device)
+
+        kv: list[Any] = []  # Every buffer is its own: all of them are donated.
+        for run, whole in zip(config.runs(), stacked, strict=True):
+            kind = config.block(run.start)
+            if whole:
+                kv.append((zeros(kind, len(run)), zeros(kind, len(run))))
+            else:
+                kv.append([(zeros(kind), zeros(kind)) for _ in run])
         return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def grown(self, size: int) -> "State":

@@ -1,10 +1,22 @@
 """Everything that tells one decoder from another: a frozen record that families fill and checkpoints keep."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from slim_jax.model.rotary import RopeScaling
+
+Kind = tuple[tuple[str, Any], ...]
+"""How blocks of a kind differ from what their decoder's config says: names of fields, and their values."""
+
+OF_BLOCKS = (
+    *("intermediate_size", "num_heads", "num_kv_heads", "head_dim", "gated", "activation", "qk_norm"),
+    *("qkv_bias", "o_bias", "mlp_bias", "query_pre_attn_scalar", "attn_softcap", "output_norms"),
+    *("positions", "rope_theta", "rope_scaling", "local_rope_theta", "sliding_window"),
+    *("num_experts", "experts_per_token", "norm_topk"),
+)
+"""Fields that may differ from kind to kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +35,13 @@ class DecoderConfig:
       embed_scale: factor of token embeddings, rounded to their dtype.
       num_experts: 0 for one dense MLP; else ``intermediate_size`` is that of one expert.
       norm_topk: the weights of the ``experts_per_token`` experts of a token are made to sum to 1.
+      kinds: of blocks, where they are not all as the config says; see :meth:`block`.
+      block_kinds: every block's kind, an index into ``kinds``.
 
     Raises:
       ValueError: a size is not positive, heads are no multiple of key-value heads, ``global_layers``
-        are given without a sliding window, or there are fewer experts than a token needs.
+        are given without a sliding window, there are fewer experts than a token needs, or kinds of blocks
+        do not go with the number of blocks or change what only the whole decoder has.
     """
 
     family: str
@@ -68,6 +83,8 @@ class DecoderConfig:
     embed_scale: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    block_kinds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_positions"):
@@ -84,6 +101,37 @@ class DecoderConfig:
                 f"experts_per_token is {self.experts_per_token}, expected 1 to num_experts = "
                 f"{self.num_experts}"
             )
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        if not self.kinds and not self.block_kinds:
+            return
+        if len(self.block_kinds) != self.num_layers:
+            raise ValueError(
+                f"block_kinds has {len(self.block_kinds)} blocks, expected num_layers = {self.num_layers}"
+            )
+        if not all(0 <= kind < len(self.kinds) for kind in self.block_kinds):
+            raise ValueError(f"block_kinds is {self.block_kinds}, expected numbers below {len(self.kinds)}")
+        for name, _ in (change for kind in self.kinds for change in kind):
+            if name not in OF_BLOCKS:
+                raise ValueError(f"a kind of blocks changes {name}, expected one of {', '.join(OF_BLOCKS)}")
+        for kind in range(len(self.kinds)):
+            _of_kind(self, kind)  # which checks it
+
+    def block(self, index: int) -> "DecoderConfig":
+        """The config as block ``index`` has it: blocks of equal ones are of one kind, compile once and are
+        stacked where they follow one another."""
+        return _of_kind(self, self.block_kinds[index]) if self.kinds else self
+
+    def blocks(self) -> "list[DecoderConfig]":
+        """Of every block, see :meth:`block`."""
+        return [self.block(index) for index in range(self.num_layers)]
+
+    def runs(self) -> list[range]:
+        """Blocks of one kind that follow one another."""
+        blocks = self.blocks()
+        starts = [i for i in range(self.num_layers) if i == 0 or blocks[i] != blocks[i - 1]]
+        return [range(start, end) for start, end in zip(starts, [*starts[1:], self.num_layers])]
 
     def to_json(self) -> dict[str, Any]:
         """The config as JSON values; :meth:`from_json` is the inverse."""
@@ -92,10 +140,20 @@ class DecoderConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
         """Builds a config from :meth:`to_json`'s dictionary."""
-        changes: dict[str, Any] = {
-            name: tuple(value) for name, value in fields.items() if isinstance(value, list)
-        }
-        if (scaling := fields.get("rope_scaling")) is not None:
-            tuples = {name: tuple(value) for name, value in scaling.items() if isinstance(value, list)}
-            changes["rope_scaling"] = RopeScaling(**{**scaling, **tuples})
-        return cls(**{**fields, **changes})
+        known = {name: _known(name, value) for name, value in fields.items()}
+        known["kinds"] = tuple(
+            tuple((name, _known(name, value)) for name, value in kind) for kind in fields.get("kinds", ())
+        )
+        return cls(**known)
+
+
+def _known(name: str, value: Any) -> Any:
+    """A field's value from its JSON."""
+    if name == "rope_scaling" and value is not None:
+        return RopeScaling(**{field: _known(field, part) for field, part in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
+@functools.cache
+def _of_kind(config: DecoderConfig, kind: int) -> DecoderConfig:
+    return dataclasses.replace(config, kinds=(), block_kinds=(), **dict(config.kinds[kind]))

@@ -20,12 +20,14 @@ from jaxtyping import Int32
 
 from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
 from pallas_kernels.layout import stack
+from slim_jax.model.block import Block, linear_groups
 from slim_jax.model.cache import State
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import Block, Decoder, linear_groups, linear_layer
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed, join
 from slim_jax.model.loop import CHUNK, Tokens, next_logits, read, write, write_text
 from slim_jax.model.sampling import Choice, Sampling
+from slim_jax.model.stage import part_of
 from slim_jax.model.step import stackable
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
@@ -54,14 +56,14 @@ class Generator:
 
     Attributes:
       config: the model's.
-      stacked: whether blocks are scanned over.
+      stacked: of every run of blocks of one kind, whether they are scanned over.
     """
 
     def __init__(self, model: Decoder) -> None:
         self.config: DecoderConfig = model.config
-        blocks: Any = list(model.blocks)
-        self.stacked: bool = stackable(blocks)
-        linear = next(m for _, m in nnx.iter_modules(blocks[0]) if isinstance(m, Linear))
+        runs: list[Any] = model.runs()
+        self.stacked: list[bool] = [stackable(run) for run in runs]
+        linear = next(m for _, m in nnx.iter_modules(runs[0][0]) if isinstance(m, Linear))
         self._empty = partial(
             State.empty,
             model.config,
@@ -69,15 +71,16 @@ class Generator:
             dtype=linear.weight.get_value().dtype,
             mesh=linear.mesh,
         )
-        if self.stacked:
-            groups = tuple(linear_groups(model.config).values())
-            blocks = _stacked(blocks, groups, linear.mesh is None)
+        alone = linear.mesh is None
+        for i, run in enumerate(runs):
+            if self.stacked[i]:
+                runs[i] = _stacked(run, linear_groups(run[0].config), alone)
+            elif alone:
+                runs[i] = _prepared(run)
         outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
         outer.blocks = nnx.List([])
-        if linear.mesh is None:
-            outer, blocks = _prepared(outer), blocks if self.stacked else _prepared(blocks)
         # Flat, since flattening hundreds of variables in Python at every token would show.
-        self._leaves, self._treedef = jax.tree.flatten((outer, blocks))
+        self._leaves, self._treedef = jax.tree.flatten((_prepared(outer) if alone else outer, runs))
 
     def generate(
         self,
@@ -227,7 +230,7 @@ def _stacked(blocks: Sequence[Block], groups: Sequence[Sequence[str]], ready: bo
     """Blocks on a leading axis; if ``ready``, their packed weights prepared, those of a group as one."""
     joined: dict[Sequence[str], Prepared] = {}
     for names in groups if ready else ():
-        layers = [[linear_layer(block, name) for name in names] for block in blocks]
+        layers = [[part_of(block, name) for name in names] for block in blocks]
         if len(names) == 1 or not all(isinstance(layer, Linear) for layer in itertools.chain(*layers)):
             continue
         weights = [[layer.weight.get_value() for layer in same] for same in layers]
@@ -245,7 +248,7 @@ def _stacked(blocks: Sequence[Block], groups: Sequence[Sequence[str]], ready: bo
 
     whole = jax.tree.map(together, *blocks, is_leaf=lambda value: isinstance(value, MixedTensor))
     for names, weight in joined.items():
-        join([linear_layer(whole, name) for name in names], weight)
+        join([part_of(whole, name) for name in names], weight)
     return whole
 
 

@@ -46,8 +46,8 @@ def read(
     choice: Choice,
 ) -> tuple[jax.Array, State, Choice]:
     """Reads ``tokens[B, T]`` and chooses the next of each row, ``int32[B]``."""
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
-    logits, state = forward(outer, blocks, state, tokens, positions)
+    outer, runs = jax.tree.unflatten(treedef, leaves)
+    logits, state = forward(outer, runs, state, tokens, positions)
     choice = choice.reads(tokens, positions)
     return choice.next(logits, state.length), state, choice
 
@@ -77,7 +77,7 @@ def write(
       The tokens ``int32[CHUNK, B]``, how many of their rows were written, and state and choice that have
       seen all of them but the last.
     """
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
+    outer, runs = jax.tree.unflatten(treedef, leaves)
 
     def more(carry: Carry) -> jax.Array:
         _, done, at, *_ = carry
@@ -86,7 +86,7 @@ def write(
     def step(carry: Carry) -> Carry:
         written, done, at, state, choice = carry
         tokens, positions = at.last[:, None], at.positions[:, None]
-        logits, state = forward(outer, blocks, state, tokens, positions)
+        logits, state = forward(outer, runs, state, tokens, positions)
         choice = choice.reads(tokens, positions)
         token = choice.next(logits, state.length)
         ended = at.ended | jnp.any(token[:, None] == stops[None], axis=1)
@@ -101,8 +101,8 @@ def write(
 @partial(jax.jit, static_argnums=0)
 def next_logits(treedef: Any, leaves: list[jax.Array], state: State, tokens: jax.Array) -> jax.Array:
     """Logits after ``tokens[B, 1]`` at position 0; the state is only looked at."""
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
-    return forward(outer, blocks, state, tokens, jnp.zeros_like(tokens))[0]
+    outer, runs = jax.tree.unflatten(treedef, leaves)
+    return forward(outer, runs, state, tokens, jnp.zeros_like(tokens))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
@@ -110,13 +110,13 @@ def write_text(
     treedef: Any, leaves: list[jax.Array], state: State, token: jax.Array, steps: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, State]:
     """``steps`` tokens a row at temperature 1: the last ``[B]``, all ``[steps, B]`` and the state."""
-    outer, blocks = jax.tree.unflatten(treedef, leaves)
+    outer, runs = jax.tree.unflatten(treedef, leaves)
 
     def step(carry: tuple[jax.Array, State], _: None) -> tuple[tuple[jax.Array, State], jax.Array]:
         token, state = carry
         positions = jnp.broadcast_to(state.length, (token.shape[0], 1))
         step_key = jax.random.fold_in(key, state.length.astype(jnp.uint32))
-        logits, state = forward(outer, blocks, state, token[:, None], positions)
+        logits, state = forward(outer, runs, state, token[:, None], positions)
         token = sample(logits, step_key)
         return (token, state), token
 

@@ -1,6 +1,7 @@
 """A decoder's parameters by dotted name: what they are, and modules from them and back."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pallas_kernels import MixedTensor
+from slim_jax.model.block import Block, Buffer, is_local
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import MLP, Block, Buffer, Decoder, is_local
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE, Linear, Packed
+from slim_jax.model.stage import part_of
 
 Params = Mapping[str, Any]
 """Parameters of one block, or of what stands outside the blocks, by dotted name."""
@@ -23,12 +26,19 @@ def _flat(module: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
 
-def _abstract(config: DecoderConfig, make: type[Block] | type[Decoder]) -> Any:
-    return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+def _abstract(config: DecoderConfig, make: type[Block] | type[Decoder], part: str = "") -> Any:
+    return nnx.merge(*_structure(config, make, part), copy=True)
+
+
+@functools.cache
+def _structure(config: DecoderConfig, make: type[Block] | type[Decoder], part: str) -> tuple[Any, Any]:
+    if part:
+        return nnx.split(part_of(_abstract(config, make), part))
+    return nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))))
 
 
 def block_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name and shape of every parameter and :class:`Buffer` of one block."""
+    """Name and shape of every parameter and :class:`Buffer` of a block; ``config`` is the block's."""
     return _flat(_abstract(config, Block))
 
 
@@ -39,8 +49,11 @@ def block_buffers(config: DecoderConfig, index: int) -> dict[str, jax.Array]:
 
 def outer_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Name and shape of every parameter outside the blocks: embeddings, last norm, head."""
-    flat = _flat(_abstract(dataclasses.replace(config, num_layers=1), Decoder))
-    return {name: shape for name, shape in flat.items() if not name.startswith("blocks.")}
+    return _flat(_abstract(_without_blocks(config), Decoder))
+
+
+def _without_blocks(config: DecoderConfig) -> DecoderConfig:
+    return dataclasses.replace(config, num_layers=0, kinds=(), block_kinds=())
 
 
 def _fill(module: Any, params: Params) -> None:
@@ -56,10 +69,8 @@ def _fill(module: Any, params: Params) -> None:
     if problems:
         raise ValueError("parameters do not fit the config: " + "; ".join(sorted(problems)))
     for name, value in params.items():
-        *path, leaf = name.split(".")
-        owner = module
-        for part in path:
-            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        path, _, leaf = name.rpartition(".")
+        owner = part_of(module, path)
         if isinstance(value, MixedTensor):
             setattr(owner, leaf, Packed(value))
         else:
@@ -67,7 +78,7 @@ def _fill(module: Any, params: Params) -> None:
 
 
 def make_block(config: DecoderConfig, params: Params) -> Block:
-    """A block from its parameters, dense or packed.
+    """A block from its parameters, dense or packed; ``config`` is the block's.
 
     Raises:
       ValueError: names or shapes do not fit; the message lists all that do not.
@@ -77,15 +88,16 @@ def make_block(config: DecoderConfig, params: Params) -> Block:
     return block
 
 
-def make_expert(config: DecoderConfig, params: Params, index: int) -> MLP:
-    """One expert, from the parameters of its block.
+def make_part(config: DecoderConfig, name: str, params: Params) -> nnx.Module:
+    """A part of a block, such as one expert, from its parameters by their names in the block.
 
     Raises:
       ValueError: names or shapes do not fit.
     """
-    expert, prefix = nnx.eval_shape(lambda: MLP(config, rngs=nnx.Rngs(0))), f"moe.experts.{index}."
-    _fill(expert, {n.removeprefix(prefix): value for n, value in params.items() if n.startswith(prefix)})
-    return expert
+    part = _abstract(config, Block, name)
+    prefix = f"{name}." if name else ""
+    _fill(part, {n.removeprefix(prefix): value for n, value in params.items() if n.startswith(prefix)})
+    return part
 
 
 def make_decoder(
@@ -109,7 +121,7 @@ def make_decoder(
 
 def make_outer(config: DecoderConfig, outer: Params) -> Decoder:
     """A decoder without blocks: what embeds tokens, and turns the last block's output into logits."""
-    return make_decoder(dataclasses.replace(config, num_layers=0), outer, [])
+    return make_decoder(_without_blocks(config), outer, [])
 
 
 def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from slim_jax.model.decoder import Block, Decoder, embed, sequence_positions
+from slim_jax.model.block import Block, sequence_positions
+from slim_jax.model.decoder import Decoder, embed
 from slim_jax.model.params import make_outer, split_params
 from slim_jax.model.step import most_rows, with_rows
 from slim_jax.model.windows import select_windows
@@ -92,14 +93,14 @@ class _Reader:
     """A model that reads windows, one block at a time."""
 
     def __init__(self, model: Decoder) -> None:
-        self.blocks, self.rows = model.blocks, most_rows(list(model.blocks))
+        self.blocks = [(block, most_rows(run)) for run in model.runs() for block in run]
         self.outer = make_outer(model.config, split_params(model)[0])
 
     def read(self, tokens: jax.Array) -> jax.Array:
         """What the last block gives for ``tokens[B, T]``."""
         h = embed(self.outer, tokens)
-        for block in self.blocks:
-            h = _forward(with_rows(block, self.rows), h)
+        for block, rows in self.blocks:
+            h = _forward(with_rows(block, rows), h)
         return h
 
 

@@ -1,11 +1,11 @@
 """One pass of a decoder against the cache of what a batch has seen.
 
-Blocks that are packed alike are stacked and scanned over, which compiles one body; their products read
-a layer's part of a prepared weight where it lies. Dense blocks run unrolled, because XLA copies each
-slice of a weight that it scans over.
+Blocks of one kind that follow one another and are packed alike are stacked and scanned over, which compiles
+one body; their products read a layer's part of a prepared weight where it lies. Dense blocks run unrolled,
+because XLA copies each slice of a weight that it scans over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import MixedTensor, Prepared
+from slim_jax.model.block import Block
 from slim_jax.model.cache import KeyValues, State
-from slim_jax.model.decoder import Block, Decoder
+from slim_jax.model.decoder import Decoder
+
+Through = Callable[..., tuple[jax.Array, ...]]
+"""From a block, the residual stream, and keys and values (of all layers, then also which is meant)."""
 
 
 def stackable(blocks: Sequence[Block]) -> bool:
@@ -52,38 +56,53 @@ def _is_packed(value: Any) -> bool:
 
 
 def forward(
-    outer: Decoder, blocks: Any, state: State, tokens: jax.Array, positions: jax.Array
+    outer: Decoder, runs: Sequence[Any], state: State, tokens: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, State]:
-    """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them."""
+    """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them.
+
+    Args:
+      outer: what stands outside the blocks.
+      runs: the blocks of every run, a list or stacked.
+      state: what has been seen.
+      tokens: to be read.
+      positions: theirs, ``[B, T]``; -1 for padding.
+    """
     start = state.length
     slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
-    h = outer.embed_tokens(tokens, positions)
 
     def through(block: Block, h: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array | None = None):
         h, cache = block(h, positions, KeyValues(k, v, slots, start, layer))
         assert cache is not None
         return h, cache.keys, cache.values
 
-    kv: Any
-    if isinstance(blocks, list):
-        kv = []
-        for block, (k, v) in zip(blocks, state.kv):
-            h, *layer_kv = through(block, h, k, v)
-            kv.append(tuple(layer_kv))
-    else:
-        whole, cut = _split_stack(blocks)
-
-        def layer(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            i, h, k, v = carry
-            one = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
-            block = _one_of_stack(whole, jax.tree.map(one, cut), i)
-            return i + 1, *through(block, h, k, v, i)
-
-        # Not a scan, whose layers are numbered by a list of numbers beside its own count.
-        count = state.kv[0].shape[0]
-        _, h, *kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, *state.kv))
-        kv = tuple(kv)
+    h, kv = outer.embed_tokens(tokens, positions), []
+    for blocks, seen in zip(runs, state.kv, strict=True):
+        h, seen = (_one_by_one if isinstance(blocks, list) else _scanned)(through, blocks, h, seen)
+        kv.append(seen)
     return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
+
+
+def _one_by_one(through: Through, blocks: list[Block], h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
+    after = []
+    for block, (k, v) in zip(blocks, kv, strict=True):
+        h, *seen = through(block, h, k, v)
+        after.append(tuple(seen))
+    return h, after
+
+
+def _scanned(through: Through, blocks: Any, h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
+    whole, cut = _split_stack(blocks)
+
+    def layer(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        i, h, k, v = carry
+        one = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
+        block = _one_of_stack(whole, jax.tree.map(one, cut), i)
+        return i + 1, *through(block, h, k, v, i)
+
+    # Not a scan, whose layers are numbered by a list of numbers beside its own count.
+    count = kv[0].shape[0]
+    _, h, *kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, *kv))
+    return h, tuple(kv)
 
 
 def _is_prepared(value: Any) -> bool:

@@ -1,11 +1,12 @@
 """The calibration activations, carried through one block after another, stage by stage.
 
-Every stage is a jitted step of its own that compiles once per model. A block that is quantized and
+Every stage is a jitted step of its own that compiles once per kind of block. A block that is quantized and
 one that a resumed run only passes through go through the same steps, so the activations behind it
 are the same to the last bit.
 """
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,12 @@ from pallas_kernels import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.hessian import Observation, gram, spread
-from slim_jax.model.decoder import MLP, Block, embed, linear_groups, sequence_positions
+from slim_jax.model.block import stages
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import embed
 from slim_jax.model.linear import COMPUTE_DTYPE
-from slim_jax.model.params import Params, as_computed, make_block, make_expert, make_outer
+from slim_jax.model.params import Params, as_computed, make_outer, make_part
+from slim_jax.model.stage import Stage
 from slim_jax.run.offload import Batches, OnDisk
 from slim_jax.run.source import Source
 
@@ -117,144 +121,150 @@ def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> O
     return Observation(placement.whole(total), jnp.concatenate(samples), tokens)
 
 
-@jax.jit
-def _attn_input(block: Block, h: jax.Array) -> jax.Array:
-    return block.attn_input(h).astype(COMPUTE_DTYPE)
+INPUTS = ("x", "hidden")
+"""Fields of the stream that linear layers read, which are kept in the compute dtype."""
 
 
-@partial(jax.jit, static_argnames="placement")
-def _o_input(block: Block, x: jax.Array, *, placement: Placement) -> jax.Array:
-    def attend(block: Block, x: jax.Array) -> jax.Array:
-        return block.attn.attend(x, sequence_positions(x))[0].astype(COMPUTE_DTYPE)
+@partial(jax.jit, static_argnames=("run", "reads", "gives", "placement"))
+def _run(
+    part: Any,
+    expert: jax.Array | None,
+    given: tuple[Any, ...],
+    *,
+    run: Callable[..., tuple[Any, ...]],
+    reads: tuple[str, ...],
+    gives: tuple[str, ...],
+    placement: Placement,
+) -> tuple[Any, ...]:
+    """What a stage gives for a batch; see `slim_jax.model.stage.Stage`."""
 
     # On CPUs attention loops over samples: each device must have a loop over its own.
-    return placement.over_samples(attend)(block, x)
+    def own(whole: tuple[Any, jax.Array | None], given: tuple[Any, ...]) -> tuple[Any, ...]:
+        part, expert = whole
+        given = tuple(
+            field if name != "route" or expert is None else jnp.take(field, expert, axis=-1)
+            for name, field in zip(reads, given)
+        )
+        found = zip(gives, run(part, *given), strict=True)
+        return tuple(field.astype(COMPUTE_DTYPE) if name in INPUTS else field for name, field in found)
+
+    return placement.over_samples(own)((part, expert), given)
 
 
-@jax.jit
-def _after_attn(block: Block, h: jax.Array, x: jax.Array) -> jax.Array:
-    return block.after_attn(h, x)
-
-
-@jax.jit
-def _mlp_input(block: Block, h: jax.Array) -> jax.Array:
-    return block.mlp_input(h).astype(COMPUTE_DTYPE)
-
-
-@jax.jit
-def _down_input(mlp: MLP, x: jax.Array) -> jax.Array:
-    return mlp.hidden(x).astype(COMPUTE_DTYPE)
-
-
-@jax.jit
-def _after_mlp(block: Block, h: jax.Array, x: jax.Array) -> jax.Array:
-    assert block.mlp is not None
-    return block.after_mlp(h, block.mlp.down(x))
-
-
-@jax.jit
-def _route(block: Block, x: jax.Array) -> jax.Array:
-    assert block.moe is not None
-    return block.moe.route(x)
-
-
-@partial(jax.jit, donate_argnums=1)
-def _add_expert(expert: MLP, y: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return y + weight[..., None] * expert.down(x)
-
-
-@jax.jit
-def _after_experts(block: Block, h: jax.Array, y: jax.Array) -> jax.Array:
-    return block.after_mlp(h, y)
-
-
+@dataclasses.dataclass(frozen=True)
 class Activations:
-    """The residual stream of all calibration samples in front of the next block.
+    """The residual stream of all calibration samples in front of a block; passing the block gives another.
 
     Attributes:
+      config: the decoder's.
       batches: ``float32[B, T, D]`` each.
-
-    Args:
-      source: whose embeddings they start from.
-      tokens: ``int[samples, length]``.
       offload: a folder for the activations of all but one batch; None keeps them in memory.
       placement: the devices that share the samples; they divide their number.
     """
 
-    def __init__(
-        self,
+    config: DecoderConfig
+    batches: Batches
+    offload: Path | None = None
+    placement: Placement = ONE_DEVICE
+
+    @classmethod
+    def of(
+        cls,
         source: Source,
         tokens: np.ndarray,
         offload: Path | None = None,
         placement: Placement = ONE_DEVICE,
-    ) -> None:
-        self._config, self._offload, self._placement = source.config, offload, placement
+    ) -> "Activations":
+        """In front of the first block.
+
+        Args:
+          source: whose embeddings they start from.
+          tokens: ``int[samples, length]``.
+          offload: see the attributes.
+          placement: see the attributes.
+        """
         outer = make_outer(source.config, placement.tree(dict(source.outer())))
         batches = sample_batches(tokens.astype(np.int32), placement.devices)
-        self.batches = self.keep(embed(outer, placement.samples(rows)) for rows in batches)
+        empty = cls(source.config, [], offload, placement)
+        return empty.with_batches(embed(outer, placement.samples(rows)) for rows in batches)
 
-    def stages(self, params: Params) -> Iterator[tuple[tuple[str, ...], Inputs]]:
-        """Passes a block; on the way, yields each group of layers with its inputs.
+    def with_batches(self, batches: Iterable[jax.Array]) -> "Activations":
+        """The same with others in place of its batches."""
+        return dataclasses.replace(self, batches=self.keep(batches))
 
-        What the caller does to the weights in ``params`` between two stages takes effect from there on.
-        """
-        groups = linear_groups(self._config)
-        block = self.block(params)
-        x = self.keep(_attn_input(block, h) for h in self.batches)
-        yield groups["attn"], Inputs(x)
-        block = self.block(params)
-        for i, attn_input in enumerate(x):
-            x[i] = _o_input(block, attn_input, placement=self._placement)
-        yield groups["attn.o"], Inputs(x)
-        block = self.block(params)
-        self.batches = self.keep(_after_attn(block, h, o_input) for h, o_input in zip(self.batches, x))
-        x = self.keep(_mlp_input(block, h) for h in self.batches)
-        if self._config.num_experts:
-            yield from self._experts(params, block, x)
-            return
-        yield groups["mlp"], Inputs(x)
-        block = self.block(params)
-        for i, mlp_input in enumerate(x):
-            x[i] = _down_input(block.mlp, mlp_input)
-        yield groups["mlp.down"], Inputs(x)
-        block = self.block(params)
-        self.batches = self.keep(_after_mlp(block, h, down_input) for h, down_input in zip(self.batches, x))
+    def through(self, index: int, params: Params) -> "Passing":
+        """On the way through block ``index``, whose parameters are dense; what the caller does to the
+        weights in ``params`` between two stages takes effect from there on."""
+        return Passing(self, index, params)
 
-    def carry(self, params: Params) -> None:
-        """Passes a block, dense or packed."""
-        for _ in self.stages({name: dense_weight(value) for name, value in params.items()}):
+    def behind(self, index: int, params: Params) -> "Activations":
+        """Behind block ``index``, whose weights may be dense or packed."""
+        passing = self.through(index, {name: dense_weight(value) for name, value in params.items()})
+        for _ in passing:
             pass
-
-    def _experts(self, params: Params, block: Block, x: Batches) -> Iterator[tuple[tuple[str, ...], Inputs]]:
-        """The rest of a block with experts; each sees the tokens that are routed to it."""
-        groups = linear_groups(self._config)
-        weights = [_route(block, mlp_input) for mlp_input in x]
-        y = self.keep(jnp.zeros_like(h) for h in self.batches)
-        for index in range(self._config.num_experts):
-            name, of_expert = f"moe.experts.{index}", [w[..., index] for w in weights]
-            seen = [w > 0 for w in of_expert]
-            yield groups[name], Inputs(x, seen)
-            expert = self._expert(params, index)
-            hidden = self.keep(_down_input(expert, mlp_input) for mlp_input in x)
-            yield groups[f"{name}.down"], Inputs(hidden, seen)
-            expert = self._expert(params, index)
-            y = self.keep(_add_expert(expert, *parts) for parts in zip(y, hidden, of_expert))
-        self.batches = self.keep(_after_experts(block, h, part) for h, part in zip(self.batches, y))
+        return passing.after
 
     def keep(self, arrays: Iterable[jax.Array]) -> Batches:
         """The arrays, in memory or offloaded."""
-        return list(arrays) if self._offload is None else OnDisk(arrays, self._offload)
+        return list(arrays) if self.offload is None else OnDisk(arrays, self.offload)
 
-    def block(self, params: Params) -> Block:
-        """The block with matrices dense in the compute dtype, the rest in float32."""
-        return make_block(self._config, self._computed(params))
+    def part(self, index: int, name: str, params: Params) -> Any:
+        """A part of block ``index`` (all of it if ``name`` is empty), with matrices dense in the compute
+        dtype, the rest in float32."""
+        own = {n: v for n, v in params.items() if not name or n.startswith(f"{name}.")}
+        computed = {n: self.placement.whole(as_computed(n, value)) for n, value in own.items()}
+        return make_part(self.config.block(index), name, computed)
 
-    def _expert(self, params: Params, index: int) -> MLP:
-        own = {n: v for n, v in params.items() if n.startswith(f"moe.experts.{index}.")}
-        return make_expert(self._config, self._computed(own), index)
 
-    def _computed(self, params: Params) -> dict[str, jax.Array]:
-        return {name: self._placement.whole(as_computed(name, value)) for name, value in params.items()}
+class Passing:
+    """One passage of a block: iterating gives, stage by stage, the linear layers and what they read.
+
+    Attributes:
+      after: the activations behind the block, once the iteration has ended.
+    """
+
+    after: Activations
+
+    def __init__(self, before: Activations, index: int, params: Params) -> None:
+        self.before, self.index, self.params = before, index, params
+
+    def __iter__(self) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+        stream: dict[str, Batches] = {"h": self.before.batches}
+        for outer in stages(self.before.config.block(self.index)):
+            for stage in outer.inside or (outer,):
+                if stage.run is not None:
+                    self._pass(stage, stream)
+                if stage.layers:
+                    yield stage.layers, Inputs(stream[stage.input], _seen(stage, stream))
+        self.after = dataclasses.replace(self.before, batches=stream["h"])
+
+    def _pass(self, stage: Stage, stream: dict[str, Batches]) -> None:
+        """Takes all batches through a stage. What it gives takes the place of what this passage has made."""
+        before, part = self.before, self.before.part(self.index, stage.part, self.params)
+        expert = None if stage.expert is None else jnp.int32(stage.expert)
+        held = [stream.get("routes" if name == "route" else name) for name in stage.reads]
+        made = {name: before.keep([]) for name in stage.gives}
+        for name, batches in stream.items():
+            if name in made and batches is not before.batches:
+                made[name] = batches
+        for i in range(len(before.batches)):
+            given = tuple(None if batches is None else batches[i] for batches in held)
+            kinds = {"run": stage.run, "reads": stage.reads, "gives": stage.gives}
+            found = _run(part, expert, given, **kinds, placement=before.placement)
+            for name, array in zip(stage.gives, found):
+                if array is None:
+                    continue
+                if i < len(made[name]):
+                    made[name][i] = array
+                else:
+                    made[name].append(array)
+        stream.update({name: batches for name, batches in made.items() if len(batches)})
+
+
+def _seen(stage: Stage, stream: Mapping[str, Batches]) -> list[jax.Array] | None:
+    if stage.expert is None:
+        return None
+    return [routes[..., stage.expert] > 0 for routes in stream["routes"]]
 
 
 def dense_weight(value: Any) -> Any:

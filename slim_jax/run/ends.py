@@ -42,7 +42,7 @@ def quantize_ends(
     Args:
       source: of the dense model.
       config: how to quantize.
-      activations: behind the last block. They are spent: head inputs take their place.
+      activations: behind the last block.
       stride: see `slim_jax.run.activations.observe`.
       placement: the devices that share the work.
 
@@ -69,7 +69,7 @@ def quantize_ends(
 
 def sizes(config: DecoderConfig, outer: Params, blocks: Sequence[Params]) -> tuple[int, int]:
     """Parameters of a model, and the bytes that hold them."""
-    shapes = [outer_params(config), *[block_params(config)] * config.num_layers]
+    shapes = [outer_params(config), *map(block_params, config.blocks())]
     buffers = len(blocks) if config.global_layers else 0
     count = sum(math.prod(shape.shape) for part in shapes for shape in part.values()) - buffers
     return count, sum(value.nbytes for part in (outer, *blocks) for value in part.values())
@@ -81,17 +81,15 @@ def _head_input(outer: Decoder, h: jax.Array) -> jax.Array:
 
 
 def head_inputs(config: DecoderConfig, params: Params, activations: Activations) -> Batches:
-    """The head's inputs, which take the place of the activations behind the last block."""
+    """The head's inputs, from the activations behind the last block."""
     outer = make_outer(config, params)
-    for i, h in enumerate(activations.batches):
-        activations.batches[i] = _head_input(outer, h)
-    return activations.batches
+    return activations.keep(_head_input(outer, h) for h in activations.batches)
 
 
 def observe_head(
     config: DecoderConfig, params: Params, activations: Activations, stride: int, placement: Placement
 ) -> Observation:
-    """What was seen of the head's inputs, which take the place of the activations behind the last block."""
+    """What was seen of the head's inputs; see :func:`head_inputs`."""
     return observe(Inputs(head_inputs(config, params, activations)), stride, placement)
 
 

@@ -84,18 +84,21 @@ class BlockLearner:
         self.batch = min(config.batch_size, samples)
         self.judges, self.learners = held_out(samples, self.batch)
         steps = config.epochs * (len(self.learners) // self.batch)
-        self.plus = SlimPlus(
-            decoder,
-            config.group_size,
-            zero_bits,
-            optimizer or default_optimizer(config, steps),
-            config.augmented,
-            placement.of_samples(),
-        )
+        self.kinds = [
+            SlimPlus(
+                block,
+                config.group_size,
+                zero_bits,
+                optimizer or default_optimizer(config, steps),
+                config.augmented,
+                placement.of_samples(),
+            )
+            for block in decoder.blocks()
+        ]
 
     def improve(
         self,
-        seed: int,
+        index: int,
         dense: Params,
         packed: Mapping[str, MixedTensor],
         samples: Samples,
@@ -104,24 +107,25 @@ class BlockLearner:
         """Better packed weights for one block, or the given ones where learning gave none.
 
         Args:
-          seed: of the order of samples.
+          index: which block; also seeds the order of samples.
           dense: the block's full-precision parameters.
           packed: its quantized layers, by name (``"attn.q"``).
           samples: what the block reads and should give.
           on_epoch: called after every epoch.
         """
+        plus = self.kinds[index]
         learned, layers, rest = self.start(dense, packed)
         samples, judge_order = self.placement.tree(samples), self._judge_order()
         best = jax.tree.map(jnp.copy, learned)
-        before = best_loss = float(self.plus.evaluate(learned, layers, rest, samples, judge_order))
-        state = self.placement.tree(self.plus.optimizer.init(learned))
-        rng, best_epoch, losses = np.random.default_rng(seed), 0, [before]
+        before = best_loss = float(plus.evaluate(learned, layers, rest, samples, judge_order))
+        state = self.placement.tree(plus.optimizer.init(learned))
+        rng, best_epoch, losses = np.random.default_rng(index), 0, [before]
         note = ""
         for epoch in range(1, self.config.epochs + 1):
             order = rng.permutation(self.learners)
             order = order[: len(order) // self.batch * self.batch].reshape(-1, self.batch)
-            learned, state, _ = self.plus.epoch(learned, state, layers, rest, samples, jnp.asarray(order))
-            loss = float(self.plus.evaluate(learned, layers, rest, samples, judge_order))
+            learned, state, _ = plus.epoch(learned, state, layers, rest, samples, jnp.asarray(order))
+            loss = float(plus.evaluate(learned, layers, rest, samples, judge_order))
             if not math.isfinite(loss):
                 note = f"the loss became {loss} in epoch {epoch}; epoch {best_epoch} is kept"
                 break
@@ -138,11 +142,12 @@ class BlockLearner:
         if best_epoch == 0 and not self.config.clips:
             return dict(packed), report
         best = self.placement.tree(best)
-        result = {name: self.plus.pack(best[name], layers[name], packed[name]) for name in packed}
+        result = {name: plus.pack(best[name], layers[name], packed[name]) for name in packed}
         return {name: self.placement.tensor(tensor) for name, tensor in result.items()}, report
 
     def better(
         self,
+        index: int,
         dense: Params,
         learned: dict[str, MixedTensor],
         rounded: dict[str, MixedTensor],
@@ -151,7 +156,7 @@ class BlockLearner:
     ) -> tuple[dict[str, MixedTensor], LearningReport]:
         """``rounded``, what GPTQ made of the ``learned`` grids, if its held-out loss is lower."""
         parameters, layers, rest = self.start(dense, rounded, "grid")  # codes as they are
-        loss = float(self.plus.evaluate(parameters, layers, rest, samples, self._judge_order()))
+        loss = float(self.kinds[index].evaluate(parameters, layers, rest, samples, self._judge_order()))
         losses = [*report.losses, loss]
         if loss < report.losses[report.kept_epoch]:
             return rounded, LearningReport(losses, len(losses) - 1, report.note)

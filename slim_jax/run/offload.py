@@ -23,8 +23,7 @@ class OnDisk:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._kinds: list[jax.ShapeDtypeStruct] = []
         for array in arrays:
-            self._kinds.append(_kind(array))
-            self[len(self) - 1] = array
+            self.append(array)
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -39,6 +38,11 @@ class OnDisk:
         pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
         np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)]).tofile(self._file(index))
         self._kinds[index] = _kind(array)
+
+    def append(self, array: jax.Array) -> None:
+        """One more array."""
+        self._kinds.append(_kind(array))
+        self[len(self) - 1] = array
 
     def __iter__(self) -> Iterator[jax.Array]:
         return (self[index] for index in range(len(self)))

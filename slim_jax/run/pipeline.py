@@ -6,7 +6,6 @@ shapes, so each jitted step here compiles once per model.
 """
 
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import json
@@ -34,11 +33,10 @@ from slim_jax.method.tune import apply
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report
-from slim_jax.run.activations import Activations, dense_weight, observe
+from slim_jax.run.activations import Activations, Passing, dense_weight, observe
 from slim_jax.run.checkpoint import CheckpointWriter
 from slim_jax.run.ends import quantize_ends, sizes
 from slim_jax.run.learning import BlockLearner, OnEpoch
-from slim_jax.run.offload import Batches
 from slim_jax.run.source import DecoderSource, Source
 from slim_jax.run.sweep import Guide, OnSweep, Sweep
 from slim_jax.run.tuning import OnStep, tune
@@ -72,12 +70,12 @@ class BlockQuantizer:
                     self.guide.save(sweep_file)
             bits = bits or self.guide.allocation
         self.solver = LayerSolver(config, bits, placement)
-        self.activations = Activations(source, tokens, offload, placement)
+        self.activations = Activations.of(source, tokens, offload, placement)
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
         self.reference: Activations | None = None  # behind full-precision blocks
         if config.method == "slim-plus":
-            self.reference = Activations(source, tokens, offload, placement)
+            self.reference = Activations.of(source, tokens, offload, placement)
             self.learner = BlockLearner(
                 source.config, config, self.solver.zero_bits, len(tokens), optimizer, placement
             )
@@ -85,8 +83,8 @@ class BlockQuantizer:
     def skip(self, index: int, params: Params) -> None:
         """Carries the activations over a block that an earlier run has quantized."""
         if self.reference is not None:
-            self.reference.carry(self.source.block(index))
-        self.activations.carry(params)
+            self.reference = self.reference.behind(index, self.source.block(index))
+        self.activations = self.activations.behind(index, params)
 
     def quantize(self, index: int, on_epoch: OnEpoch | None = None) -> tuple[dict[str, Any], BlockReport]:
         """Quantizes block ``index``: its parameters, linear weights packed, and what was done."""
@@ -95,20 +93,16 @@ class BlockQuantizer:
         packed = [name for name, value in dense.items() if isinstance(value, MixedTensor)]
         if packed:
             raise ValueError(f"blocks.{index}.{packed[0]} is already quantized, expected a dense model")
-        before = self.activations.batches
-        tensors, layers, expert_tokens = self._solve_block(index, dense)
+        tensors, layers, expert_tokens, after = self._solve_block(index, dense)
         learning = None
         if self.learner is not None:
-            samples = self._samples(dense, before)
+            samples = self._samples(index, dense)
             tensors, learning = self.learner.improve(index, dense, tensors, samples, on_epoch)
             if self.config.learn == "clip-gptq":
-                self.activations.batches = before
                 again, *_ = self._solve_block(index, dense, tensors)
-                tensors, learning = self.learner.better(dense, tensors, again, samples, learning)
+                tensors, learning = self.learner.better(index, dense, tensors, again, samples, learning)
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
-        if self.learner is not None:
-            self.activations.batches = before
-            self.activations.carry(result)
+        self.activations = after if self.learner is None else self.activations.behind(index, result)
         allocation = {f"blocks.{index}.{name}": tensor.bits().tolist() for name, tensor in tensors.items()}
         seconds = time.monotonic() - start
         total = self.source.config.num_layers
@@ -123,17 +117,18 @@ class BlockQuantizer:
 
     def _solve_block(
         self, index: int, dense: Params, given: Mapping[str, MixedTensor] | None = None
-    ) -> tuple[dict[str, MixedTensor], list[LayerReport], list[int]]:
-        """Quantizes every layer of a block, by name in the block, and passes the activations on.
+    ) -> tuple[dict[str, MixedTensor], list[LayerReport], list[int], Activations]:
+        """Quantizes every layer of a block, by name in the block.
 
         ``given`` are layers whose bits and grids serve again; only codes are found anew. Also returns the
-        number of tokens that each expert saw.
+        number of tokens that each expert saw, and the activations behind the block.
         """
         current = dict(dense)
         tensors: dict[str, MixedTensor] = {}
         layers: list[LayerReport] = []
         expert_tokens: list[int] = []
-        for names, observation in self._observations(index, current):
+        passing = self.activations.through(index, current)
+        for names, observation in self._observations(passing):
             if names[0].startswith("moe.experts.") and not names[0].endswith(".down"):
                 expert_tokens.append(observation.tokens)
             weights = [dense[f"{name}.weight"] for name in names]
@@ -145,46 +140,37 @@ class BlockQuantizer:
                 tensors[name], current[f"{name}.weight"] = tensor, dense_weight(tensor)
                 rise = None if self.guide is None else self.guide.rises.get(report.name)
                 layers.append(dataclasses.replace(report, rise=rise))
-        return tensors, layers, expert_tokens
+        after = passing.after if self.config.sequential else self.activations.behind(index, current)
+        return tensors, layers, expert_tokens, after
 
-    def _samples(self, dense: Params, before: Batches) -> Samples:
+    def _samples(self, index: int, dense: Params) -> Samples:
         """What the block at hand learns from; passes the full-precision activations on."""
         assert self.reference is not None
-        here = copy.copy(self.activations)
-        here.batches = before
-        here.carry(dense)
-        self.reference.carry(dense)
-        x, y, y_here = (jnp.concatenate(list(b)) for b in (before, self.reference.batches, here.batches))
-        return Samples(x, y, y_here)
+        self.reference = self.reference.behind(index, dense)
+        streams = (self.activations, self.reference, self.activations.behind(index, dense))
+        return Samples(*(jnp.concatenate(list(stream.batches)) for stream in streams))
 
-    def _observations(
-        self, index: int, params: dict[str, Any]
-    ) -> Iterator[tuple[tuple[str, ...], Observation]]:
-        """Yields each group of layers with what was seen of its inputs, and passes the block.
+    def _observations(self, passing: Passing) -> Iterator[tuple[tuple[str, ...], Observation]]:
+        """Yields each group of layers with what was seen of its inputs.
 
-        The caller puts quantized weights into ``params``; later layers see what these give, if the
-        config is sequential, else what the unquantized block gave.
+        The caller puts quantized weights into the passage's parameters; later layers see what these give,
+        if the config is sequential, else what the unquantized block gives.
         """
-        if self.config.sequential:
-            yield from self._observed(index, params)
-            return
-        before = self.activations.batches
-        seen = list(self._observed(index, params))
-        self.activations.batches = before
-        yield from seen
-        self.activations.carry(params)
+        seen = self._observed(passing)
+        yield from seen if self.config.sequential else list(seen)
 
-    def _observed(self, index: int, params: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Observation]]:
+    def _observed(self, passing: Passing) -> Iterator[tuple[tuple[str, ...], Observation]]:
         """What is seen at each stage; at an expert's, filled up from all tokens of the block."""
-        prior: tuple[Batches, Observation] | None = None
-        for names, inputs in self.activations.stages(params):
+        entry: Observation | None = None  # of all tokens: gate and up of all experts read one input
+        for names, inputs in passing:
             if self.guide is not None and self.config.guide:
-                inputs = inputs._replace(weights=self.guide.of(index, names))
+                inputs = inputs._replace(weights=self.guide.of(passing.index, names))
             found = observe(inputs, self.stride, self.placement)
             if inputs.seen is not None:
-                if prior is None or prior[0] is not inputs.x:  # gate and up of all experts read one input
-                    prior = inputs.x, observe(inputs._replace(seen=None), self.stride, self.placement)
-                found = found.with_prior(prior[1])
+                prior = None if names[0].endswith(".down") else entry
+                prior = prior or observe(inputs._replace(seen=None), self.stride, self.placement)
+                entry = entry or prior
+                found = found.with_prior(prior)
             yield names, found
 
 
@@ -259,7 +245,7 @@ def quantize(
         learned, tuning = tune(
             source, tokens, config, outer, blocks, placement, quantizer.reference, on_step=on_step
         )
-        outer, blocks = apply(outer, learned.outer), [apply(b, learned.of(i)) for i, b in enumerate(blocks)]
+        outer, blocks = apply(outer, learned.outer), list(map(apply, blocks, learned.blocks()))
     whole = Report(reports, ends, *sizes(source.config, outer, blocks), tuning)
     return make_decoder(source.config, outer, blocks, placement.mesh), whole
 
@@ -323,7 +309,8 @@ def quantize_to_checkpoint(
                 source, tokens, config, outer, blocks, placement, reference, folder, file, on_step
             )
             tuned = apply(outer, learned.outer)
-            writer.write_tuned(tuned, lambda index: apply(blocks[index], learned.of(index)), tuning)
+            factors = learned.blocks()
+            writer.write_tuned(tuned, lambda index: apply(blocks[index], factors[index]), tuning)
     writer.finish()
     return writer.report()
 

@@ -1,6 +1,8 @@
 """What a quantized model would need, from its config alone: sizes, cache, memory of each device."""
 
 import dataclasses
+import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -9,8 +11,8 @@ from typing import Any
 from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax.config import SlimConfig, default_embedding_bits
+from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import linear_groups
 from slim_jax.model.params import block_params, outer_params
 
 GIB = 2**30
@@ -103,40 +105,45 @@ def make_plan(
       samples: calibration windows.
       length: their tokens.
     """
-    block, outer = block_params(config), outer_params(config)
-    linear = [name for names in linear_groups(config).values() for name in names]
-    sizes = {name: math.prod(shape.shape) for name, shape in block.items()}
-    shapes = {name: block[f"{name}.weight"].shape for name in linear}
-    packed = {name: _packed_bytes(shape, settings) for name, shape in shapes.items()}
+    outer, parts = outer_params(config), [_part(kind, settings) for kind in config.blocks()]
     ends = _ends(outer, settings)
-    outputs = {**{name: shape[1] for name, shape in shapes.items()}, **dict.fromkeys(ends, config.vocab_size)}
+    outputs = dict.fromkeys(ends, config.vocab_size)
+    for part in parts:
+        outputs |= part.outputs
     sharding = {name: "replicated" if devices == 1 or n % devices else "n" for name, n in outputs.items()}
-    quantized = sum(sizes[f"{name}.weight"] for name in linear)
-    rest = 2 * (sum(sizes.values()) - quantized)
     outside = sum(math.prod(shape.shape) for shape in outer.values())
     in_tables = sum(math.prod(shape.shape) for name, shape in outer.items() if _label(name) in ends)
 
-    def share(packed: dict[str, int]) -> int:
-        cut = {name: 1 if sharding[name] == "replicated" else devices for name in packed}
+    def share(packed: dict[str, int], outputs: dict[str, int]) -> int:
+        cut = {name: 1 if devices == 1 or outputs[name] % devices else devices for name in packed}
         return sum(-(-size // cut[name]) for name, size in packed.items())
 
-    layers = config.num_layers
-    weights = layers * (share(packed) + rest) + share(ends) + 2 * (outside - in_tables)
-    heads = config.num_kv_heads if config.num_kv_heads % devices else config.num_kv_heads // devices
-    cache_here = 2 * 2 * layers * heads * config.head_dim
-    working = 4 * batch * (config.vocab_size + 8 * config.intermediate_size)
+    ends_here = share(ends, outputs) + 2 * (outside - in_tables)
+    weights = sum(share(part.packed, part.outputs) + part.rest for part in parts) + ends_here
+    cache_here = sum(_cache_bytes(kind, devices) for kind in config.blocks())
+    inner = max(kind.intermediate_size for kind in config.blocks())
+    working = 4 * batch * (config.vocab_size + 8 * inner)
     capacity = int(USABLE * DEVICES[device])
     room = capacity - weights - working
     device_bytes = weights + working + batch * context * cache_here
+    parameters = sum(part.parameters for part in parts) + outside
+    packed_bytes = sum(sum(part.packed.values()) for part in parts)
+    quantized = sum(part.quantized for part in parts)
     return Plan(
-        parameters=layers * sum(sizes.values()) + outside,
-        quantized=layers * quantized + in_tables,
-        bfloat16_bytes=2 * (layers * sum(sizes.values()) + outside),
-        packed_bytes=layers * (sum(packed.values()) + rest) + sum(ends.values()) + 2 * (outside - in_tables),
-        bits_per_weight=8 * sum(packed.values()) / quantized,
+        parameters=parameters,
+        quantized=quantized + in_tables,
+        bfloat16_bytes=2 * parameters,
+        packed_bytes=packed_bytes
+        + sum(part.rest for part in parts)
+        + sum(ends.values())
+        + 2 * (outside - in_tables),
+        bits_per_weight=8 * packed_bytes / quantized,
         ends_bytes=sum(ends.values()),
-        cache_bytes_per_token=2 * 2 * layers * config.num_kv_heads * config.head_dim,
-        calibration_bytes=_calibration_bytes(config, settings, sum(sizes.values()), samples * length),
+        cache_bytes_per_token=sum(_cache_bytes(kind, 1) for kind in config.blocks()),
+        calibration_bytes=max(
+            _calibration_bytes(kind, settings, part.parameters, samples * length)
+            for kind, part in zip(config.blocks(), parts)
+        ),
         device=device,
         devices=devices,
         capacity=capacity,
@@ -149,6 +156,43 @@ def make_plan(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What a block takes.
+
+    Attributes:
+      parameters: how many it has.
+      quantized: how many of them its linear layers have.
+      packed: bytes of its linear layers.
+      rest: bytes of all else.
+      outputs: output channels of its linear layers.
+    """
+
+    parameters: int
+    quantized: int
+    packed: dict[str, int]
+    rest: int
+    outputs: dict[str, int]
+
+
+@functools.cache
+def _part(kind: DecoderConfig, settings: SlimConfig) -> _Part:
+    block = block_params(kind)
+    names = itertools.chain(*linear_groups(kind))
+    shapes = {name: block[f"{name}.weight"].shape for name in names}
+    parameters = sum(math.prod(shape.shape) for shape in block.values())
+    quantized = sum(map(math.prod, shapes.values()))
+    packed = {name: _packed_bytes(shape, settings) for name, shape in shapes.items()}
+    outputs = {name: shape[1] for name, shape in shapes.items()}
+    return _Part(parameters, quantized, packed, 2 * (parameters - quantized), outputs)
+
+
+def _cache_bytes(kind: DecoderConfig, devices: int) -> int:
+    """Of a block's keys and values of one token, in bfloat16, on one of so many devices."""
+    heads = kind.num_kv_heads if kind.num_kv_heads % devices else kind.num_kv_heads // devices
+    return 2 * 2 * heads * kind.head_dim
+
+
 def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConfig:
     """The settings with the mean width at which the whole model takes at most ``size`` bytes, as stored.
 
@@ -159,10 +203,12 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
     """
     if not settings.over_model:
         raise ValueError("a target size needs criterion 'model', which gives any mean width")
-    block = block_params(config)
-    shapes = [block[f"{name}.weight"].shape for names in linear_groups(config).values() for name in names]
-    g = settings.group_size
-    bytes_per_bit = config.num_layers * sum(group_count(k, g) * g * n for k, n in shapes) / 8
+    g, padded = settings.group_size, 0
+    for kind in config.blocks():
+        block = block_params(kind)
+        shapes = [block[f"{name}.weight"].shape for name in itertools.chain(*linear_groups(kind))]
+        padded += sum(group_count(k, g) * g * n for k, n in shapes)
+    bytes_per_bit = padded / 8
     chosen, smallest = settings.embedding_bits, 0
     default = chosen == default_embedding_bits(settings.bits, settings.sqc)
     for whole in range(6, 0, -1):

@@ -10,6 +10,7 @@ so that ``sum_t w_t |(W - W_hat)^T x_t|^2 / 2`` is about how much ``L`` rises wh
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,9 +29,11 @@ from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.budget import LayerCosts, expected_rise, spend
 from slim_jax.method.layer import LayerSolver
 from slim_jax.method.sba import Allocation
-from slim_jax.model.decoder import Block, Decoder, linear_groups, linear_layer, sequence_positions
+from slim_jax.model.block import Block, linear_groups, sequence_positions
+from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
 from slim_jax.model.params import make_outer
+from slim_jax.model.stage import part_of
 from slim_jax.run.activations import Activations, observe, sample_batches
 from slim_jax.run.files import write_arrays
 from slim_jax.run.offload import Batches
@@ -126,7 +129,7 @@ def _with_taps(block: Block, weights: Mapping[str, jax.Array]) -> Block:
     block = nnx.merge(*nnx.split(block))
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(linear_layer(block, owner), leaf, _Tapped(linear_layer(block, name), weight))
+        setattr(part_of(block, owner), leaf, _Tapped(part_of(block, name), weight))
     return block
 
 
@@ -202,9 +205,9 @@ class Sweep:
         if not config.guide:  # then only sums over tokens are asked for
             tokens = some_samples(tokens, placement.devices)
         self.source, self.tokens, self.config, self.placement = source, tokens, config, placement
-        self.activations = Activations(source, tokens, offload, placement)
+        self.start = Activations.of(source, tokens, offload, placement)
         self.solver = LayerSolver(config, None, placement)
-        self.names = tuple(name for names in linear_groups(source.config).values() for name in names)
+        self.names = [tuple(itertools.chain(*linear_groups(block))) for block in source.config.blocks()]
         self.weights: dict[tuple[int, str], np.ndarray] = {}
         self.costs: dict[str, LayerCosts] = {}
 
@@ -221,35 +224,35 @@ class Sweep:
                 on_sweep(self.source.config.num_layers - index, self.source.config.num_layers)
         if not self.costs:
             return Guide(self.weights)
-        names = [f"blocks.{i}.{name}" for i in range(self.source.config.num_layers) for name in self.names]
+        names = [f"blocks.{i}.{name}" for i, block in enumerate(self.names) for name in block]
         costs, widths = {name: self.costs[name] for name in names}, self.config.widths
         allocation = spend(costs, widths, self.config.mean_width)
         return Guide(self.weights, allocation, expected_rise(costs, widths, allocation))
 
     def _inputs(self) -> list[Batches]:
         """What every block reads, bfloat16, and last what the last one gives."""
-        keep = self.activations.keep
-        inputs = [keep(h.astype(jnp.bfloat16) for h in self.activations.batches)]
-        self.activations.batches = []
+        keep = self.start.keep
+        inputs = [keep(h.astype(jnp.bfloat16) for h in self.start.batches)]
+        self.start = dataclasses.replace(self.start, batches=[])
         for index in range(self.source.config.num_layers):
-            block = self.activations.block(self.source.block(index))
+            block = self.start.part(index, "", self.source.block(index))
             inputs.append(keep(_forward(block, h, placement=self.placement) for h in inputs[-1]))
         return inputs
 
     def _loss_gradients(self, outputs: Batches) -> Batches:
         decoder = make_outer(self.source.config, self.placement.tree(dict(self.source.outer())))
         rows = map(self.placement.samples, sample_batches(self.tokens, self.placement.devices))
-        return self.activations.keep(
+        return self.start.keep(
             _loss_gradient(decoder, h, batch, placement=self.placement) for h, batch in zip(outputs, rows)
         )
 
     def _weigh(self, index: int, inputs: Batches, gradients: Batches) -> dict[str, float]:
         """Passes the gradients back over a block; every layer's mean weight of a token, limited."""
-        block = self.activations.block(self.source.block(index))
-        found: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
+        block = self.start.part(index, "", self.source.block(index))
+        found: dict[str, list[np.ndarray]] = {name: [] for name in self.names[index]}
         for i, h in enumerate(inputs):
             gradients[i], weights = _backward(
-                block, h, gradients[i], names=self.names, placement=self.placement
+                block, h, gradients[i], names=self.names[index], placement=self.placement
             )
             for name, weight in weights.items():
                 found[name].append(self.placement.fetch(weight))
@@ -267,10 +270,10 @@ class Sweep:
 
     def _cost(self, index: int, inputs: Batches, scales: Mapping[str, float]) -> None:
         """What every width of every group of the block's layers would cost."""
-        self.activations.batches = self.activations.keep(h.astype(jnp.float32) for h in inputs)
+        before = self.start.with_batches(h.astype(jnp.float32) for h in inputs)
         params = self.source.block(index)
         guide = Guide(self.weights)
-        for names, seen in self.activations.stages(params):
+        for names, seen in before.through(index, params):
             weighted = seen._replace(weights=guide.of(index, names))
             observation = observe(weighted, 1 << 30, self.placement)
             layers = {f"blocks.{index}.{name}": params[f"{name}.weight"] for name in names}

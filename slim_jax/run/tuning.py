@@ -69,9 +69,9 @@ def tune(
     """
     full = placement.tree(dict(source.outer()))
     if reference is None:
-        reference = Activations(source, tokens, offload, placement)
+        reference = Activations.of(source, tokens, offload, placement)
         for index in range(source.config.num_layers):
-            reference.carry(source.block(index))
+            reference = reference.behind(index, source.block(index))
     targets = [placement.fetch(x) for x in head_inputs(source.config, full, reference)]
     tuning = Tuning(source.config, config, tokens, np.concatenate(targets), None, placement, file)
     return tuning.run(outer, blocks, full, on_step)
@@ -100,7 +100,8 @@ class Tuning:
         placement: Placement = ONE_DEVICE,
         file: Path | None = None,
     ) -> None:
-        self.tokens, self.targets, self.placement, self.file = tokens, targets, placement, file
+        self.decoder, self.tokens, self.targets = decoder, tokens, targets
+        self.placement, self.file = placement, file
         batch = min(config.tune_batch_size, len(tokens))
         self.judges, learners = held_out(len(tokens), batch)
         rng = np.random.default_rng(0)
@@ -121,8 +122,9 @@ class Tuning:
           full: of the full-precision model, what stands outside its blocks.
           on_step: called after every step.
         """
-        fixed = Fixed(stacked(blocks), dict(outer), dict(full))
-        start = Learned(no_change(blocks[0], len(blocks)), no_change(outer))
+        runs = [[blocks[index] for index in run] for run in self.decoder.runs()]
+        fixed = Fixed(list(map(stacked, runs)), dict(outer), dict(full))
+        start = Learned([no_change(run[0], len(run)) for run in runs], no_change(outer))
         learned: Learned = self.placement.tree(start)
         state = self.placement.tree(self.tuner.optimizer.init(learned))
         best, history = jax.tree.map(jnp.copy, learned), History()

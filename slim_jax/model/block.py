@@ -1,0 +1,317 @@
+"""One transformer block, driven by a config, for every family that we read: its parts, and its stages.
+
+Activations are float32; each product is taken in the dtype of its weight (float32, bfloat16 or packed) and
+accumulated in float32. A block is a list of :func:`stages`, and all that passes a block folds over them: the
+model itself here, calibration in `slim_jax.run.activations`. What differs from block to block of one kind
+(whether its attention is local) is data: a :class:`Buffer` among its parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from slim_jax.model.attention import attention
+from slim_jax.model.cache import KeyValues
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.linear import Linear, outputs
+from slim_jax.model.rotary import frequencies, rotate
+from slim_jax.model.stage import Stage, Stream, part_of, passed
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Buffer(nnx.Variable):
+    """What a block is given like a parameter, though it follows from the config and its index."""
+
+
+class Norm(nnx.Module):
+    """RMSNorm, or LayerNorm with a bias, over the last axis."""
+
+    def __init__(self, size: int, config: DecoderConfig) -> None:
+        self.scale = nnx.Param(jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size)) if config.norm == "layer" else None
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        along_last = (1,) * (x.ndim - 1) + (-1,)
+        if self.bias is not None:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        y = y * (self.scale[...].astype(jnp.float32) + self.offset).reshape(along_last)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(jnp.float32).reshape(along_last)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key-value heads and an optional sliding window.
+
+    ``local``, in models where some blocks have a window and others not, is 1 in those that have.
+    """
+
+    def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
+        d, heads = config.hidden_size, config.num_heads * config.head_dim
+        kv = config.num_kv_heads * config.head_dim
+        self.q = Linear(d, heads, bias=config.qkv_bias, rngs=rngs)
+        self.k = Linear(d, kv, bias=config.qkv_bias, rngs=rngs)
+        self.v = Linear(d, kv, bias=config.qkv_bias, rngs=rngs)
+        self.o = Linear(heads, d, bias=config.o_bias, rngs=rngs)
+        self.q_norm = Norm(config.head_dim, config) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config) if config.qk_norm else None
+        self.local = Buffer(is_local(config, index)) if config.global_layers else None
+        self.config = config
+
+    def attend(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"] | None = None,
+        cache: KeyValues | None = None,
+    ) -> tuple[Float[Array, "b t hd"], KeyValues | None]:
+        """Attention up to the output projection, over the tokens of ``x`` and of the cache that they join.
+
+        Without ``positions``, rows are whole sequences.
+        """
+        config = self.config
+        positions = sequence_positions(x) if positions is None else positions
+        batch, time, _ = x.shape
+        q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in outputs(x, self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.positions == "rotary":
+            q, k = self._rotate(q, k, positions)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        key_positions = positions
+        if cache is not None:
+            cache = cache.write(k, v)
+            (k, v), key_positions = cache.read(), cache.positions
+        window: int | jax.Array | None = config.sliding_window
+        if self.local is not None and window is not None:
+            window = jnp.where(self.local[...] > 0, window, jnp.iinfo(jnp.int32).max)
+        scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        softcap = config.attn_softcap
+        y = attention(q, k, v, positions, key_positions, scale=scale, window=window, softcap=softcap)
+        return y, cache
+
+    def _rotate(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        config, scaling = self.config, self.config.rope_scaling
+        frequency = frequencies(config.head_dim, config.rope_theta, scaling, jnp.max(positions) + 1)
+        if config.sliding_window is not None and config.local_rope_theta is not None:
+            local = frequencies(config.head_dim, config.local_rope_theta)
+            frequency = local if self.local is None else jnp.where(self.local[...] > 0, local, frequency)
+        factor = 1.0 if scaling is None else scaling.attention_factor
+        return rotate(q, positions, frequency, factor), rotate(k, positions, frequency, factor)
+
+
+def is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
+    return jnp.float32(index not in config.global_layers)
+
+
+class MLP(nnx.Module):
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where the family has no gate."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate = Linear(d, inner, bias=config.mlp_bias, rngs=rngs) if config.gated else None
+        self.up = Linear(d, inner, bias=config.mlp_bias, rngs=rngs)
+        self.down = Linear(inner, d, bias=config.mlp_bias, rngs=rngs)
+        self.activation = config.activation
+
+    def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... inner"]:
+        """The input of ``down``."""
+        activate = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return activate(self.up(x))
+        gate, up = outputs(x, self.gate, self.up)
+        return activate(gate) * up
+
+
+class MoE(nnx.Module):
+    """A mixture of experts: each token goes through the few MLPs that a router chooses for it.
+
+    Experts take turns, each on all tokens, and one that no token needs is left out: right everywhere
+    and quick where few tokens pass at once. For many tokens it costs ``num_experts / experts_per_token``
+    times the products of a program that sorts tokens by expert.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.router = Linear(config.hidden_size, config.num_experts, bias=False, rngs=rngs)
+        self.experts = nnx.List([MLP(config, rngs=rngs) for _ in range(config.num_experts)])
+        self.top_k, self.norm_topk = config.experts_per_token, config.norm_topk
+
+    def route(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
+        """Weight of every expert for every token, 0 for those that do not see it."""
+        probabilities = jax.nn.softmax(self.router(x))
+        weights, chosen = jax.lax.top_k(probabilities, self.top_k)
+        if self.norm_topk:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        one_hot = jax.nn.one_hot(chosen, probabilities.shape[-1])  # [b, t, k, e]
+        return jnp.sum(weights[..., None] * one_hot, axis=-2)
+
+    def mix(self, x: Float[Array, "b t d"], routes: Float[Array, "b t e"]) -> Float[Array, "b t d"]:
+        """What the experts give, each token's by the weights of :meth:`route`."""
+        y = jnp.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            weight = routes[..., i : i + 1]
+            y = jax.lax.cond(
+                jnp.any(weight > 0),
+                lambda y, expert=expert, weight=weight: y + weight * expert.down(expert.hidden(x)),
+                lambda y: y,
+                y,
+            )
+        return y
+
+
+class Block(nnx.Module):
+    """One transformer block, with an ``mlp`` or, in its place, a ``moe``."""
+
+    def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
+        self.attn_norm = Norm(config.hidden_size, config)
+        self.attn = Attention(config, index, rngs=rngs)
+        self.attn_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
+        self.mlp_norm = Norm(config.hidden_size, config)
+        self.mlp = None if config.num_experts else MLP(config, rngs=rngs)
+        self.moe = MoE(config, rngs=rngs) if config.num_experts else None
+        self.mlp_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
+        self.pre_norm = config.pre_norm
+        self.config = config
+
+    def __call__(
+        self,
+        h: Float[Array, "b t d"],
+        positions: Int[Array, "b t"],
+        cache: KeyValues | None = None,
+    ) -> tuple[Float[Array, "b t d"], KeyValues | None]:
+        """Output of the block, and the cache with the tokens of ``h``.
+
+        Args:
+          h: the residual stream.
+          positions: of each token; -1 for padding.
+          cache: keys and values of the tokens before; None where these are the first.
+        """
+        stream: Stream = {"h": h, "positions": positions, "cache": cache}
+        for stage in stages(self.config):
+            stream = passed(stage, part_of(self, stage.part), stream)
+        return stream["h"], stream["cache"]
+
+    def after_attn(self, h: Float[Array, "b t d"], x: Float[Array, "b t hd"]) -> Float[Array, "b t d"]:
+        """The residual stream after attention; ``x`` is the input of o."""
+        y = self.attn.o(x)
+        h = h + (y if self.attn_out_norm is None else self.attn_out_norm(y))
+        return h if self.pre_norm else self.attn_norm(h)
+
+    def after_mlp(self, h: Float[Array, "b t d"], y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The residual stream after the block; ``y`` is what down, or all experts together, gave."""
+        h = h + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
+        return h if self.pre_norm else self.mlp_norm(h)
+
+
+def _attn_input(block: Block, h: jax.Array) -> tuple[jax.Array]:
+    return (block.attn_norm(h) if block.pre_norm else h,)
+
+
+def _attend(attn: Attention, x: jax.Array, positions: jax.Array | None, cache: KeyValues | None):
+    return attn.attend(x, positions, cache)
+
+
+def _mlp_input(block: Block, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h = block.after_attn(h, x)
+    return h, block.mlp_norm(h) if block.pre_norm else h
+
+
+def _hidden(mlp: MLP, x: jax.Array) -> tuple[jax.Array]:
+    return (mlp.hidden(x),)
+
+
+def _output(block: Block, h: jax.Array, hidden: jax.Array) -> tuple[jax.Array]:
+    assert block.mlp is not None
+    return (block.after_mlp(h, block.mlp.down(hidden)),)
+
+
+def _route(moe: MoE, x: jax.Array) -> tuple[jax.Array]:
+    return (moe.route(x),)
+
+
+def _mix(moe: MoE, x: jax.Array, routes: jax.Array) -> tuple[jax.Array]:
+    return (moe.mix(x, routes),)
+
+
+def _first_part(expert: MLP, hidden: jax.Array, route: jax.Array) -> tuple[jax.Array]:
+    return (route[..., None] * expert.down(hidden),)
+
+
+def _next_part(expert: MLP, hidden: jax.Array, route: jax.Array, y: jax.Array) -> tuple[jax.Array]:
+    return (y + route[..., None] * expert.down(hidden),)
+
+
+def _mixed_output(block: Block, h: jax.Array, y: jax.Array) -> tuple[jax.Array]:
+    return (block.after_mlp(h, y),)
+
+
+@cache
+def stages(config: DecoderConfig) -> tuple[Stage, ...]:
+    """A block, in the order in which data flows. To add a kind of block, write its stages here.
+
+    Of the stream, ``h`` is the residual stream, ``x`` and ``hidden`` are inputs of linear layers, and of a
+    mixture ``routes`` are the experts' weights and ``y`` is the sum of what they give.
+    """
+    attention = (
+        Stage(_attn_input, ("h",), ("x",), layers=("attn.q", "attn.k", "attn.v")),
+        Stage(_attend, ("x", "positions", "cache"), ("x", "cache"), part="attn", layers=("attn.o",)),
+    )
+    into_mlp = Stage(_mlp_input, ("h", "x"), ("h", "x"))
+    if not config.num_experts:
+        return (
+            *attention,
+            dataclasses.replace(into_mlp, layers=_entry("mlp", config)),
+            Stage(_hidden, ("x",), ("hidden",), part="mlp", layers=("mlp.down",), input="hidden"),
+            Stage(_output, ("h", "hidden"), ("h",)),
+        )
+    experts = tuple(stage for i in range(config.num_experts) for stage in _expert(i, config))
+    return (
+        *attention,
+        into_mlp,
+        Stage(_route, ("x",), ("routes",), part="moe"),
+        Stage(_mix, ("x", "routes"), ("y",), part="moe", inside=experts),
+        Stage(_mixed_output, ("h", "y"), ("h",)),
+    )
+
+
+def _entry(mlp: str, config: DecoderConfig) -> tuple[str, ...]:
+    return (f"{mlp}.gate", f"{mlp}.up") if config.gated else (f"{mlp}.up",)
+
+
+def _expert(index: int, config: DecoderConfig) -> tuple[Stage, ...]:
+    """The stages of one expert, whose layers see the tokens that are routed to it."""
+    name = f"moe.experts.{index}"
+    reads, add = (("hidden", "route"), _first_part) if index == 0 else (("hidden", "route", "y"), _next_part)
+    down, hidden = (f"{name}.down",), "hidden"
+    return (
+        Stage(None, (), (), layers=_entry(name, config), expert=index),
+        Stage(_hidden, ("x",), (hidden,), part=name, layers=down, input=hidden, expert=index),
+        Stage(add, reads, ("y",), part=name, expert=index),
+    )
+
+
+def linear_groups(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
+    """The linear layers of a block that share one input, such as ``("attn.q", "attn.k", "attn.v")``, in the
+    order in which data flows.
+
+    A router is none of them: it stays as it is.
+    """
+    every = (inner for stage in stages(config) for inner in stage.inside or (stage,))
+    return tuple(stage.layers for stage in every if stage.layers)
+
+
+def sequence_positions(x: Array) -> Int[Array, "b t"]:
+    """Positions ``0 ... T - 1`` of every row of ``x[B, T, ...]``."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])

@@ -1,0 +1,79 @@
+"""Models whose blocks are of several kinds: other sizes of heads and MLP, experts behind a dense block."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from test_pipeline import CONFIG, TOKENS, dense
+
+from slim_jax.config import SlimConfig
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.generate import Generator
+from slim_jax.model.perplexity import perplexity
+from slim_jax.run import checkpoint, pipeline
+from slim_jax.run.plan import make_plan
+from slim_jax.run.source import DecoderSource
+
+TUNED = SlimConfig(bits=2, group_size=32, method="slim", tune=True)
+WIDE = (("head_dim", 32), ("num_kv_heads", 1), ("intermediate_size", 64))
+SIZES = dataclasses.replace(CONFIG, kinds=(WIDE, ()), block_kinds=(0, 1, 1))
+EXPERTS = dataclasses.replace(
+    CONFIG, kinds=((), (("num_experts", 2), ("experts_per_token", 1))), block_kinds=(0, 1, 1)
+)
+
+
+def test_the_config():
+    assert [block.head_dim for block in SIZES.blocks()] == [32, 16, 16]
+    assert SIZES.runs() == [range(1), range(1, 3)]
+    assert CONFIG.runs() == [range(3)]
+    assert SIZES.block(1) == CONFIG
+    assert DecoderConfig.from_json(json.loads(json.dumps(SIZES.to_json()))) == SIZES
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_kinds": (0, 1)}, "block_kinds has 2 blocks, expected num_layers = 3"),
+        ({"block_kinds": (0, 1, 2)}, "block_kinds is .0, 1, 2., expected numbers below 2"),
+        ({"kinds": (WIDE, (("vocab_size", 3),))}, "a kind of blocks changes vocab_size, expected one of"),
+        ({"kinds": (WIDE, (("num_kv_heads", 3),))}, "num_heads is 4, expected a multiple of"),
+    ],
+)
+def test_mistakes(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SIZES, **change)
+
+
+def test_quantized_and_read_alike(tmp_path):
+    model = Decoder(SIZES, rngs=nnx.Rngs(0))
+    uniform = SlimConfig(bits=2, group_size=32, method="rtn")
+    pipeline.quantize_to_checkpoint(DecoderSource(model), TOKENS, uniform, tmp_path / "out")
+    loaded = checkpoint.load(tmp_path / "out")
+    assert loaded.config == SIZES
+    plan = make_plan(SIZES, uniform, "h100")
+    assert plan.parameters == sum(np.prod(v.shape) for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    assert_reads_as_dense(loaded)
+
+
+def assert_reads_as_dense(loaded: Decoder) -> None:
+    tokens = TOKENS.reshape(-1)[:128]
+    found, wanted = (perplexity(m, tokens, 32).perplexity for m in (loaded, dense(loaded)))
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [SIZES, EXPERTS], ids=["sizes", "experts"])
+@pytest.mark.filterwarnings("ignore:no calibration token")
+def test_swept_tuned_and_generating(config, tmp_path):
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    report = pipeline.quantize_to_checkpoint(DecoderSource(model), TOKENS, TUNED, tmp_path / "out")
+    assert report.bits_per_weight < 4
+    loaded = checkpoint.load(tmp_path / "out")
+    assert_reads_as_dense(loaded)
+    packed, plain = Generator(loaded), Generator(dense(loaded))
+    assert packed.stacked == [True, True]
+    prompts = [TOKENS[0, :9].tolist()]
+    assert packed.generate(prompts, max_tokens=4) == plain.generate(prompts, max_tokens=4)
