@@ -74,7 +74,8 @@ def parts(full: Decoder, packed: Decoder, tokens: np.ndarray) -> tuple[tune.Fixe
         reference.carry(source.block(index))
     target = jnp.concatenate(list(head_inputs(source.config, source.outer(), reference)))
     fixed = tune.Fixed(tune.stacked(blocks), outer, source.outer())
-    learned = tune.Learned(tune.no_change(blocks[0], len(blocks)), tune.no_change(outer))
+    inside = {run: tune.no_change(params, inside=True) for run, params in fixed.blocks.items()}
+    learned = tune.Learned(inside, tune.no_change(outer, inside=False))
     return fixed, learned, tune.Batch(jnp.asarray(tokens, jnp.int32), target)
 
 

@@ -6,10 +6,12 @@ gain of a norm is multiplied by the exponential of what is learned, by the gradi
     KL(p || q) = sum_v p_v (log p_v - log q_v),
 
 the mean over tokens, with ``p`` of the full-precision model and ``q`` of the packed one. Blocks are scanned
-over and what happens inside them is computed again on the way back, but for the results of products.
+over and what happens inside them is computed again on the way back, but for the results of products. Where
+rules pack some blocks in another way, those in a row that are alike, a run, are scanned over.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,33 +32,37 @@ from slim_jax.model.decoder import Decoder, sequence_positions
 from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, as_computed, make_block, make_outer
 
+Run = tuple[int, int]
+"""The first of some blocks in a row that are packed alike, and the one behind their last."""
+
 
 class Learned(NamedTuple):
     """Logarithms of factors, by parameter, ``float32``.
 
     Attributes:
-      blocks: ``[L, ...]``, of all blocks.
+      blocks: ``[L, ...]``, of all blocks of a run.
       outer: of what stands outside.
     """
 
-    blocks: dict[str, jax.Array]
+    blocks: dict[Run, dict[str, jax.Array]]
     outer: dict[str, jax.Array]
 
     def of(self, index: int) -> dict[str, jax.Array]:
         """Of one block."""
-        return {name: factors[index] for name, factors in self.blocks.items()}
+        start, stop = next((start, stop) for start, stop in self.blocks if start <= index < stop)
+        return {name: factors[index - start] for name, factors in self.blocks[start, stop].items()}
 
 
 class Fixed(NamedTuple):
     """What stays.
 
     Attributes:
-      blocks: all parameters of the blocks, stacked.
+      blocks: all parameters of the blocks, those of a run stacked.
       outer: of the packed model.
       full: of the full-precision model, for its head alone.
     """
 
-    blocks: Params
+    blocks: dict[Run, dict[str, Any]]
     outer: Params
     full: Params
 
@@ -114,24 +120,37 @@ def apply(params: Params, factors: Mapping[str, jax.Array]) -> dict[str, Any]:
     return {name: value(name, given) for name, given in params.items()}
 
 
-def stacked(blocks: Sequence[Params]) -> dict[str, Any]:
-    """The blocks' parameters, each on a leading axis."""
+def stacked(blocks: Sequence[Params]) -> dict[Run, dict[str, Any]]:
+    """The blocks' parameters, those of a run on a leading axis."""
 
     def join(values: list[Any]) -> Any:
         return stack(values) if isinstance(values[0], MixedTensor) else jnp.stack(values)
 
-    return {name: join([block[name] for block in blocks]) for name in blocks[0]}
+    runs = [list(run) for _, run in itertools.groupby(blocks, _kind)]
+    ends = list(itertools.accumulate(map(len, runs)))
+    return {
+        (end - len(run), end): {name: join([block[name] for block in run]) for name in run[0]}
+        for run, end in zip(runs, ends)
+    }
 
 
-def no_change(params: Params, layers: int | None = None) -> dict[str, jax.Array]:
-    """Zeros: what is learned at first, of the gains of norms and, inside so many blocks, of scales."""
-    start, leading = {}, () if layers is None else (layers,)
+def _kind(block: Params) -> dict[str, Any]:
+    """What blocks that are scanned over have in common."""
+    return {
+        name: (w.shape, w.group_size, w.widths, w.dtype) if isinstance(w, MixedTensor) else (w.shape, w.dtype)
+        for name, w in block.items()
+    }
+
+
+def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
+    """Zeros: what is learned at first, of the gains of norms and, inside blocks, of scales."""
+    start, leading = {}, 1 if inside else 0  # blocks are stacked
     for name, value in params.items():
         if isinstance(value, MixedTensor):
-            if layers is not None:
-                start[name] = jnp.zeros((*leading, *value.scale.shape))
-        elif name.endswith(".weight") and value.ndim == 1:
-            start[name] = jnp.zeros((*leading, *value.shape))
+            if inside:
+                start[name] = jnp.zeros(value.scale.shape)
+        elif name.endswith(".weight") and value.ndim == 1 + leading:
+            start[name] = jnp.zeros(value.shape)
     return start
 
 
@@ -160,7 +179,8 @@ class Tuner:
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         through = jax.checkpoint(through, policy=keep, prevent_cse=False)  # type: ignore[assignment]
         h = outer.embed_tokens(batch.tokens, positions)
-        h, _ = lax.scan(through, h, (fixed.blocks, learned.blocks))
+        for run, blocks in fixed.blocks.items():
+            h, _ = lax.scan(through, h, (blocks, learned.blocks[run]))
         full = make_outer(self.config, fixed.full)
         return _divergence(outer, full, outer.head_input(h), batch.target) / batch.tokens.size
 

@@ -242,6 +242,12 @@ def linear_groups(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     return groups
 
 
+def linear_names(config: DecoderConfig) -> list[str]:
+    """The names of all linear layers of the blocks, such as ``"blocks.3.attn.q"``, in order."""
+    names = [name for group in linear_groups(config).values() for name in group]
+    return [f"blocks.{index}.{name}" for index in range(config.num_layers) for name in names]
+
+
 def linear_layer(block: Block, name: str) -> Any:
     """The layer that :func:`linear_groups` names: a `Linear`, or what a caller has put in its place. The
     beginning of a name gives what holds the layer."""

@@ -61,7 +61,8 @@ class Generator:
         self.config: DecoderConfig = model.config
         blocks: Any = list(model.blocks)
         self.stacked: bool = stackable(blocks)
-        linear = next(m for _, m in nnx.iter_modules(blocks[0]) if isinstance(m, Linear))
+        linears = [m for b in blocks for _, m in nnx.iter_modules(b) if isinstance(m, Linear)]
+        linear = next((m for m in linears if isinstance(m.weight.get_value(), MixedTensor)), linears[0])
         self._empty = partial(
             State.empty,
             model.config,

@@ -98,8 +98,8 @@ class _Reader:
     def read(self, tokens: jax.Array) -> jax.Array:
         """What the last block gives for ``tokens[B, T]``."""
         h = embed(self.outer, tokens)
-        for block in self.blocks:
-            h = _forward(with_rows(block, self.rows), h)
+        for block, rows in zip(self.blocks, self.rows):
+            h = _forward(with_rows(block, rows), h)
         return h
 
 

@@ -22,6 +22,7 @@ from slim_jax.config import SlimConfig
 from slim_jax.method.layer import LayerSolver
 from slim_jax.model.linear import Packed
 from slim_jax.report import LayerReport
+from slim_jax.rules import check_rules
 from slim_jax.run.activations import Inputs, observe
 
 Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv
@@ -93,6 +94,7 @@ def quantize_module(
       batches: inputs, one a call; they must fit in memory.
       config: how to quantize; any method but "slim-plus", which needs blocks. Bits are allocated within each
         layer: criterion "model", which needs a decoder's loss, stands for "kl" here.
+        Rules are over the layers' paths.
       select: patterns such as ``"blocks.*.mlp.*"`` (`fnmatch`) of the paths to quantize; all by default.
       forward: ``forward(module, batch)``; by default ``module(batch)``.
 
@@ -100,8 +102,8 @@ def quantize_module(
       A copy with packed layers, and a report.
 
     Raises:
-      ValueError: there are no batches, no layer is selected, or a selected layer is called inside a
-        transformation such as jit or scan, where its inputs have no values.
+      ValueError: there are no batches, no layer is selected, a rule holds for none, or a selected layer is
+        called inside a transformation such as jit or scan, where its inputs have no values.
     """
     if config.guide or config.bits != int(config.bits):
         raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
@@ -118,7 +120,9 @@ def quantize_module(
     chosen = {p: layer for p, layer in layers.items() if any(fnmatch.fnmatchcase(p, s) for s in patterns)}
     if not chosen:
         raise ValueError(f"select is {patterns}, which matches none of {', '.join(layers) or 'no layers'}")
-    skipped = {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
+    check_rules(config.rules, list(layers))
+    skipped = {path: "a rule skips it" for path in chosen if config.of_layer(path) is None}
+    skipped |= {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
     chosen = {path: layer for path, layer in chosen.items() if path not in skipped}
 
     calls = _watch(chosen, partial(run, module, batches[0]))
@@ -128,8 +132,9 @@ def quantize_module(
     for paths in stages:
         seen = _inputs(module, {path: chosen[path] for path in paths}, batches, run, calls)
         for path in paths:
-            report = _quantize_layer(module, path, chosen[path], seen.pop(path), config)
-            reports.append(report)
+            own = config.of_layer(path)
+            assert own is not None
+            reports.append(_quantize_layer(module, path, chosen[path], seen.pop(path), own))
     unmatched = [s for s in patterns if not any(fnmatch.fnmatchcase(p, s) for p in layers)]
     return module, ModuleReport(reports, skipped, unmatched)
 

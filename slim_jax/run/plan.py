@@ -1,6 +1,7 @@
 """What a quantized model would need, from its config alone: sizes, cache, memory of each device."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -10,8 +11,9 @@ from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax.config import SlimConfig, default_embedding_bits
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.decoder import linear_groups
+from slim_jax.model.decoder import linear_groups, linear_names
 from slim_jax.model.params import block_params, outer_params
+from slim_jax.rules import check_rules
 
 GIB = 2**30
 
@@ -102,26 +104,29 @@ def make_plan(
       context: tokens that each has room for.
       samples: calibration windows.
       length: their tokens.
+
+    Raises:
+      ValueError: a rule of the settings holds for no layer.
     """
     block, outer = block_params(config), outer_params(config)
     linear = [name for names in linear_groups(config).values() for name in names]
     sizes = {name: math.prod(shape.shape) for name, shape in block.items()}
     shapes = {name: block[f"{name}.weight"].shape for name in linear}
-    packed = {name: _packed_bytes(shape, settings) for name, shape in shapes.items()}
+    packed = _packed_layers(config, settings)
     ends = _ends(outer, settings)
     outputs = {**{name: shape[1] for name, shape in shapes.items()}, **dict.fromkeys(ends, config.vocab_size)}
     sharding = {name: "replicated" if devices == 1 or n % devices else "n" for name, n in outputs.items()}
-    quantized = sum(sizes[f"{name}.weight"] for name in linear)
-    rest = 2 * (sum(sizes.values()) - quantized)
+    layers = config.num_layers
+    quantized = sum(sizes[f"{_in_block(name)}.weight"] for name in packed)
+    rest = 2 * (layers * sum(sizes.values()) - quantized)
     outside = sum(math.prod(shape.shape) for shape in outer.values())
     in_tables = sum(math.prod(shape.shape) for name, shape in outer.items() if _label(name) in ends)
 
     def share(packed: dict[str, int]) -> int:
-        cut = {name: 1 if sharding[name] == "replicated" else devices for name in packed}
+        cut = {name: 1 if sharding[_in_block(name)] == "replicated" else devices for name in packed}
         return sum(-(-size // cut[name]) for name, size in packed.items())
 
-    layers = config.num_layers
-    weights = layers * (share(packed) + rest) + share(ends) + 2 * (outside - in_tables)
+    weights = share(packed) + rest + share(ends) + 2 * (outside - in_tables)
     heads = config.num_kv_heads if config.num_kv_heads % devices else config.num_kv_heads // devices
     cache_here = 2 * 2 * layers * heads * config.head_dim
     working = 4 * batch * (config.vocab_size + 8 * config.intermediate_size)
@@ -130,9 +135,9 @@ def make_plan(
     device_bytes = weights + working + batch * context * cache_here
     return Plan(
         parameters=layers * sum(sizes.values()) + outside,
-        quantized=layers * quantized + in_tables,
+        quantized=quantized + in_tables,
         bfloat16_bytes=2 * (layers * sum(sizes.values()) + outside),
-        packed_bytes=layers * (sum(packed.values()) + rest) + sum(ends.values()) + 2 * (outside - in_tables),
+        packed_bytes=sum(packed.values()) + rest + sum(ends.values()) + 2 * (outside - in_tables),
         bits_per_weight=8 * sum(packed.values()) / quantized,
         ends_bytes=sum(ends.values()),
         cache_bytes_per_token=2 * 2 * layers * config.num_kv_heads * config.head_dim,
@@ -159,10 +164,11 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
     """
     if not settings.over_model:
         raise ValueError("a target size needs criterion 'model', which gives any mean width")
-    block = block_params(config)
-    shapes = [block[f"{name}.weight"].shape for names in linear_groups(config).values() for name in names]
-    g = settings.group_size
-    bytes_per_bit = config.num_layers * sum(group_count(k, g) * g * n for k, n in shapes) / 8
+    bytes_per_bit = _weights_in_budget(config, settings) / 8
+    if not bytes_per_bit:
+        raise ValueError(
+            "a target size needs layers that share a budget, but rules give bits to all layers, or skip them"
+        )
     chosen, smallest = settings.embedding_bits, 0
     default = chosen == default_embedding_bits(settings.bits, settings.sqc)
     for whole in range(6, 0, -1):
@@ -208,6 +214,35 @@ def _ends(outer: Mapping[str, Any], settings: SlimConfig) -> dict[str, int]:
         ).nbytes
         for name, shape in tables.items()
     }
+
+
+def _in_block(name: str) -> str:
+    """``"blocks.3.attn.q"`` -> ``"attn.q"``; other names as they are."""
+    return name.split(".", 2)[2] if name.startswith("blocks.") else name
+
+
+def _packed_layers(config: DecoderConfig, settings: SlimConfig) -> dict[str, int]:
+    """Bytes of every layer of the blocks that is packed."""
+    names, block = linear_names(config), block_params(config)
+    check_rules(settings.rules, names)
+    found: dict[str, int] = {}
+    known = functools.cache(_packed_bytes)
+    for name in names:
+        own = settings.of_layer(name)
+        if own is not None:
+            found[name] = known(block[f"{_in_block(name)}.weight"].shape, own)
+    return found
+
+
+def _weights_in_budget(config: DecoderConfig, settings: SlimConfig) -> int:
+    """Weights, those that fill up groups too, of the layers that no rule skips or gives bits."""
+    block, total = block_params(config), 0
+    for name in linear_names(config):
+        rule, own = settings.rule(name), settings.of_layer(name)
+        if own is not None and (rule is None or rule.bits is None):
+            k, n = block[f"{_in_block(name)}.weight"].shape
+            total += group_count(k, own.group_size) * own.group_size * n
+    return total
 
 
 def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:

@@ -122,7 +122,8 @@ class Tuning:
           on_step: called after every step.
         """
         fixed = Fixed(stacked(blocks), dict(outer), dict(full))
-        start = Learned(no_change(blocks[0], len(blocks)), no_change(outer))
+        inside = {run: no_change(blocks, inside=True) for run, blocks in fixed.blocks.items()}
+        start = Learned(inside, no_change(outer, inside=False))
         learned: Learned = self.placement.tree(start)
         state = self.placement.tree(self.tuner.optimizer.init(learned))
         best, history = jax.tree.map(jnp.copy, learned), History()
