@@ -126,3 +126,28 @@ def test_mistakes(net, batches, change, message):
     arguments = {"module": net, "batches": batches, "config": CONFIG, **change}
     with pytest.raises(ValueError, match=message):
         quantize_module(**arguments)
+
+
+def test_rules(net, batches):
+    rules = [
+        ("attn.out", "skip"),
+        ("attn.*", {"bits": 3}),
+        ("re:twice.*|again", {"method": "rtn", "bits": 8}),
+    ]
+    config = SlimConfig(bits=4, group_size=64, rules=[*rules, ("conv", {"group_size": 32})])
+    found, report = quantize_module(net, batches, config)
+    layers = {layer.name: layer for layer in report.layers}
+    assert report.skipped["attn.out"] == "a rule skips it"
+    assert type(found.attn.out) is nnx.LinearGeneral
+    bits = {name: layer.bits for name, layer in layers.items()}
+    assert bits["again"] == {"8": 1}
+    assert all(bits[f"attn.{name}"] == {"3": 1} for name in ("query", "key", "value"))
+    assert {layer.group_size for name, layer in layers.items() if name != "conv"} == {64}
+    assert layers["conv"].group_size == 32
+    assert sum(int(width) * count for width, count in bits["conv"].items()) == 4 * 2
+    with pytest.raises(
+        ValueError, match=r"'attn\.q': it matches none of the 9 layers, near names: attn\.query"
+    ):
+        quantize_module(net, batches, SlimConfig(rules=[("attn.q", "skip")]))
+    with pytest.raises(ValueError, match=r"rule 'conv': bits is 2\.5, expected a whole number"):
+        quantize_module(net, batches, SlimConfig(rules=[("conv", {"bits": 2.5})]))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_cli import QUANTIZE, refused, said, same_weights, write_model, write_text
 from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint, dense
 
 from pallas_kernels import MixedTensor
@@ -258,3 +259,37 @@ def test_a_model_with_rules_is_as_near_as_its_bits_say(model):
     near = make_decoder(CONFIG, outer, rounded)
     tokens = jnp.asarray(TOKENS[:2])
     np.testing.assert_allclose(packed(tokens), near(tokens), atol=0.03 * float(jnp.abs(near(tokens)).max()))
+
+
+def test_from_the_command_line_to_everything_that_reads_a_checkpoint(capsys, tmp_path):
+    room = tmp_path / "room"
+    write_model(room / "hf")
+    write_text(room / "calib.txt", 300, 1)
+    write_text(room / "test.txt", 200, 2)
+    (tmp_path / "rules.toml").write_text('[[rule]]\npattern = "*.mlp.down"\nbits = 3\ngroup_size = 64\n')
+    rules = ["--rule", "blocks.0.attn.k: skip", "--rules", tmp_path / "rules.toml"]
+    calibration = ["--calibration", room / "calib.txt"]
+    q = tmp_path / "q"
+    said(capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, *rules, "--tune", "--json")
+    found = json.loads(said(capsys, "inspect", q, "--json"))
+    assert found["skipped"] == ["blocks.0.attn.k"]
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert {layers[f"blocks.{i}.mlp.down"]["group_size"] for i in range(2)} == {64}
+    assert "in full precision: blocks.0.attn.k" in " ".join(said(capsys, "inspect", q).split())
+    assert "rules was" in refused(
+        capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, "--tune", "--resume", *rules[2:]
+    )
+    said(capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, *rules, "--tune", "--resume")
+    small = ["--bits", "2", "--group-size", "32", *rules]
+    planned = json.loads(said(capsys, "plan", room / "hf", *small, "--json"))
+    assert planned["bits_per_weight"] == pytest.approx(found["bits_per_weight"], rel=0.01)
+    evaluated = ("--text", room / "test.txt", "--window", "32", "--json")
+    packed = json.loads(said(capsys, "eval", q, *evaluated))
+    said(capsys, "export", q, tmp_path / "hf", "--dtype", "float32")
+    exported = json.loads(said(capsys, "eval", tmp_path / "hf", *evaluated))
+    assert exported["perplexity"] == pytest.approx(packed["perplexity"], rel=1e-3)
+    said(capsys, "export", q, tmp_path / "packed", "--format", "safetensors")
+    assert same_weights(tmp_path / "packed", q)
+    assert "| rule | *.mlp.down: bits=3, group_size=64 |" in (tmp_path / "packed/README.md").read_text()
+    prompt = ("--prompt", "w5 w6 w7", "--max-tokens", "8")
+    assert said(capsys, "generate", q, *prompt).startswith("w5 w6 w7")
