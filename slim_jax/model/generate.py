@@ -61,13 +61,13 @@ class Generator:
         self.config: DecoderConfig = model.config
         blocks: Any = list(model.blocks)
         self.stacked: bool = stackable(blocks)
-        linears = [m for b in blocks for _, m in nnx.iter_modules(b) if isinstance(m, Linear)]
-        linear = next((m for m in linears if isinstance(m.weight.get_value(), MixedTensor)), linears[0])
+        linears = [m for b in blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
+        linear = linears[0]
         self._empty = partial(
             State.empty,
             model.config,
             stacked=self.stacked,
-            dtype=linear.weight.get_value().dtype,
+            dtype=jnp.result_type(*[m.weight.get_value().dtype for m in linears]),
             mesh=linear.mesh,
         )
         if self.stacked:
