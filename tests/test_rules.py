@@ -279,17 +279,18 @@ def test_from_the_command_line_to_everything_that_reads_a_checkpoint(capsys, tmp
     (tmp_path / "rules.toml").write_text('[[rule]]\npattern = "*.mlp.down"\nbits = 3\ngroup_size = 64\n')
     rules = ["--rule", "blocks.0.attn.k: skip", "--rules", tmp_path / "rules.toml"]
     calibration = ["--calibration", room / "calib.txt"]
+    rules += ["--set", "method=rtn"]
     q = tmp_path / "q"
-    said(capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, *rules, "--tune", "--json")
+    said(capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, *rules, "--json")
     found = json.loads(said(capsys, "inspect", q, "--json"))
     assert found["skipped"] == ["blocks.0.attn.k"]
     layers = {layer["name"]: layer for layer in found["layers"]}
     assert {layers[f"blocks.{i}.mlp.down"]["group_size"] for i in range(2)} == {64}
     assert "in full precision: blocks.0.attn.k" in " ".join(said(capsys, "inspect", q).split())
     assert "rules was" in refused(
-        capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, "--tune", "--resume", *rules[2:]
+        capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, "--resume", *rules[2:]
     )
-    said(capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, *rules, "--tune", "--resume")
+    said(capsys, "quantize", room / "hf", q, *calibration, *QUANTIZE, *rules, "--resume")
     small = ["--bits", "2", "--group-size", "32", *rules]
     planned = json.loads(said(capsys, "plan", room / "hf", *small, "--json"))
     assert planned["bits_per_weight"] == pytest.approx(found["bits_per_weight"], rel=0.01)
