@@ -25,7 +25,6 @@ import numpy as np
 import convert
 from convert import calibration
 from pallas_kernels import MixedTensor
-from pallas_kernels.layout import zero_bits
 from slim_jax.config import SlimConfig
 from slim_jax.method.plus import Samples
 from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
@@ -88,7 +87,7 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
     x = jnp.concatenate(list(Activations.of(source, tokens).batches))
     samples = Samples(x, x, x)  # for time any target will do
     settings = SlimConfig(group_size=64, method="slim-plus")
-    learner = BlockLearner(config, settings, zero_bits(settings.widths), len(tokens))
+    learner = BlockLearner(config, settings, len(tokens))
     learned, layers, rest = learner.start(dense, packed)
     plus = learner.kinds[0]
     state = plus.optimizer.init(learned)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from convert.display import layer_kinds
+from slim_jax.rules import Rule
 from slim_jax.run.manifest import summary
 
 
@@ -64,6 +65,7 @@ def _settings(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     names = ("method", "bits", "group_size", "sqc", "criterion", "learn", "embedding_bits", "damping")
     rows = [(name.replace("_", " "), f"{told[name]}") for name in names if told.get(name) is not None]
+    rows += [("rule", str(Rule.of(rule))) for rule in told.get("rules") or ()]
     if told.get("method") != "slim-plus":
         rows = [row for row in rows if row[0] != "learn"]
     if (calibration := told.get("calibration")) is not None:

@@ -136,6 +136,8 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
     if found["layers"]:
         console.print(table)
         console.print("error: of the outputs; rise: of the loss, as expected, in nats a token")
+    if found["skipped"]:
+        console.print(f"in full precision: {', '.join(found['skipped'])}", highlight=False)
     packed, whole = found["packed_bytes"] / 1e6, found["bytes"] / 1e6
     smaller = 2 * found["parameters"] / found["bytes"]
     console.print(

@@ -190,9 +190,9 @@ def _errors(manifest: dict[str, Any]) -> str:
     means = []
     for block in manifest["blocks"]:
         errors = [layer["error"] for layer in layer_reports(block)]
-        if not errors:
-            return ""
-        means.append(sum(errors) / len(errors))
+        means.append(sum(errors) / len(errors) if errors else 0.0)  # rules may skip a whole block
+    if not any(means):
+        return ""
     told = [f"block {i}: {mean:.4g}" for i, mean in enumerate(means)]
     note = "Growth of the layers' squared output error over the squared output, mean of a block's layers."
     return _chart("Error of each block", f"{note} Highest: {max(means):.4g}.", [means], told, ["#3288bd"])
@@ -201,11 +201,10 @@ def _errors(manifest: dict[str, Any]) -> str:
 def _losses(manifest: dict[str, Any]) -> str:
     """Where blocks were learned: two bars for each, before and after."""
     reports = [(block["report"] or {}).get("learning") for block in manifest["blocks"]]
-    learned = [report for report in reports if report is not None]
-    if not learned or len(learned) < len(reports):
+    if not any(reports):
         return ""
-    before = [found["losses"][0] for found in learned]
-    after = [found["losses"][found["kept_epoch"]] for found in learned]
+    before = [found["losses"][0] if found else 0.0 for found in reports]
+    after = [found["losses"][found["kept_epoch"]] if found else 0.0 for found in reports]
     told = [f"block {i}: {a:.4g} to {b:.4g}" for i, (a, b) in enumerate(zip(before, after))]
     colors = {"before": "#8c8c8c", "after": "#66c2a5"}
     note = f"On samples that learning did not see. Highest: {max(before + after):.4g}. {_key(colors)}"
@@ -238,7 +237,10 @@ def _table(found: dict[str, Any]) -> str:
     head = ("layer", "shape", "group size", "groups", "bits per weight", "error", "expected rise, nats")
     rows = "\n".join(_row(layer) for layer in [*found["ends"], *found["layers"]])
     heads = "".join(f"<th>{name}</th>" for name in head)
-    return f"<h2>Layers</h2>\n<table>\n<tr>{heads}</tr>\n{rows}\n</table>"
+    skipped = (
+        f"\n<p>In full precision: {html.escape(', '.join(found['skipped']))}</p>" if found["skipped"] else ""
+    )
+    return f"<h2>Layers</h2>\n<table>\n<tr>{heads}</tr>\n{rows}\n</table>{skipped}"
 
 
 def _bits(bits: int) -> str:

@@ -11,6 +11,7 @@ from slim_jax.model.perplexity import perplexity as perplexity
 from slim_jax.report import BlockReport as BlockReport
 from slim_jax.report import LayerReport as LayerReport
 from slim_jax.report import Report as Report
+from slim_jax.rules import Rule as Rule
 from slim_jax.run.checkpoint import CheckpointError as CheckpointError
 from slim_jax.run.checkpoint import CheckpointSource as CheckpointSource
 from slim_jax.run.checkpoint import inspect as inspect

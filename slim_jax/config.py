@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels.layout import zero_bits
+from slim_jax.rules import Rule, first_match
 
 METHODS = ("slim", "slim-plus", "gptq", "rtn")
 SQC = ("search", "paper", "minmax")
@@ -63,6 +65,10 @@ class SlimConfig:
       tune_epochs: of tuning, passes over the calibration samples.
       tune_batch_size: samples of one of its steps.
       tune_rate: learning rate of tuning, of the logarithms of scales and gains.
+      rules: what holds for some layers of the blocks instead, ``(pattern, options)`` each, see
+        `slim_jax.rules.Rule`, such as ``[("blocks.0.*", "skip"), ("*.mlp.down", {"bits": 3})]``. The first
+        that matches a layer's name holds, alone. ``bits`` above is then the mean of the layers to which no
+        rule gives bits of their own, and that none skips.
 
     Raises:
       ValueError: a setting is out of its range.
@@ -88,6 +94,7 @@ class SlimConfig:
     tune_epochs: int = 1
     tune_batch_size: int = 1
     tune_rate: float = 2e-3
+    rules: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -124,6 +131,12 @@ class SlimConfig:
         for name in ("search_tokens", "epochs", "batch_size", "tune_epochs", "tune_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        object.__setattr__(self, "rules", tuple(map(Rule.of, self.rules)))
+        for rule in self.rules:
+            try:
+                self._under(rule)
+            except ValueError as error:
+                raise rule.error(str(error)) from None
 
     def _check_bits(self) -> None:
         low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)
@@ -143,6 +156,20 @@ class SlimConfig:
         """
         _one_of("preset", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **settings})
+
+    def rule(self, name: str) -> Rule | None:
+        """The rule that holds for a layer, such as ``"blocks.3.mlp.down"``."""
+        return first_match(self.rules, name)
+
+    def of_layer(self, name: str) -> "SlimConfig | None":
+        """The settings for one layer, rules applied; None where it stays in full precision."""
+        rule = self.rule(name)
+        return None if rule is not None and rule.skip else self._under(rule)
+
+    def _under(self, rule: Rule | None) -> "SlimConfig":
+        if not self.rules:
+            return self
+        return dataclasses.replace(self, rules=(), **({} if rule is None else rule.changes))
 
     @property
     def over_model(self) -> bool:
@@ -182,7 +209,7 @@ class SlimConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "rules": [rule.to_json() for rule in self.rules]}
 
 
 def default_embedding_bits(bits: float, sqc: str | None) -> int:

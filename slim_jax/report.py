@@ -135,8 +135,8 @@ class BlockReport:
 
     @property
     def error(self) -> float:
-        """Mean of the layers' errors."""
-        return sum(layer.error for layer in self.layers) / len(self.layers)
+        """Mean of the layers' errors; 0 where rules skip all layers."""
+        return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "BlockReport":

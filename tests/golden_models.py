@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from slim_jax.model.block import Block, sequence_positions
-from slim_jax.model.cache import State
+from slim_jax.model.cache import Run, State
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, make_outer, split_params
 from slim_jax.model.step import forward
@@ -83,7 +83,7 @@ def run_cached(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray, steps:
     padded on the left to the longest, and after each of the next ``steps`` tokens."""
     rows, width = len(lengths), int(lengths.max())
     outer = make_outer(decoder.config, split_params(decoder)[0])
-    state = State.empty(decoder.config, rows, width + steps, stacked=[False] * len(decoder.config.runs()))
+    state = State.empty([Run(r[0].config, len(r), False) for r in decoder.runs()], rows, width + steps)
     start = lengths[:, None] - width
     logits = []
     for first, count in [(0, width), *((width + i, 1) for i in range(steps))]:

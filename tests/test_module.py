@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from slim_jax import SlimConfig, quantize_module
+from slim_jax.run import activations, calls, module
 from slim_jax.run.module import PackedKernel, PackedLinear
 
 CONFIG = SlimConfig(bits=4, group_size=32)
@@ -126,3 +127,75 @@ def test_mistakes(net, batches, change, message):
     arguments = {"module": net, "batches": batches, "config": CONFIG, **change}
     with pytest.raises(ValueError, match=message):
         quantize_module(**arguments)
+
+
+def test_rules(net, batches):
+    rules = [
+        ("attn.out", "skip"),
+        ("attn.*", {"bits": 3}),
+        ("re:twice.*|again", {"method": "rtn", "bits": 8}),
+    ]
+    config = SlimConfig(bits=4, group_size=64, rules=[*rules, ("conv", {"group_size": 32})])
+    found, report = quantize_module(net, batches, config)
+    layers = {layer.name: layer for layer in report.layers}
+    assert report.skipped["attn.out"] == "a rule skips it"
+    assert type(found.attn.out) is nnx.LinearGeneral
+    bits = {name: layer.bits for name, layer in layers.items()}
+    assert bits["again"] == {"8": 1}
+    assert all(bits[f"attn.{name}"] == {"3": 1} for name in ("query", "key", "value"))
+    assert {layer.group_size for name, layer in layers.items() if name != "conv"} == {64}
+    assert layers["conv"].group_size == 32
+    assert sum(int(width) * count for width, count in bits["conv"].items()) == 4 * 2
+    with pytest.raises(
+        ValueError, match=r"'attn\.q': it matches none of the 9 layers, near names: attn\.query"
+    ):
+        quantize_module(net, batches, SlimConfig(rules=[("attn.q", "skip")]))
+    with pytest.raises(ValueError, match=r"rule 'conv': bits is 2\.5, expected a whole number"):
+        quantize_module(net, batches, SlimConfig(rules=[("conv", {"bits": 2.5})]))
+
+
+STAGES = [["conv"], ["attn.key", "attn.query", "attn.value"], ["attn.out"], ["again"], ["named.head"]]
+
+
+def test_a_stage_is_what_does_not_depend_on_one_another(net, batches, monkeypatch):
+    runs, observed = [], []
+
+    def forward(module, batch):
+        runs.append(len(batch))
+        return module(batch)
+
+    found = []
+    monkeypatch.setattr(module, "find_stages", lambda *a: found.extend(calls.find_stages(*a)) or found)
+    monkeypatch.setattr(module, "observe", lambda *a: observed.append(a) or activations.observe(*a))
+    quantized, _ = quantize_module(net, batches, CONFIG, forward=forward)
+    assert [sorted(stage) for stage in found] == STAGES
+    assert len(observed) == len(STAGES)  # query, key and value share what they were given
+    # One to see what is called, one more before stages are looked for; one a stage, and that on every batch.
+    assert len(runs) == 2 + len(STAGES) + len(STAGES) * len(batches)
+    one_by_one = [[path] for stage in found for path in stage]
+    monkeypatch.setattr(module, "find_stages", lambda *a: one_by_one)
+    expected, _ = quantize_module(net, batches, CONFIG)
+    for a, b in zip(jax.tree.leaves(nnx.state(quantized)), jax.tree.leaves(nnx.state(expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class Noisy(nnx.Module):
+    """Never gives the same twice."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List([nnx.Linear(32, 32, rngs=rngs) for _ in range(3)])
+        self.count = 0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.count += 1
+        return sum(layer(x + self.count) for layer in self.layers)
+
+
+def test_layers_of_a_noisy_module_are_stages_of_their_own(monkeypatch):
+    found = []
+    monkeypatch.setattr(module, "find_stages", lambda *a: found.extend(calls.find_stages(*a)) or found)
+    _, report = quantize_module(
+        Noisy(nnx.Rngs(0)), [jnp.ones((4, 32))], SlimConfig(method="rtn", group_size=32)
+    )
+    assert found == [["layers.0"], ["layers.1"], ["layers.2"]]
+    assert len(report.layers) == 3

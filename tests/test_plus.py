@@ -40,7 +40,7 @@ def solved(model):
 
 
 def value(learned, layer):
-    code, grid = quantized(learned, layer, zero_bits=4)
+    code, grid = quantized(learned, layer)
     return grid.scale * (code - grid.zero)
 
 
@@ -111,7 +111,7 @@ def test_gradient_of_clipping_by_hand():
     ``s`` alone, is ``(q - (w - l) / s) / 3`` and ``dw_hat/dl`` is ``-dw_hat/dh``, where 1 - 1 cancels.
     """
     w = jnp.asarray([[[-1.0], [0.3], [2.0]]])
-    learned, layer = clip_start(w, jnp.full((1, 1, 1), 2.0))
+    learned, layer = clip_start(w, jnp.full((1, 1, 1), 2.0), zero_bits=4)
     gradient = jax.grad(lambda l: jnp.sum(value(l, layer)[0, 1]))(learned)
     sigma = 1 / (1 + np.exp(-4.0))
     high, low = 2 * sigma, -sigma
@@ -126,8 +126,8 @@ def test_gradient_of_clipping_by_hand():
 def test_clipping_keeps_zeros(bits):
     """As in the paper's code: zero points are whole, so that a weight of 0 is stored as 0."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 5)), jnp.float32).at[:, 4].set(0.0)
-    learned, layer = clip_start(w, jnp.full((3, 1, 1), float(bits)))
-    _, grid = quantized(learned, layer, zero_bits=4)
+    learned, layer = clip_start(w, jnp.full((3, 1, 1), float(bits)), zero_bits=4)
+    _, grid = quantized(learned, layer)
     np.testing.assert_array_equal(grid.zero, np.round(grid.zero))
     np.testing.assert_array_equal(value(learned, layer)[:, 4], 0.0)
 
@@ -135,7 +135,7 @@ def test_clipping_keeps_zeros(bits):
 def test_one_bit_groups_keep_their_mean():
     w, width = group(1)
     w = w + 0.2
-    learned, layer = clip_start(w, width)
+    learned, layer = clip_start(w, width, zero_bits=4)
     learned |= {name: jnp.full_like(learned[name], 30.0) for name in ("up", "down")}  # nothing clipped
     mean = np.mean(w, axis=1, keepdims=True)
     spread = np.mean(np.abs(w - mean), axis=1)

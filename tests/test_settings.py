@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli.settings import make_settings, parse_setting, settable
+from convert.cli.settings import make_rules, make_settings, parse_setting, settable
 from slim_jax import SlimConfig
 from slim_jax.config import PRESETS
+from slim_jax.rules import KINDS, Rule
 
 USAGE = Path(__file__).parents[1] / "docs/usage.md"
 
@@ -69,3 +70,50 @@ def test_the_table_in_the_docs_names_every_setting():
             assert float(said) == default
         elif default is not None:
             assert said == f"`{default}`"
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ("blocks.0.*: skip", Rule("blocks.0.*", skip=True)),
+        ("*.down:bits=3,group_size = 64", Rule("*.down", bits=3, group_size=64)),
+        ("re:(?:a|b).q: method=gptq, bits=4", Rule("re:(?:a|b).q", bits=4, method="gptq")),
+    ],
+)
+def test_a_rule_of_the_command_line(item, expected):
+    assert make_rules([item], None) == (expected,)
+
+
+def test_a_file_of_rules_comes_after_those_of_the_command_line(tmp_path):
+    file = tmp_path / "rules.toml"
+    file.write_text(
+        '[[rule]]\npattern = "a"\nskip = true\n\n[[rule]]\npattern = "b"\nbits = 2.5\nsqc = "minmax"\n'
+    )
+    found = make_rules(["c: damping=0.1"], file)
+    assert found == (Rule("c", damping=0.1), Rule("a", skip=True), Rule("b", bits=2.5, sqc="minmax"))
+    assert make_settings(None, [], rules=found).rules == found
+    assert make_rules(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[[rule]", "is not TOML"),
+        ("", "has no rules, expected tables \\[\\[rule\\]\\]"),
+        ("rule = 1", "expected tables"),
+        ("rules = []", "has 'rules', expected tables"),
+        ("[[rule]]\nskip = true", "rule 1 has no pattern"),
+        ('[[rule]]\npattern = "a"\nbit = 3', "rules.toml: rule 'a': there is no option 'bit'"),
+        ('[[rule]]\npattern = "a"\nbits = "3"', "rules.toml: rule 'a': bits is '3', expected a number"),
+        ('[[rule]]\npattern = "a"', "it says nothing"),
+    ],
+)
+def test_files_that_are_no_rules(tmp_path, text, says):
+    (tmp_path / "rules.toml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        make_rules(None, tmp_path / "rules.toml")
+
+
+def test_the_docs_name_every_option_of_a_rule():
+    table = USAGE.read_text().partition("### Rules")[2].partition("## Writing")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(KINDS)

@@ -73,8 +73,9 @@ def parts(full: Decoder, packed: Decoder, tokens: np.ndarray) -> tuple[tune.Fixe
     for index in range(source.config.num_layers):
         reference = reference.behind(index, source.block(index))
     target = jnp.concatenate(list(head_inputs(source.config, source.outer(), reference)))
-    fixed = tune.Fixed([tune.stacked(blocks)], outer, source.outer())
-    learned = tune.Learned([tune.no_change(blocks[0], len(blocks))], tune.no_change(outer))
+    fixed = tune.Fixed(tune.stacked(source.config, blocks), outer, source.outer())
+    inside = {run: tune.no_change(params, inside=True) for run, params in fixed.blocks.items()}
+    learned = tune.Learned(inside, tune.no_change(outer, inside=False))
     return fixed, learned, tune.Batch(jnp.asarray(tokens, jnp.int32), target)
 
 

@@ -65,6 +65,20 @@ Set = Annotated[
         help="Any setting of the method, such as method=gptq or damping=0.02; the table is in docs/usage.md.",
     ),
 ]
+RuleOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="PATTERN: OPTIONS",
+        show_default=False,
+        help="For the layers whose names match, such as '*.mlp.down: bits=3, group_size=64', or 'blocks.0.*: "
+        "skip' for full precision. Several times; the first that matches a layer holds.",
+    ),
+]
+RulesFile = Annotated[
+    Path | None,
+    typer.Option("--rules", metavar="FILE", help="More rules, after those, from this TOML file."),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Length = Annotated[
     int | None,

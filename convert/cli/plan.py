@@ -13,12 +13,14 @@ from convert.cli.options import (
     JsonOption,
     Length,
     Preset,
+    RuleOption,
+    RulesFile,
     Samples,
     Set,
     SourceArgument,
     TargetSize,
 )
-from convert.cli.settings import check_size, make_settings
+from convert.cli.settings import check_size, make_rules, make_settings
 from convert.cli.sources import read_config, window_length
 from convert.display import print_plan
 
@@ -30,6 +32,8 @@ def plan(
     target_size: TargetSize = None,
     preset: Preset = None,
     given: Set = None,
+    rule: RuleOption = None,
+    rules: RulesFile = None,
     embedding_bits: EmbeddingBits = None,
     devices: Annotated[
         str, typer.Option(metavar="KIND[:COUNT]", help="Where the model is to run, such as v5e:4 or h100.")
@@ -50,7 +54,12 @@ def plan(
 
     check_size(bits, target_size)
     settings = make_settings(
-        preset, given or (), bits=bits, group_size=group_size, embedding_bits=embedding_bits
+        preset,
+        given or (),
+        bits=bits,
+        group_size=group_size,
+        embedding_bits=embedding_bits,
+        rules=make_rules(rule, rules),
     )
     config = read_config(source)
     if target_size is not None:

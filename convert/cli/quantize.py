@@ -14,12 +14,14 @@ from convert.cli.options import (
     Length,
     OutArgument,
     Preset,
+    RuleOption,
+    RulesFile,
     Samples,
     Set,
     SourceArgument,
     TargetSize,
 )
-from convert.cli.settings import check_size, make_settings
+from convert.cli.settings import check_size, make_rules, make_settings
 from convert.cli.sources import (
     encode,
     keep_tokenizer,
@@ -71,6 +73,8 @@ def quantize(
         ),
     ] = None,
     given: Set = None,
+    rule: RuleOption = None,
+    rules: RulesFile = None,
     embedding_bits: EmbeddingBits = None,
     samples: Samples = 128,
     length: Length = None,
@@ -106,10 +110,18 @@ def quantize(
       slim-jax quantize models/Llama-3.2-1B out/q --target-size 500MB --preset best --calibration text.txt
 
       slim-jax quantize smollm2 out/gptq --bits 3 --set method=gptq --set damping=0.02
+
+      slim-jax quantize smollm2 out/mix --rule 'blocks.0.*: skip' --rule '*.mlp.down: bits=3, group_size=64'
     """
     check_size(bits, target_size)
     config = make_settings(
-        preset, given or (), bits=bits, group_size=group_size, tune=tune, embedding_bits=embedding_bits
+        preset,
+        given or (),
+        bits=bits,
+        group_size=group_size,
+        tune=tune,
+        embedding_bits=embedding_bits,
+        rules=make_rules(rule, rules),
     )
     from convert.calibration import parts
     from convert.page import write_report
@@ -117,6 +129,8 @@ def quantize(
     texts = parts(calibration or ())
     from slim_jax.method.sba import load_allocation
     from slim_jax.method.sba import save_allocation as write_allocation
+    from slim_jax.model.block import linear_names
+    from slim_jax.rules import check_rules
     from slim_jax.run.pipeline import quantize_to_checkpoint
     from slim_jax.run.plan import for_size, parse_size
 
@@ -126,6 +140,7 @@ def quantize(
         require_new(out, "; --resume goes on with an interrupted run")
     mesh = _mesh(devices, samples)
     model = open_source(source)
+    check_rules(config.rules, linear_names(model.config))
     length = window_length(length, model.config)
     require_positions("--length", length, model)
     if target_size is not None:

@@ -3,13 +3,16 @@
 import dataclasses
 import difflib
 import math
+import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slim_jax.config import SlimConfig
+    from slim_jax.rules import Rule
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 
@@ -51,6 +54,67 @@ def check_size(bits: float | None, target_size: str | None) -> None:
         )
 
 
+def make_rules(given: Sequence[str] | None, file: Path | None) -> "tuple[Rule, ...] | None":
+    """The rules of ``--rule``, and after them those of ``--rules``; None where there are none.
+
+    Raises:
+      ValueError: one of them cannot be understood; see :func:`parse_rule` and :func:`read_rules`.
+    """
+    found = [*map(parse_rule, given or ()), *(() if file is None else read_rules(file))]
+    return tuple(found) or None
+
+
+def parse_rule(item: str) -> "Rule":
+    """``"*.mlp.down: bits=3, group_size=64"``, or ``"blocks.0.*: skip"``.
+
+    Raises:
+      ValueError: there is no such option, or the value has another type.
+    """
+    from slim_jax.rules import Rule
+
+    pattern, colon, told = (part.strip() for part in item.rpartition(":"))
+    if not colon or not pattern or not told:
+        raise ValueError(f"--rule {item}: expected PATTERN: OPTIONS, such as '*.mlp.down: bits=3'")
+    if told == "skip":
+        return Rule(pattern, skip=True)
+    label, options = f"--rule {item}", dict[str, Any]()
+    for part in told.split(","):
+        name, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ValueError(f"{label}: {part.strip()!r} is not name=value, expected options such as bits=3")
+        if name in options:
+            raise ValueError(f"{label}: {name} is given twice, expected once")
+        options[name] = _typed(label, name, text, _fields(Rule, leave=("pattern",)), "option")
+    return Rule.of((pattern, options))
+
+
+def read_rules(file: Path) -> "list[Rule]":
+    """The rules of a TOML file: ``[[rule]]`` each, with ``pattern`` and options.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    from slim_jax.rules import Rule
+
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not TOML: {error}") from None
+    tables = found.pop("rule", [])
+    if found or not isinstance(tables, list) or not tables:
+        other = f"has {', '.join(map(repr, found))}" if found else "has no rules"
+        raise ValueError(f"{file} {other}, expected tables [[rule]] and nothing else")
+    rules = []
+    for i, table in enumerate(tables, 1):
+        if not isinstance(table, dict) or not isinstance(table.get("pattern"), str):
+            raise ValueError(f'{file}: rule {i} has no pattern, expected such as pattern = "blocks.0.*"')
+        try:
+            rules.append(Rule.of((table.pop("pattern"), table)))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return rules
+
+
 def parse_setting(item: str) -> tuple[str, Any]:
     """``"damping=0.02"`` -> ``("damping", 0.02)``, of the type that the field of `SlimConfig` has.
 
@@ -60,33 +124,42 @@ def parse_setting(item: str) -> tuple[str, Any]:
     name, equals, text = (part.strip() for part in item.partition("="))
     if not equals:
         raise ValueError(f"--set {item}: expected name=value, such as damping=0.02")
-    known = settable()
+    return name, _typed(f"--set {item}", name, text, settable(), "setting")
+
+
+def _typed(label: str, name: str, text: str, known: Mapping[str, tuple[type, bool]], what: str) -> Any:
+    """A field's value from its text; ``known`` are the fields, ``what`` a user calls them."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or list(known)
-        raise ValueError(
-            f"--set {item}: there is no setting {name!r}, expected one such as {', '.join(near)}"
-        )
+        raise ValueError(f"{label}: there is no {what} {name!r}, expected one such as {', '.join(near)}")
     kind, optional = known[name]
     if optional and text.lower() == "none":
-        return name, None
+        return None
     try:
         if kind is bool:
-            return name, {"true": True, "false": False}[text.lower()]
+            return {"true": True, "false": False}[text.lower()]
         value = kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError(text)
     except (KeyError, ValueError):
-        raise ValueError(f"--set {item}: {name} is {text!r}, expected {KINDS[kind]}") from None
-    return name, value
+        raise ValueError(f"{label}: {name} is {text!r}, expected {KINDS[kind]}") from None
+    return value
 
 
 def settable() -> dict[str, tuple[type, bool]]:
     """Every field of `SlimConfig` that one value sets: its type, and whether it may be none."""
     from slim_jax.config import SlimConfig
 
-    hints = typing.get_type_hints(SlimConfig)
+    return _fields(SlimConfig)
+
+
+def _fields(record: Any, leave: Sequence[str] = ()) -> dict[str, tuple[type, bool]]:
+    """The fields of a record that one value sets, without those to leave."""
+    hints = typing.get_type_hints(record)
     found = {}
-    for field in dataclasses.fields(SlimConfig):
+    for field in dataclasses.fields(record):
+        if field.name in leave:
+            continue
         hint = hints[field.name]
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         inner = [kind for kind in kinds if kind is not types.NoneType]

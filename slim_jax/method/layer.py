@@ -216,6 +216,43 @@ class LayerSolver:
         return self.placement.tensor(tensor)
 
 
+class LayerSolvers:
+    """Solvers of the layers of one model: one for all, but where the config's rules differ.
+
+    Args:
+      config: how to quantize, with rules.
+      bits: widths of every group of every layer that :class:`LayerSolver` is not to search, by name.
+      given: whether ``bits`` has all layers; else those of which one budget over the model decides.
+      placement: the devices that share the output channels.
+    """
+
+    def __init__(
+        self,
+        config: SlimConfig,
+        bits: Allocation | None,
+        *,
+        given: bool = False,
+        placement: Placement = ONE_DEVICE,
+    ) -> None:
+        self.config, self.bits, self.given, self.placement = config, bits, given, placement
+        self._solvers: dict[SlimConfig, LayerSolver] = {}
+
+    def of(self, names: Sequence[str]) -> list[tuple[LayerSolver, list[str]]]:
+        """The names by who solves them, in order; those that a rule skips are left out."""
+        found: dict[SlimConfig, list[str]] = {}
+        for name in names:
+            config = self.config.of_layer(name)
+            if config is not None:
+                found.setdefault(config, []).append(name)
+        return [(self._solver(config), same) for config, same in found.items()]
+
+    def _solver(self, config: SlimConfig) -> LayerSolver:
+        if config not in self._solvers:
+            bits = self.bits if self.given or config.over_model else None
+            self._solvers[config] = LayerSolver(config, bits, self.placement)
+        return self._solvers[config]
+
+
 def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> bool:
     """Whether mixed widths diverge less than uniform ones also as solved.
 

@@ -18,7 +18,7 @@ sees is what will be stored: scales in bfloat16, zero points on the grid of thei
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor, pack
+from pallas_kernels.layout import zero_bits
 from slim_jax.method.sqc import Grid, stored_grids
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
@@ -45,7 +46,11 @@ Learned = dict[str, dict[str, jax.Array]]
 """What is learned of each layer, by its name in the block: see the functions that end in ``_start``."""
 
 
-class Layer(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass, meta_fields=["zero_bits"], data_fields=["weight", "low", "high", "bits"]
+)
+@dataclasses.dataclass(frozen=True)
+class Layer:
     """What stays fixed of a layer while it is learned; ``K`` padded to whole groups, ``[G, g, N]``.
 
     Attributes:
@@ -53,12 +58,14 @@ class Layer(NamedTuple):
       low: ``[G, 1, N]``, lower end of the range that "clip" clips.
       high: ``[G, 1, N]``, its upper end.
       bits: ``[G, 1, 1]``.
+      zero_bits: bits of a stored zero point, static.
     """
 
     weight: jax.Array
     low: jax.Array
     high: jax.Array
     bits: jax.Array
+    zero_bits: int
 
 
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
@@ -78,7 +85,7 @@ def stored_grid(scale: jax.Array, zero: jax.Array, bits: jax.Array, zero_bits: i
     )
 
 
-def quantized(learned: Mapping[str, jax.Array], layer: Layer, zero_bits: int) -> tuple[jax.Array, Grid]:
+def quantized(learned: Mapping[str, jax.Array], layer: Layer) -> tuple[jax.Array, Grid]:
     """Codes ``[G, g, N]`` as whole float32 numbers and the grid ``[G, 1, N]``, differentiable."""
     if "up" in learned:
         offset = jnp.where(layer.bits == 1, learned["offset"], 0.0)
@@ -88,17 +95,17 @@ def quantized(learned: Mapping[str, jax.Array], layer: Layer, zero_bits: int) ->
         zero = -low / scale
         # As in the paper's code, weights of 0 stay 0; the two values of 1 bit lie where they may.
         zero = jnp.where(layer.bits == 1, zero, straight_through(zero, jnp.round(zero)))
-        grid = stored_grid(scale, zero, layer.bits, zero_bits)
+        grid = stored_grid(scale, zero, layer.bits, layer.zero_bits)
         code = layer.weight / grid.scale + grid.zero
     else:
-        grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer.bits, zero_bits)
+        grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer.bits, layer.zero_bits)
         code = learned.get("code", layer.weight)
     code = jnp.clip(code, 0.0, grid.levels)
     return straight_through(code, jnp.round(code)), grid
 
 
-@jax.jit
-def clip_start(w: jax.Array, bits: jax.Array) -> tuple[dict[str, jax.Array], Layer]:
+@partial(jax.jit, static_argnames="zero_bits")
+def clip_start(w: jax.Array, bits: jax.Array, *, zero_bits: int) -> tuple[dict[str, jax.Array], Layer]:
     """Clipping of full-precision weights ``[G, g, N]``, barely any at first.
 
     A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values, and ``offset`` moves both.
@@ -111,7 +118,7 @@ def clip_start(w: jax.Array, bits: jax.Array) -> tuple[dict[str, jax.Array], Lay
     high = jnp.where(low == high, low + 1.0, high)
     gamma = jnp.full_like(low, CLIP_START)
     learned = {"up": gamma, "down": gamma, "offset": jnp.zeros_like(low)}
-    return learned, Layer(w, low, high, bits)
+    return learned, Layer(w, low, high, bits, zero_bits)
 
 
 @partial(jax.jit, static_argnames="rounding")
@@ -131,7 +138,7 @@ def solved_start(
     if rounding:
         learned["code"] = code + jnp.clip(w / scale + zero - code, -MARGIN, MARGIN)
     empty = jnp.zeros((groups, 1, n))
-    return learned, Layer(code, empty, empty, bits)
+    return learned, Layer(code, empty, empty, bits, zero_bits(tensor.widths))
 
 
 @jax.tree_util.register_dataclass
@@ -156,8 +163,6 @@ class SlimPlus:
 
     Attributes:
       config: the decoder's.
-      group_size: of every layer.
-      zero_bits: bits of a stored zero point.
       optimizer: any gradient transformation; its state starts anew for every block.
       augmented: weight of the paper's augmented term, which asks for the full-precision block's output
         on the quantized block's own inputs.
@@ -165,8 +170,6 @@ class SlimPlus:
     """
 
     config: DecoderConfig
-    group_size: int
-    zero_bits: int
     optimizer: optax.GradientTransformation
     augmented: float = 1.0
     sharding: NamedSharding | None = None
@@ -175,7 +178,7 @@ class SlimPlus:
         """Every layer's quantized weight ``[K', N]``, differentiable."""
         out = {}
         for name, layer in layers.items():
-            code, grid = quantized(learned[name], layer, self.zero_bits)
+            code, grid = quantized(learned[name], layer)
             w = grid.scale * (code - grid.zero)
             out[name] = w.reshape(-1, w.shape[-1])
         return out
@@ -243,15 +246,15 @@ class SlimPlus:
 
     def pack(self, learned: Mapping[str, jax.Array], layer: Layer, like: MixedTensor) -> MixedTensor:
         """The packed weight that the loss has seen, with the shape and widths of ``like``."""
-        code, grid = quantized(learned, layer, self.zero_bits)
-        step = jnp.exp2(layer.bits - self.zero_bits)
+        code, grid = quantized(learned, layer)
+        step = jnp.exp2(layer.bits - layer.zero_bits)
         k, n = like.shape
         return pack(
             np.asarray(code, np.uint8).reshape(-1, n)[:k],
             np.asarray(grid.scale[:, 0]),
             np.rint(np.asarray(grid.zero / step)[:, 0]).astype(np.uint8),
             np.asarray(layer.bits, np.int64).reshape(-1),
-            group_size=self.group_size,
+            group_size=like.group_size,
             widths=like.widths,
             dtype=like.dtype,
         )

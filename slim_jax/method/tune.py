@@ -6,7 +6,8 @@ gain of a norm is multiplied by the exponential of what is learned, by the gradi
     KL(p || q) = sum_v p_v (log p_v - log q_v),
 
 the mean over tokens, with ``p`` of the full-precision model and ``q`` of the packed one. Blocks are scanned
-over and what happens inside them is computed again on the way back, but for the results of products.
+over and what happens inside them is computed again on the way back, but for the results of products. Where
+not all are of one kind and packed alike, those in a row that are, a run, are scanned over.
 """
 
 import dataclasses
@@ -31,38 +32,37 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, as_computed, make_block, make_outer
 
+Run = tuple[int, int]
+"""The first of some blocks in a row that are of one kind and packed alike, and the one behind their last."""
+
 
 class Learned(NamedTuple):
     """Logarithms of factors, by parameter, ``float32``.
 
     Attributes:
-      runs: ``[L, ...]``, of the blocks of every run of one kind.
+      blocks: ``[L, ...]``, of all blocks of a run.
       outer: of what stands outside.
     """
 
-    runs: list[dict[str, jax.Array]]
+    blocks: dict[Run, dict[str, jax.Array]]
     outer: dict[str, jax.Array]
 
-    def blocks(self) -> list[dict[str, jax.Array]]:
-        """Of every block."""
-        counts = [len(next(iter(run.values()))) for run in self.runs]
-        return [
-            {name: factors[i] for name, factors in run.items()}
-            for run, count in zip(self.runs, counts)
-            for i in range(count)
-        ]
+    def of(self, index: int) -> dict[str, jax.Array]:
+        """Of one block."""
+        start, stop = next((start, stop) for start, stop in self.blocks if start <= index < stop)
+        return {name: factors[index - start] for name, factors in self.blocks[start, stop].items()}
 
 
 class Fixed(NamedTuple):
     """What stays.
 
     Attributes:
-      runs: all parameters of the blocks, stacked in every run of one kind.
+      blocks: all parameters of the blocks, those of a run stacked.
       outer: of the packed model.
       full: of the full-precision model, for its head alone.
     """
 
-    runs: list[Params]
+    blocks: dict[Run, dict[str, Any]]
     outer: Params
     full: Params
 
@@ -120,24 +120,37 @@ def apply(params: Params, factors: Mapping[str, jax.Array]) -> dict[str, Any]:
     return {name: value(name, given) for name, given in params.items()}
 
 
-def stacked(blocks: Sequence[Params]) -> dict[str, Any]:
-    """The blocks' parameters, each on a leading axis."""
+def stacked(config: DecoderConfig, blocks: Sequence[Params]) -> dict[Run, dict[str, Any]]:
+    """The blocks' parameters, those of a run on a leading axis."""
 
     def join(values: list[Any]) -> Any:
         return stack(values) if isinstance(values[0], MixedTensor) else jnp.stack(values)
 
-    return {name: join([block[name] for block in blocks]) for name in blocks[0]}
+    kinds = [(config.block(index), _packing(block)) for index, block in enumerate(blocks)]
+    starts = [i for i in range(len(blocks)) if i == 0 or kinds[i] != kinds[i - 1]]
+    return {
+        (start, end): {name: join([block[name] for block in blocks[start:end]]) for name in blocks[start]}
+        for start, end in zip(starts, [*starts[1:], len(blocks)])
+    }
 
 
-def no_change(params: Params, layers: int | None = None) -> dict[str, jax.Array]:
-    """Zeros: what is learned at first, of the gains of norms and, inside so many blocks, of scales."""
-    start, leading = {}, () if layers is None else (layers,)
+def _packing(block: Params) -> dict[str, Any]:
+    """What parameters that are stacked have in common."""
+    return {
+        name: (w.shape, w.group_size, w.widths, w.dtype) if isinstance(w, MixedTensor) else (w.shape, w.dtype)
+        for name, w in block.items()
+    }
+
+
+def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
+    """Zeros: what is learned at first, of the gains of norms and, inside blocks, of scales."""
+    start, leading = {}, 1 if inside else 0  # blocks are stacked
     for name, value in params.items():
         if isinstance(value, MixedTensor):
-            if layers is not None:
-                start[name] = jnp.zeros((*leading, *value.scale.shape))
-        elif name.endswith(".weight") and value.ndim == 1:
-            start[name] = jnp.zeros((*leading, *value.shape))
+            if inside:
+                start[name] = jnp.zeros(value.scale.shape)
+        elif name.endswith(".weight") and value.ndim == 1 + leading:
+            start[name] = jnp.zeros(value.shape)
     return start
 
 
@@ -165,9 +178,10 @@ class Tuner:
 
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         h = outer.embed_tokens(batch.tokens, positions)
-        for run, params, factors in zip(self.config.runs(), fixed.runs, learned.runs, strict=True):
-            of_kind = partial(through, self.config.block(run.start))
-            h, _ = lax.scan(jax.checkpoint(of_kind, policy=keep, prevent_cse=False), h, (params, factors))
+        for run in sorted(fixed.blocks):
+            of_kind = partial(through, self.config.block(run[0]))
+            layers = fixed.blocks[run], learned.blocks[run]
+            h, _ = lax.scan(jax.checkpoint(of_kind, policy=keep, prevent_cse=False), h, layers)
         full = make_outer(self.config, fixed.full)
         return _divergence(outer, full, outer.head_input(h), batch.target) / batch.tokens.size
 

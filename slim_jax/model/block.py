@@ -312,6 +312,12 @@ def linear_groups(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
     return tuple(stage.layers for stage in every if stage.layers)
 
 
+def linear_names(config: DecoderConfig) -> list[str]:
+    """The names of all linear layers of the blocks, such as ``"blocks.3.attn.q"``, in order."""
+    blocks = enumerate(config.blocks())
+    return [f"blocks.{i}.{name}" for i, kind in blocks for names in linear_groups(kind) for name in names]
+
+
 def sequence_positions(x: Array) -> Int[Array, "b t"]:
     """Positions ``0 ... T - 1`` of every row of ``x[B, T, ...]``."""
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])

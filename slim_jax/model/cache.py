@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +55,27 @@ class KeyValues:
         return one(self.keys), one(self.values)
 
 
+class Run(NamedTuple):
+    """Blocks that follow one another and are alike.
+
+    Attributes:
+      kind: the config of each.
+      blocks: how many.
+      stacked: whether they are scanned over.
+    """
+
+    kind: DecoderConfig
+    blocks: int
+    stacked: bool
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
     """What a batch has seen. Slots ``>= length`` are empty.
 
     Attributes:
-      kv: of every run of blocks of one kind: keys and values, each ``[L, B, num_kv_heads, S, head_dim]``
+      kv: of every run of blocks: keys and values, each ``[L, B, num_kv_heads, S, head_dim]``
         where these blocks are scanned over, else one such pair without ``L`` a block: each is then updated
         where it lies.
       positions: ``int32[B, S]``, position of the token in each slot, -1 where a slot holds none.
@@ -75,18 +89,14 @@ class State:
     @classmethod
     def empty(
         cls,
-        config: DecoderConfig,
+        runs: Sequence[Run],
         batch: int,
         size: int,
         *,
-        stacked: Sequence[bool],
         dtype: jax.typing.DTypeLike = jnp.float32,
         mesh: Mesh | None = None,
     ) -> "State":
-        """No tokens, and room for ``size``; heads are cut over a mesh if its devices divide them.
-
-        ``stacked`` says of every run of blocks whether these are scanned over.
-        """
+        """No tokens, and room for ``size``; heads are cut over a mesh if its devices divide them."""
 
         def zeros(kind: DecoderConfig, *leading: int) -> jax.Array:
             device = None
@@ -97,12 +107,11 @@ class State:
             return jnp.zeros(shape, dtype, device=device)
 
         kv: list[Any] = []  # Every buffer is its own: all of them are donated.
-        for run, whole in zip(config.runs(), stacked, strict=True):
-            kind = config.block(run.start)
-            if whole:
-                kv.append((zeros(kind, len(run)), zeros(kind, len(run))))
+        for kind, blocks, stacked in runs:
+            if stacked:
+                kv.append((zeros(kind, blocks), zeros(kind, blocks)))
             else:
-                kv.append([(zeros(kind), zeros(kind)) for _ in run])
+                kv.append([(zeros(kind), zeros(kind)) for _ in range(blocks)])
         return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def grown(self, size: int) -> "State":

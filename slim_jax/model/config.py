@@ -120,18 +120,12 @@ class DecoderConfig:
 
     def block(self, index: int) -> "DecoderConfig":
         """The config as block ``index`` has it: blocks of equal ones are of one kind, compile once and are
-        stacked where they follow one another."""
+        scanned over where they follow one another."""
         return _of_kind(self, self.block_kinds[index]) if self.kinds else self
 
     def blocks(self) -> "list[DecoderConfig]":
         """Of every block, see :meth:`block`."""
         return [self.block(index) for index in range(self.num_layers)]
-
-    def runs(self) -> list[range]:
-        """Blocks of one kind that follow one another."""
-        blocks = self.blocks()
-        starts = [i for i in range(self.num_layers) if i == 0 or blocks[i] != blocks[i - 1]]
-        return [range(start, end) for start, end in zip(starts, [*starts[1:], self.num_layers])]
 
     def to_json(self) -> dict[str, Any]:
         """The config as JSON values; :meth:`from_json` is the inverse."""

@@ -3,6 +3,7 @@
 How checkpoints map to these parameters is `convert`'s business, not this file's.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -45,8 +46,9 @@ class Decoder(nnx.Module):
         self.head = None if config.tied_head else Linear(embed_size, config.vocab_size, bias=False, rngs=rngs)
 
     def runs(self) -> list[list[Block]]:
-        """The blocks of every run of one kind; see `DecoderConfig.runs`."""
-        return [[self.blocks[index] for index in run] for run in self.config.runs()]
+        """Blocks that follow one another and are alike: of one kind, and packed alike but for the values of
+        their leaves and the rows of words."""
+        return [list(run) for _, run in itertools.groupby(self.blocks, jax.tree.structure)]
 
     def embed_tokens(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream that enters the first block."""

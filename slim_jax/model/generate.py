@@ -21,7 +21,7 @@ from jaxtyping import Int32
 from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
 from pallas_kernels.layout import stack
 from slim_jax.model.block import Block, linear_groups
-from slim_jax.model.cache import State
+from slim_jax.model.cache import Run, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed, join
@@ -56,19 +56,19 @@ class Generator:
 
     Attributes:
       config: the model's.
-      stacked: of every run of blocks of one kind, whether they are scanned over.
+      stacked: of every run of blocks that are alike (`Decoder.runs`), whether they are scanned over.
     """
 
     def __init__(self, model: Decoder) -> None:
         self.config: DecoderConfig = model.config
         runs: list[Any] = model.runs()
         self.stacked: list[bool] = [stackable(run) for run in runs]
-        linear = next(m for _, m in nnx.iter_modules(runs[0][0]) if isinstance(m, Linear))
+        linears = [m for b in model.blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
+        linear = linears[0]
         self._empty = partial(
             State.empty,
-            model.config,
-            stacked=self.stacked,
-            dtype=linear.weight.get_value().dtype,
+            [Run(run[0].config, len(run), whole) for run, whole in zip(runs, self.stacked)],
+            dtype=jnp.result_type(*[m.weight.get_value().dtype for m in linears]),
             mesh=linear.mesh,
         )
         alone = linear.mesh is None

@@ -93,7 +93,7 @@ class _Reader:
     """A model that reads windows, one block at a time."""
 
     def __init__(self, model: Decoder) -> None:
-        self.blocks = [(block, most_rows(run)) for run in model.runs() for block in run]
+        self.blocks = list(zip(model.blocks, most_rows(list(model.blocks))))
         self.outer = make_outer(model.config, split_params(model)[0])
 
     def read(self, tokens: jax.Array) -> jax.Array:

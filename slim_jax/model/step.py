@@ -24,10 +24,10 @@ Through = Callable[..., tuple[jax.Array, ...]]
 
 def stackable(blocks: Sequence[Block]) -> bool:
     """Whether blocks are packed, and alike in all but the values of their leaves and the rows of words."""
-    if not most_rows(blocks[:1]):
-        return False
     rows = most_rows(blocks)
-    alike = [jax.eval_shape(lambda block: with_rows(block, rows), block) for block in blocks]
+    if not rows[0]:
+        return False
+    alike = [jax.eval_shape(lambda block, own=own: with_rows(block, own), b) for b, own in zip(blocks, rows)]
     kinds: list[Any] = [
         (jax.tree.structure(block), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(block)])
         for block in alike
@@ -35,12 +35,15 @@ def stackable(blocks: Sequence[Block]) -> bool:
     return all(kind == kinds[0] for kind in kinds)
 
 
-def most_rows(blocks: Sequence[Block]) -> list[int]:
-    """Of each packed weight of a block, in order, the most rows of words that one of the blocks has."""
+def most_rows(blocks: Sequence[Block]) -> list[list[int]]:
+    """For each block, of each of its packed weights in order, the most rows of words that one of the blocks
+    has that are packed alike."""
     rows = [
         [w.words.shape[-2] for w in jax.tree.leaves(b, is_leaf=_is_packed) if _is_packed(w)] for b in blocks
     ]
-    return [max(same) for same in zip(*rows)]
+    kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
+    alike = [[own for kind, own in zip(kinds, rows) if kind == wanted] for wanted in kinds]
+    return [[max(same) for same in zip(*own)] for own in alike]
 
 
 def with_rows(block: Block, rows: Sequence[int]) -> Block:

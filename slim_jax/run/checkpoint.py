@@ -306,7 +306,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
       ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
       layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
       blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
-      (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``.
+      (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``; in ``skipped`` the names of
+      linear layers of the blocks that are not packed beside such that are.
 
     Raises:
       CheckpointError: see :func:`read_manifest`; or the hub does not give it.

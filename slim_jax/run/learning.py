@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from pallas_kernels import MixedTensor
+from pallas_kernels.layout import zero_bits
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.plus import Layer, Learned, Samples, SlimPlus, clip_start, solved_start
@@ -65,7 +66,6 @@ class BlockLearner:
     Args:
       decoder: the model's config.
       config: of the quantization.
-      zero_bits: bits of a stored zero point.
       samples: number of calibration samples.
       optimizer: instead of :func:`default_optimizer`.
       placement: the devices that share the samples of a batch, where they divide its size.
@@ -75,7 +75,6 @@ class BlockLearner:
         self,
         decoder: DecoderConfig,
         config: SlimConfig,
-        zero_bits: int,
         samples: int,
         optimizer: optax.GradientTransformation | None = None,
         placement: Placement = ONE_DEVICE,
@@ -84,17 +83,9 @@ class BlockLearner:
         self.batch = min(config.batch_size, samples)
         self.judges, self.learners = held_out(samples, self.batch)
         steps = config.epochs * (len(self.learners) // self.batch)
-        self.kinds = [
-            SlimPlus(
-                block,
-                config.group_size,
-                zero_bits,
-                optimizer or default_optimizer(config, steps),
-                config.augmented,
-                placement.of_samples(),
-            )
-            for block in decoder.blocks()
-        ]
+        chosen = optimizer or default_optimizer(config, steps)
+        sharding = placement.of_samples()
+        self.kinds = [SlimPlus(block, chosen, config.augmented, sharding) for block in decoder.blocks()]
 
     def improve(
         self,
@@ -173,13 +164,13 @@ class BlockLearner:
         learn = learn or self.config.learn
         learned: Learned = {}
         layers: dict[str, Layer] = {}
-        g = self.config.group_size
         for name, tensor in packed.items():
+            g = tensor.group_size
             w = self.placement.whole(dense[f"{name}.weight"]).astype(jnp.float32)
             w = jnp.pad(w, ((0, tensor.groups * g - w.shape[0]), (0, 0))).reshape(tensor.groups, g, -1)
             bits = self.placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
             if learn.startswith("clip"):
-                learned[name], layers[name] = clip_start(w, bits)
+                learned[name], layers[name] = clip_start(w, bits, zero_bits=zero_bits(tensor.widths))
             else:
                 learned[name], layers[name] = solved_start(tensor, w, bits, rounding=learn == "rounding")
         rest = {

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import MixedTensor
+from slim_jax.model.block import linear_names
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import Params, block_buffers
 
@@ -120,7 +121,16 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
         "bits_per_weight": 8 * stored / weights if weights else None,
         "layers": layers,
         "ends": ends,
+        "skipped": _skipped(manifest) if layers else [],
     }
+
+
+def _skipped(manifest: dict[str, Any]) -> list[str]:
+    """The linear layers of the blocks that are not packed."""
+    names = linear_names(DecoderConfig.from_json(manifest["decoder"]))
+    written = range(len(manifest["blocks"]))
+    stored = {f"blocks.{i}.{name}" for i in written for name in manifest["blocks"][i]["arrays"]}
+    return [name for name in names if f"{name}.weight" in stored]
 
 
 def layer_reports(entry: dict[str, Any]) -> list[dict[str, Any]]:

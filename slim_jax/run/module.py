@@ -1,31 +1,29 @@
 """Quantizing any Flax NNX module: its linear layers and convolutions, found in its graph.
 
-The module runs as it is, outside of jit, on the calibration batches; the products of its layers are
-watched (`nnx.Linear` and `nnx.Conv` take the function that multiplies as an attribute). A convolution
-is quantized as the matrix ``[height * width * channels, out]`` that multiplies its patches.
+The module runs as it is, outside of jit, on the calibration batches, once for every stage: layers none of
+which reads what comes of another (`slim_jax.run.calls`). Those that were given the same share its Hessian and
+one solve. A convolution is quantized as the matrix ``[height * width * channels, out]`` that multiplies its
+patches.
 """
 
 import dataclasses
 import fnmatch
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from pallas_kernels import MixedTensor, mixed_matmul
 from slim_jax.config import SlimConfig
-from slim_jax.method.layer import LayerSolver
+from slim_jax.method.layer import LayerSolvers
 from slim_jax.model.linear import Packed
 from slim_jax.report import LayerReport
+from slim_jax.rules import check_rules
 from slim_jax.run.activations import Inputs, observe
-
-Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv
-Forward = Callable[[Any, Any], Any]
+from slim_jax.run.calls import Forward, Layer, find_stages, shared_inputs, watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class ModuleReport:
     """What was done to a module.
 
     Attributes:
-      layers: the quantized ones, in the order in which the module calls them.
+      layers: the quantized ones, stage by stage, otherwise in the order in which the module calls them.
       skipped: path -> why a layer that was selected is as it was.
       unmatched: patterns of ``select`` that no layer's path matches.
     """
@@ -86,13 +84,14 @@ def quantize_module(
     """Quantizes the `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Conv` layers of a module.
 
     Each layer is calibrated on what the quantized layers before it give, unless ``config.sequential`` is
-    False; that costs a run of the module, up to the layer, for each layer.
+    False; that costs a run of the module for every stage of its graph.
 
     Args:
       module: an NNX module that runs outside of jit; it is not changed.
       batches: inputs, one a call; they must fit in memory.
       config: how to quantize; any method but "slim-plus", which needs blocks. Bits are allocated within each
         layer: criterion "model", which needs a decoder's loss, stands for "kl" here.
+        Rules are over the layers' paths.
       select: patterns such as ``"blocks.*.mlp.*"`` (`fnmatch`) of the paths to quantize; all by default.
       forward: ``forward(module, batch)``; by default ``module(batch)``.
 
@@ -100,8 +99,8 @@ def quantize_module(
       A copy with packed layers, and a report.
 
     Raises:
-      ValueError: there are no batches, no layer is selected, or a selected layer is called inside a
-        transformation such as jit or scan, where its inputs have no values.
+      ValueError: there are no batches, no layer is selected, a rule holds for none, or a selected layer is
+        called inside a transformation such as jit or scan, where its inputs have no values.
     """
     if config.guide or config.bits != int(config.bits):
         raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
@@ -118,18 +117,18 @@ def quantize_module(
     chosen = {p: layer for p, layer in layers.items() if any(fnmatch.fnmatchcase(p, s) for s in patterns)}
     if not chosen:
         raise ValueError(f"select is {patterns}, which matches none of {', '.join(layers) or 'no layers'}")
-    skipped = {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
+    check_rules(config.rules, list(layers))
+    skipped = {path: "a rule skips it" for path in chosen if config.of_layer(path) is None}
+    skipped |= {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
     chosen = {path: layer for path, layer in chosen.items() if path not in skipped}
 
-    calls = _watch(chosen, partial(run, module, batches[0]))
+    calls = watch(chosen, partial(run, module, batches[0]))
     skipped |= {path: "it is not called" for path in chosen if path not in calls}
-    reports = []
-    stages = [[path] for path in calls] if config.sequential else [list(calls)]
+    reports: list[LayerReport] = []
+    stages = find_stages(chosen, partial(run, module, batches[0])) if config.sequential else [list(calls)]
     for paths in stages:
-        seen = _inputs(module, {path: chosen[path] for path in paths}, batches, run, calls)
-        for path in paths:
-            report = _quantize_layer(module, path, chosen[path], seen.pop(path), config)
-            reports.append(report)
+        for same, x in shared_inputs(module, {path: chosen[path] for path in paths}, batches, run, calls):
+            reports += _quantize_layers(module, {path: chosen[path] for path in same}, x, config)
     unmatched = [s for s in patterns if not any(fnmatch.fnmatchcase(p, s) for p in layers)]
     return module, ModuleReport(reports, skipped, unmatched)
 
@@ -154,110 +153,30 @@ def _refusal(layer: Layer) -> str | None:
     return None
 
 
-class _Enough(Exception):
-    """All that is to be seen of a batch has been seen."""
-
-
-def _watch(
-    layers: dict[str, Layer], run: Callable[[], Any], see: Callable[[str, jax.Array], None] | None = None
-) -> dict[str, int]:
-    """Runs the module and shows ``see`` the inputs ``[T, K]`` of its layers; calls of each, in order."""
-    calls: dict[str, int] = {}
-
-    def watched(path: str, multiply: Callable[..., jax.Array], rows: Callable[..., jax.Array]):
-        def product(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
-            if isinstance(x, jax.core.Tracer):
-                raise ValueError(f"{path} is called inside a JAX transformation, expected plain Python")
-            calls[path] = calls.get(path, 0) + 1
-            if see is not None:
-                see(path, rows(x, kernel, *arguments, **options))
-            return multiply(x, kernel, *arguments, **options)
-
-        return product
-
-    attributes = {
-        path: "conv_general_dilated" if isinstance(layer, nnx.Conv) else "dot_general"
-        for path, layer in layers.items()
-    }
-    before = {path: getattr(layers[path], name) for path, name in attributes.items()}
-    try:
-        for path, name in attributes.items():
-            rows = _patches if isinstance(layers[path], nnx.Conv) else _rows
-            multiply = before[path] or lax.dot_general
-            setattr(layers[path], name, watched(path, multiply, rows))
-        run()
-    except _Enough:
-        pass
-    finally:
-        for path, name in attributes.items():
-            setattr(layers[path], name, before[path])
-    return calls
-
-
-def _rows(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
-    """The input of a product, ``[T, K]``; what is contracted are the last axes, see :func:`_refusal`."""
-    del options
-    return x.reshape(-1, math.prod(kernel.shape[: len(dimensions[0][0])]))
-
-
-def _patches(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
-    """The patches that a kernel ``[..., C, N]`` is multiplied by, ``[T, K]`` in the order of its entries."""
-    *window, channels, _ = kernel.shape
-    patches = lax.conv_general_dilated_patches(
-        x,
-        window,
-        strides,
-        padding,
-        lhs_dilation=options["lhs_dilation"],
-        rhs_dilation=options["rhs_dilation"],
-        dimension_numbers=options["dimension_numbers"],
-    )
-    # Channels come first there, and last in the kernel.
-    patches = patches.reshape(-1, channels, math.prod(window)).swapaxes(1, 2)
-    return patches.reshape(patches.shape[0], -1)
-
-
-def _inputs(
-    module: Any, layers: dict[str, Layer], batches: list[Any], run: Forward, calls: dict[str, int]
-) -> dict[str, list[jax.Array]]:
-    """What each layer was given, ``[T, K]`` a call."""
-    seen: dict[str, list[jax.Array]] = {path: [] for path in layers}
-    wanted = sum(calls[path] for path in layers)
-
-    for batch in batches:
-        left = wanted
-
-        def see(path: str, x: jax.Array) -> None:
-            nonlocal left
-            seen[path].append(x)
-            left -= 1
-            if not left:
-                raise _Enough
-
-        _watch(layers, partial(run, module, batch), see)
-    return seen
-
-
-def _quantize_layer(
-    module: Any, path: str, layer: Layer, x: list[jax.Array], config: SlimConfig
-) -> LayerReport:
-    """Replaces one layer of ``module``."""
-    kernel = layer.kernel[...]
-    k = x[0].shape[1]
+def _quantize_layers(
+    module: Any, layers: dict[str, Layer], x: list[jax.Array], config: SlimConfig
+) -> Iterator[LayerReport]:
+    """Replaces layers of ``module`` that read one input."""
     tokens = sum(len(rows) for rows in x)
-    solver = LayerSolver(config, None)
     seen = observe(Inputs([rows[None] for rows in x]), max(1, tokens // config.search_tokens))
-    weight = jnp.asarray(kernel, jnp.float32).reshape(k, -1)
-    ((tensor, report),) = solver.solve([path], [weight], seen)
-    tensor = dataclasses.replace(tensor, dtype=kernel.dtype)
+    for solver, paths in LayerSolvers(config, None).of(list(layers)):
+        kernels = [layers[path].kernel[...] for path in paths]
+        weights = [jnp.asarray(kernel, jnp.float32).reshape(x[0].shape[1], -1) for kernel in kernels]
+        for path, kernel, (tensor, report) in zip(paths, kernels, solver.solve(paths, weights, seen)):
+            _put(module, layers[path], dataclasses.replace(tensor, dtype=kernel.dtype))
+            yield report
+
+
+def _put(module: Any, layer: Layer, tensor: MixedTensor) -> None:
+    """Packs a layer, wherever it is in ``module``."""
+    kernel = layer.kernel[...]
     if isinstance(layer, nnx.Conv):
         layer.kernel = PackedKernel(tensor, kernel_shape=kernel.shape)  # type: ignore[assignment]
-        return report
+        return
     out_shape = layer.out_features if isinstance(layer.out_features, tuple) else (layer.out_features,)
     bias = None if layer.bias is None else layer.bias[...]
     packed = PackedLinear(tensor, bias, kernel.ndim - len(out_shape), tuple(out_shape))
     _replace(module, layer, packed)
-    return report
 
 
 def _replace(module: Any, old: Any, new: Any) -> None:

@@ -26,13 +26,15 @@ from pallas_kernels import MixedTensor
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.hessian import Observation
-from slim_jax.method.layer import LayerSolver
+from slim_jax.method.layer import LayerSolvers
 from slim_jax.method.plus import Samples
 from slim_jax.method.sba import Allocation
 from slim_jax.method.tune import apply
+from slim_jax.model.block import linear_names
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.params import Params, make_decoder
+from slim_jax.model.params import Params, as_computed, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report
+from slim_jax.rules import check_rules
 from slim_jax.run.activations import Activations, Passing, dense_weight, observe
 from slim_jax.run.checkpoint import CheckpointWriter
 from slim_jax.run.ends import quantize_ends, sizes
@@ -61,6 +63,7 @@ class BlockQuantizer:
     ) -> None:
         self.source, self.config, self.placement = source, config, placement
         self.guide: Guide | None = None
+        given = bits is not None
         if config.guide or (config.over_model and bits is None):
             if sweep_file is not None and sweep_file.exists():  # of the run that is resumed
                 self.guide = Guide.load(sweep_file)
@@ -69,16 +72,14 @@ class BlockQuantizer:
                 if sweep_file is not None:
                     self.guide.save(sweep_file)
             bits = bits or self.guide.allocation
-        self.solver = LayerSolver(config, bits, placement)
+        self.solvers = LayerSolvers(config, bits, given=given, placement=placement)
         self.activations = Activations.of(source, tokens, offload, placement)
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
         self.reference: Activations | None = None  # behind full-precision blocks
         if config.method == "slim-plus":
             self.reference = Activations.of(source, tokens, offload, placement)
-            self.learner = BlockLearner(
-                source.config, config, self.solver.zero_bits, len(tokens), optimizer, placement
-            )
+            self.learner = BlockLearner(source.config, config, len(tokens), optimizer, placement)
 
     def skip(self, index: int, params: Params) -> None:
         """Carries the activations over a block that an earlier run has quantized."""
@@ -97,11 +98,14 @@ class BlockQuantizer:
         learning = None
         if self.learner is not None:
             samples = self._samples(index, dense)
-            tensors, learning = self.learner.improve(index, dense, tensors, samples, on_epoch)
-            if self.config.learn == "clip-gptq":
+            if tensors:
+                tensors, learning = self.learner.improve(index, dense, tensors, samples, on_epoch)
+            if learning is not None and self.config.learn == "clip-gptq":
                 again, *_ = self._solve_block(index, dense, tensors)
                 tensors, learning = self.learner.better(index, dense, tensors, again, samples, learning)
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
+        for name in self._skipped(index):
+            result[name] = self.placement.channels(as_computed(name, dense[name]))
         self.activations = after if self.learner is None else self.activations.behind(index, result)
         allocation = {f"blocks.{index}.{name}": tensor.bits().tolist() for name, tensor in tensors.items()}
         seconds = time.monotonic() - start
@@ -131,17 +135,23 @@ class BlockQuantizer:
         for names, observation in self._observations(passing):
             if names[0].startswith("moe.experts.") and not names[0].endswith(".down"):
                 expert_tokens.append(observation.tokens)
-            weights = [dense[f"{name}.weight"] for name in names]
-            like = [given[name] for name in names] if given else None
-            solved = self.solver.solve(
-                [f"blocks.{index}.{name}" for name in names], weights, observation, like
-            )
-            for name, (tensor, report) in zip(names, solved):
-                tensors[name], current[f"{name}.weight"] = tensor, dense_weight(tensor)
-                rise = None if self.guide is None else self.guide.rises.get(report.name)
-                layers.append(dataclasses.replace(report, rise=rise))
+            by_name = {f"blocks.{index}.{name}": name for name in names}
+            for solver, some in self.solvers.of(list(by_name)):
+                own = [by_name[full] for full in some]
+                like = [given[name] for name in own] if given else None
+                solved = solver.solve(some, [dense[f"{name}.weight"] for name in own], observation, like)
+                for name, (tensor, report) in zip(own, solved):
+                    tensors[name], current[f"{name}.weight"] = tensor, dense_weight(tensor)
+                    rise = None if self.guide is None else self.guide.rises.get(report.name)
+                    layers.append(dataclasses.replace(report, rise=rise))
         after = passing.after if self.config.sequential else self.activations.behind(index, current)
         return tensors, layers, expert_tokens, after
+
+    def _skipped(self, index: int) -> list[str]:
+        """The weights of a block that a rule leaves in full precision."""
+        prefix, names = f"blocks.{index}.", linear_names(self.source.config)
+        own = [name for name in names if name.startswith(prefix) and self.config.of_layer(name) is None]
+        return [f"{name.removeprefix(prefix)}.weight" for name in own]
 
     def _samples(self, index: int, dense: Params) -> Samples:
         """What the block at hand learns from; passes the full-precision activations on."""
@@ -174,7 +184,8 @@ class BlockQuantizer:
             yield names, found
 
 
-def _check(source: Source, tokens: np.ndarray, devices: int) -> np.ndarray:
+def _check(source: Source, tokens: np.ndarray, config: SlimConfig, devices: int) -> np.ndarray:
+    check_rules(config.rules, linear_names(source.config))
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
@@ -226,11 +237,11 @@ def quantize(
       The decoder on packed weights, and a report.
 
     Raises:
-      ValueError: the tokens or the allocation do not fit the model.
+      ValueError: the tokens, the allocation or the rules do not fit the model.
     """
     source = DecoderSource(model) if isinstance(model, Decoder) else model
     placement = Placement(mesh)
-    tokens = _check(source, tokens, placement.devices)
+    tokens = _check(source, tokens, config, placement.devices)
     quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, None, placement, on_sweep)
     blocks, reports = [], []
     for index in range(source.config.num_layers):
@@ -245,7 +256,7 @@ def quantize(
         learned, tuning = tune(
             source, tokens, config, outer, blocks, placement, quantizer.reference, on_step=on_step
         )
-        outer, blocks = apply(outer, learned.outer), list(map(apply, blocks, learned.blocks()))
+        outer, blocks = apply(outer, learned.outer), [apply(b, learned.of(i)) for i, b in enumerate(blocks)]
     whole = Report(reports, ends, *sizes(source.config, outer, blocks), tuning)
     return make_decoder(source.config, outer, blocks, placement.mesh), whole
 
@@ -279,7 +290,7 @@ def quantize_to_checkpoint(
       ValueError: as :func:`quantize`; or ``path`` holds something else, or a run with other settings.
     """
     placement = Placement(mesh)
-    tokens = _check(source, tokens, placement.devices)
+    tokens = _check(source, tokens, config, placement.devices)
     settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
     writer = CheckpointWriter(
         path,
@@ -309,8 +320,7 @@ def quantize_to_checkpoint(
                 source, tokens, config, outer, blocks, placement, reference, folder, file, on_step
             )
             tuned = apply(outer, learned.outer)
-            factors = learned.blocks()
-            writer.write_tuned(tuned, lambda index: apply(blocks[index], factors[index]), tuning)
+            writer.write_tuned(tuned, lambda index: apply(blocks[index], learned.of(index)), tuning)
     writer.finish()
     return writer.report()
 

@@ -11,9 +11,10 @@ from typing import Any
 from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax.config import SlimConfig, default_embedding_bits
-from slim_jax.model.block import linear_groups
+from slim_jax.model.block import linear_groups, linear_names
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_params, outer_params
+from slim_jax.rules import check_rules
 
 GIB = 2**30
 
@@ -104,45 +105,40 @@ def make_plan(
       context: tokens that each has room for.
       samples: calibration windows.
       length: their tokens.
+
+    Raises:
+      ValueError: a rule of the settings holds for no layer.
     """
-    outer, parts = outer_params(config), [_part(kind, settings) for kind in config.blocks()]
+    outer, blocks = outer_params(config), _Blocks.of(config, settings)
     ends = _ends(outer, settings)
-    outputs = dict.fromkeys(ends, config.vocab_size)
-    for part in parts:
-        outputs |= part.outputs
+    outputs = blocks.outputs | dict.fromkeys(ends, config.vocab_size)
     sharding = {name: "replicated" if devices == 1 or n % devices else "n" for name, n in outputs.items()}
     outside = sum(math.prod(shape.shape) for shape in outer.values())
     in_tables = sum(math.prod(shape.shape) for name, shape in outer.items() if _label(name) in ends)
+    rest = 2 * (blocks.parameters - blocks.quantized) + 2 * (outside - in_tables)
 
-    def share(packed: dict[str, int], outputs: dict[str, int]) -> int:
-        cut = {name: 1 if devices == 1 or outputs[name] % devices else devices for name in packed}
+    def share(packed: dict[str, int]) -> int:
+        cut = {name: 1 if sharding[_in_block(name)] == "replicated" else devices for name in packed}
         return sum(-(-size // cut[name]) for name, size in packed.items())
 
-    ends_here = share(ends, outputs) + 2 * (outside - in_tables)
-    weights = sum(share(part.packed, part.outputs) + part.rest for part in parts) + ends_here
+    weights = share(blocks.packed) + share(ends) + rest
     cache_here = sum(_cache_bytes(kind, devices) for kind in config.blocks())
-    inner = max(kind.intermediate_size for kind in config.blocks())
-    working = 4 * batch * (config.vocab_size + 8 * inner)
+    working = 4 * batch * (config.vocab_size + 8 * max(b.intermediate_size for b in config.blocks()))
     capacity = int(USABLE * DEVICES[device])
     room = capacity - weights - working
     device_bytes = weights + working + batch * context * cache_here
-    parameters = sum(part.parameters for part in parts) + outside
-    packed_bytes = sum(sum(part.packed.values()) for part in parts)
-    quantized = sum(part.quantized for part in parts)
+    packed_bytes = sum(blocks.packed.values())
     return Plan(
-        parameters=parameters,
-        quantized=quantized + in_tables,
-        bfloat16_bytes=2 * parameters,
-        packed_bytes=packed_bytes
-        + sum(part.rest for part in parts)
-        + sum(ends.values())
-        + 2 * (outside - in_tables),
-        bits_per_weight=8 * packed_bytes / quantized,
+        parameters=blocks.parameters + outside,
+        quantized=blocks.quantized + in_tables,
+        bfloat16_bytes=2 * (blocks.parameters + outside),
+        packed_bytes=packed_bytes + sum(ends.values()) + rest,
+        bits_per_weight=8 * packed_bytes / blocks.quantized,
         ends_bytes=sum(ends.values()),
         cache_bytes_per_token=sum(_cache_bytes(kind, 1) for kind in config.blocks()),
         calibration_bytes=max(
-            _calibration_bytes(kind, settings, part.parameters, samples * length)
-            for kind, part in zip(config.blocks(), parts)
+            _calibration_bytes(kind, settings, size, samples * length)
+            for kind, size in zip(config.blocks(), blocks.sizes)
         ),
         device=device,
         devices=devices,
@@ -156,35 +152,52 @@ def make_plan(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """What a block takes.
+@dataclasses.dataclass
+class _Blocks:
+    """What all blocks take.
 
     Attributes:
-      parameters: how many it has.
-      quantized: how many of them its linear layers have.
-      packed: bytes of its linear layers.
-      rest: bytes of all else.
-      outputs: output channels of its linear layers.
+      sizes: parameters of every block.
+      quantized: how many parameters are packed.
+      packed: bytes of every layer that is packed, by its whole name.
+      outputs: output channels of layers, by their names in a block.
+      in_budget: weights, those that fill up groups too, of the layers that no rule skips or gives bits.
     """
 
-    parameters: int
-    quantized: int
-    packed: dict[str, int]
-    rest: int
-    outputs: dict[str, int]
+    sizes: list[int] = dataclasses.field(default_factory=list)
+    quantized: int = 0
+    packed: dict[str, int] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    in_budget: int = 0
 
+    @property
+    def parameters(self) -> int:
+        """Of all blocks."""
+        return sum(self.sizes)
 
-@functools.cache
-def _part(kind: DecoderConfig, settings: SlimConfig) -> _Part:
-    block = block_params(kind)
-    names = itertools.chain(*linear_groups(kind))
-    shapes = {name: block[f"{name}.weight"].shape for name in names}
-    parameters = sum(math.prod(shape.shape) for shape in block.values())
-    quantized = sum(map(math.prod, shapes.values()))
-    packed = {name: _packed_bytes(shape, settings) for name, shape in shapes.items()}
-    outputs = {name: shape[1] for name, shape in shapes.items()}
-    return _Part(parameters, quantized, packed, 2 * (parameters - quantized), outputs)
+    @classmethod
+    def of(cls, config: DecoderConfig, settings: SlimConfig) -> "_Blocks":
+        """A model's.
+
+        Raises:
+          ValueError: a rule of the settings holds for no layer.
+        """
+        check_rules(settings.rules, linear_names(config))
+        found, shapes, size = cls(), functools.cache(block_params), functools.cache(_packed_bytes)
+        for index, kind in enumerate(config.blocks()):
+            block = shapes(kind)
+            found.sizes.append(sum(math.prod(shape.shape) for shape in block.values()))
+            for name in itertools.chain(*linear_groups(kind)):
+                full, (k, n) = f"blocks.{index}.{name}", block[f"{name}.weight"].shape
+                found.outputs[name] = n
+                rule, own = settings.rule(full), settings.of_layer(full)
+                if own is None:
+                    continue
+                found.packed[full] = size((k, n), own)
+                found.quantized += k * n
+                if rule is None or rule.bits is None:
+                    found.in_budget += group_count(k, own.group_size) * own.group_size * n
+        return found
 
 
 def _cache_bytes(kind: DecoderConfig, devices: int) -> int:
@@ -203,12 +216,11 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
     """
     if not settings.over_model:
         raise ValueError("a target size needs criterion 'model', which gives any mean width")
-    g, padded = settings.group_size, 0
-    for kind in config.blocks():
-        block = block_params(kind)
-        shapes = [block[f"{name}.weight"].shape for name in itertools.chain(*linear_groups(kind))]
-        padded += sum(group_count(k, g) * g * n for k, n in shapes)
-    bytes_per_bit = padded / 8
+    bytes_per_bit = _Blocks.of(config, settings).in_budget / 8
+    if not bytes_per_bit:
+        raise ValueError(
+            "a target size needs layers that share a budget, but rules give bits to all layers, or skip them"
+        )
     chosen, smallest = settings.embedding_bits, 0
     default = chosen == default_embedding_bits(settings.bits, settings.sqc)
     for whole in range(6, 0, -1):
@@ -254,6 +266,11 @@ def _ends(outer: Mapping[str, Any], settings: SlimConfig) -> dict[str, int]:
         ).nbytes
         for name, shape in tables.items()
     }
+
+
+def _in_block(name: str) -> str:
+    """``"blocks.3.attn.q"`` -> ``"attn.q"``; other names as they are."""
+    return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
 def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:

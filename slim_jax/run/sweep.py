@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from pallas_kernels.layout import vary_like
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.budget import LayerCosts, expected_rise, spend
-from slim_jax.method.layer import LayerSolver
+from slim_jax.method.layer import LayerSolvers
 from slim_jax.method.sba import Allocation
-from slim_jax.model.block import Block, linear_groups, sequence_positions
+from slim_jax.model.block import Block, linear_groups, linear_names, sequence_positions
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
 from slim_jax.model.params import make_outer
@@ -206,7 +207,7 @@ class Sweep:
             tokens = some_samples(tokens, placement.devices)
         self.source, self.tokens, self.config, self.placement = source, tokens, config, placement
         self.start = Activations.of(source, tokens, offload, placement)
-        self.solver = LayerSolver(config, None, placement)
+        self.solvers = LayerSolvers(config, None, placement=placement)
         self.names = [tuple(itertools.chain(*linear_groups(block))) for block in source.config.blocks()]
         self.weights: dict[tuple[int, str], np.ndarray] = {}
         self.costs: dict[str, LayerCosts] = {}
@@ -218,16 +219,14 @@ class Sweep:
         for index in reversed(range(self.source.config.num_layers)):
             h = inputs.pop()
             scales = self._weigh(index, h, gradients)
-            if self.config.criterion == "model":
+            if self.config.over_model:
                 self._cost(index, h, scales)
             if on_sweep is not None:
                 on_sweep(self.source.config.num_layers - index, self.source.config.num_layers)
         if not self.costs:
             return Guide(self.weights)
-        names = [f"blocks.{i}.{name}" for i, block in enumerate(self.names) for name in block]
-        costs, widths = {name: self.costs[name] for name in names}, self.config.widths
-        allocation = spend(costs, widths, self.config.mean_width)
-        return Guide(self.weights, allocation, expected_rise(costs, widths, allocation))
+        names = [name for name in linear_names(self.source.config) if name in self.costs]
+        return Guide(self.weights, *spend_all({name: self.costs[name] for name in names}, self.config))
 
     def _inputs(self) -> list[Batches]:
         """What every block reads, bfloat16, and last what the last one gives."""
@@ -274,15 +273,44 @@ class Sweep:
         params = self.source.block(index)
         guide = Guide(self.weights)
         for names, seen in before.through(index, params):
+            layers = {f"blocks.{index}.{name}": name for name in names}
+            by_solver = [(s, some) for s, some in self.solvers.of(list(layers)) if s.config.over_model]
+            if not by_solver:
+                continue
             weighted = seen._replace(weights=guide.of(index, names))
             observation = observe(weighted, 1 << 30, self.placement)
-            layers = {f"blocks.{index}.{name}": params[f"{name}.weight"] for name in names}
-            errors = self.solver.errors(layers, observation)
-            for name, (full, error) in zip(names, errors.items()):
-                share = observation.tokens / self.tokens.size
-                rise = 0.25 * scales[name] * share * error.astype(np.float64)
-                group = self.config.group_size * params[f"{name}.weight"].shape[1]
-                self.costs[full] = LayerCosts(rise, group)
+            share = observation.tokens / self.tokens.size
+            for solver, some in by_solver:
+                weights = {full: params[f"{layers[full]}.weight"] for full in some}
+                for full, error in solver.errors(weights, observation).items():
+                    rise = 0.25 * scales[layers[full]] * share * error.astype(np.float64)
+                    group = solver.config.group_size * weights[full].shape[1]
+                    self.costs[full] = LayerCosts(rise, group)
+
+
+def spend_all(costs: Mapping[str, LayerCosts], config: SlimConfig) -> tuple[Allocation, dict[str, float]]:
+    """Widths of every group, and by how much each layer is then expected to raise the loss.
+
+    Layers share one budget, but those whose bits a rule gives: each of these spends its own.
+    """
+    budgets: dict[str, list[str]] = {"": []}
+    for name in costs:
+        rule = config.rule(name)
+        budgets.setdefault("" if rule is None or rule.bits is None else name, []).append(name)
+    allocation: Allocation = {}
+    rises: dict[str, float] = {}
+    for names in filter(None, budgets.values()):
+        layers, settings = {name: costs[name] for name in names}, list(map(config.of_layer, names))
+        assert settings[0] is not None
+        widths, budget, weights = settings[0].widths, Fraction(0), 0
+        for layer, own in zip(layers.values(), settings):  # exact: of equal means the mean is the same
+            assert own is not None
+            size = layer.weights * len(layer.rise)
+            budget, weights = budget + Fraction(own.mean_width) * size, weights + size
+        spent = spend(layers, widths, float(budget / weights))
+        allocation |= spent
+        rises |= expected_rise(layers, widths, spent)
+    return {name: allocation[name] for name in costs}, {name: rises[name] for name in costs}
 
 
 def some_samples(tokens: np.ndarray, devices: int) -> np.ndarray:

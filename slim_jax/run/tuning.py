@@ -122,9 +122,9 @@ class Tuning:
           full: of the full-precision model, what stands outside its blocks.
           on_step: called after every step.
         """
-        runs = [[blocks[index] for index in run] for run in self.decoder.runs()]
-        fixed = Fixed(list(map(stacked, runs)), dict(outer), dict(full))
-        start = Learned([no_change(run[0], len(run)) for run in runs], no_change(outer))
+        fixed = Fixed(stacked(self.decoder, blocks), dict(outer), dict(full))
+        inside = {run: no_change(blocks, inside=True) for run, blocks in fixed.blocks.items()}
+        start = Learned(inside, no_change(outer, inside=False))
         learned: Learned = self.placement.tree(start)
         state = self.placement.tree(self.tuner.optimizer.init(learned))
         best, history = jax.tree.map(jnp.copy, learned), History()

@@ -1,0 +1,160 @@
+"""Rules: what to do with which linear layers, where not all are to be treated alike.
+
+A rule is a pattern over names and what holds for the layers that it matches, instead of what the other
+settings say. Of several the first that matches a layer holds, and it alone, as in Qwix and in GPTQModel's
+``dynamic``: exceptions come before what is general.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REGEX = "re:"
+"""Begins a pattern that is a regular expression, for the whole name."""
+
+METHODS = ("slim", "gptq", "rtn")
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "skip": ("true or false", (bool,)),
+    "bits": ("a number", (int, float)),
+    "group_size": ("a whole number", (int,)),
+    "method": ("a name", (str,)),
+    "sqc": ("a name", (str,)),
+    "damping": ("a number", (int, float)),
+}
+"""The options, and what their values are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What is to be done with some layers. Of the options, None leaves what the other settings say.
+
+    Attributes:
+      pattern: of names such as ``"blocks.3.mlp.down"``, where ``*`` stands for anything, dots too
+        (`fnmatch`); with ``re:`` before it a regular expression for the whole name.
+      skip: the layers stay in full precision, stored in bfloat16; no other option goes with it.
+      bits: their mean width, outside of a budget that others share.
+      group_size: input channels that share scale, zero point and width.
+      method: how bits and codes are found: "slim", "gptq" or "rtn".
+      sqc: how scales and zero points are found.
+      damping: of the Hessian.
+
+    Raises:
+      ValueError: the pattern is no regular expression, or no option is given.
+    """
+
+    pattern: str
+    skip: bool = False
+    bits: float | None = None
+    group_size: int | None = None
+    method: str | None = None
+    sqc: str | None = None
+    damping: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits == int(self.bits):
+            object.__setattr__(self, "bits", int(self.bits))
+        if self.method is not None and self.method not in METHODS:
+            raise self.error(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.skip == bool(self.changes):
+            told = f"skip and {', '.join(self.changes)}" if self.skip else "nothing"
+            raise self.error(f"it says {told}, expected skip alone, or options such as bits=3")
+        if self.pattern.startswith(REGEX):
+            try:
+                re.compile(self.pattern.removeprefix(REGEX))
+            except re.error as error:
+                raise self.error(f"not a regular expression: {error}") from None
+
+    @classmethod
+    def of(cls, given: Any) -> "Rule":
+        """A rule from ``(pattern, options)``: options are a mapping, or ``"skip"``.
+
+        Raises:
+          ValueError: it is something else, there is no such option, or a value has another type.
+        """
+        if isinstance(given, cls):
+            return given
+        pair = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2
+        if (
+            not pair
+            or not isinstance(given[0], str)
+            or not (given[1] == "skip" or isinstance(given[1], Mapping))
+        ):
+            raise ValueError(
+                f"a rule is {given!r}, expected (pattern, options) with options by name, or 'skip'"
+            )
+        pattern, options = given[0], {"skip": True} if given[1] == "skip" else dict(given[1])
+        for name, value in options.items():
+            if name not in KINDS:
+                near = difflib.get_close_matches(str(name), KINDS, n=3, cutoff=0.5) or list(KINDS)
+                found = f"there is no option {name!r}"
+                raise ValueError(f"rule {pattern!r}: {found}, expected one such as {', '.join(near)}")
+            told, kinds = KINDS[name]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"rule {pattern!r}: {name} is {value!r}, expected {told}")
+        return cls(pattern, **options)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The options that the rule gives, but for ``skip``: fields of the config."""
+        given = {name: getattr(self, name) for name in KINDS if name != "skip"}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule is for a layer of this name, if none before it is."""
+        if self.pattern.startswith(REGEX):
+            return re.fullmatch(self.pattern.removeprefix(REGEX), name) is not None
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+    def error(self, told: str) -> ValueError:
+        """What is wrong with it."""
+        return ValueError(f"rule {self.pattern!r}: {told}")
+
+    def to_json(self) -> list[Any]:
+        """``[pattern, options]``; :meth:`of` is the inverse."""
+        return [self.pattern, {"skip": True} if self.skip else self.changes]
+
+    def __str__(self) -> str:
+        told = "skip" if self.skip else ", ".join(f"{name}={value}" for name, value in self.changes.items())
+        return f"{self.pattern}: {told}"
+
+
+def first_match(rules: Sequence[Rule], name: str) -> Rule | None:
+    """The rule that holds for a layer."""
+    return next((rule for rule in rules if rule.matches(name)), None)
+
+
+def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
+    """Whether every rule holds for one of the layers, and one of these is quantized.
+
+    Raises:
+      ValueError: a rule matches no name, or only such as a rule before it matches; or rules skip all.
+    """
+    left = list(names)
+    for rule in rules:
+        if not any(map(rule.matches, left)):
+            matched = [name for name in names if rule.matches(name)]
+            if not matched:
+                raise rule.error(f"it matches none of the {len(names)} layers, {_near(rule.pattern, names)}")
+            raise rule.error(
+                f"rules before it match {matched[0]} and all others that it matches: the first that matches "
+                "holds, expected it before them"
+            )
+        left = [name for name in left if not rule.matches(name)]
+    holding = [first_match(rules, name) for name in names]
+    if rules and all(rule is not None and rule.skip for rule in holding):
+        raise ValueError(f"rules skip all {len(names)} layers, expected one at least that is quantized")
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """What a user may have meant; numbers in names stand for one another."""
+    kinds = list(
+        dict.fromkeys(".".join("*" if p.isdigit() else p for p in name.split(".")) for name in names)
+    )
+    plain = pattern.removeprefix(REGEX)
+    near = [name for name in (*kinds, *names) if plain in name][:4]
+    near = near or difflib.get_close_matches(plain, kinds, n=4, cutoff=0.4) or kinds[:4]
+    told = f"near names: {', '.join(near)}" if near else "there are none"
+    return f"{told}; the first is {names[0]}, the last {names[-1]}" if names else told

@@ -1,0 +1,149 @@
+"""What the layers of a module are given when it is called, and which of them depend on which.
+
+The module runs as it is, outside of jit; the products of its layers are watched (`nnx.Linear` and `nnx.Conv`
+take the function that multiplies as an attribute).
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import lax
+
+Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv
+Forward = Callable[[Any, Any], Any]
+See = Callable[[str, jax.Array], None]
+
+MOVED = 1.5
+"""By what the outputs of a layer are multiplied, to see who reads them."""
+
+
+class _Enough(Exception):
+    """All that is to be seen of a batch has been seen."""
+
+
+def watch(
+    layers: Mapping[str, Layer],
+    run: Callable[[], Any],
+    see: See | None = None,
+    moved: Collection[str] = (),
+) -> dict[str, int]:
+    """Runs the module and shows ``see`` the inputs ``[T, K]`` of its layers; calls of each, in order.
+
+    The products of the layers ``moved`` are not what they should be.
+    """
+    calls: dict[str, int] = {}
+
+    def watched(path: str, multiply: Callable[..., jax.Array], rows: Callable[..., jax.Array]):
+        def product(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+            if isinstance(x, jax.core.Tracer):
+                raise ValueError(f"{path} is called inside a JAX transformation, expected plain Python")
+            calls[path] = calls.get(path, 0) + 1
+            if see is not None:
+                see(path, rows(x, kernel, *arguments, **options))
+            y = multiply(x, kernel, *arguments, **options)
+            return y * MOVED if path in moved else y
+
+        return product
+
+    attributes = {
+        path: "conv_general_dilated" if isinstance(layer, nnx.Conv) else "dot_general"
+        for path, layer in layers.items()
+    }
+    before = {path: getattr(layers[path], name) for path, name in attributes.items()}
+    try:
+        for path, name in attributes.items():
+            rows = _patches if isinstance(layers[path], nnx.Conv) else _rows
+            multiply = before[path] or lax.dot_general
+            setattr(layers[path], name, watched(path, multiply, rows))
+        run()
+    except _Enough:
+        pass
+    finally:
+        for path, name in attributes.items():
+            setattr(layers[path], name, before[path])
+    return calls
+
+
+def _rows(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
+    """The input of a product, ``[T, K]``; what is contracted are the last axes, see :func:`_refusal`."""
+    del options
+    return x.reshape(-1, math.prod(kernel.shape[: len(dimensions[0][0])]))
+
+
+def _patches(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+    """The patches that a kernel ``[..., C, N]`` is multiplied by, ``[T, K]`` in the order of its entries."""
+    *window, channels, _ = kernel.shape
+    patches = lax.conv_general_dilated_patches(
+        x,
+        window,
+        strides,
+        padding,
+        lhs_dilation=options["lhs_dilation"],
+        rhs_dilation=options["rhs_dilation"],
+        dimension_numbers=options["dimension_numbers"],
+    )
+    # Channels come first there, and last in the kernel.
+    patches = patches.reshape(-1, channels, math.prod(window)).swapaxes(1, 2)
+    return patches.reshape(patches.shape[0], -1)
+
+
+def _digest(x: jax.Array) -> bytes:
+    """Alike for equal arrays only."""
+    return hashlib.blake2b(repr(x.shape).encode() + np.asarray(x).tobytes(), digest_size=16).digest()
+
+
+def find_stages(layers: Mapping[str, Layer], run: Callable[[], Any]) -> list[list[str]]:
+    """The layers in the order in which they can be quantized: those of a stage read nothing that comes of one
+    another, or of a later stage.
+
+    What depends on a layer is seen from what changes with its outputs; a run on one batch finds a stage. A
+    layer that reads what comes of itself, by a call before, is a stage of its own, and so is every layer of a
+    module that does not give the same twice.
+    """
+
+    def digests(moved: Collection[str]) -> dict[str, list[bytes]]:
+        found: dict[str, list[bytes]] = {}
+        watch(layers, run, lambda path, x: found.setdefault(path, []).append(_digest(x)), moved)
+        return found
+
+    expected = digests(())
+    left, stages = list(expected), list[list[str]]()
+    while left:
+        found = digests(left)
+        same = [path for path in left if found.get(path) == expected[path]] or left[:1]
+        stages.append(same)
+        left = [path for path in left if path not in same]
+    return stages
+
+
+def shared_inputs(
+    module: Any, layers: Mapping[str, Layer], batches: Sequence[Any], run: Forward, calls: Mapping[str, int]
+) -> list[tuple[list[str], list[jax.Array]]]:
+    """Layers that were given the same, and what that was, ``[T, K]`` a call; equal ones are kept once."""
+    arrays: dict[bytes, jax.Array] = {}
+    seen: dict[str, list[bytes]] = {path: [] for path in layers}
+    wanted = sum(calls[path] for path in layers)
+
+    for batch in batches:
+        left = wanted
+
+        def see(path: str, x: jax.Array) -> None:
+            nonlocal left
+            digest = _digest(x)
+            arrays.setdefault(digest, x)
+            seen[path].append(digest)
+            left -= 1
+            if not left:
+                raise _Enough
+
+        watch(layers, partial(run, module, batch), see)
+    groups: dict[tuple[bytes, ...], list[str]] = {}
+    for path, digests in seen.items():
+        groups.setdefault(tuple(digests), []).append(path)
+    return [(paths, [arrays[digest] for digest in digests]) for digests, paths in groups.items()]
