@@ -148,6 +148,7 @@ def test_limited():
     assert np.all(sweep.limited(np.zeros(4))[0] == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", [False, True])
 def test_model_budget_quantizes_and_generates(model, guide):
     config = SlimConfig(bits=2.25, group_size=32, criterion="model", guide=guide)

@@ -175,6 +175,7 @@ def test_generate(room, capsys, tmp_path):
     assert other != one
 
 
+@pytest.mark.slow
 def test_generate_from_a_file(room, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("w5 w6 w7\n\nw9\n")
     options = ("--prompts", tmp_path / "prompts.txt", "--max-tokens", "8", "--json")
@@ -221,6 +222,7 @@ def test_chat(room, capsys, tmp_path, monkeypatch):
     assert "64 positions: /reset begins anew" in errors[1]
 
 
+@pytest.mark.slow
 def test_convert_then_quantize_gives_the_same_as_quantize(room, capsys, tmp_path):
     said(capsys, "convert", room / "hf", tmp_path / "dense")
     calibration = ("--calibration", room / "calib.txt")
@@ -268,6 +270,7 @@ def test_allocation_goes_round(room, capsys, tmp_path):
     assert [row["bits"] for row in layers[0]] == [row["bits"] for row in layers[1]]
 
 
+@pytest.mark.slow
 def test_self_calibration(room, capsys, tmp_path):
     own = ("--calibration", "self", "--set", "method=rtn")
     said(capsys, "quantize", room / "hf", tmp_path / "q", *QUANTIZE, *own)
@@ -504,6 +507,7 @@ def test_debug_shows_the_traceback(tmp_path):
         run(["--debug", "convert", str(tmp_path / "none"), str(tmp_path / "out")])
 
 
+@pytest.mark.slow
 def test_the_program_says_nothing_else(room):
     """Other libraries' logs and warnings stay away from both streams."""
     program = [

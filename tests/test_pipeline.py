@@ -108,6 +108,7 @@ GEMMA = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [pytest.param(CONFIG, id="alike"), pytest.param(GEMMA, id="local_global", marks=pytest.mark.slow)],

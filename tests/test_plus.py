@@ -147,7 +147,13 @@ def test_one_bit_groups_keep_their_mean():
 
 # Sigmoids start where they are flat: in a few steps only a high rate moves them.
 @pytest.mark.parametrize(
-    ("learn", "rate"), [("clip", 0.3), ("clip-gptq", 0.3), ("grid", 0.02), ("rounding", 0.005)]
+    ("learn", "rate"),
+    [
+        pytest.param("clip", 0.3, marks=pytest.mark.slow),
+        pytest.param("clip-gptq", 0.3, marks=pytest.mark.slow),
+        pytest.param("grid", 0.02, marks=pytest.mark.slow),
+        ("rounding", 0.005),
+    ],
 )
 def test_learning_lowers_the_loss(model, learn, rate):
     config = dataclasses.replace(PLUS, learn=learn, learning_rate=rate)
@@ -228,6 +234,7 @@ def test_perplexity_of_stored_and_of_trained_weights(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_keeps_the_start(model, solved):
     broken = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u * jnp.nan, updates))
     decoder, report = pipeline.quantize(model, TOKENS, PLUS, optimizer=broken)

@@ -159,12 +159,14 @@ def assert_same_model(packed: Decoder) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_blocks_that_differ_run(quantized):
     loaded = checkpoint.load(quantized[0])
     assert len(Generator(loaded).stacked) == 2  # two runs of one block
     assert_same_model(loaded)
 
 
+@pytest.mark.slow
 def test_blocks_that_differ_alike_are_scanned(model):
     """Of layers that read one input one is skipped, one has other groups, one other widths."""
     rules = [("*.attn.k", "skip"), ("*.mlp.gate", {"group_size": 64}), ("*.attn.v", {"bits": 5})]
@@ -227,6 +229,7 @@ def test_a_run_is_resumed_with_its_rules_only(model, quantized, tmp_path):
     assert_same_checkpoint(tmp_path / "q", quantized[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["rounding", pytest.param("clip-gptq", marks=pytest.mark.slow)])
 def test_blocks_are_learned_and_tuned_beside_rules(model, learn):
     """One block has layers of other groups and zero points, one is not packed at all."""
@@ -272,6 +275,7 @@ def test_a_model_with_rules_is_as_near_as_its_bits_say(model):
     np.testing.assert_allclose(packed(tokens), near(tokens), atol=0.03 * float(jnp.abs(near(tokens)).max()))
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_everything_that_reads_a_checkpoint(capsys, tmp_path):
     room = tmp_path / "room"
     write_model(room / "hf")

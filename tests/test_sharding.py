@@ -33,7 +33,7 @@ def test_sharded_product(over, m, parts):
     np.testing.assert_allclose(found, np.asarray(x) @ dense, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n", [24, 27])
+@pytest.mark.parametrize("n", [24, pytest.param(27, marks=pytest.mark.slow)])
 def test_product_with_channels_cut_over_a_mesh(n):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     w, dense = random_weight(256, n, 32, [1, 1, 1, 1, 3, 3, 2, 4], widths=(1, 2, 3, 4))

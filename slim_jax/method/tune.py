@@ -92,30 +92,32 @@ def _weight(tensor: MixedTensor, log_factor: jax.Array) -> jax.Array:
     return w.reshape(-1, n)[:k].astype(COMPUTE_DTYPE)
 
 
-def _applied(params: Params, factors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _applied(params: Params, factors: Mapping[str, jax.Array], norm_offset: float) -> dict[str, jax.Array]:
     """Dense parameters as calibration computes with them, what is learned applied."""
 
     def value(name: str, value: Any) -> jax.Array:
         if isinstance(value, MixedTensor):
             return _weight(value, factors[name])
-        return _gain(value, factors[name]) if name in factors else as_computed(name, value)
+        return _gain(value, factors[name], norm_offset) if name in factors else as_computed(name, value)
 
     return {name: value(name, given) for name, given in params.items()}
 
 
-def _gain(value: jax.Array, log_factor: jax.Array) -> jax.Array:
-    return jnp.asarray(value, jnp.float32) * jnp.exp(log_factor)
+def _gain(value: jax.Array, log_factor: jax.Array, norm_offset: float) -> jax.Array:
+    """A norm's scale, to which the model adds ``norm_offset``, with the sum multiplied, as it is stored."""
+    gain = (jnp.asarray(value, jnp.float32) + norm_offset) * jnp.exp(log_factor) - norm_offset
+    return straight_through(gain, gain.astype(value.dtype).astype(jnp.float32))
 
 
-def apply(params: Params, factors: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """Packed parameters as they are stored, what is learned applied."""
+def apply(params: Params, factors: Mapping[str, jax.Array], norm_offset: float) -> dict[str, Any]:
+    """Packed parameters as they are stored, what is learned applied; the offset is the decoder config's."""
 
     def value(name: str, value: Any) -> Any:
         if name not in factors:
             return value
         if isinstance(value, MixedTensor):
             return scaled(value, factors[name])
-        return _gain(value, factors[name]).astype(value.dtype)
+        return _gain(value, factors[name], norm_offset).astype(value.dtype)
 
     return {name: value(name, given) for name, given in params.items()}
 
@@ -149,7 +151,7 @@ def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
         if isinstance(value, MixedTensor):
             if inside:
                 start[name] = jnp.zeros(value.scale.shape)
-        elif name.endswith(".weight") and value.ndim == 1 + leading:
+        elif name.endswith("norm.scale") and value.ndim == 1 + leading:
             start[name] = jnp.zeros(value.shape)
     return start
 
@@ -170,11 +172,11 @@ class Tuner:
 
     def loss(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
         """Divergence of the packed model's next token from the full-precision one's, mean over tokens."""
-        outer = make_outer(self.config, apply(fixed.outer, learned.outer))
+        outer = make_outer(self.config, apply(fixed.outer, learned.outer, self.config.norm_offset))
         positions = sequence_positions(batch.tokens)
 
         def through(kind: DecoderConfig, h: jax.Array, layer: tuple[Params, dict[str, jax.Array]]):
-            return make_block(kind, _applied(*layer))(h, positions)[0], None
+            return make_block(kind, _applied(*layer, kind.norm_offset))(h, positions)[0], None
 
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         h = outer.embed_tokens(batch.tokens, positions)

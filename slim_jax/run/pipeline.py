@@ -256,7 +256,9 @@ def quantize(
         learned, tuning = tune(
             source, tokens, config, outer, blocks, placement, quantizer.reference, on_step=on_step
         )
-        outer, blocks = apply(outer, learned.outer), [apply(b, learned.of(i)) for i, b in enumerate(blocks)]
+        offset = source.config.norm_offset
+        outer = apply(outer, learned.outer, offset)
+        blocks = [apply(block, learned.of(i), offset) for i, block in enumerate(blocks)]
     whole = Report(reports, ends, *sizes(source.config, outer, blocks), tuning)
     return make_decoder(source.config, outer, blocks, placement.mesh), whole
 
@@ -319,8 +321,9 @@ def quantize_to_checkpoint(
             learned, tuning = tune(
                 source, tokens, config, outer, blocks, placement, reference, folder, file, on_step
             )
-            tuned = apply(outer, learned.outer)
-            writer.write_tuned(tuned, lambda index: apply(blocks[index], learned.of(index)), tuning)
+            offset = source.config.norm_offset
+            tuned = apply(outer, learned.outer, offset)
+            writer.write_tuned(tuned, lambda i: apply(blocks[i], learned.of(i), offset), tuning)
     writer.finish()
     return writer.report()
 
