@@ -34,6 +34,11 @@ def random_x(*shape, dtype=jnp.float32, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def slow(*values):
+    """A case for `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class MatmulCases:
     """Cases that hold for every back end; pytest collects them from subclasses named ``Test...``.
 
@@ -65,7 +70,7 @@ class MatmulCases:
     def test_every_width(self, bits):
         self.check(1, 70, 9, 32, [bits] * 3)
 
-    @pytest.mark.parametrize("bits", [1, 3, 4, 8])
+    @pytest.mark.parametrize("bits", [slow(1), 3, slow(4), 8])
     def test_every_width_with_many_rows(self, bits):
         self.check(48, 70, 9, 32, [bits] * 3)
 
@@ -76,14 +81,14 @@ class MatmulCases:
     @pytest.mark.parametrize(
         ("allocation", "mean_bits", "m"),
         [
-            ("balanced", 2, 1),
+            slow("balanced", 2, 1),
             ("balanced", 3, 17),
-            ("balanced", 4, 1),
-            ("all-low", 2, 17),
-            ("all-high", 3, 1),
+            slow("balanced", 4, 1),
+            slow("all-low", 2, 17),
+            slow("all-high", 3, 1),
             ("all-high", 4, 17),
             ("unbalanced", 2, 1),
-            ("unbalanced", 2, 17),
+            slow("unbalanced", 2, 17),
         ],
     )
     def test_allocations(self, allocation, mean_bits, m):
@@ -95,24 +100,25 @@ class MatmulCases:
         ("m", "dtype"),
         [
             (1, "bfloat16"),
-            (3, "float32"),
-            (8, "bfloat16"),
-            (16, "float32"),
+            slow(3, "float32"),
+            slow(8, "bfloat16"),
+            slow(16, "float32"),
             (17, "bfloat16"),
             (128, "float32"),
-            (128, "bfloat16"),
+            slow(128, "bfloat16"),
         ],
     )
     def test_rows_and_dtypes(self, m, dtype):
         self.check(m, 90, 24, 32, [1, 2, 3], dtype=jnp.dtype(dtype))
 
     @pytest.mark.parametrize(
-        ("m", "group_size", "n"), [(1, 64, 24), (16, 64, 130), (16, 128, 300), (3, 128, 24), (128, 128, 130)]
+        ("m", "group_size", "n"),
+        [slow(1, 64, 24), (16, 64, 130), slow(16, 128, 300), (3, 128, 24), slow(128, 128, 130)],
     )
     def test_group_sizes_and_short_last_group(self, m, group_size, n):
         self.check(m, 5 * group_size - 5, n, group_size, [1, 2, 3, 3, 2])
 
-    @pytest.mark.parametrize("bits", [[1, 2, 3], [1, 1, 2, 3, 3, 3], [1, 1, 1, 2, 2, 3]])
+    @pytest.mark.parametrize("bits", [slow([1, 2, 3]), slow([1, 1, 2, 3, 3, 3]), [1, 1, 1, 2, 2, 3]])
     def test_odd_and_even_segments_of_large_groups(self, bits):
         """Odd numbers of groups put the next segment's first row off the tiles of eight rows."""
         self.check(16, 128 * len(bits), 128, 128, bits)
@@ -156,11 +162,6 @@ class MatmulCases:
             self.assert_close(product(x, w), x, dense)
         assert len(traces) == 1
         assert product._cache_size() == 1
-
-
-def slow(*values):
-    """A case for `make test-slow`."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def on_device(platform):

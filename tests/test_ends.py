@@ -128,7 +128,9 @@ def test_training_passes_packed_ends_by():
     assert np.all(np.diff(losses) < 0), losses
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"]
+)
 def model(request) -> Decoder:
     return Decoder(dataclasses.replace(SMALL, tied_head=request.param), rngs=nnx.Rngs(0))
 

@@ -29,7 +29,13 @@ def test_parity(name: str, tmp_path: Path) -> None:
     assert relative_error(logits, golden.logits) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", golden_models.NAMES)
+PADDED = ("gemma3", "llama_gqa_tied", "mixtral", "opt_post_norm_projected", "phi3_longrope", "qwen2_window")
+"""Between them they have all that attention and positions can be; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in PADDED else pytest.param(n, marks=pytest.mark.slow) for n in golden_models.NAMES]
+)
 def test_parity_of_a_padded_batch_with_cache(name: str, tmp_path: Path) -> None:
     golden = load_golden(name)
     lengths, steps = np.array([13, 20]), 4  # beyond longrope's 16 from the start; over it: test_longrope

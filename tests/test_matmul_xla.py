@@ -21,7 +21,7 @@ class TestXla(MatmulCases):
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
     @pytest.mark.parametrize("mean_bits", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
-    @pytest.mark.parametrize("m", [1, 17])
+    @pytest.mark.parametrize("m", [1, pytest.param(17, marks=pytest.mark.slow)])
     def test_every_allocation(self, allocation, mean_bits, m):
         self.check(m, 180, 17, 32, ALLOCATIONS[allocation](6, mean_bits), seed=mean_bits)
 
