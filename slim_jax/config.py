@@ -58,7 +58,8 @@ class SlimConfig:
       augmented: weight of the paper's augmented loss term.
       embedding_bits: width of the codes of embedding and head, 2 to 8; 16 leaves them as they are. By default
         as :func:`default_embedding_bits` says.
-      embedding_group_size: their input channels that share scale and zero point.
+      embedding_group_size: their input channels that share scale and zero point; by default 64, and 32 where
+        their codes have 4 bits or less.
       tune: whether scales and norms of the whole model are tuned in the end, by the divergence of its logits
         from the full-precision model's (`slim_jax.run.tuning`). By default where the method is "slim-plus"
         and ``sqc`` not "paper".
@@ -89,7 +90,7 @@ class SlimConfig:
     batch_size: int = 4
     augmented: float = 0.0
     embedding_bits: int | None = None
-    embedding_group_size: int = 64
+    embedding_group_size: int | None = None
     tune: bool | None = None
     tune_epochs: int = 1
     tune_batch_size: int = 1
@@ -112,6 +113,9 @@ class SlimConfig:
             object.__setattr__(self, "embedding_bits", default_embedding_bits(self.bits, self.sqc))
         if self.embedding_bits not in (*range(2, 9), 16):
             raise ValueError(f"embedding_bits is {self.embedding_bits}, expected 2 to 8, or 16 for none")
+        if self.embedding_group_size is None:
+            size = 32 if self.embedding_bits is not None and self.embedding_bits <= 4 else 64
+            object.__setattr__(self, "embedding_group_size", size)
         for name in ("group_size", "embedding_group_size"):
             size = getattr(self, name)
             if not isinstance(size, int) or size < 32 or size % 32:
@@ -213,9 +217,9 @@ class SlimConfig:
 
 
 def default_embedding_bits(bits: float, sqc: str | None) -> int:
-    """Width of embedding and head: three bits more than the blocks have, 5 to 8; 16, which packs none, where
+    """Width of embedding and head: two bits more than the blocks have, 4 to 8; 16, which packs none, where
     the paper's code is repeated. What that costs is in `docs/quality.md`."""
-    return 16 if sqc == "paper" else min(max(round(bits), 2) + 3, 8)
+    return 16 if sqc == "paper" else min(max(round(bits), 2) + 2, 8)
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -98,6 +98,7 @@ class TableSolver:
 
     def __init__(self, config: SlimConfig, placement: Placement) -> None:
         assert config.embedding_bits is not None
+        assert config.embedding_group_size is not None
         self.config = dataclasses.replace(
             config,
             method="rtn" if config.method == "rtn" else "gptq",

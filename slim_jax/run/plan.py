@@ -10,7 +10,7 @@ from typing import Any
 
 from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
-from slim_jax.config import SlimConfig, default_embedding_bits
+from slim_jax.config import SlimConfig
 from slim_jax.model.block import linear_groups, linear_names
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_params, outer_params
@@ -221,10 +221,12 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
         raise ValueError(
             "a target size needs layers that share a budget, but rules give bits to all layers, or skip them"
         )
-    chosen, smallest = settings.embedding_bits, 0
-    default = chosen == default_embedding_bits(settings.bits, settings.sqc)
+    plain = dataclasses.replace(settings, embedding_bits=None, embedding_group_size=None)
+    names = ("embedding_bits", "embedding_group_size")
+    free: dict[str, Any] = {name: None for name in names if getattr(settings, name) == getattr(plain, name)}
+    smallest = 0
     for whole in range(6, 0, -1):
-        given = dataclasses.replace(settings, bits=whole, embedding_bits=None if default else chosen)
+        given = dataclasses.replace(settings, bits=whole, **free)
         smallest = make_plan(config, given, next(iter(DEVICES))).packed_bytes
         if smallest <= size:
             bits = min(whole + (size - smallest) / bytes_per_bit, whole + 0.999)
@@ -254,12 +256,14 @@ def _label(name: str) -> str:
 
 def _ends(outer: Mapping[str, Any], settings: SlimConfig) -> dict[str, int]:
     """Bytes of embedding and head, where they are packed."""
-    if not settings.packs_ends or settings.embedding_bits is None:
+    if not settings.packs_ends:
         return {}
     tables = {"embed": outer["embed"].shape[::-1]}
     if "head.weight" in outer:
         tables["head"] = outer["head.weight"].shape
     bits, g = settings.embedding_bits, settings.embedding_group_size
+    assert bits is not None
+    assert g is not None
     return {
         name: abstract_tensor(
             shape, widths=(bits,), segments=(group_count(shape[0], g),), group_size=g
