@@ -3,17 +3,20 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from test_pipeline import CONFIG, TOKENS, dense
 
 from slim_jax.config import SlimConfig
+from slim_jax.model import block
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator
 from slim_jax.model.perplexity import perplexity
-from slim_jax.run import checkpoint, pipeline
+from slim_jax.model.stage import Stage
+from slim_jax.run import activations, checkpoint, pipeline
 from slim_jax.run.plan import make_plan
 from slim_jax.run.source import DecoderSource
 
@@ -45,6 +48,51 @@ def test_the_config():
 def test_mistakes(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SIZES, **change)
+
+
+def parallel(config: DecoderConfig) -> tuple[Stage, ...]:
+    """Attention beside the MLP, as in GPT-J: both read one norm, and what both give joins the stream."""
+    entry = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
+    return (
+        Stage(_normed, ("h",), ("x",), layers=entry),
+        Stage(_attended, ("x", "positions", "cache"), ("seen", "cache"), layers=("attn.o",), input="seen"),
+        Stage(_inner, ("x",), ("inner",), part="mlp", layers=("mlp.down",), input="inner"),
+        Stage(_joined, ("h", "seen", "inner"), ("h",)),
+    )
+
+
+def _normed(block, h):
+    return (block.attn_norm(h),)
+
+
+def _attended(block, x, positions, cache):
+    return block.attn.attend(x, positions, cache)
+
+
+def _inner(mlp, x):
+    return (mlp.hidden(x),)
+
+
+def _joined(block, h, seen, inner):
+    return (h + block.attn.o(seen) + block.mlp.down(inner),)
+
+
+def test_another_kind_of_block_is_its_stages(monkeypatch):
+    """They are all that calibration, the report and the model itself need to know of it."""
+    for module in (block, activations):
+        monkeypatch.setattr(module, "stages", parallel)
+    model = Decoder(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0))
+    found, report = pipeline.quantize(model, TOKENS, SlimConfig(bits=8, group_size=32, method="gptq"))
+    assert [layer.name.partition(".attn.")[2] for layer in report.layers[:3]] == ["q", "k", "v"]
+    x = jnp.asarray(TOKENS[:2])
+    logits, wanted = found(x), model(x)
+    assert float(jnp.abs(logits - wanted).max() / jnp.abs(wanted).max()) < 0.05
+    one = model.blocks[0]
+    h = model.embed_tokens(x, block.sequence_positions(x))
+    normed = one.attn_norm(h)
+    mlp = one.mlp.down(one.mlp.hidden(normed))
+    expected = h + one.attn.o(one.attn.attend(normed)[0]) + mlp
+    np.testing.assert_allclose(one(h, block.sequence_positions(x))[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_quantized_and_read_alike(tmp_path):

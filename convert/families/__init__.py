@@ -1,7 +1,7 @@
 """The families that can be read and written. A new one is a file here and a line in ``FAMILIES``."""
 
 from convert.errors import ConvertError
-from convert.families import gemma, llama, mixtral, opt, phi, qwen
+from convert.families import gemma, llama, mixtral, opt, phi, qwen, smollm
 from convert.families.family import Family, GGUFFormat, HFFormat, Names
 
 __all__ = ["FAMILIES", "Family", "GGUFFormat", "HFFormat", "Names", "by_architecture", "by_gguf", "by_name"]
@@ -13,6 +13,7 @@ FAMILIES: tuple[Family, ...] = (
     gemma.FAMILY,
     phi.FAMILY,
     opt.FAMILY,
+    smollm.FAMILY,
 )
 
 

@@ -12,7 +12,6 @@ from convert.families.family import (
     field,
     layer_types,
     read_windows,
-    require,
 )
 from slim_jax.model.config import DecoderConfig
 
@@ -48,19 +47,19 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         qk_norm=not second,
         sliding_window=window,
         global_layers=global_layers,
-        **(_read_experts(hf) if experts else {}),
+        **(_read_experts(hf, base) if experts else {}),
     )
 
 
-def _read_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a mixture of experts.
-
-    Raises:
-      ConvertError: some blocks have a dense MLP instead.
-    """
-    require(hf, "decoder_sparse_step", 1, 1)
-    require({**hf, "mlp_only_layers": hf.get("mlp_only_layers") or []}, "mlp_only_layers", [], [])
+def _read_experts(hf: Mapping[str, Any], base: DecoderConfig) -> dict[str, Any]:
+    """The fields of a mixture of experts, beside which some blocks may have one dense MLP."""
+    step = field(hf, "decoder_sparse_step", int, 1)
+    plain = field(hf, "mlp_only_layers", list, [])
+    sparse = [i not in plain and step > 0 and (i + 1) % step == 0 for i in range(base.num_layers)]
+    dense = (("num_experts", 0), ("intermediate_size", base.intermediate_size))
+    kinds = {} if all(sparse) else {"kinds": (dense, ()), "block_kinds": tuple(map(int, sparse))}
     return {
+        **kinds,
         "intermediate_size": field(hf, "moe_intermediate_size", int, 768),
         "num_experts": field(hf, "num_experts", int, field(hf, "num_local_experts", int, 128)),
         "experts_per_token": field(hf, "num_experts_per_tok", int, 8),
@@ -92,9 +91,12 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
         "use_sliding_window": windowed,
         "sliding_window": config.sliding_window,
     }
+    dense = [i for i, block in enumerate(config.blocks()) if not block.num_experts]
     if not experts:
         fields["max_window_layers"] = len(config.global_layers) if windowed else config.num_layers
         return {**fields, "layer_types": layer_types(config)}
+    if dense:
+        fields["intermediate_size"] = config.block(dense[0]).intermediate_size
     return {
         **fields,
         "moe_intermediate_size": config.intermediate_size,
@@ -102,7 +104,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
         "num_experts_per_tok": config.experts_per_token,
         "norm_topk_prob": config.norm_topk,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": dense,
     }
 
 

@@ -59,7 +59,7 @@ class DecoderConfig:
     pre_norm: bool = True
     output_norms: bool = False
     final_norm: bool = True
-    positions: Literal["rotary", "learned"] = "rotary"
+    positions: Literal["rotary", "learned", "none"] = "rotary"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None

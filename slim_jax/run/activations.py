@@ -121,11 +121,7 @@ def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> O
     return Observation(placement.whole(total), jnp.concatenate(samples), tokens)
 
 
-INPUTS = ("x", "hidden")
-"""Fields of the stream that linear layers read, which are kept in the compute dtype."""
-
-
-@partial(jax.jit, static_argnames=("run", "reads", "gives", "placement"))
+@partial(jax.jit, static_argnames=("run", "reads", "rounded", "placement"))
 def _run(
     part: Any,
     expert: jax.Array | None,
@@ -133,10 +129,10 @@ def _run(
     *,
     run: Callable[..., tuple[Any, ...]],
     reads: tuple[str, ...],
-    gives: tuple[str, ...],
+    rounded: tuple[bool, ...],
     placement: Placement,
 ) -> tuple[Any, ...]:
-    """What a stage gives for a batch; see `slim_jax.model.stage.Stage`."""
+    """What a stage gives for a batch (see `slim_jax.model.stage.Stage`), some of it in the compute dtype."""
 
     # On CPUs attention loops over samples: each device must have a loop over its own.
     def own(whole: tuple[Any, jax.Array | None], given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -145,8 +141,8 @@ def _run(
             field if name != "route" or expert is None else jnp.take(field, expert, axis=-1)
             for name, field in zip(reads, given)
         )
-        found = zip(gives, run(part, *given), strict=True)
-        return tuple(field.astype(COMPUTE_DTYPE) if name in INPUTS else field for name, field in found)
+        found = zip(run(part, *given), rounded, strict=True)
+        return tuple(field.astype(COMPUTE_DTYPE) if round_it else field for field, round_it in found)
 
     return placement.over_samples(own)((part, expert), given)
 
@@ -230,16 +226,21 @@ class Passing:
 
     def __iter__(self) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         stream: dict[str, Batches] = {"h": self.before.batches}
-        for outer in stages(self.before.config.block(self.index)):
-            for stage in outer.inside or (outer,):
-                if stage.run is not None:
-                    self._pass(stage, stream)
-                if stage.layers:
-                    yield stage.layers, Inputs(stream[stage.input], _seen(stage, stream))
+        whole = stages(self.before.config.block(self.index))
+        every = [stage for outer in whole for stage in outer.inside or (outer,)]
+        inputs = {stage.input for stage in every if stage.layers}
+        for stage in every:
+            if stage.run is not None:
+                self._pass(stage, stream, inputs)
+            if stage.layers:
+                yield stage.layers, Inputs(stream[stage.input], _seen(stage, stream))
         self.after = dataclasses.replace(self.before, batches=stream["h"])
 
-    def _pass(self, stage: Stage, stream: dict[str, Batches]) -> None:
-        """Takes all batches through a stage. What it gives takes the place of what this passage has made."""
+    def _pass(self, stage: Stage, stream: dict[str, Batches], inputs: set[str]) -> None:
+        """Takes all batches through a stage. What it gives takes the place of what this passage has made.
+
+        ``inputs`` are the fields that linear layers read.
+        """
         before, part = self.before, self.before.part(self.index, stage.part, self.params)
         expert = None if stage.expert is None else jnp.int32(stage.expert)
         held = [stream.get("routes" if name == "route" else name) for name in stage.reads]
@@ -249,8 +250,15 @@ class Passing:
                 made[name] = batches
         for i in range(len(before.batches)):
             given = tuple(None if batches is None else batches[i] for batches in held)
-            kinds = {"run": stage.run, "reads": stage.reads, "gives": stage.gives}
-            found = _run(part, expert, given, **kinds, placement=before.placement)
+            found = _run(
+                part,
+                expert,
+                given,
+                run=stage.run,
+                reads=stage.reads,
+                rounded=tuple(name in inputs for name in stage.gives),
+                placement=before.placement,
+            )
             for name, array in zip(stage.gives, found):
                 if array is None:
                     continue

@@ -37,6 +37,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 HERE = Path(__file__).parent
@@ -161,6 +163,32 @@ CASES = {
         Qwen3MoeForCausalLM,
         Qwen3MoeConfig,
         {**GQA, "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "qwen3_moe_dense_first": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            **GQA,
+            "num_hidden_layers": 3,
+            "intermediate_size": 40,
+            "mlp_only_layers": [0],
+            "head_dim": 16,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
+    "smollm3": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config,
+        {
+            **GQA,
+            **PADDED,
+            "num_hidden_layers": 3,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
     ),
 }
 

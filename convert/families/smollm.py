@@ -1,0 +1,77 @@
+"""SmolLM3: Llama's architecture, in which some blocks do without positions (NoPE)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from convert.errors import ConvertError
+from convert.families import llama
+from convert.families.family import Family, field, layer_types, read_windows
+from slim_jax.model.config import DecoderConfig
+
+WITHOUT, WITH = 0, 1
+"""Kinds of blocks, and what ``no_rope_layers`` says of them."""
+
+
+def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Our config from config.json, with transformers' defaults for the keys that may be left out.
+
+    Raises:
+      ConvertError: ``no_rope_layers`` has not one entry per block.
+    """
+    base = llama.read_base(hf, "smollm", kv_heads=4, max_positions=32768, tied=True)
+    theta, scaling = llama.read_rope(hf, 2e6)
+    interval = field(hf, "no_rope_layer_interval", int, 4)
+    rotary = field(hf, "no_rope_layers", list, []) or [
+        int((i + 1) % interval != 0) for i in range(base.num_layers)
+    ]
+    if len(rotary) != base.num_layers:
+        raise ConvertError(
+            f"no_rope_layers has {len(rotary)} entries, expected num_hidden_layers = {base.num_layers}"
+        )
+    window = hf.get("sliding_window") if field(hf, "use_sliding_window", bool, False) else None
+    window, global_layers = read_windows(hf, window, [not has for has in rotary])
+    biased, unlike = field(hf, "attention_bias", bool, False), not all(rotary)
+    return dataclasses.replace(
+        base,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=biased,
+        o_bias=biased,
+        mlp_bias=field(hf, "mlp_bias", bool, False),
+        sliding_window=window,
+        global_layers=global_layers,
+        kinds=((("positions", "none"),), ()) if unlike else (),
+        block_kinds=tuple(WITH if has else WITHOUT for has in rotary) if unlike else (),
+    )
+
+
+def write_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of :func:`read_hf`.
+
+    Raises:
+      ConvertError: no class of transformers has these biases.
+    """
+    if config.qkv_bias != config.o_bias:
+        raise ConvertError("this combination of biases exists in no class of transformers")
+    return {
+        **llama.write_base(config, "SmolLM3ForCausalLM", "smollm3"),
+        **llama.write_rope(config),
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "no_rope_layers": [int(block.positions == "rotary") for block in config.blocks()],
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "layer_types": layer_types(config),
+    }
+
+
+FAMILY = Family(
+    name="smollm",
+    hf=llama.hf_format(
+        architectures=("SmolLM3ForCausalLM",),
+        read_config=read_hf,
+        write_config=write_hf,
+        names=llama.HF_NAMES,
+    ),
+)
