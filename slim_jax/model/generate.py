@@ -183,10 +183,10 @@ class Generator:
         if config.rope_scaling is None or border is None or length <= border:
             return self._treedef
         scaling = dataclasses.replace(config.rope_scaling, short_factors=config.rope_scaling.long_factors)
-        outer, blocks = jax.tree.unflatten(self._treedef, self._leaves)
-        for block in blocks if isinstance(blocks, list) else [blocks]:
-            block.attn.config = dataclasses.replace(config, rope_scaling=scaling)
-        return jax.tree.structure((outer, blocks))
+        outer, runs = jax.tree.unflatten(self._treedef, self._leaves)
+        for block in itertools.chain(*(run if isinstance(run, list) else [run] for run in runs)):
+            block.attn.config = dataclasses.replace(block.attn.config, rope_scaling=scaling)
+        return jax.tree.structure((outer, runs))
 
     def _first_tokens(self, samples: int, key: jax.Array) -> np.ndarray:
         """Likely first tokens, all different while the vocabulary lasts: drawn without replacement."""
