@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
@@ -18,9 +19,6 @@ from jax import lax
 Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv
 Forward = Callable[[Any, Any], Any]
 See = Callable[[str, jax.Array], None]
-
-MOVED = 1.5
-"""By what the outputs of a layer are multiplied, to see who reads them."""
 
 
 class _Enough(Exception):
@@ -47,7 +45,7 @@ def watch(
             if see is not None:
                 see(path, rows(x, kernel, *arguments, **options))
             y = multiply(x, kernel, *arguments, **options)
-            return y * MOVED if path in moved else y
+            return _moved(y) if path in moved else y
 
         return product
 
@@ -68,6 +66,12 @@ def watch(
         for path, name in attributes.items():
             setattr(layers[path], name, before[path])
     return calls
+
+
+def _moved(y: jax.Array) -> jax.Array:
+    """Channels multiplied by different factors, since a norm that follows would undo one for all of them."""
+    factors = jnp.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype)
+    return y * factors.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _rows(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
