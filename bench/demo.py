@@ -16,7 +16,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from convert.load import open_model, source_tokenizer
 from convert.packed import export_packed
 from convert.page import COLORS
 from slim_jax.config import SlimConfig
+from slim_jax.method.sba import Allocation
+from slim_jax.model.block import linear_names
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator
 from slim_jax.model.perplexity import perplexity
@@ -38,6 +39,7 @@ from slim_jax.run.checkpoint import CheckpointSource, is_checkpoint
 from slim_jax.run.manifest import summary
 from slim_jax.run.pipeline import quantize_to_checkpoint
 from slim_jax.run.source import Source, read_decoder
+from slim_jax.run.sweep import Sweep, spend_all
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "bench/data/pride_and_prejudice.txt", ROOT / "docs/usage.md")
@@ -59,7 +61,7 @@ class Row:
       bits_per_weight: stored, in the blocks; 16 where it is dense.
       perplexities: on every text.
       sample: what the model writes after the prompt.
-      seconds: of the CPU, to quantize and to measure.
+      seconds: of the CPU, to quantize and to measure, without what widths share.
     """
 
     name: str
@@ -160,7 +162,7 @@ def _no_text(samples: int, length: int, seed: int) -> np.ndarray:
 
 
 def quantized(
-    source: Source, tokenizer: Any, tokens: np.ndarray, config: SlimConfig, out: Path
+    source: Source, tokenizer: Any, tokens: np.ndarray, config: SlimConfig, bits: Allocation | None, out: Path
 ) -> CheckpointSource:
     """The packed model in ``out``, made if it is not there."""
     run = out.with_name(f"{out.name}.run")
@@ -171,9 +173,9 @@ def quantized(
                 tokens,
                 config,
                 run,
+                allocation=bits,
                 resume=run.exists(),
                 on_block=lambda block: step(f"error {block.error:.3g}"),
-                on_sweep=lambda n, of: step.show(f"gradients of block {n}/{of}"),
                 on_step=lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
             )
         export_packed(CheckpointSource(run), out, tokenizer=tokenizer)
@@ -216,45 +218,63 @@ def _widths(option: str, given: str) -> list[float]:
         raise ValueError(f"{option} is {given}, expected numbers with commas between them") from None
 
 
+def allocations(source: Source, tokens: np.ndarray, configs: Sequence[SlimConfig]) -> list[Allocation]:
+    """The bits of every group for every config. Configs with the same candidate widths share one sweep over
+    the model, most of the work of a quantization without learning: their budgets alone differ."""
+    found: dict[tuple[int, ...], Sweep] = {}
+    for config in configs:
+        if config.widths in found:
+            continue
+        sweep = found[config.widths] = Sweep(source, tokens, config)
+        what = f"what {config.widths[0]} to {config.widths[-1]} bits cost"
+        with progress(what, source.config.num_layers) as step:
+            sweep.run(lambda n, of, step=step: step())
+    names = linear_names(source.config)
+    return [
+        spend_all({name: found[config.widths].costs[name] for name in names}, config)[0] for config in configs
+    ]
+
+
+def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any, start: float) -> Row:
+    """The row of a model, packed or dense; its sample is printed. Its CPU seconds began at ``start``."""
+    known = summary(source.manifest) if isinstance(source, CheckpointSource) else None
+    model = read_decoder(source)
+    if isinstance(source, CheckpointSource) and known is not None:
+        size, bits = _size(source.path), known["bits_per_weight"]
+    else:
+        size, bits = 2 * sum(leaf.size for leaf in jax.tree.leaves(model)), 16.0
+    values, sample = measure(model, tokenizer, args.text, args.prompt)
+    Console().print(f"== {name}: {args.prompt}{sample}", highlight=False, markup=False)
+    return Row(name, size, bits, values, sample, time.process_time() - start)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Quantizes, measures, prints, and draws ``perplexity.svg``."""
     args = parse(arguments)
-    console = Console()
     source = open_model(args.source)
     tokenizer = source_tokenizer(source)
     tokens = windows(tokenizer, args.samples, args.length)
     args.out.mkdir(parents=True, exist_ok=True)
-
-    def row(name: str, make: Any) -> Row:
-        start = time.process_time()
-        found = make()
-        known = summary(found.manifest) if isinstance(found, CheckpointSource) else None
-        model = read_decoder(found)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(model)) if known is None else 0
-        values, sample = measure(model, tokenizer, args.text, args.prompt)
-        console.print(f"== {name}: {args.prompt}{sample}", highlight=False, markup=False)
-        return Row(
-            name,
-            2 * parameters if known is None else _size(found.path),
-            16.0 if known is None else known["bits_per_weight"],
-            values,
-            sample,
-            time.process_time() - start,
+    rows = [measured("full precision", source, args, tokenizer, time.process_time())]
+    configs = {
+        args.out / f"q{bits:g}": SlimConfig.preset(
+            "good" if bits in args.tune else "fast", bits=bits, group_size=args.group_size
         )
-
-    rows = [row("full precision", lambda: source)]
-    for bits in args.bits:
-        preset = "good" if bits in args.tune else "fast"
-        config = SlimConfig.preset(preset, bits=bits, group_size=args.group_size)
-        make = partial(quantized, source, tokenizer, tokens, config, args.out / f"q{bits:g}")
-        rows.append(row(f"{bits:g} bits", make))
+        for bits in args.bits
+    }
+    missing = [folder for folder in configs if not is_checkpoint(folder)]
+    chosen = dict(zip(missing, allocations(source, tokens, [configs[folder] for folder in missing])))
+    for folder, config in configs.items():
+        start = time.process_time()
+        packed = quantized(source, tokenizer, tokens, config, chosen.get(folder), folder)
+        rows.append(measured(f"{config.bits:g} bits", packed, args, tokenizer, start))
     texts = [text.stem for text in args.text]
+    console = Console()
     console.print(make_table(rows, texts))
     picture = args.out / "perplexity.svg"
     picture.write_text(make_picture(rows, texts), encoding="utf-8")
-    console.print(
-        f"{picture} shows it; slim-jax chat {args.out / f'q{max(args.bits):g}'} talks", highlight=False
-    )
+    console.print(f"{picture} shows it; slim-jax chat {folder} talks", highlight=False)
+    console.print(f"{time.process_time():.0f} CPU seconds in all", highlight=False)
 
 
 def _size(folder: Path) -> int:
