@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convert import calibration
-from convert.display import progress
+from convert.display import Progress, progress
 from convert.load import open_model, source_tokenizer
 from convert.packed import export_packed
 from convert.page import COLORS
@@ -228,7 +228,11 @@ def allocations(source: Source, tokens: np.ndarray, configs: Sequence[SlimConfig
         sweep = found[config.widths] = Sweep(source, tokens, config)
         what = f"what {config.widths[0]} to {config.widths[-1]} bits cost"
         with progress(what, source.config.num_layers) as step:
-            sweep.run(lambda n, of, step=step: step())
+
+            def swept(done: int, of: int, step: Progress = step) -> None:
+                step()
+
+            sweep.run(swept)
     names = linear_names(source.config)
     return [
         spend_all({name: found[config.widths].costs[name] for name in names}, config)[0] for config in configs
