@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "bench/data/pride_and_prejudice.txt", ROOT / "docs/usage.md")
 """A novel, and a manual that no model has seen."""
 PROMPT = "The old lighthouse keeper opened the door and"
-WINDOW, WINDOWS = 512, 4
+WINDOW, WINDOWS = 512, 2
 WRITTEN, PENALTY = 40, 1.2
 """Tokens of a sample, and what keeps a small model from repeating itself."""
 INK = ("#3288bd", "#d53e4f", "#b58900", "#8a63b8")
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.process_time()
         packed = quantized(source, tokenizer, tokens, config, chosen.get(folder), folder)
         rows.append(measured(f"{config.bits:g} bits", packed, args, tokenizer, start))
-    texts = [text.stem for text in args.text]
+    texts = [text.stem.replace("_", " ") for text in args.text]
     console = Console()
     console.print(make_table(rows, texts))
     picture = args.out / "perplexity.svg"
