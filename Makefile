@@ -4,16 +4,12 @@
 # make test-lowest   the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make test-aot   kernels compiled for TPUs and GPUs that are not here, in .venv-aot
 # make docs    the site of docs/, in site/
-# make demo    quantizes a small model and compares before and after
+# make demo    a small model at 2, 3 and 4 bits, side by side
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-SLIM := $(BIN)/slim-jax
 
 DEMO := out/demo
-DEMO_TEXT := bench/data/pride_and_prejudice.txt
-DEMO_EVAL := --text $(DEMO_TEXT) --window 512
-DEMO_GENERATE := --prompt "The capital of France is" --max-tokens 40
 
 .PHONY: setup demo docs test test-slow test-lowest test-aot lint format bench clean
 
@@ -29,18 +25,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	@rm -rf $(DEMO)
-	@echo "== Quantizing SmolLM2-135M to 2 bits per weight, on the built-in mixture of texts"
-	@$(SLIM) quantize smollm2 $(DEMO) --bits 2 --group-size 64 --samples 64 --length 128
-	@echo "== What is stored"
-	@$(SLIM) inspect $(DEMO)
-	@echo "== Perplexity before, on $(DEMO_TEXT)"
-	@$(SLIM) eval smollm2 $(DEMO_EVAL)
-	@echo "== Perplexity after"
-	@$(SLIM) eval $(DEMO) $(DEMO_EVAL)
-	@echo "== A sample before"
-	@$(SLIM) generate smollm2 $(DEMO_GENERATE)
-	@echo "== A sample after"
-	@$(SLIM) generate $(DEMO) $(DEMO_GENERATE)
+	@$(BIN)/python -m bench.demo --out $(DEMO)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

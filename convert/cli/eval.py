@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def evaluate(
     source: SourceArgument,
     text: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             metavar="FILE",
             show_default=False,
             help="UTF-8 text that calibration did not see; may be given several times.",
         ),
-    ],
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -41,16 +41,80 @@ def evaluate(
         int | None,
         typer.Option(min=1, metavar="N", help="Take every ceil(total / N)-th window. [dim]Default: all.[/]"),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            show_default=False,
+            help="Instead of texts: tasks of lm-evaluation-harness, where the package lm_eval is installed.",
+        ),
+    ] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="More tasks, YAML files of the harness's kind.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of each task's questions. [dim]Default: all.[/]")
+    ] = None,
+    fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="K", help="Solved questions before each. [dim]Default: the task's.[/]"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON on standard output and nothing else.")
     ] = False,
 ) -> None:
-    """Measure perplexity on a text, in windows that do not overlap. Packed weights are used as they are.
+    """Measure perplexity on a text, in windows that do not overlap, or scores on tasks.
+
+    Packed weights are used as they are.
 
     slim-jax eval smollm2 --text test.txt
 
     slim-jax eval out/q2 --text fiction.txt --text code.txt --against smollm2 --max-windows 38 --json
+
+    slim-jax eval out/q2 --tasks arc_easy,hellaswag --limit 200
     """
+    if (text is None) == (tasks is None):
+        raise ValueError("expected either --text or --tasks")
+    if tasks is not None:
+        if against is not None:
+            raise ValueError("--against goes with --text")
+        _scores(source, tasks, as_json, limit=limit, fewshot=fewshot, folder=tasks_folder)
+        return
+    if (limit, fewshot, tasks_folder) != (None, None, None):
+        raise ValueError("--limit, --fewshot and --tasks-folder go with --tasks")
+    _perplexities(source, text or [], against, window, max_windows, as_json)
+
+
+def _scores(source: str, tasks: str, as_json: bool, **how: Any) -> None:
+    """Prints a line for each measure of each task."""
+    names = [name for task in tasks.split(",") if (name := task.strip())]
+    if not names:
+        raise ValueError("--tasks names no task, expected some such as arc_easy,hellaswag")
+    folder = how["folder"]
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--tasks-folder: {folder} is not a directory")
+    from convert.scores import evaluate, require_harness
+
+    require_harness()
+    found = evaluate(open_source(source), names, **how)
+    if as_json:
+        typer.echo(json.dumps({"tasks": found}))
+        return
+    for task, measures in found.items():
+        for name, value in measures.items():
+            measure, _, filtered = name.partition(",")
+            if not isinstance(value, float) or measure.endswith("_stderr"):
+                continue
+            error = measures.get(f"{measure}_stderr,{filtered}")
+            spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+            which = f" ({filtered})" if filtered not in ("", "none") else ""
+            typer.echo(f"{task}: {measure}{which} {value:.4f}{spread}")
+
+
+def _perplexities(
+    source: str, text: list[Path], against: str | None, window: int, max_windows: int | None, as_json: bool
+) -> None:
+    """Prints a line for each text."""
     from convert.calibration import read_text
 
     contents = {path: read_text(path) for path in text}

@@ -41,7 +41,7 @@ OnToken = Callable[[int, int], bool | None]
 CHUNK_SECONDS = 0.2
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
     """``length`` rounded up to a size that is compiled for."""
     if length <= LENGTH_STEP:
         return max(16, 1 << (length - 1).bit_length())
@@ -116,7 +116,7 @@ class Generator:
         """Next tokens ``int32[n, B]``, until there are ``max_tokens`` or every row has had a stop token."""
         batch = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        width = _round_up(int(lengths.max()))
+        width = round_up(int(lengths.max()))
         tokens = np.zeros((batch, width), np.int32)
         positions = np.full((batch, width), -1, np.int32)
         for row, prompt in enumerate(prompts):
@@ -124,7 +124,7 @@ class Generator:
             positions[row, width - len(prompt) :] = np.arange(len(prompt))
 
         seen, border = [(tokens, positions)], _border(self.config)
-        stop_tokens = np.full(_round_up(len(stops)), -1, np.int32)  # of few sizes: each compiles
+        stop_tokens = np.full(round_up(len(stops)), -1, np.int32)  # of few sizes: each compiles
         stop_tokens[: len(stops)] = stops
         state, ended = None, np.zeros(batch, bool)
         done, size = 0, 1
@@ -133,7 +133,7 @@ class Generator:
             if state is None or next_position == border:
                 # As transformers does: what was read with the short factors is read again with the long.
                 tokens, positions = _joined(seen)
-                state = self._empty(batch, _round_up(tokens.shape[1] + max_tokens - 1 - done))
+                state = self._empty(batch, round_up(tokens.shape[1] + max_tokens - 1 - done))
                 chosen, state, choice = read(self._treedef, self._leaves, state, tokens, positions, choice)
                 chosen = np.asarray(chosen)[None]
             else:
@@ -271,7 +271,7 @@ def _border(config: DecoderConfig) -> int | None:
 def _joined(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and positions of one call in place of several, padded on the left to a size compiled for."""
     tokens, positions = (np.concatenate(parts, axis=1) for parts in zip(*seen))
-    padding = ((0, 0), (_round_up(tokens.shape[1]) - tokens.shape[1], 0))
+    padding = ((0, 0), (round_up(tokens.shape[1]) - tokens.shape[1], 0))
     return np.pad(tokens, padding), np.pad(positions, padding, constant_values=-1)
 
 

@@ -73,15 +73,20 @@ def _loss(
     seen = {"h": h[:, :-1].reshape(-1, h.shape[-1]), "targets": tokens[:, 1:].reshape(-1)}
     if other is not None:
         seen["other"] = other[1][:, :-1].reshape(-1, other[1].shape[-1])
-    count = len(seen["targets"])
+    found = over_parts(of_part, seen)
+    return {name: values.reshape(len(tokens), -1).mean(axis=1) for name, values in found.items()}
+
+
+def over_parts(
+    of_part: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], seen: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """``of_part`` over the rows of ``seen``'s arrays, :data:`LOGIT_TOKENS` at a time: it makes logits."""
+    count = len(next(iter(seen.values())))
     parts, even = count // LOGIT_TOKENS, count // LOGIT_TOKENS * LOGIT_TOKENS
     # Parts of whole rows, not a map of tokens: a product knows how many rows it has.
     in_parts = {name: a[:even].reshape(parts, LOGIT_TOKENS, *a.shape[1:]) for name, a in seen.items()}
     found, rest = lax.map(of_part, in_parts), of_part({name: a[even:] for name, a in seen.items()})
-    return {
-        name: jnp.concatenate([found[name].reshape(-1), rest[name]]).reshape(len(tokens), -1).mean(axis=1)
-        for name in found
-    }
+    return {name: jnp.concatenate([found[name].reshape(-1), rest[name]]) for name in found}
 
 
 def _token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -89,7 +94,7 @@ def _token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=1) - chosen
 
 
-class _Reader:
+class Reader:
     """A model that reads windows, one block at a time."""
 
     def __init__(self, model: Decoder) -> None:
@@ -140,7 +145,7 @@ def perplexity(
         raise ValueError(f"the vocabulary of the model to compare with has {sizes}")
     windows = select_windows(tokens, window, max_windows)
     batch = min(batch or max(1, BATCH_TOKENS // window), len(windows))
-    reader, other = _Reader(model), None if against is None else _Reader(against)
+    reader, other = Reader(model), None if against is None else Reader(against)
     means: dict[str, list[float]] = {}
     for start in range(0, len(windows), batch):
         rows = windows[start : start + batch]
