@@ -101,6 +101,7 @@ def test_packed_ends_equal_dense_ones(name):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_generation_and_perplexity_of_packed_ends(tied):
     packed_model = with_packed_ends(tiny(num_layers=1, tied_head=tied))
@@ -245,6 +246,7 @@ def test_four_devices_pack_a_table_alike(vocab):
     jax.tree.map(np.testing.assert_array_equal, one, four)
 
 
+@pytest.mark.slow
 def test_a_model_with_packed_ends_over_two_devices(whole):
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     one, two = checkpoint.load(whole[1]), checkpoint.load(whole[1], mesh=mesh)

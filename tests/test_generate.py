@@ -294,6 +294,7 @@ def test_compiles_once_for_each_batch_and_cache_size(monkeypatch, pack_it):
     assert len(traces) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bos", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_sample_text(bos, monkeypatch):
     monkeypatch.setattr(generation, "LENGTH_STEP", 8)

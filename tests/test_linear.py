@@ -30,6 +30,7 @@ CONFIG = DecoderConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "expected"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
 )

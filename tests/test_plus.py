@@ -145,6 +145,7 @@ def test_one_bit_groups_keep_their_mean():
     np.testing.assert_allclose(found.min(axis=1), mean[:, 0] - spread, atol=float(spread.max()) / 7)
 
 
+@pytest.mark.slow
 # Sigmoids start where they are flat: in a few steps only a high rate moves them.
 @pytest.mark.parametrize(
     ("learn", "rate"),

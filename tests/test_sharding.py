@@ -33,6 +33,7 @@ def test_sharded_product(over, m, parts):
     np.testing.assert_allclose(found, np.asarray(x) @ dense, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [24, pytest.param(27, marks=pytest.mark.slow)])
 def test_product_with_channels_cut_over_a_mesh(n):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
