@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convert import calibration
+from convert.cli.sources import encode
 from convert.display import Progress, progress
 from convert.load import open_model, source_tokenizer
 from convert.packed import export_packed
@@ -136,25 +138,17 @@ def measure(
 ) -> tuple[tuple[float, ...], str]:
     """Perplexity on every text, and what the model writes after the prompt."""
 
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])
-
-    found = tuple(
-        perplexity(model, np.asarray(encode(text.read_text("utf-8")), np.int32), WINDOW, WINDOWS).perplexity
-        for text in texts
-    )
-    (written,) = Generator(model).generate([encode(prompt)], max_tokens=WRITTEN, repetition_penalty=PENALTY)
+    ids = [np.asarray(encode(tokenizer, text.read_text("utf-8")), np.int32) for text in texts]
+    found = tuple(perplexity(model, tokens, WINDOW, WINDOWS).perplexity for tokens in ids)
+    begun = [encode(tokenizer, prompt)]
+    (written,) = Generator(model).generate(begun, max_tokens=WRITTEN, repetition_penalty=PENALTY)
     return found, tokenizer.decode(written, skip_special_tokens=True)
 
 
 def windows(tokenizer: Any, samples: int, length: int) -> np.ndarray:
     """Calibration: the texts of the built-in mixture, without what the model would write for it."""
     texts = [part for part in calibration.parts(()) if part.text is not None]
-
-    def encode(text: str) -> Any:
-        return tokenizer(text, verbose=False)["input_ids"]
-
-    return calibration.draw(texts, encode, _no_text, samples, length, 0)
+    return calibration.draw(texts, partial(encode, tokenizer), _no_text, samples, length, 0)
 
 
 def _no_text(samples: int, length: int, seed: int) -> np.ndarray:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.display import progress
-from convert.errors import ConvertError, first_line, listed
+from convert.errors import ConvertError, listed
 from convert.load import open_model, source_tokenizer
-from convert.text import Text
+from convert.text import Text, as_template
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator
 from slim_jax.model.likelihood import judge
@@ -119,15 +119,12 @@ class Scores:
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as the model's own chat template writes it."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        except Exception as error:  # a template raises what it likes
-            raise ConvertError(f"the chat template refuses: {first_line(error)}") from None
+        return as_template(
+            self.tokenizer,
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     def _encode(self, text: str, **how: Any) -> Ids:
         """Token ids; with what the tokenizer puts before a text, unless the text begins with it."""

@@ -46,6 +46,18 @@ def _begun(text: str, stop: str) -> int:
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def as_template(tokenizer: Any, messages: Sequence[dict[str, str]], **how: bool) -> str:
+    """A conversation as a model's chat template writes it; ``how`` as transformers names it.
+
+    Raises:
+      ConvertError: the template refuses the conversation.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    except Exception as error:  # a template raises what it likes
+        raise ConvertError(f"the chat template refuses: {first_line(error)}") from None
+
+
 class Conversation:
     """Messages, and the tokens that a model is to continue.
 
@@ -90,10 +102,7 @@ class Conversation:
         return [token for token in after[:1] if token in special]
 
     def _write(self, messages: list[dict[str, str]], *, answer: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
-        except Exception as error:  # a template raises what it likes
-            raise ConvertError(f"the chat template refuses: {first_line(error)}") from None
+        return as_template(self.tokenizer, messages, add_generation_prompt=answer)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

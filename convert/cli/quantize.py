@@ -124,13 +124,9 @@ def quantize(
         rules=make_rules(rule, rules),
     )
     from convert.calibration import parts
-    from convert.page import write_report
 
     texts = parts(calibration or ())
     from slim_jax.method.sba import load_allocation
-    from slim_jax.method.sba import save_allocation as write_allocation
-    from slim_jax.model.block import linear_names
-    from slim_jax.rules import check_rules
     from slim_jax.run.pipeline import quantize_to_checkpoint
     from slim_jax.run.plan import for_size, parse_size
 
@@ -139,8 +135,7 @@ def quantize(
     if not resume:
         require_new(out, "; --resume goes on with an interrupted run")
     mesh = _mesh(devices, samples)
-    model = open_source(source)
-    check_rules(config.rules, linear_names(model.config))
+    model = _opened(source, config)
     length = window_length(length, model.config)
     require_positions("--length", length, model)
     if target_size is not None:
@@ -164,6 +159,24 @@ def quantize(
             **_shown(step),
         )
     keep_tokenizer(tokenizer, out)
+    _tell(out, report, save_allocation, as_json)
+
+
+def _opened(source: str, config: "SlimConfig") -> "Source":
+    """The model, for whose layers the rules are."""
+    from slim_jax.model.block import linear_names
+    from slim_jax.rules import check_rules
+
+    model = open_source(source)
+    check_rules(config.rules, linear_names(model.config))
+    return model
+
+
+def _tell(out: Path, report: "Report", save_allocation: Path | None, as_json: bool) -> None:
+    """Writes the page and the bits of all groups, and prints a line."""
+    from convert.page import write_report
+    from slim_jax.method.sba import save_allocation as write_allocation
+
     write_report(out, out / "report.html")
     if save_allocation is not None:
         write_allocation(report.allocation, save_allocation)

@@ -8,6 +8,7 @@ shapes, so each jitted step here compiles once per model.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -30,7 +31,7 @@ from slim_jax.method.layer import LayerSolvers
 from slim_jax.method.plus import Samples
 from slim_jax.method.sba import Allocation
 from slim_jax.method.tune import apply
-from slim_jax.model.block import linear_names
+from slim_jax.model.block import linear_groups, linear_names
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params, as_computed, make_decoder
 from slim_jax.report import BlockReport, LayerReport, Report
@@ -149,9 +150,8 @@ class BlockQuantizer:
 
     def _skipped(self, index: int) -> list[str]:
         """The weights of a block that a rule leaves in full precision."""
-        prefix, names = f"blocks.{index}.", linear_names(self.source.config)
-        own = [name for name in names if name.startswith(prefix) and self.config.of_layer(name) is None]
-        return [f"{name.removeprefix(prefix)}.weight" for name in own]
+        names = itertools.chain(*linear_groups(self.source.config.block(index)))
+        return [f"{name}.weight" for name in names if self.config.of_layer(f"blocks.{index}.{name}") is None]
 
     def _samples(self, index: int, dense: Params) -> Samples:
         """What the block at hand learns from; passes the full-precision activations on."""
