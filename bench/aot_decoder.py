@@ -33,16 +33,21 @@ LLAMA_2_7B = DecoderConfig(
 
 
 def decode_step(
-    implementation: str, slots: int = 4096, batch: int = 1, bits: int = 2, group_size: int = 128
+    implementation: str,
+    slots: int = 4096,
+    batch: int = 1,
+    bits: int = 2,
+    group_size: int = 128,
+    layers: int | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Builder: one token of Llama-2-7B against a cache of ``slots``, in bfloat16.
+    """Builder: one token of Llama-2-7B, or of so many ``layers``, with a cache of ``slots``, in bfloat16.
 
     A quarter of the groups has a bit less than ``bits``, a quarter a bit more.
 
     Returns:
-      The step ``(outer, blocks, state, tokens) -> (logits, state)`` and its abstract arguments.
+      The step ``(outer, run, state, tokens) -> (logits, state)`` and its abstract arguments.
     """
-    config = LLAMA_2_7B
+    config = dataclasses.replace(LLAMA_2_7B, num_layers=layers or LLAMA_2_7B.num_layers)
     outer = _bfloat16(
         nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, num_layers=0), rngs=nnx.Rngs(0)))
     )
@@ -51,25 +56,24 @@ def decode_step(
         for name in names:
             owner = part_of(block, name)
             owner.weight = Packed(_packed(owner.weight.get_value().shape, bits, group_size))
-    blocks = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype), block
-    )
-    cache = jax.ShapeDtypeStruct(
-        (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim), jnp.bfloat16
-    )
+    scanned = implementation != "mosaic_gpu"  # as `slim_jax.model.step.stackable` has it
+    stacked = (config.num_layers,) if scanned else ()
+    blocks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*stacked, *leaf.shape), leaf.dtype), block)
+    seen = jax.ShapeDtypeStruct((*stacked, batch, config.num_kv_heads, slots, config.head_dim), jnp.bfloat16)
     state = State(
-        [(cache, cache)],
+        [(seen, seen) if scanned else [(seen, seen)] * config.num_layers],
         jax.ShapeDtypeStruct((batch, slots), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
 
-    def step(outer: Decoder, blocks: Block, state: State, tokens: jax.Array) -> tuple[jax.Array, State]:
+    def step(outer: Decoder, run: Any, state: State, tokens: jax.Array) -> tuple[jax.Array, State]:
         positions = jnp.broadcast_to(state.length, tokens.shape)
         with use_implementation(implementation):
-            return forward(outer, [blocks], state, tokens, positions)
+            return forward(outer, [run], state, tokens, positions)
 
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    return jax.jit(step, donate_argnums=2), (outer, blocks, state, tokens)  # the cache is written in place
+    run = blocks if scanned else [blocks] * config.num_layers
+    return jax.jit(step, donate_argnums=2), (outer, run, state, tokens)  # the cache is written in place
 
 
 def _packed(shape: tuple[int, int], bits: int, group_size: int) -> Any:

@@ -25,6 +25,7 @@ from bench import machine
 from bench.limits import Limit
 
 STAGES = ("capability", "check", "matmul", "decode", "prefill", "quantize", "profile")
+MINUTES = 8.0  # what all stages together take, about
 CASE_SECONDS = 180.0  # of a case, or the time left and two thirds of that: what takes longer hangs
 TRACEBACK_LINES = 30
 
@@ -146,8 +147,8 @@ def run_stage(
     return True
 
 
-def run(names: list[str], folder: Path, quick: bool) -> bool:
-    """Runs the stages in order until one fails; whether none did."""
+def run(names: list[str], folder: Path, quick: bool, minutes: float = MINUTES) -> bool:
+    """Runs the stages in order until one fails; whether none did. ``minutes`` is what all of them take."""
     report = Report(folder, names)
     try:
         from bench.device_stages import STAGES as known
@@ -157,12 +158,12 @@ def run(names: list[str], folder: Path, quick: bool) -> bool:
         report.content["ok"] = False
         report.write()
         raise
-    options, deadline = Options(quick), time.monotonic()
+    options, deadline, share = Options(quick), time.monotonic(), minutes / MINUTES
     for name in names:
         stage, seconds = known[name]
-        deadline += seconds
+        deadline += share * seconds
         options.deadline = deadline
-        if not run_stage(name, report, stage(options), deadline):
+        if not run_stage(name, report, stage(options), deadline, min(1.0, share) * CASE_SECONDS):
             break
     else:
         report.content["ok"] = True
@@ -176,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.device", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the report")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, with commas; all without")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="that all stages may take together")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--allow-cpu", action="store_true", help="go on without an accelerator")
     arguments = parser.parse_args()
@@ -185,7 +187,7 @@ def main() -> None:
     if reason := machine.obstacle(arguments.allow_cpu):
         print(f"bench.device: {reason}. To install:\n{machine.install_line(machine.nvidia_smi())}")
         sys.exit(2)
-    sys.exit(0 if run(names, arguments.out, arguments.quick) else 1)
+    sys.exit(0 if run(names, arguments.out, arguments.quick, arguments.minutes) else 1)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def _implementation(m: int, group_size: int) -> Record:
     w = abstract_tensor((4096, 4096), widths=(1, 2, 3), segments=segments, group_size=group_size)
     x = jax.ShapeDtypeStruct((m, 4096), jnp.bfloat16)
     refused = []
-    for name in api.BY_PLATFORM.get(devices.of_target().platform, ("xla",)):
+    for name in api.tried(m):
         try:
             jax.eval_shape(api.IMPLEMENTATIONS[name], x, w)
         except NotImplementedError as error:
@@ -157,7 +157,13 @@ def _arguments(options: Options) -> argparse.Namespace:
     products = "packed,f32" if options.quick else "packed,bf16,int4"
     repeats, group_size = (3, 32) if options.quick else (12, 128)
     return argparse.Namespace(
-        bits=2, group_size=group_size, implementation=None, products=products, repeats=repeats, seconds=4.0
+        bits=2,
+        group_size=group_size,
+        implementation=None,
+        config=None,
+        products=products,
+        repeats=repeats,
+        seconds=4.0,
     )
 
 
@@ -326,6 +332,26 @@ def profile(options: Options) -> Cases:
     """Which kernels a product takes, from the profiler; last, as it may fail where the rest does not."""
     for m in (1,) if options.quick else (16, 2048):
         yield f"profile of M {m}", partial(_profile, options, m)
+    yield "profile of tokens", partial(_profile_tokens, options)
+
+
+def _profile_tokens(options: Options) -> Record:
+    """What a decoded token launches, and how long that takes without what lies between."""
+    generators = _generators(options.quick)
+    tokens, record, lines = 4 if options.quick else 32, dict[str, Any](), []
+    for name, generator in generators.items():
+        write = partial(generator.generate, [list(range(2, 18))], max_tokens=1 + tokens, stop=[])
+        write()
+        found = {kernel: (us / tokens, n / tokens) for kernel, (us, n) in timing.profiled(write).items()}
+        us, launches = (sum(figures) for figures in zip(*found.values())) if found else (0.0, 0.0)
+        record[name] = {"us_per_token": us, "launches_per_token": launches, "kernels": found}
+        lines.append(
+            f"a token, {name}, {generator.config.num_layers} blocks: {us:.1f} us in {launches:.1f} launches"
+        )
+        lines += [
+            f"    {us:8.2f} us {n:6.2f} x {kernel[:70]}" for kernel, (us, n) in list(found.items())[:24]
+        ]
+    return record | {"text": "\n".join(lines)}
 
 
 def _profile(options: Options, m: int) -> Record:

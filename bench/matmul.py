@@ -2,15 +2,20 @@
 
     python -m bench.matmul --shapes llama-2-7b --rows 1,16,2048
     python -m bench.matmul --check                      # values only, against float64
+    python -m bench.matmul --profiler --rows 16         # time in kernels, as the profiler sees them
 
-How a product is timed is in `bench.timing`; the range in brackets is that of the repeats. bf16 and f32
-are the plain XLA product; int4 is that with 4-bit weights and a scale for each group.
+How a product is timed is in `bench.timing`; the range in brackets is that of the repeats. xla is the packed
+product without a kernel, with many rows a dequantization and a dense one. bf16 and f32 are the plain XLA
+product; int4 is that with 4-bit weights and a scale for each group. With ``--profiler`` each product is
+compiled once, not a loop of them, and what lies between its kernels does not count.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,11 +27,12 @@ from bench.check import line as checked
 from bench.decode import random_packed
 from bench.machine import describe_device
 from bench.shapes import SHAPES
-from bench.timing import Product, copies, prepare, rates, take_turns
+from bench.timing import Product, copies, kernel_times, prepare, rates, take_turns
 from convert.errors import first_line
 from pallas_kernels import mixed_matmul
+from slim_jax.model.linear import product_dtype
 
-PRODUCTS = ("packed", "bf16", "f32", "int4")
+PRODUCTS = ("packed", "xla", "bf16", "f32", "int4")
 
 
 def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Product]:
@@ -48,10 +54,17 @@ def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str,
         scales = jnp.repeat(scale, arguments.group_size, axis=0)[:k]
         return plain(x, w.astype(jnp.bfloat16) * scales)
 
-    if "packed" in names:
-        w = random_packed((k, n), arguments.bits, arguments.group_size, rng)
-        implementation = arguments.implementation
-        add("packed", lambda x, w: mixed_matmul(x, w, implementation=implementation), x, w, w.nbytes)
+    w = random_packed((k, n), arguments.bits, arguments.group_size, rng)
+    w = dataclasses.replace(w, dtype=product_dtype())
+    chosen = _configured(arguments.config) if arguments.config else None
+    for name, implementation in (("packed", arguments.implementation), ("xla", "xla")):
+        if name in names:
+            run = (
+                chosen
+                if chosen and name == "packed"
+                else partial(mixed_matmul, implementation=implementation)
+            )
+            add(name, run, x, w, w.nbytes)
     dense = jnp.asarray(rng.standard_normal((k, n), np.float32))
     if "bf16" in names:
         add("bf16", plain, x, dense.astype(jnp.bfloat16), 2 * k * n)
@@ -61,6 +74,27 @@ def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str,
         scale = jnp.asarray(rng.random((-(-k // arguments.group_size), n)), jnp.bfloat16)
         int4 = jnp.clip(jnp.round(3 * dense), -8, 7).astype(jnp.int4)
         add("int4", by_group, x, (int4, scale), k * n // 2 + scale.nbytes)
+    return found
+
+
+def _configured(config: str) -> Callable[..., jax.Array]:
+    """The GPU kernel with fields of its configuration given, ``"block_n=32,split_k=4"``."""
+    from pallas_kernels.gpu import kernel  # takes a second that others need not spend
+
+    fields = {name: int(value) for name, _, value in (field.partition("=") for field in config.split(","))}
+    return partial(kernel.mixed_matmul, config=kernel.Config(**fields))
+
+
+def profile(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """As :func:`row`, of the time in kernels: their sum, their number and each one's."""
+    found: dict[str, Any] = {"m": m, "k": k, "n": n}
+    for name, product in products(m, k, n, arguments).items():
+        try:
+            kernels = kernel_times(product)
+        except Exception as error:  # whatever a compiler or a driver raises is this product's result
+            found[name] = {"error": first_line(error)}
+            continue
+        found[name] = {"microseconds": sum(kernels.values()), "kernels": kernels}
     return found
 
 
@@ -86,7 +120,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A :func:`row` for each shape and number of rows."""
     for k, n in SHAPES[arguments.shapes]:
         for m in map(int, arguments.rows.split(",")):
-            yield row(m, k, n, arguments)
+            yield (profile if arguments.profiler else row)(m, k, n, arguments)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -98,6 +132,11 @@ def line(row: dict[str, Any]) -> str:
         found = row[name]
         if "error" in found:
             figures.append(f"{name}: {found['error']}")
+            continue
+        if "kernels" in found:
+            longest = max(found["kernels"].values(), default=0.0)
+            text = f"{name} {found['microseconds']:7.2f} us in {len(found['kernels'])} kernels"
+            figures.append(f"{text}, {longest:.2f} in the longest")
             continue
         text = f"{name} {found['microseconds']:9.1f} us ({found['least']:.1f} to {found['most']:.1f})"
         text += f" {found['gb_per_s']:7.1f} GB/s"
@@ -117,7 +156,11 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2, help="mean width")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--implementation", help="xla, mosaic_gpu or mosaic_tpu; by platform without")
-    parser.add_argument("--products", default=",".join(PRODUCTS))
+    parser.add_argument(
+        "--config", help="of the GPU kernel, such as block_n=32,split_k=4; it chooses without"
+    )
+    parser.add_argument("--profiler", action="store_true", help="time in kernels instead of loops")
+    parser.add_argument("--products", default="packed,bf16,f32,int4", help=f"some of {', '.join(PRODUCTS)}")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--check", action="store_true", help="values instead of speed; fails above 1 %%")
     parser.add_argument(

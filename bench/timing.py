@@ -207,15 +207,26 @@ def kernel_times(product: Product) -> dict[str, float]:
     What lies between kernels is in none of them: the sum is less than what :func:`prepare` times.
     """
     product.run(product.x, product.weights[0]).block_until_ready()
+
+    def run() -> None:
+        for weight in product.weights:
+            product.run(product.x, weight).block_until_ready()
+
+    return {name: us / len(product.weights) for name, (us, _) in profiled(run).items()}
+
+
+def profiled(run: Callable[[], object]) -> dict[str, tuple[float, int]]:
+    """Microseconds and launches of every kernel while ``run`` runs, those that take longest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for weight in product.weights:
-                product.run(product.x, weight).block_until_ready()
+            run()
         files = sorted(Path(folder).rglob("*.xplane.pb"))
         planes = jax.profiler.ProfileData.from_file(str(files[0])).planes if files else ()
         taken: Counter[str] = Counter()
+        launches: Counter[str] = Counter()
         for line in (line for plane in planes if plane.name.startswith("/device:") for line in plane.lines):
             if (line.name or "").startswith(("Stream", "XLA Ops")):
                 for event in line.events:
                     taken[event.name] += event.duration_ns
-    return {name: ns / 1e3 / len(product.weights) for name, ns in taken.most_common()}
+                    launches[event.name] += 1
+    return {name: (ns / 1e3, launches[name]) for name, ns in taken.most_common()}

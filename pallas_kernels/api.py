@@ -47,6 +47,10 @@ BY_PLATFORM = {"tpu": ("mosaic_tpu", "xla"), "cuda": ("mosaic_gpu", "xla")}
 """What is tried, in order, for a target of each platform (:func:`pallas_kernels.devices.of_target`); XLA on
 all others."""
 
+MOST_ROWS = {"cuda": 128}
+"""Rows of ``x`` above which a platform takes XLA's product with the dequantized weight instead: measured on
+an H200 (docs/kernels.md)."""
+
 _chosen = jax.make_user_context(None)  # part of what jit keeps programs by
 
 
@@ -123,8 +127,8 @@ def mixed_matmul(
       ValueError: a shape does not fit, or an implementation has no such name.
       NotImplementedError: none of the implementations asked for can do this product.
     """
-    names = _names(implementation)
     _check(x, w, bias)
+    names = _names(implementation, math.prod(x.shape[:-1]))
     if isinstance(w, Prepared) and names[0] != "xla":
         parts = [mixed_matmul(x, one, implementation=implementation) for one in w.weights()]
         y = jnp.concatenate(parts, axis=-1)
@@ -138,9 +142,16 @@ def mixed_matmul(
     return y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
 
 
-def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+def tried(rows: int) -> tuple[str, ...]:
+    """What the target tries, in order, for so many rows of ``x`` where no implementation is named."""
+    platform = devices.of_target().platform
+    return BY_PLATFORM.get(platform, ("xla",)) if rows <= MOST_ROWS.get(platform, rows) else ("xla",)
+
+
+def _names(implementation: str | Sequence[str] | None, rows: int = 1) -> tuple[str, ...]:
+    """What is tried for a product with so many rows."""
     if implementation is None:
-        return _chosen.value or BY_PLATFORM.get(devices.of_target().platform, ("xla",))
+        return _chosen.value or tried(rows)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names or not set(names) <= set(IMPLEMENTATIONS):
         raise ValueError(

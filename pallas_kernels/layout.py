@@ -31,7 +31,15 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.planes import MAX_BITS, WORD_BITS, pack_group, pack_plane, unpack_group, unpack_plane
+from pallas_kernels.planes import (
+    MAX_BITS,
+    WORD_BITS,
+    pack_group,
+    pack_plane,
+    pieces,
+    unpack_group,
+    unpack_plane,
+)
 
 
 def zero_bits(widths: tuple[int, ...]) -> int:
@@ -169,28 +177,10 @@ class MixedTensor:
     @partial(jax.jit, static_argnames="dtype")
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The dense weight ``[K, N]``, computed in float32 and cast to ``dtype`` (default ``self.dtype``)."""
-        g, n = self.group_size, self.shape[1]
-        out_dtype = self.dtype if dtype is None else dtype
-        zero = self.zero_points()
-        first_group, first_row = self.segment_starts()
-        dense = vary_like(jnp.zeros((self.groups * g, n), out_dtype), self)
-
-        for i, b in enumerate(self.widths):
-            rows = g * b // WORD_BITS
-            if rows > self.words.shape[0]:
-                continue  # too few words for a single group of this width: there is none
-
-            def body(position, dense, i=i, b=b, rows=rows):
-                row = first_row[i] + (position - first_group[i]) * rows
-                words = lax.dynamic_slice_in_dim(self.words, row, rows)
-                code = unpack_group(words, b).astype(jnp.float32)
-                weight = self.scale[position].astype(jnp.float32)[None] * (code - zero[position][None])
-                return lax.dynamic_update_slice_in_dim(
-                    dense, weight.astype(out_dtype), self.order[position] * g, axis=0
-                )
-
-            dense = lax.fori_loop(first_group[i], first_group[i] + self.segments[i], body, dense)
-        return dense[: self.shape[0]]
+        out_dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+        by_elements = partial(_dequantize_elements, dtype=out_dtype)
+        by_groups = partial(_dequantize_groups, dtype=out_dtype)
+        return lax.platform_dependent(self, cuda=by_elements, rocm=by_elements, default=by_groups)
 
     def columns(self, index: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         """``dequantize(dtype)[:, index]`` as ``[*index.shape, K]``, without the rest of the dense weight."""
@@ -198,6 +188,78 @@ class MixedTensor:
         own = {name: getattr(self, name)[:, flat] for name in ("words", "scale", "zero")}
         some = dataclasses.replace(self, **own, shape=(self.shape[0], flat.size))
         return some.dequantize(dtype).T.reshape(*index.shape, self.shape[0])
+
+
+def _dequantize_groups(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
+    """Group by group, a loop for each width: whole rows of words are unpacked, as CPUs and TPUs like it."""
+    g, n = w.group_size, w.shape[1]
+    zero = w.zero_points()
+    first_group, first_row = w.segment_starts()
+    dense = vary_like(jnp.zeros((w.groups * g, n), dtype), w)
+
+    for i, b in enumerate(w.widths):
+        rows = g * b // WORD_BITS
+        if rows > w.words.shape[0]:
+            continue  # too few words for a single group of this width: there is none
+
+        def body(position, dense, i=i, b=b, rows=rows):
+            row = first_row[i] + (position - first_group[i]) * rows
+            words = lax.dynamic_slice_in_dim(w.words, row, rows)
+            code = unpack_group(words, b).astype(jnp.float32)
+            weight = w.scale[position].astype(jnp.float32)[None] * (code - zero[position][None])
+            return lax.dynamic_update_slice_in_dim(dense, weight.astype(dtype), w.order[position] * g, axis=0)
+
+        dense = lax.fori_loop(first_group[i], first_group[i] + w.segments[i], body, dense)
+    return dense[: w.shape[0]]
+
+
+def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
+    """Every weight by itself, in one pass, as GPUs like it: there a loop is several launches a turn.
+
+    Which rows a channel's codes, scale and zero code lie in is worked out before, per channel.
+    """
+    g, (k, _) = w.group_size, w.shape
+    channel = jnp.arange(k, dtype=jnp.int32)
+    position = jnp.argsort(w.order).astype(jnp.int32)[channel // g]
+    kind = (position[:, None] >= jnp.cumsum(w.segments)[None]).sum(axis=1, dtype=jnp.int32)
+    first_group, first_row = w.segment_starts()
+
+    def of_width(values: Sequence[float], dtype: DTypeLike = jnp.int32) -> jax.Array:
+        return jnp.asarray(values, dtype)[kind]
+
+    bits = of_width(w.widths)
+    start = first_row[kind] + (position - first_group[kind]) * (g * bits // WORD_BITS)
+    planes = [_planes_and_shifts(b) for b in w.widths]
+    rows, downs, masks, ups = [], [], [], []
+    for t in range(max(map(len, planes))):
+        # A width with fewer planes reads some word and keeps nothing of it.
+        n, up = (of_width([(p[t] if t < len(p) else (1, 0))[i] for p in planes]) for i in range(2))
+        height = g * n // WORD_BITS
+        within = channel % g
+        rows.append(start + g * up // WORD_BITS + within % height)
+        downs.append((n * (within // height)).astype(jnp.uint32))
+        masks.append(of_width([(1 << p[t][0]) - 1 if t < len(p) else 0 for p in planes], jnp.uint32))
+        ups.append(up.astype(jnp.uint32))
+    z = zero_bits(w.widths)
+    zero_rows = w.zero.shape[0]
+    zero_down = (z * (position // zero_rows)).astype(jnp.uint8)
+    step = of_width([zero_step(b, w.widths) for b in w.widths], jnp.float32)
+    # Else XLA would work all this out again for every element.
+    position, rows, downs, masks, ups, zero_down, step = lax.optimization_barrier(
+        (position, rows, downs, masks, ups, zero_down, step)
+    )
+    code = jnp.uint32(0)
+    for row, down, mask, up in zip(rows, downs, masks, ups):
+        word = w.words.at[row].get(mode="promise_in_bounds")
+        code = code | ((word >> down[:, None]) & mask[:, None]) << up[:, None]
+    zero = w.zero.at[position % zero_rows].get(mode="promise_in_bounds") >> zero_down[:, None]
+    zero = (zero & jnp.uint8((1 << z) - 1)).astype(jnp.float32) * step[:, None]
+    scale = w.scale.at[position].get(mode="promise_in_bounds").astype(jnp.float32)
+    return (scale * (code.astype(jnp.int32).astype(jnp.float32) - zero)).astype(dtype)
+
+
+def _planes_and_shifts(bits: int) -> list[tuple[int, int]]:
+    return [plane for piece in pieces(bits) for plane in piece]
 
 
 def _meta_to_bytes(meta: tuple[Any, ...]) -> bytes:

@@ -63,6 +63,7 @@ def test_layouts_mean_what_mosaic_takes_them_for(group):
         warps = Warps(split, False)
         shapes = {warps.accumulator: (warps.rows, n), warps.left: (warps.rows, 16), warps.right: (16, n)}
         shapes |= {warps.results(n): (warps.rows, n), warps.results(n).reduce(0): (n,)}
+        shapes |= {warps.stored(n): (warps.rows, n)}
         shapes |= {warps.words(n, rows): (rows, n) for rows in (1, 2, 4, 8)}
         for layout, shape in shapes.items():
             layout = layout.to_mgpu()
@@ -70,6 +71,13 @@ def test_layouts_mean_what_mosaic_takes_them_for(group):
             indices = np.array([group.value(i) for i in emitted.flat], int).reshape(*emitted.shape, -1)
             first = np.ravel_multi_index(tuple(np.moveaxis(indices, 1, 0)), shape)
             np.testing.assert_array_equal(elements(layout, shape)[..., 0], first.T)
+
+
+@pytest.mark.parametrize(("split", "n"), SPLITS)
+def test_what_is_stored_fits_a_tile_of_the_swizzle(split, n):
+    """A longer vector is stored where nothing reads it: on an H200 all results of a split K were wrong."""
+    vector = Warps(split, False).stored(n).to_mgpu().vector_length
+    assert 4 * vector <= registers.VECTOR_BYTES
 
 
 @pytest.mark.parametrize("split", [1, 2, 4])

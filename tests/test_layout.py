@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import MixedTensor, pack
+from pallas_kernels import MixedTensor, layout, pack
 from pallas_kernels.planes import plane_widths
 
 dequantize = jax.jit(lambda w: w.dequantize(jnp.float32))
+as_on_a_gpu = jax.jit(lambda w: layout._dequantize_elements(w, jnp.dtype(jnp.float32)))
 
 
 def random_parts(k, n, group_size, bits, seed=0, widths=None):
@@ -60,8 +61,8 @@ def layouts(draw):
 
 
 @given(layouts(), st.integers(0, 2**16))
-def test_words_hold_the_codes_where_the_docstring_says(layout, seed):
-    k, n, group_size, bits = layout
+def test_words_hold_the_codes_where_the_docstring_says(drawn, seed):
+    k, n, group_size, bits = drawn
     parts = random_parts(k, n, group_size, bits, seed)
     w = pack(**parts, group_size=group_size)
     codes = oracle_codes(w)
@@ -75,11 +76,12 @@ def test_words_hold_the_codes_where_the_docstring_says(layout, seed):
 
 @settings(max_examples=10)  # each compiles
 @given(layouts(), st.integers(0, 2**16))
-def test_dequantize_is_the_definition_bit_for_bit(layout, seed):
-    k, n, group_size, bits = layout
+def test_dequantize_is_the_definition_bit_for_bit(drawn, seed):
+    k, n, group_size, bits = drawn
     parts = random_parts(k, n, group_size, bits, seed)
-    found = dequantize(pack(**parts, group_size=group_size))
-    np.testing.assert_array_equal(np.asarray(found), oracle_weight(**parts, group_size=group_size))
+    w, expected = pack(**parts, group_size=group_size), oracle_weight(**parts, group_size=group_size)
+    np.testing.assert_array_equal(np.asarray(dequantize(w)), expected)
+    np.testing.assert_array_equal(np.asarray(as_on_a_gpu(w)), expected)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -88,6 +90,7 @@ def test_every_width_beside_another(bits):
     w = pack(**parts, group_size=32, dtype=jnp.bfloat16)
     expected = oracle_weight(**parts, group_size=32)
     np.testing.assert_array_equal(np.asarray(dequantize(w)), expected)
+    np.testing.assert_array_equal(np.asarray(as_on_a_gpu(w)), expected)
     assert jax.eval_shape(w.dequantize).dtype == jnp.bfloat16
 
 

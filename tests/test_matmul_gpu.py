@@ -29,7 +29,7 @@ def small(m: int, n: int) -> Config:
 class TestMosaicGpu(MatmulCases):
     implementation = "mosaic_gpu"
     x_dtype = jnp.bfloat16
-    tolerance = 1e-5  # products are summed with 128 + code in place of code
+    tolerance = 2e-5  # products are summed with 128 + code in place of code
 
     def matmul(self, x, w, **kwargs):
         kwargs = {"config": small(x.shape[0], w.shape[1]), **kwargs}
@@ -137,7 +137,7 @@ def test_config_is_checked(wrong):
 def test_heuristic_fits(device, m, n):
     config = kernel.heuristic(device, m, 4096, n)
     assert config.block_n <= max(n, 128)
-    assert (config.block_m == 16) == (m <= 32) or config.block_m == 32
+    assert config.block_m == (16 if m <= 64 else 64)
 
 
 @on_device("cuda")

@@ -127,6 +127,16 @@ def test_cuda_and_rocm_are_told_apart():
             lowered("rocm", implementation="mosaic_gpu")
 
 
+def test_many_rows_are_not_the_gpu_kernels():
+    """Unless it is named: on an H200 a dequantization and cuBLAS are faster from 256 rows on."""
+    assert api.tried(4096) == ("xla",)
+    with devices.target("h100"):
+        assert api.tried(128) == ("mosaic_gpu", "xla")
+        assert api.tried(129) == ("xla",)
+    with devices.target("v6e"):
+        assert api.tried(4096) == ("mosaic_tpu", "xla")
+
+
 @pytest.mark.parametrize(
     ("target", "platform", "dtype", "kernel"),
     [

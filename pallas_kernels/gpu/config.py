@@ -8,7 +8,7 @@ from pallas_kernels.devices import Device, describe
 from pallas_kernels.gpu.operands import ROW_TILE
 from pallas_kernels.tuning import tuned
 
-DECODE_ROWS = 32
+DECODE_ROWS = 64
 # For which the compilers have taken the kernel (tests/test_aot.py); for 12.0 Mosaic of jax 0.12 has failed.
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0")
 
@@ -55,24 +55,24 @@ class Config:
 
 
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
-    """A configuration from counts of instructions and blocks; nothing here was timed.
+    """A configuration for products that nobody has tuned, by what was fastest on an H200 (docs/kernels.md).
 
-    Decode takes one tile of 16 rows and narrows blocks, whose warps then split K, until most multiprocessors
-    have one; a weight of few columns leaves some idle. Prefill takes 64 rows, which share each masked word,
-    and one group a step, for their sums fill the registers.
+    Up to 64 rows take tiles of 16, and blocks as narrow as they come, whose warps split K: a block waits for
+    memory and for its own instructions, so many small ones were twice as fast as few wide ones. Two groups a
+    step leave registers for two blocks in a multiprocessor, one group for three; what needs fewer rounds is
+    taken. Prefill takes 64 rows, which share each masked word, and one group a step, for their sums fill the
+    registers.
     """
-    block_n = next(width for width in (128, 64, 32) if n >= width or width == 32)
     if m > DECODE_ROWS:
+        block_n = next(width for width in (128, 64, 32) if n >= width or width == 32)
         return Config(block_m=64, block_n=block_n, stages=3, groups_per_step=1)
     processors = describe(device_kind).processors or 108
-    split = 1
-    # A share below 1024 channels would spend more on filling its pipelines than on its groups.
-    while -(-m // 16) * -(-n // block_n) < processors // 2 and k // (2 * split) >= 1024 and split < 4:
-        split *= 2
-        block_n = min(block_n, 128 // split)
-    return Config(
-        block_m=16, block_n=block_n, stages=3 if split == 1 else 2, groups_per_step=4, split_k=split
-    )
+    # A share below 512 channels would spend more on filling its pipelines than on its groups.
+    split = next(s for s in (4, 2, 1) if k // s >= 512 or s == 1)
+    blocks = -(-m // ROW_TILE) * -(-n // 32)
+    rounds = {resident: -(-blocks // (resident * processors)) for resident in (2, 3)}
+    stages, per_step = (3, 1) if rounds[3] < rounds[2] else (2, 2)
+    return Config(block_m=ROW_TILE, block_n=32, stages=stages, groups_per_step=per_step, split_k=split)
 
 
 def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:

@@ -115,6 +115,7 @@ def mixed_matmul(
     return _product(x, w, padded, bias, config, interpret)[:m, :n]
 
 
+@partial(jax.jit, static_argnames=("config", "interpret"))  # traced once for all layers of a shape
 def _product(
     x: jax.Array,
     w: MixedTensor,
@@ -135,23 +136,24 @@ def _product(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     # The magic number comes from memory because as a literal it would be loaded again before every mask.
-    plan = jnp.concatenate([jnp.full((1,), MAGIC, jnp.int32), w.segments, *w.segment_starts()])
+    magic = jnp.full((1,), MAGIC, jnp.int32)
     operands = activations(x, w, rows, config.block_m, config.split_k)
-    return kernel(plan, *padded, *operands, *([] if bias is None else [bias]))
+    return kernel(magic, w.segments, *padded, *operands, *([] if bias is None else [bias]))
 
 
 def _body(*refs, w: MixedTensor, config: Config, n: int, interpret: bool) -> None:  # type: ignore[no-untyped-def]
     """One block of threads: its tile of y, over all groups."""
-    tile = _Tile(_References(*refs[:7]), w, config, n, interpret)
+    tile = _Tile(_References(*refs[:8]), w, config, n, interpret)
     acc = tile.subtract_zeros(tile.add_segments(tile.nothing()))
-    *bias, out = refs[7:]
+    *bias, out = refs[8:]
     tile.store(acc, out, bias[0] if bias else None)
 
 
 class _References(NamedTuple):
     """What the kernel reads, in memory, as :func:`_product` gives it."""
 
-    plan: Any
+    magic: Any
+    segments: Any
     words: Any
     scale: Any
     zero_code: Any
@@ -176,7 +178,7 @@ class _Tile:
         self.tile_count = config.block_m // ROW_TILE
         self.row_block = lax.axis_index("m")
         self.row_tiles = [self.row_block * self.tile_count + r for r in range(self.tile_count)]
-        self.magic = refs.plan[0].astype(jnp.uint32)
+        self.magic = refs.magic[0].astype(jnp.uint32)
 
     def nothing(self) -> list[jax.Array]:
         """The sums to begin with, by tiles of 16 rows."""
@@ -185,14 +187,15 @@ class _Tile:
 
     def add_segments(self, acc: list[jax.Array]) -> list[jax.Array]:
         """``acc`` and the products with the groups of every width."""
-        w, config, plan = self.w, self.config, self.refs.plan
+        w, config = self.w, self.config
         split, per_step = config.split_k, config.groups_per_step
+        begin: Any = 0
+        row: Any = 0
         for i, b in enumerate(w.widths):
             rows = w.group_size * b // WORD_BITS
             if rows > self.refs.words.shape[0]:
                 continue  # not even one group of this width fits
-            count, begin, row = (plan[1 + j * len(w.widths) + i] for j in range(3))
-            done: Any = 0
+            count, done = self.refs.segments[i], jnp.int32(0)
             if per_step > 1:
                 steps = lax.div(count, per_step * split)
                 acc = self._add_groups(b, begin, row, steps, per_step, config.stages, acc)
@@ -201,6 +204,7 @@ class _Tile:
             stages = max(config.stages, per_step)
             end = begin + count if split > 1 else None
             acc = self._add_groups(b, begin + done, row + done * rows, steps, 1, stages, acc, end)
+            begin, row = begin + count, row + count * rows
         return acc
 
     def _add_groups(self, b, begin, row, steps, per_step, stages, acc, end=None):  # type: ignore[no-untyped-def]
@@ -245,9 +249,6 @@ class _Tile:
         first = position * self.config.block_m
         return [pl.ds(first + r * ROW_TILE, self.warps.rows) for r in range(self.tile_count)]
 
-    def _load_row(self, ref, warps: Warps) -> jax.Array:  # type: ignore[no-untyped-def]
-        return plgpu.load(ref, layout=warps.results(self.config.block_n).reduce(0), optimized=False)
-
     def _fetch(self, b, position, row, end):  # type: ignore[no-untyped-def]
         """Starts loading a group per share from memory to registers; from ``end`` on, scales are zero.
 
@@ -259,8 +260,10 @@ class _Tile:
         def of_share(share):
             first = lax.min(row + share * rows, refs.words.shape[0] - rows)
             planes = [[self._load_plane(first, n, shift) for n, shift in piece] for piece in pieces(b)]
-            scales = self._load_row(
-                refs.scale.at[lax.min(position + share, w.groups - 1), self.columns], warps
+            scales = plgpu.load(
+                refs.scale.at[lax.min(position + share, w.groups - 1), self.columns],
+                layout=warps.results(self.config.block_n).reduce(0),
+                optimized=False,
             )
             if end is not None:
                 kept = jnp.broadcast_to(position + share < end, scales.shape)
@@ -356,7 +359,8 @@ class _Tile:
 
         def write(r, y):
             if bias is not None:
-                row = self._load_row(bias.at[self.columns], Warps(1, self.interpret))
+                layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(0)
+                row = plgpu.load(bias.at[self.columns], layout=layout, optimized=False)
                 y = y + lax.broadcast_in_dim(row, y.shape, [1])
             rows = pl.ds(self.row_tiles[r] * ROW_TILE, ROW_TILE)
             plgpu.store(out.at[rows, self.columns], y, optimized=False)
@@ -367,7 +371,7 @@ class _Tile:
             for r, total in enumerate(acc):
                 plgpu.store(shares.at[r], warps.from_accumulator(total), optimized=False)
             warps.barrier()
-            layout = Warps(1, self.interpret).results(self.config.block_n)
+            layout = Warps(1, self.interpret).stored(self.config.block_n)
             for r in range(self.tile_count):
                 rows = [shares.at[r, pl.ds(s * ROW_TILE, ROW_TILE)] for s in range(split)]
                 write(r, sum(plgpu.load(row, layout=layout, optimized=False) for row in rows))

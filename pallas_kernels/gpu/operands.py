@@ -73,20 +73,29 @@ def activations(
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, rows - m), (0, groups * g - k)))
     # Rows 2 i and 2 i + 1 of a right operand are the halves of word i, channels of the two halves of a group.
     channel = np.arange(g).reshape(2, g // DEPTH, WORD_ROWS).transpose(1, 2, 0).reshape(1, g)
-    power = jnp.asarray(np.repeat(2.0 ** places(w.widths, g), DEPTH), jnp.float32)[None, None]
+    power = jnp.asarray(np.repeat(2.0 ** places(w.widths, g), DEPTH), jnp.float32)
     order = jnp.pad(w.order, (0, split - 1))
-    x = x.at[:, order[:, None] * g + channel].get(mode="promise_in_bounds") / power.astype(jnp.bfloat16)
+    x = x.at[:, order[:, None] * g + channel].get(mode="promise_in_bounds")
+    x = x / power.astype(jnp.bfloat16)[None, None]
+    x = jnp.swapaxes(x.reshape(-1, block, *x.shape[1:]), 1, 2)  # [B, G', block, g]
 
-    constant = -OFFSET * x.astype(jnp.float32).sum(-1)
-    steps = jnp.asarray([zero_step(b, w.widths) for b in w.widths], jnp.float32)
-    steps = jnp.repeat(steps, w.segments, total_repeat_length=groups)
-    sums = chunked(-(x.astype(jnp.float32) * power).sum(-1)[:, :groups] * steps[None], split)
+    # Factors are powers of two, so they may come before the sums, which then are all that a launch does.
+    wide = x.astype(jnp.float32)
+    constant = (wide * -OFFSET).sum(-1)
+    worth = -power[None] * zero_steps(w, len(order))[:, None]
+    sums = jnp.swapaxes((wide * worth[None, :, None]).sum(-1), 1, 2).reshape(rows, len(order))
+    sums = chunked(sums[:, :groups], split)
+    return x.reshape(-1, g), constant.reshape(len(x), -1), sums
 
-    def by_group(a: jax.Array) -> jax.Array:  # [rows, G', ...] -> [B, G' * block, ...]
-        a = jnp.swapaxes(a.reshape(-1, block, *a.shape[1:]), 1, 2)
-        return a.reshape(a.shape[0], -1, *a.shape[3:])
 
-    return by_group(x).reshape(-1, g), by_group(constant), sums
+def zero_steps(w: MixedTensor, count: int) -> jax.Array:
+    """`zero_step` of groups in storage order, ``float32[count]``: by comparisons, which XLA fuses."""
+    position, end = jnp.arange(count), jnp.int32(0)
+    steps = jnp.full(count, zero_step(w.widths[0], w.widths), jnp.float32)
+    for i, b in enumerate(w.widths[1:]):
+        end = end + w.segments[i]
+        steps = jnp.where(position >= end, jnp.float32(zero_step(b, w.widths)), steps)
+    return steps
 
 
 def halves(groups: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -119,8 +128,11 @@ def chunked(sums: jax.Array, split: int) -> jax.Array:
     rest = jnp.where(jnp.asarray(keep)[None], sums[:, index], 0)
     rest = rest.reshape(-1, ROW_TILE, chunks, DEPTH).transpose(0, 2, 1, 3)
     rest = rest.reshape(-1, chunks * ROW_TILE, DEPTH)
-    parts = []
-    for _ in range(3):
-        parts.append(rest.astype(jnp.bfloat16))
-        rest = rest - parts[-1].astype(jnp.float32)
-    return jnp.stack(parts, 1)
+    first = rest.astype(jnp.bfloat16)
+    rest = rest - first.astype(jnp.float32)
+    second = rest.astype(jnp.bfloat16)
+    third = (rest - second.astype(jnp.float32)).astype(jnp.bfloat16)
+    # Chosen by an index, not stacked: XLA makes one launch of it, with the products that it is made of.
+    part = jnp.arange(3)[None, :, None, None]
+    first, second, third = (a[:, None] for a in (first, second, third))
+    return jnp.where(part == 0, first, jnp.where(part == 1, second, third))

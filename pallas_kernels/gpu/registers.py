@@ -38,6 +38,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu.operands import ROW_TILE, WORD_ROWS
 
 WARPS = 4
+VECTOR_BYTES = 16
+"""Of registers that are stored at once, at most. Mosaic gives shared memory a swizzle of tiles of 16 bytes
+and, in jax 0.12, stores a longer vector as if there were none (seen on an H200)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,14 @@ class Warps:
         v = self.adjacent(n)
         tiling = (self.rows, self.columns * v), (ROW_TILE, 8 * v), (8, 8 * v), (2 * v,)
         return _tiled(tiling, (-7, -6), (-3, -2))
+
+    def stored(self, n: int) -> Any:
+        """Layout of ``float32[rows, n]`` results as they are stored: :meth:`results` in shorter vectors."""
+        v, most = self.adjacent(n), VECTOR_BYTES // 4
+        if 2 * v <= most:
+            return self.results(n)
+        tiling = (self.rows, self.columns * v), (ROW_TILE, 8 * v), (8, 8 * v), (2 * v,), (most,)
+        return _tiled(tiling, (-8, -7), (-4, -3))
 
     def share(self) -> Any:
         """Which share the thread's warp belongs to, a scalar that differs between warps."""
@@ -174,7 +185,7 @@ class Warps:
         return lax.broadcast_in_dim(_renamed(row, *layouts, (n,), jnp.float32, rename), (self.rows, n), [1])
 
     def from_accumulator(self, acc: jax.Array) -> jax.Array:
-        """The accumulator ``float32[rows, n]`` in the layout ``results(n)``, ready to be stored."""
+        """The accumulator ``float32[rows, n]`` in the layout ``stored(n)``."""
         n = acc.shape[-1]
         v = self.adjacent(n)
         if self.interpret or v == 1:
@@ -182,11 +193,13 @@ class Warps:
 
         def rename(old: np.ndarray, new: np.ndarray) -> None:
             old = old.reshape(-1, v, 2)
-            for i, (columns, upper) in enumerate(np.ndindex(old.shape[0], 2)):
-                tiles = old[columns, :, upper]
-                new.flat[i] = _vector([_element(tile, e) for e in range(2) for tile in tiles])
+            new = new.reshape(len(old), 2, -1)
+            for columns, upper in np.ndindex(len(old), 2):
+                elements = [_element(tile, e) for e in range(2) for tile in old[columns, :, upper]]
+                parts = np.array_split(np.array(elements, object), new.shape[2])
+                new[columns, upper] = [_vector(list(part)) for part in parts]
 
-        return _renamed(acc, self.accumulator, self.results(n), acc.shape, jnp.float32, rename)
+        return _renamed(acc, self.accumulator, self.stored(n), acc.shape, jnp.float32, rename)
 
     def load_words(self, ref: Any) -> list[jax.Array]:
         """A plane of one group, ``uint32[rows, n]``, as tiles of 8 rows, or one of fewer."""

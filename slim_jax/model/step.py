@@ -2,7 +2,8 @@
 
 Blocks of one kind that follow one another and are packed alike are stacked and scanned over, which compiles
 one body; their products read a layer's part of a prepared weight where it lies. Dense blocks run unrolled,
-because XLA copies each slice of a weight that it scans over.
+because XLA copies each slice of a weight that it scans over, and on NVIDIA GPUs packed ones too, whose
+weights are not prepared.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import MixedTensor, Prepared
+from pallas_kernels import MixedTensor, Prepared, devices
 from slim_jax.model.block import Block
 from slim_jax.model.cache import KeyValues, State
 from slim_jax.model.decoder import Decoder
@@ -23,9 +24,10 @@ Through = Callable[..., tuple[jax.Array, ...]]
 
 
 def stackable(blocks: Sequence[Block]) -> bool:
-    """Whether blocks are packed, and alike in all but the values of their leaves and the rows of words."""
+    """Whether blocks are packed, and alike in all but the values of their leaves and the rows of words, and
+    the target gains by a scan over them."""
     rows = most_rows(blocks)
-    if not rows[0]:
+    if not rows[0] or devices.of_target().platform == "cuda":
         return False
     alike = [jax.eval_shape(lambda block, own=own: with_rows(block, own), b) for b, own in zip(blocks, rows)]
     kinds: list[Any] = [
