@@ -60,6 +60,30 @@ def test_mixture_is_the_weighted_sum_of_the_chosen_experts(norm_topk):
         np.testing.assert_allclose(moe.mix(x, moe.route(x))[0, t], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [33, 150])
+def test_an_expert_takes_the_tokens_that_chose_it(tokens):
+    """Many tokens, some at a time, one expert that none chose: the sum over all, and its gradient."""
+    moe = MoE(dataclasses.replace(MOE, num_experts=8, experts_per_token=2), rngs=nnx.Rngs(1))
+    keys = jax.random.split(jax.random.key(tokens), 2)
+    x = jax.random.normal(keys[0], (2, tokens, 64))
+    routes = moe.route(x).at[..., 3].set(0).at[:, :40, 5].set(0.5)
+    assert moe._at_once(2 * tokens) == 64 if tokens == 150 else 32
+
+    def by_turns(x):
+        return moe.mix(x, routes)
+
+    def at_once(x):
+        each = [expert.down(expert.hidden(x)) for expert in moe.experts]
+        return sum(routes[..., i : i + 1] * y for i, y in enumerate(each))
+
+    np.testing.assert_allclose(jax.jit(by_turns)(x), at_once(x), rtol=1e-4, atol=1e-5)
+    towards = jax.random.normal(keys[1], x.shape)
+    found, wanted = (
+        jax.jit(jax.grad(lambda x, f=f: jnp.vdot(f(x), towards)))(x) for f in (by_turns, at_once)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_an_expert_is_calibrated_on_its_own_tokens():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 4, 16, 8)).astype(np.float32)
