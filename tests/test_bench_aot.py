@@ -5,6 +5,7 @@ import pytest
 
 from bench import aot, aot_gpu, aot_tpu
 from pallas_kernels import devices
+from pallas_kernels.gpu import kernel
 
 HLO = """
 HloModule product
@@ -58,10 +59,21 @@ def test_tpus_are_in_the_table(target):
     assert devices.BY_SHORT_NAME[aot_tpu.TARGETS[target].device].platform == "tpu"
 
 
-@pytest.mark.parametrize(("target", "blocks"), [("h100", 128), ("a100", 64), ("b200", 128)])
-def test_the_gpu_kernel_is_that_of_the_target(target, blocks):
-    """Not that of this machine's CPU: block sizes follow the target's multiprocessors."""
-    product, arguments = aot_gpu.matmul()
+@pytest.mark.parametrize("target", ["h100", "a100", "b200"])
+def test_the_gpu_kernel_is_that_of_the_target(target, monkeypatch):
+    """Not that of this machine's CPU: blocks are chosen for the target, by its multiprocessors."""
+    chosen, choose = [], kernel.choose
+
+    def spy(device_kind, *product):
+        chosen.append((device_kind, choose(device_kind, *product)))
+        return chosen[-1][1]
+
+    monkeypatch.setattr(kernel, "choose", spy)
+    product, arguments = aot_gpu.matmul(n=11008)
     with devices.target(aot_gpu.device(target)):
         grids = aot_gpu.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
-    assert grids == {"mixed_matmul": [[1, blocks]]}
+    assert grids == {"mixed_matmul": [[1, 344]]}
+    ((name, config),) = chosen
+    assert name == aot_gpu.device(target).name
+    # Of 344 blocks, three to a multiprocessor, all run at once on 132 multiprocessors, but not on 108.
+    assert config.groups_per_step == (2 if target == "a100" else 1)
