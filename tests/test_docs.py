@@ -24,3 +24,4 @@ def test_snippets_of_jax_programs():
 def test_every_page_is_in_the_site():
     nav = (DOCS.parent / "mkdocs.yml").read_text().partition("nav:")[2]
     assert {page.name for page in DOCS.glob("*.md")} == set(re.findall(r"[\w-]+\.md", nav))
+    assert {page.name for page in DOCS.glob("notebooks/*")} == set(re.findall(r"[\w-]+\.ipynb", nav))
