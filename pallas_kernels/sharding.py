@@ -26,7 +26,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.api import mixed_matmul
-from pallas_kernels.layout import MixedTensor, pack
+from pallas_kernels.layout import MixedTensor
+from pallas_kernels.packing import pack
 
 
 def sharded_matmul(x: jax.Array, w: MixedTensor, mesh: Mesh) -> jax.Array:

@@ -16,7 +16,7 @@ from test_tokenizer import byte_level
 
 from convert import ConvertError, ModelSource, export_hf, load_source
 from convert.tokenizer import gguf_tokenizer
-from pallas_kernels.layout import pack
+from pallas_kernels import pack
 
 
 def golden_source(name: str, directory: Path) -> Any:

@@ -20,8 +20,7 @@ from convert import ConvertError, load_source
 from convert.load import load_config, open_model, source_tokenizer
 from convert.packed import export_packed
 from convert.tokenizer import gguf_tokenizer, save_tokenizer
-from pallas_kernels import MixedTensor
-from pallas_kernels.layout import pack
+from pallas_kernels import MixedTensor, pack
 from slim_jax.run import checkpoint
 
 

@@ -18,7 +18,7 @@ from slim_jax.method.sqc import FITS, Fit, Grid
 
 
 class Solution(NamedTuple):
-    """A quantized weight in the terms of `pallas_kernels.layout.pack`.
+    """A quantized weight in the terms of `pallas_kernels.pack`.
 
     Attributes:
       code: ``uint8[K, N]``.
