@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.cli.options import (
+    CacheDtype,
     MaxTokens,
     MinP,
     RepetitionPenalty,
@@ -37,6 +38,7 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
+    cache_dtype: CacheDtype = None,
 ) -> None:
     """Talk with a model, by its own chat template. A line is a message; Ctrl-C ends an answer.
 
@@ -54,7 +56,7 @@ def chat(
     opened = open_source(source)
     conversation = Conversation(tokenizer_of(opened), source, system)
     stop = [*opened.config.eos_token_ids, *conversation.end_of_turn()]
-    generator = Generator(whole_decoder(opened))
+    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype)
     how = {"stop": stop, "max_tokens": max_tokens, **dataclasses.asdict(sampling)}
     while (line := _read()) is not None:
         if line == "/exit":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.cli.options import (
+    CacheDtype,
     JsonOption,
     MaxTokens,
     MinP,
@@ -55,6 +56,7 @@ def generate(
         ),
     ] = None,
     seed: Seed = 0,
+    cache_dtype: CacheDtype = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, token by token to the terminal.
@@ -83,7 +85,7 @@ def generate(
         if not tokens:
             raise ValueError(f"--prompt {text!r} has no tokens, expected some text")
         require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened)
-    generator = Generator(whole_decoder(opened))
+    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype)
     how = {"max_tokens": max_tokens, "seed": seed, **dataclasses.asdict(sampling)}
     texts = [Text(tokenizer, stops) for _ in wanted]
     if len(wanted) == 1 and not as_json:

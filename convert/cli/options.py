@@ -1,7 +1,7 @@
 """Arguments and options that several commands take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -113,6 +113,10 @@ RepetitionPenalty = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many new tokens.")]
+CacheDtype = Annotated[
+    Literal["float32", "bfloat16", "int8"] | None,
+    typer.Option(show_default=False, help="Of keys and values. [dim]Default: as the model multiplies.[/]"),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(

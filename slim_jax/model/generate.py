@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Int32
 
 from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
@@ -37,6 +38,9 @@ SAMPLE_ROWS = 64
 OnToken = Callable[[int, int], bool | None]
 """``on_token(row, token)``: True ends the row."""
 
+CACHE_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
+"""That keys and values can be kept in."""
+
 # A chunk of tokens takes about so long at most: they appear, and an interrupt is seen, when it is done.
 CHUNK_SECONDS = 0.2
 
@@ -51,7 +55,8 @@ def round_up(length: int) -> int:
 class Generator:
     """A decoder made ready to generate: its weights as they are now, stacked once where they can be.
 
-    Keys and values are kept in the dtype that the model multiplies in, over the devices that it lies on.
+    Keys and values are kept in the dtype that the model multiplies in, unless another is given, over the
+    devices that it lies on.
     Packed blocks are copied, so a caller short of memory drops the model after making a generator.
 
     Attributes:
@@ -59,7 +64,11 @@ class Generator:
       stacked: of every run of blocks that are alike (`Decoder.runs`), whether they are scanned over.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, *, cache_dtype: DTypeLike | None = None) -> None:
+        """Args: ``cache_dtype`` of keys and values: float32, bfloat16, or int8 with a scale for each."""
+        if cache_dtype is not None and jnp.dtype(cache_dtype) not in CACHE_DTYPES:
+            known = ", ".join(map(str, CACHE_DTYPES))
+            raise ValueError(f"cache_dtype is {jnp.dtype(cache_dtype)}, expected one of {known}")
         self.config: DecoderConfig = model.config
         runs: list[Any] = model.runs()
         self.stacked: list[bool] = [stackable(run) for run in runs]
@@ -68,7 +77,7 @@ class Generator:
         self._empty = partial(
             State.empty,
             [Run(run[0].config, len(run), whole) for run, whole in zip(runs, self.stacked)],
-            dtype=jnp.result_type(*[m.weight.get_value().dtype for m in linears]),
+            dtype=cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears]),
             mesh=linear.mesh,
         )
         alone = linear.mesh is None
@@ -313,6 +322,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[int] | None = None,
     on_token: OnToken | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> list[list[int]]:
     """Continues prompts, all in one batch. To call it often, make one :class:`Generator` and keep it.
 
@@ -333,6 +343,7 @@ def generate(
       stop: tokens that end a row, not returned; the config's ``eos_token_ids`` if None.
       on_token: called with ``(row, token)`` as tokens appear, several at a time: as many as take a fifth of
         a second, up to 16; the row ends after one for which it gives True.
+      cache_dtype: see :class:`Generator`.
 
     Returns:
       The new tokens of each prompt, without the prompt.
@@ -342,7 +353,7 @@ def generate(
         (`slim_jax.model.sampling.Sampling`), a prompt and ``max_tokens`` exceed the
         config's ``max_positions``, or a token is not in the vocabulary.
     """
-    return Generator(model).generate(
+    return Generator(model, cache_dtype=cache_dtype).generate(
         prompts,
         max_tokens=max_tokens,
         seed=seed,

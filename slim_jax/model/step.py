@@ -16,10 +16,10 @@ from jax import lax
 
 from pallas_kernels import MixedTensor, Prepared, devices
 from slim_jax.model.block import Block
-from slim_jax.model.cache import KeyValues, State
+from slim_jax.model.cache import KeyValues, Rows, State
 from slim_jax.model.decoder import Decoder
 
-Through = Callable[..., tuple[jax.Array, ...]]
+Through = Callable[..., tuple[Any, ...]]
 """From a block, the residual stream, and keys and values (of all layers, then also which is meant)."""
 
 
@@ -75,7 +75,7 @@ def forward(
     start = state.length
     slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
 
-    def through(block: Block, h: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array | None = None):
+    def through(block: Block, h: jax.Array, k: Rows, v: Rows, layer: jax.Array | None = None):
         h, cache = block(h, positions, KeyValues(k, v, slots, start, layer))
         assert cache is not None
         return h, cache.keys, cache.values
@@ -98,14 +98,14 @@ def _one_by_one(through: Through, blocks: list[Block], h: jax.Array, kv: Any) ->
 def _scanned(through: Through, blocks: Any, h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
     whole, cut = _split_stack(blocks)
 
-    def layer(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def layer(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, h, k, v = carry
         one = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
         block = _one_of_stack(whole, jax.tree.map(one, cut), i)
         return i + 1, *through(block, h, k, v, i)
 
     # Not a scan, whose layers are numbered by a list of numbers beside its own count.
-    count = kv[0].shape[0]
+    count = jax.tree.leaves(kv)[0].shape[0]
     _, h, *kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, *kv))
     return h, tuple(kv)
 
