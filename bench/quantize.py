@@ -285,7 +285,13 @@ def main() -> None:
         "and slim-plus, with :clip, :clip-gptq, :grid or :rounding",
     )
     parser.add_argument(
-        "--set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE", help="other fields of SlimConfig"
+        "--set",
+        type=_setting,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other fields of SlimConfig",
     )
     parser.add_argument("--bits", default="2")
     parser.add_argument("--group-size", type=int, default=64)
