@@ -30,6 +30,7 @@ from bench.shapes import SHAPES
 from bench.timing import Product, copies, kernel_times, prepare, rates, take_turns
 from convert.errors import first_line
 from pallas_kernels import mixed_matmul
+from pallas_kernels.gpu.config import Config
 from slim_jax.model.linear import product_dtype
 
 PRODUCTS = ("packed", "xla", "bf16", "f32", "int4")
@@ -79,10 +80,8 @@ def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str,
 
 def _configured(config: str) -> Callable[..., jax.Array]:
     """The GPU kernel with fields of its configuration given, ``"block_n=32,split_k=4"``."""
-    from pallas_kernels.gpu import kernel  # takes a second that others need not spend
-
     fields = {name: int(value) for name, _, value in (field.partition("=") for field in config.split(","))}
-    return partial(kernel.mixed_matmul, config=kernel.Config(**fields))
+    return partial(mixed_matmul, implementation="mosaic_gpu", config=Config(**fields))
 
 
 def profile(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,25 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import devices, xla
 from pallas_kernels.layout import MixedTensor, stack, vary_like
 from pallas_kernels.prepared import Prepared, joinable, prepare_stack
 
-Kernel = Callable[[jax.Array, Any], jax.Array]
+Kernel = Callable[..., jax.Array]
 
 
-def _mosaic_tpu(x: jax.Array, w: MixedTensor) -> jax.Array:
+def _mosaic_tpu(x: jax.Array, w: MixedTensor, **config: Any) -> jax.Array:
     from pallas_kernels.tpu.decode import mixed_matmul  # takes a second that CPUs need not spend
 
-    return mixed_matmul(x, w)
+    return mixed_matmul(x, w, **config)
 
 
-def _mosaic_gpu(x: jax.Array, w: MixedTensor) -> jax.Array:
+def _mosaic_gpu(x: jax.Array, w: MixedTensor, **config: Any) -> jax.Array:
     from pallas_kernels.gpu.kernel import mixed_matmul
 
-    return mixed_matmul(x, w)
+    return mixed_matmul(x, w, **config)
 
 
 IMPLEMENTATIONS: dict[str, Kernel] = {
@@ -106,6 +107,8 @@ def mixed_matmul(
     *,
     bias: Float[Array, "N"] | None = None,
     implementation: str | Sequence[str] | None = None,
+    config: Any = None,
+    preferred_element_type: DTypeLike = jnp.float32,
 ) -> Float[Array, "*batch N"]:
     """``x @ w.dequantize() + bias``, accumulated in float32.
 
@@ -119,27 +122,32 @@ def mixed_matmul(
       bias: ``[N]``, added in float32.
       implementation: ``"xla"``, ``"mosaic_gpu"``, ``"mosaic_tpu"``, or several to try in order;
         by platform if None.
+      config: how the one kernel that is named cuts the product (`pallas_kernels.gpu.config.Config`,
+        `pallas_kernels.tpu.config.Config`); as was tuned for the target, or guessed, if None.
+      preferred_element_type: of the result.
 
     Returns:
-      float32 ``[..., N]``.
+      ``[..., N]``, float32 if nothing else is preferred.
 
     Raises:
-      ValueError: a shape does not fit, or an implementation has no such name.
+      ValueError: a shape does not fit, an implementation has no such name, or ``config`` is given and not
+        one kernel named.
       NotImplementedError: none of the implementations asked for can do this product.
     """
     _check(x, w, bias)
     names = _names(implementation, math.prod(x.shape[:-1]))
+    if config is not None and (len(names) != 1 or names[0] not in PLATFORM):
+        raise ValueError(f"config is for one of {list(PLATFORM)}, implementation is {implementation!r}")
     if isinstance(w, Prepared) and names[0] != "xla":
-        parts = [mixed_matmul(x, one, implementation=implementation) for one in w.weights()]
+        parts = [mixed_matmul(x, one, implementation=names, config=config) for one in w.weights()]
         y = jnp.concatenate(parts, axis=-1)
-        return y if bias is None else y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    k, n = w.shape
-    batch = x.shape[:-1]
-    x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
-    y = _matmul(names, x.reshape(math.prod(batch), k), w).reshape(*batch, n)
-    if bias is None:
-        return y
-    return y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+    else:
+        batch = x.shape[:-1]
+        x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
+        y = _matmul(names, config, x.reshape(math.prod(batch), w.shape[0]), w).reshape(*batch, w.shape[1])
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+    return y.astype(preferred_element_type)
 
 
 def tried(rows: int) -> tuple[str, ...]:
@@ -175,27 +183,30 @@ def _check(x: jax.Array, w: MixedTensor | Prepared, bias: jax.Array | None) -> N
         raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(names: tuple[str, ...], x: jax.Array, w: MixedTensor | Prepared) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(names: tuple[str, ...], config: Any, x: jax.Array, w: MixedTensor | Prepared) -> jax.Array:
     """``x[M, K] @ w`` by the first named back end that can, on the platform it is lowered for."""
     name, rest = names[0], names[1:]
+    run = IMPLEMENTATIONS[name] if config is None else partial(IMPLEMENTATIONS[name], config=config)
     if not rest:
-        return IMPLEMENTATIONS[name](x, w)
+        return run(x, w)
     try:
         if name not in PLATFORM:
-            return IMPLEMENTATIONS[name](x, w)
-        kernel = {PLATFORM[name]: IMPLEMENTATIONS[name]}
-        return lax.platform_dependent(x, w, default=partial(_matmul, rest), **kernel)
+            return run(x, w)
+        kernel = {PLATFORM[name]: run}
+        return lax.platform_dependent(x, w, default=partial(_matmul, rest, None), **kernel)
     except NotImplementedError:
-        return _matmul(rest, x, w)
+        return _matmul(rest, None, x, w)
 
 
-def _forward(names: tuple[str, ...], x: jax.Array, w: MixedTensor | Prepared):
+def _forward(names: tuple[str, ...], config: Any, x: jax.Array, w: MixedTensor | Prepared):
     # A slice without elements hands x's dtype to the backward pass: residuals must be arrays.
-    return _matmul(names, x, w), (x[:0], w)
+    return _matmul(names, config, x, w), (x[:0], w)
 
 
-def _backward(names: tuple[str, ...], residuals: tuple[jax.Array, MixedTensor | Prepared], dy: jax.Array):
+def _backward(
+    names: tuple[str, ...], config: Any, residuals: tuple[jax.Array, MixedTensor | Prepared], dy: jax.Array
+):
     x, w = residuals
     dx = jnp.dot(dy, w.dequantize().T, preferred_element_type=jnp.float32).astype(x.dtype)
     return dx, jax.tree.map(_no_gradient, w)

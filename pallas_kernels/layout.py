@@ -20,7 +20,7 @@ which need it, get a fraction.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,32 @@ class MixedTensor:
     group_size: int
     widths: tuple[int, ...]
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
+
+    @property
+    def ndim(self) -> int:
+        """2, or more where leaves are stacked."""
+        return self.words.ndim
+
+    def __len__(self) -> int:
+        """Layers of a stack."""
+        if self.ndim < 3:
+            raise TypeError(f"a weight of shape {self.shape} is no stack of layers")
+        return int(self.words.shape[0])
+
+    def __getitem__(self, layer: int | jax.Array) -> "MixedTensor":
+        """One layer of a stack; a number in Python must be one of a layer, from 0 or from the end, -1."""
+        count = len(self)
+        if isinstance(layer, int) and not -count <= layer < count:
+            raise IndexError(f"layer is {layer}, expected one of {count}")
+        return jax.tree.map(lambda leaf: leaf[layer], self)
+
+    def __iter__(self) -> Iterator["MixedTensor"]:
+        """The layers of a stack."""
+        return (self[layer] for layer in range(len(self)))
+
+    def astype(self, dtype: DTypeLike) -> "MixedTensor":
+        """The same codes and scales, dequantized and multiplied in another dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     @property
     def groups(self) -> int:

@@ -111,6 +111,21 @@ def test_stacked_leaves_scan():
     assert stacked.bits_per_weight == layers[0].bits_per_weight
 
 
+def test_a_stack_is_indexed_by_layers():
+    layers = [pack(**random_parts(64, 4, 32, [2, 2], seed), group_size=32) for seed in range(3)]
+    stacked = layout.stack(layers)
+    assert (layers[0].ndim, stacked.ndim, len(stacked)) == (2, 3, 3)
+    for one, layer in zip(stacked, layers, strict=True):
+        np.testing.assert_array_equal(one.words, layer.words)
+    np.testing.assert_array_equal(stacked[-1].scale, layers[2].scale)
+    np.testing.assert_array_equal(jax.jit(lambda w, i: w[i].words)(stacked, 1), layers[1].words)
+    with pytest.raises(IndexError, match="layer is 3, expected one of 3"):
+        stacked[3]
+    with pytest.raises(TypeError, match="no stack of layers"):
+        layers[0][0]
+    assert jax.eval_shape(layers[0].astype("bfloat16").dequantize).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("bits", [0, 9, -1])
 def test_plane_widths_rejects(bits):
     with pytest.raises(ValueError, match=f"bits is {bits}"):

@@ -10,6 +10,7 @@ import pytest
 from matmul_cases import ALLOCATIONS, MatmulCases, random_weight, random_x
 
 from pallas_kernels import mixed_matmul, prepare, prepare_joined, prepared, use_implementation
+from pallas_kernels.gpu.config import Config
 
 
 class TestXla(MatmulCases):
@@ -181,3 +182,22 @@ def test_a_back_end_of_another_platform_says_so_or_gives_way(name):
     with use_implementation(name, "xla"):
         gradient = jax.grad(lambda x: mixed_matmul(x, w).sum())(x)
     TestXla().assert_close(gradient, jnp.ones((2, 6)), dense.T)
+
+
+def test_the_dtype_of_the_result_is_the_caller_s():
+    w, _ = random_weight(64, 16, 32, [2, 2])
+    x = random_x(3, 64)
+    found = mixed_matmul(x, w, preferred_element_type=jnp.bfloat16)
+    np.testing.assert_array_equal(found, mixed_matmul(x, w).astype(jnp.bfloat16))
+
+
+def test_a_configuration_is_for_the_kernel_that_is_named():
+    w, _ = random_weight(64, 128, 32, [2, 2])
+    x, config = random_x(3, 64), Config(block_n=64)
+    product = partial(mixed_matmul, x, w, config=config)
+    jaxpr = str(jax.make_jaxpr(partial(product, implementation="mosaic_gpu"))())
+    other = str(jax.make_jaxpr(partial(mixed_matmul, x, w, implementation="mosaic_gpu"))())
+    assert jaxpr != other
+    for names in (None, "xla", ("mosaic_gpu", "xla")):
+        with pytest.raises(ValueError, match="config is for one of"):
+            product(implementation=names)
