@@ -16,8 +16,9 @@ Over output channels (``over="n"``) ``x`` is replicated, the parts of ``y`` lie 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,31 +30,65 @@ from pallas_kernels.api import mixed_matmul
 from pallas_kernels.layout import MixedTensor
 from pallas_kernels.packing import pack
 
+Axes = str | Sequence[str]
+"""One or several axes of a mesh."""
 
-def sharded_matmul(x: jax.Array, w: MixedTensor, mesh: Mesh) -> jax.Array:
-    """:func:`~pallas_kernels.mixed_matmul` on every device of a mesh, each for its own output channels.
+
+def sharded_matmul(
+    x: jax.Array,
+    w: MixedTensor,
+    mesh: Mesh,
+    *,
+    model: Axes | None = None,
+    data: Axes = (),
+    over: Literal["n", "k"] = "n",
+) -> jax.Array:
+    """:func:`~pallas_kernels.mixed_matmul` on every device of a mesh, each with its part of the weight.
 
     Args:
-      x: ``[..., K]``, whole on every device.
-      w: ``[K, N]``; words, scales and zeros are cut along ``N``, or whole if the devices do not divide it.
-      mesh: of which all axes count alike.
+      x: ``[..., K]``, its first axis cut over ``data``; over ``model`` it is whole where output channels are
+        cut, and cut along ``K`` where input channels are.
+      w: over "n" a weight ``[K, N]`` whose words, scales and zeros are cut along ``N``, or whole if the
+        devices do not divide it; over "k" what :func:`stack_parts` gives for as many parts as the axes of
+        ``model`` have devices, one on each.
+      mesh: the devices.
+      model: the axes that share the weight; all that are not ``data`` if None.
+      data: the axes that share the rows of ``x``.
+      over: output channels, as a layer's first products have it (q, k, v, gate, up), or input channels, as
+        those do that read their results (o, down), whose parts are summed over ``model``.
 
     Returns:
-      float32 ``[..., N]``, cut as ``w``.
+      float32 ``[..., N]``: its first axis cut as that of ``x``, and over "n" its last as ``w``.
+
+    Raises:
+      ValueError: an axis is none of the mesh's or is named twice, or there are not as many parts as devices.
     """
+    data_axes = (data,) if isinstance(data, str) else tuple(data)
+    others = tuple(name for name in mesh.axis_names if name not in data_axes)
+    model_axes = others if model is None else (model,) if isinstance(model, str) else tuple(model)
+    named = (*data_axes, *model_axes)
+    if not set(named) <= set(mesh.axis_names) or len(set(named)) < len(named):
+        raise ValueError(f"axes are data {data_axes} and model {model_axes}, the mesh has {mesh.axis_names}")
+    devices = math.prod(mesh.shape[name] for name in model_axes)
+    rows = [data_axes or None, *[None] * (x.ndim - 2)] if x.ndim > 1 else []
+    if over == "k":
+        if w.ndim != 3 or len(w) != devices:
+            raise ValueError(f"w has {len(w) if w.ndim == 3 else 1} parts over k, expected {devices}")
+
+        def summed(x: jax.Array, w: MixedTensor) -> jax.Array:
+            return jax.lax.psum(mixed_matmul(x, part(w)), model_axes)
+
+        specs: Any = (P(*rows, model_axes), P(model_axes))
+        return jax.shard_map(summed, mesh=mesh, in_specs=specs, out_specs=P(*rows))(x, w)
     k, n = w.shape
-    if n % mesh.size:
-        cut, own = P(), n
-    else:
-        cut, own = P(None, mesh.axis_names), n // mesh.size
+    cut, own = (None, n) if n % devices else (model_axes, n // devices)
 
     def local(x: jax.Array, w: MixedTensor) -> jax.Array:
         return mixed_matmul(x, dataclasses.replace(w, shape=(k, own)))
 
     leaves, structure = jax.tree.flatten(w)
-    specs = jax.tree.unflatten(structure, [cut if leaf.ndim == 2 else P() for leaf in leaves])
-    y = P(*[None] * (x.ndim - 1), *cut[1:])
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(), specs), out_specs=y)(x, w)
+    specs = jax.tree.unflatten(structure, [P(None, cut) if leaf.ndim == 2 else P() for leaf in leaves])
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(*rows), specs), out_specs=P(*rows, cut))(x, w)
 
 
 def stack_parts(w: MixedTensor, parts: int, *, over: Literal["k", "n"]) -> MixedTensor:

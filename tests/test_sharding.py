@@ -46,6 +46,29 @@ def test_product_with_channels_cut_over_a_mesh(n):
     np.testing.assert_allclose(gradient, 2 * (np.asarray(x) @ dense) @ dense.T, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("over", ["n", "k"])
+def test_rows_over_data_and_channels_over_model(over):
+    """A layer's first product, and the one that reads it and sums."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    w, dense = random_weight(256, 24, 32, [1, 1, 1, 1, 3, 3, 2, 4], widths=(1, 2, 3, 4))
+    x = random_x(4, 256)
+    given = w if over == "n" else stack_parts(w, 4, over="k")
+    y = jax.jit(lambda x, w: sharded_matmul(x, w, mesh, data="data", over=over))(x, given)
+    np.testing.assert_allclose(y, np.asarray(x) @ dense, rtol=1e-4, atol=1e-4)
+    assert y.sharding.shard_shape(y.shape) == ((2, 6) if over == "n" else (2, 24))
+
+
+def test_axes_and_parts_must_fit_the_mesh():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    w, _ = random_weight(256, 24, 32, [2] * 8)
+    for axes in ({"model": "heads"}, {"data": "model", "model": "model"}):
+        with pytest.raises(ValueError, match="the mesh has"):
+            sharded_matmul(random_x(4, 256), w, mesh, **axes)
+    for given in (w, stack_parts(w, 2, over="k")):
+        with pytest.raises(ValueError, match="parts over k, expected 4"):
+            sharded_matmul(random_x(4, 256), given, mesh, data="data", over="k")
+
+
 @pytest.mark.parametrize("over", ["k", "n"])
 def test_parts_are_the_weight_in_order(over):
     w, _ = random_weight(256, 24, 32, [3, 1, 2, 1, 3, 3, 2, 1])
