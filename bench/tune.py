@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "stages": (2, 3, 4),
         "groups_per_step": (1, 2, 4),
         "split_k": (1, 2, 4),
+        "split_blocks": (1, 2, 4),
     },
     "mosaic_tpu": {"strips": (8, 16, 32), "groups": (4, 8, 16), "join": (1, 2), "deep": (False, True)},
 }

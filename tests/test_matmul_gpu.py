@@ -65,6 +65,15 @@ class TestMosaicGpu(MatmulCases):
         x = random_x(70, 9 * 64)
         self.assert_close(self.matmul(x, w, config=config), x, dense)
 
+    @pytest.mark.parametrize(("split_blocks", "split_k", "n"), [(2, 1, 72), (4, 2, 40), slow(8, 4, 40)])
+    def test_groups_dealt_to_blocks(self, split_blocks, split_k, n):
+        """Parts with many groups of a width, with few, and with none; a bias; columns that fill no block."""
+        w, dense = random_weight(32 * 11, n, 32, [1, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3], dtype=jnp.bfloat16)
+        x, bias = random_x(5, 32 * 11), random_x(n, seed=2)
+        config = Config(block_n=32, stages=2, groups_per_step=2, split_k=split_k, split_blocks=split_blocks)
+        found = self.matmul(x, w, bias=bias, config=config)
+        self.assert_close(found - bias[None], x, dense)
+
     @pytest.mark.parametrize(("groups", "split_k"), [slow(17, 1), slow(33, 1), (33, 2)])
     def test_zero_points_of_many_groups(self, groups, split_k):
         w, dense = random_weight(groups * 32, 32, 32, [2] * groups)
@@ -123,6 +132,7 @@ def test_refuses_what_it_cannot_do():
         {"stages": 0},
         {"groups_per_step": 0},
         {"split_k": 3},
+        {"split_blocks": 3},
         {"split_k": 2, "block_m": 32},
     ],
 )

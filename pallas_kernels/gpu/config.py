@@ -29,6 +29,9 @@ class Config:
         of a width when its groups do not divide by ``groups_per_step * split_k`` is done one group a step.
       split_k: 1, 2 or 4 shares of the groups, each taken by ``4 / split_k`` of a block's warps; a warp has
         ``block_n * split_k / 4`` columns. Above 1 with a ``block_m`` of 16 only.
+      split_blocks: 1, 2, 4 or 8 parts of the groups of every width, each taken by a block of its own, whose
+        results XLA adds: for weights of so few columns that multiprocessors would be idle. No device has
+        timed it.
 
     Raises:
       ValueError: a field is not as above, or not in 1..16.
@@ -39,6 +42,7 @@ class Config:
     stages: int = 3
     groups_per_step: int = 4
     split_k: int = 1
+    split_blocks: int = 1
 
     def __post_init__(self) -> None:
         if self.block_m not in (16, 32, 64, 128):
@@ -47,6 +51,8 @@ class Config:
             raise ValueError(f"block_n is {self.block_n}, expected 32, 64, 128 or 256")
         if self.split_k not in (1, 2, 4):
             raise ValueError(f"split_k is {self.split_k}, expected 1, 2 or 4")
+        if self.split_blocks not in (1, 2, 4, 8):
+            raise ValueError(f"split_blocks is {self.split_blocks}, expected 1, 2, 4 or 8")
         if self.split_k > 1 and self.block_m != ROW_TILE:
             raise ValueError(f"split_k is {self.split_k}, expected 1 where block_m is not {ROW_TILE}")
         for name in ("stages", "groups_per_step"):

@@ -5,7 +5,7 @@ all groups. It walks through the groups of one width after another. How many gro
 each width has a loop of its own whose trip count is read from memory, and no branch depends on the width of a
 group. The warps share the columns or, with ``split_k``, the groups of each width: blocks are then narrower
 and more, while what a warp does, and costs, stays the same. The shares are added through shared memory, so
-``y`` is written once and partial sums never.
+``y`` is written once and partial sums never, unless ``split_blocks`` deals the groups to several blocks too.
 
 *Codes are never converted one by one.* A bfloat16 in [128, 256) has 7 bits of mantissa worth 64 ... 1, so
 
@@ -125,20 +125,25 @@ def _product(
     interpret: bool,
 ) -> jax.Array:
     """``float32[rows, n]``: whole tiles of rows, and columns as in ``padded``: words, scale, zero codes."""
-    n = padded[0].shape[1]
+    n, parts = padded[0].shape[1], config.split_blocks
     rows = -(-x.shape[0] // config.block_m) * config.block_m
     kernel = plgpu.kernel(
         partial(_body, w=w, config=config, n=n, interpret=interpret),
-        out_type=result_type((rows, n), (x, w)),
-        grid=(rows // config.block_m, -(-n // config.block_n)),
-        grid_names=("m", "n"),
+        out_type=result_type((parts * rows, n), (x, w)),
+        grid=(rows // config.block_m, -(-n // config.block_n), *([parts] if parts > 1 else [])),
+        grid_names=("m", "n", "k") if parts > 1 else ("m", "n"),
         kernel_name="mixed_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     # The magic number comes from memory because as a literal it would be loaded again before every mask.
     magic = jnp.full((1,), MAGIC, jnp.int32)
     operands = activations(x, w, rows, config.block_m, config.split_k)
-    return kernel(magic, w.segments, *padded, *operands, *([] if bias is None else [bias]))
+    inside = [] if bias is None or parts > 1 else [bias]
+    y = kernel(magic, w.segments, *padded, *operands, *inside)
+    if parts == 1:
+        return y
+    y = y.reshape(parts, rows, n).sum(axis=0)
+    return y if bias is None else y + bias[None]
 
 
 def _body(*refs, w: MixedTensor, config: Config, n: int, interpret: bool) -> None:  # type: ignore[no-untyped-def]
@@ -177,6 +182,7 @@ class _Tile:
         self.columns = pl.ds(column, config.block_n)
         self.tile_count = config.block_m // ROW_TILE
         self.row_block = lax.axis_index("m")
+        self.part: Any = lax.axis_index("k") if config.split_blocks > 1 else 0
         self.row_tiles = [self.row_block * self.tile_count + r for r in range(self.tile_count)]
         self.magic = refs.magic[0].astype(jnp.uint32)
 
@@ -186,16 +192,22 @@ class _Tile:
         return [plgpu.layout_cast(zeros, self.warps.accumulator) for _ in self.row_tiles]
 
     def add_segments(self, acc: list[jax.Array]) -> list[jax.Array]:
-        """``acc`` and the products with the groups of every width."""
+        """``acc`` and the products with the groups of every width, or this block's part of them."""
         w, config = self.w, self.config
-        split, per_step = config.split_k, config.groups_per_step
-        begin: Any = 0
-        row: Any = 0
+        split, per_step, parts = config.split_k, config.groups_per_step, config.split_blocks
+        first: Any = 0
+        first_row: Any = 0
         for i, b in enumerate(w.widths):
             rows = w.group_size * b // WORD_BITS
             if rows > self.refs.words.shape[0]:
                 continue  # not even one group of this width fits
-            count, done = self.refs.segments[i], jnp.int32(0)
+            whole = count = self.refs.segments[i]
+            begin, row, done = first, first_row, jnp.int32(0)
+            if parts > 1:
+                most = lax.div(whole + (parts - 1), parts)
+                before = lax.min(self.part * most, whole)
+                count = lax.min(most, whole - before)
+                begin, row = first + before, first_row + before * rows
             if per_step > 1:
                 steps = lax.div(count, per_step * split)
                 acc = self._add_groups(b, begin, row, steps, per_step, config.stages, acc)
@@ -204,7 +216,7 @@ class _Tile:
             stages = max(config.stages, per_step)
             end = begin + count if split > 1 else None
             acc = self._add_groups(b, begin + done, row + done * rows, steps, 1, stages, acc, end)
-            begin, row = begin + count, row + count * rows
+            first, first_row = first + whole, first_row + whole * rows
         return acc
 
     def _add_groups(self, b, begin, row, steps, per_step, stages, acc, end=None):  # type: ignore[no-untyped-def]
@@ -314,10 +326,14 @@ class _Tile:
         return acc
 
     def subtract_zeros(self, acc: list[jax.Array]) -> list[jax.Array]:
-        """acc - (sums of x) @ (scale * zero), 16 groups per share at a time."""
-        warps, sums = self.warps, self.refs.sums
+        """acc - (sums of x) @ (scale * zero), 16 groups per share at a time, in turn with other parts."""
+        warps, sums, parts = self.warps, self.refs.sums, self.config.split_blocks
+        times: Any = sums.shape[2] // warps.rows
+        if parts > 1:
+            times = lax.div(times - self.part + (parts - 1), parts)
 
-        def some(t, acc):
+        def some(i, acc):
+            t = i * parts + self.part if parts > 1 else i
             products = warps.own(lambda share: self._scaled_zeros(t * self.config.split_k + share))
             # Products of numbers of 8 bits have 16, and are sums of two bfloat16: cut off the top, twice.
             rights, upper_half = [], jnp.uint32(0xFFFF0000)
@@ -333,7 +349,7 @@ class _Tile:
                         acc[r] = warps.mma(acc[r], left, right)
             return acc
 
-        return lax.fori_loop(0, sums.shape[2] // warps.rows, some, acc)
+        return lax.fori_loop(0, times, some, acc)
 
     def _scaled_zeros(self, chunk):  # type: ignore[no-untyped-def]
         """``scale * zero`` of 16 groups of each half of all of them."""
@@ -362,7 +378,8 @@ class _Tile:
                 layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(0)
                 row = plgpu.load(bias.at[self.columns], layout=layout, optimized=False)
                 y = y + lax.broadcast_in_dim(row, y.shape, [1])
-            rows = pl.ds(self.row_tiles[r] * ROW_TILE, ROW_TILE)
+            first = self.part * (out.shape[0] // self.config.split_blocks)
+            rows = pl.ds(first + self.row_tiles[r] * ROW_TILE, ROW_TILE)
             plgpu.store(out.at[rows, self.columns], y, optimized=False)
 
         def add_shares(shares):
