@@ -5,6 +5,9 @@
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -57,6 +60,10 @@ def _cases() -> Iterator[Case]:
         yield Case(5 * group_size + 32, 200, bits, group_size, m)
 
 
+SHARING = 3  # cases that share a reference in a process
+PATIENCE_SECONDS = 120.0  # until a process says something
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+
 CASES = tuple(_cases())
 WEIGHTS = tuple(dict.fromkeys(case.weight for case in CASES))
 
@@ -91,6 +98,44 @@ def check(
                 continue
             reference = reference or _Reference(case, max(other.m for other in shared))
             yield record | reference.compare(case, implementation) | {"seconds": time.monotonic() - begin}
+
+
+def check_in_processes(cases: Sequence[Case], processes: int) -> Iterator[dict[str, Any]]:
+    """:func:`check` in several processes, records as they come: on a GPU a case is mostly compilation.
+
+    What has not begun when the generator is closed never does.
+    """
+    context = multiprocessing.get_context("spawn")
+    todo: Any = context.Queue()
+    done: Any = context.Queue()
+    for _, sharing in itertools.groupby(cases, lambda case: case.weight):
+        for few in itertools.batched(sharing, SHARING):
+            todo.put(few)
+    before = os.environ.get(PREALLOCATE)
+    os.environ[PREALLOCATE] = "false"  # JAX here has taken its part of the device's memory
+    workers = [context.Process(target=_work, args=(todo, done), daemon=True) for _ in range(processes)]
+    try:
+        for worker in workers:
+            worker.start()
+        for _ in cases:
+            yield done.get(timeout=PATIENCE_SECONDS)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        os.environ.pop(PREALLOCATE)
+        if before is not None:
+            os.environ[PREALLOCATE] = before
+
+
+def _work(todo: Any, done: Any) -> None:
+    """What a process does: cases, until there are none."""
+    while True:
+        try:
+            cases = todo.get(timeout=1)
+        except queue.Empty:
+            return
+        for record in check(cases):
+            done.put(record)
 
 
 class _Reference:

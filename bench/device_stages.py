@@ -5,8 +5,10 @@ Raising fails it too. Cases are begun only while there is time.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -37,6 +39,7 @@ from slim_jax.run.source import read_decoder
 Record = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Record]]]
 
+MOST_PROCESSES = 8
 TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
 
 
@@ -132,9 +135,16 @@ def check(options: Options) -> Cases:
     elif devices.of_target().platform != "cuda":
         cases = [case for case in cases if case.split_k is None]
     cases.sort(key=lambda case: not _likeliest(case))
-    records = values.check(cases)
-    for case in cases:
-        yield str(case), partial(_checked, records)
+    # A TPU is one process's. On a GPU compiling a case takes much longer than running it.
+    alone = options.quick or devices.of_target().platform != "cuda"
+    processes = 1 if alone else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+    records = values.check(cases) if processes == 1 else values.check_in_processes(cases, processes)
+    with contextlib.closing(records):
+        for case in cases:
+            yield (
+                str(case) if processes == 1 else f"a case in {processes} processes",
+                partial(_checked, records),
+            )
 
 
 def _checked(records: Iterator[Record]) -> Record:

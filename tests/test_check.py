@@ -32,6 +32,21 @@ def test_right_values_pass():
     assert record["reason"] is None
 
 
+@pytest.mark.slow
+def test_processes_share_the_cases():
+    cases = [*SMALL, check.Case(96, 40, 3, 32, 2)]
+    records = list(check.check_in_processes(cases, 2))
+    assert sorted((r["k"], r["m"], r["ok"]) for r in records) == [
+        (64, 9, True),
+        (64, 17, True),
+        (96, 2, True),
+    ]
+    some = check.check_in_processes(cases, 1)
+    next(some)
+    some.close()
+    assert check.PREALLOCATE not in check.os.environ
+
+
 @pytest.fixture(scope="module")
 def exact():
     """The reference of the small cases; a kernel that takes its weight compiles in no time."""
