@@ -108,7 +108,7 @@ def test_generating_over_several_devices(alone):
     """Each device keeps the keys and values of its own heads."""
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     generator = Generator(checkpoint.load(alone, mesh=mesh))
-    assert len({shard.index for shard in generator._empty(1, 16).kv[0].addressable_shards}) == 2
+    assert len({shard.index for shard in generator._empty(1, 16).kv[0][0].addressable_shards}) == 2
     prompts = [[3, 4, 5], [7, 8]]
     wanted = Generator(checkpoint.load(alone)).generate(prompts, max_tokens=5)
     assert generator.generate(prompts, max_tokens=5) == wanted

@@ -91,8 +91,9 @@ def test_the_loss_is_the_divergence_of_the_stored_model(models):
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32), learned)
     outer, blocks = split_params(packed)
-    stored = [tune.apply(block, moved.of(i), 0.0) for i, block in enumerate(blocks)]
-    other = make_decoder(full.config, tune.apply(outer, moved.outer, 0.0), stored)
+    offset = full.config.norm_offset
+    stored = [tune.apply(block, moved.of(i), offset) for i, block in enumerate(blocks)]
+    other = make_decoder(full.config, tune.apply(outer, moved.outer, offset), stored)
     found = tuner(full.config).evaluate(moved, fixed, batch)
     assert float(found) == pytest.approx(divergence(full, other, TOKENS[:2]), rel=0.03)
 
@@ -158,7 +159,7 @@ def test_tuning_lowers_the_divergence_and_leaves_codes(models):
 @pytest.mark.slow
 def test_a_tuning_that_only_harms_changes_nothing(models):
     full, packed = models
-    harmful = dataclasses.replace(TUNED, tune_rate=1.0, tune_epochs=12)
+    harmful = dataclasses.replace(TUNED, tune_rate=20.0, tune_epochs=12)
     found, report = pipeline.quantize(full, TOKENS, harmful)
     assert report.tuning.kept == 0
     assert report.tuning.note

@@ -144,12 +144,16 @@ class MoE(nnx.Module):
 
     Experts take turns, each on the tokens that chose it, some at a time, so that a token passes
     ``experts_per_token`` experts, and less than one turn more for each expert there is.
+
+    Attributes:
+      by_turns: False: every expert that any token chose takes all tokens, each in its place.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.router = Linear(config.hidden_size, config.num_experts, bias=False, rngs=rngs)
         self.experts = nnx.List([MLP(config, rngs=rngs) for _ in range(config.num_experts)])
         self.top_k, self.norm_topk = config.experts_per_token, config.norm_topk
+        self.by_turns = True
 
     def route(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
         """Weight of every expert for every token, 0 for those that do not see it."""
@@ -162,23 +166,25 @@ class MoE(nnx.Module):
 
     def mix(self, x: Float[Array, "b t d"], routes: Float[Array, "b t e"]) -> Float[Array, "b t d"]:
         """What the experts give, each token's by the weights of :meth:`route`."""
-        rows, weights = x.reshape(-1, x.shape[-1]), routes.reshape(-1, routes.shape[-1])
-        at_once = self._at_once(len(rows))
+        count = x.shape[0] * x.shape[1]
+        at_once = self._at_once(count)
+        y = jnp.zeros_like(x)
+        if at_once == count or not self.by_turns:
+            for i, expert in enumerate(self.experts):
+                y = _add_if_chosen(y, expert, x, routes[..., i])
+            return y
+        rows, weights = x.reshape(count, -1), routes.reshape(count, -1)
         # Of each expert its own tokens first, filled up to whole turns by tokens whose weight is 0.
-        order = jnp.argsort(weights <= 0, axis=0, stable=True) if at_once < len(rows) else None
-        turns = -(-len(rows) // at_once)
-        y = jnp.zeros_like(rows)
+        order = jnp.argsort(weights <= 0, axis=0, stable=True)
+        order = jnp.pad(order, ((0, -count % at_once), (0, 0)), constant_values=count)
+        y = y.reshape(rows.shape)
         for i, expert in enumerate(self.experts):
-            if order is None:
-                y = _add_if_chosen(y, expert, rows, weights[:, i])
-                continue
-            own = jnp.pad(order[:, i], (0, turns * at_once - len(rows)), constant_values=len(rows))
 
             def add(y: jax.Array, some: jax.Array, expert: MLP = expert, i: int = i):
                 weight = weights.at[some, i].get(mode="fill", fill_value=0)
                 return _add_if_chosen(y, expert, rows.at[some].get(mode="clip"), weight, some), None
 
-            y, _ = jax.lax.scan(add, y, own.reshape(turns, at_once))
+            y, _ = jax.lax.scan(add, y, order[:, i].reshape(-1, at_once))
         return y.reshape(x.shape)
 
     def _at_once(self, tokens: int) -> int:
@@ -193,7 +199,7 @@ def _add_if_chosen(
     """``y[rows] += weight * expert(x)``, or ``y`` where no token of ``x`` has chosen the expert."""
 
     def add(y: jax.Array) -> jax.Array:
-        part = weight[:, None] * expert.down(expert.hidden(x))
+        part = weight[..., None] * expert.down(expert.hidden(x))
         return y + part if rows is None else y.at[rows].add(part, mode="drop")
 
     return jax.lax.cond(jnp.any(weight > 0), add, lambda y: y, y)

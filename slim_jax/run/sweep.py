@@ -128,6 +128,8 @@ class _Tapped(Linear):
 
 def _with_taps(block: Block, weights: Mapping[str, jax.Array]) -> Block:
     block = nnx.merge(*nnx.split(block))
+    if block.moe is not None:
+        block.moe.by_turns = False  # taps tell tokens apart by their places
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
         setattr(part_of(block, owner), leaf, _Tapped(part_of(block, name), weight))
