@@ -2,17 +2,17 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.layout import MixedTensor, group_count, zero_bits
 from pallas_kernels.planes import MAX_BITS, WORD_BITS, pack_group, pack_plane
 
 
 def pack(
-    codes: np.ndarray,
-    scale: np.ndarray,
-    zero_code: np.ndarray,
-    bits: np.ndarray,
+    codes: ArrayLike,
+    scale: ArrayLike,
+    zero_code: ArrayLike,
+    bits: ArrayLike,
     *,
     group_size: int,
     widths: tuple[int, ...] | None = None,

@@ -198,4 +198,6 @@ def test_tune_writes_what_it_found(monkeypatch, capsys):
     arguments = Namespace(bits=2, group_size=32, repeats=3)
     found = tune.tune(kernel, 4, (128, 64), arguments, seconds=60)
     assert found == dataclasses.asdict(gpu.Config(stages=2))
-    assert "stages=3, groups_per_step=4, split_k=1): values are wrong" in capsys.readouterr().out
+    assert (
+        "stages=3, groups_per_step=4, split_k=1, split_blocks=1): values are wrong" in capsys.readouterr().out
+    )
