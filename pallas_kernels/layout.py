@@ -31,12 +31,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.planes import (
-    WORD_BITS,
-    pieces,
-    unpack_group,
-    unpack_plane,
-)
+from pallas_kernels.planes import WORD_BITS, shifted_planes, unpack_group, unpack_plane
 
 
 def zero_bits(widths: tuple[int, ...]) -> int:
@@ -167,9 +162,16 @@ class MixedTensor:
 
     def zero_points(self) -> jax.Array:
         """Zero points ``float32[G, N]`` in storage order, in units of the scale."""
-        steps = jnp.asarray([zero_step(b, self.widths) for b in self.widths], jnp.float32)
-        step_of_group = jnp.repeat(steps, self.segments, total_repeat_length=self.groups)
-        return self.zero_codes().astype(jnp.float32) * step_of_group[:, None]
+        return self.zero_codes().astype(jnp.float32) * self.zero_steps()[:, None]
+
+    def zero_steps(self) -> jax.Array:
+        """`zero_step` of every group in storage order, ``float32[G]``: by comparisons, which XLA fuses."""
+        position, end = jnp.arange(self.groups), jnp.int32(0)
+        steps = jnp.full(self.groups, zero_step(self.widths[0], self.widths), jnp.float32)
+        for i, b in enumerate(self.widths[1:]):
+            end = end + self.segments[i]
+            steps = jnp.where(position >= end, jnp.float32(zero_step(b, self.widths)), steps)
+        return steps
 
     def segment_starts(self) -> tuple[jax.Array, jax.Array]:
         """First group and first row of ``words`` of each segment, both ``int32[len(widths)]``."""
@@ -252,7 +254,7 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
 
     bits = of_width(w.widths)
     start = first_row[kind] + (position - first_group[kind]) * (g * bits // WORD_BITS)
-    planes = [_planes_and_shifts(b) for b in w.widths]
+    planes = [shifted_planes(b) for b in w.widths]
     rows, downs, masks, ups = [], [], [], []
     for t in range(max(map(len, planes))):
         # A width with fewer planes reads some word and keeps nothing of it.
@@ -266,7 +268,7 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
     z = zero_bits(w.widths)
     zero_rows = w.zero.shape[0]
     zero_down = (z * (position // zero_rows)).astype(jnp.uint8)
-    step = of_width([zero_step(b, w.widths) for b in w.widths], jnp.float32)
+    step = w.zero_steps()[position]
     # Else XLA would work all this out again for every element.
     position, rows, downs, masks, ups, zero_down, step = lax.optimization_barrier(
         (position, rows, downs, masks, ups, zero_down, step)
@@ -279,10 +281,6 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
     zero = (zero & jnp.uint8((1 << z) - 1)).astype(jnp.float32) * step[:, None]
     scale = w.scale.at[position].get(mode="promise_in_bounds").astype(jnp.float32)
     return (scale * (code.astype(jnp.int32).astype(jnp.float32) - zero)).astype(dtype)
-
-
-def _planes_and_shifts(bits: int) -> list[tuple[int, int]]:
-    return [plane for piece in pieces(bits) for plane in piece]
 
 
 def _meta_to_bytes(meta: tuple[Any, ...]) -> bytes:

@@ -27,14 +27,15 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return (*widths, *(n for n in (2, 1) if bits % 4 & n))
 
 
+def shifted_planes(bits: int) -> list[tuple[int, int]]:
+    """Planes of a code, ``(width, shift)``: 7 -> [(4, 0), (2, 4), (1, 6)]."""
+    widths = plane_widths(bits)
+    return [(n, sum(widths[:i])) for i, n in enumerate(widths)]
+
+
 def pieces(bits: int) -> list[list[tuple[int, int]]]:
-    """Planes ``(width, shift)`` of a code, in pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
-    planes: list[tuple[int, int]] = []
-    shift = 0
-    for n in plane_widths(bits):
-        planes.append((n, shift))
-        shift += n
-    return [found for low in (0, 4) if (found := [plane for plane in planes if plane[1] // 4 * 4 == low])]
+    """:func:`shifted_planes` in pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
+    return [found for low in (0, 4) if (found := [p for p in shifted_planes(bits) if p[1] // 4 * 4 == low])]
 
 
 def pack_plane(codes: np.ndarray, bits: int, word: type = np.uint32) -> np.ndarray:
@@ -56,20 +57,17 @@ def unpack_plane(words: jax.Array, bits: int) -> jax.Array:
 
 def pack_group(codes: np.ndarray, bits: int) -> np.ndarray:
     """Packs one group's codes ``[g, N]`` into its planes, ``uint32[g * bits / 32, N]``."""
-    planes, shift = [], 0
-    for n in plane_widths(bits):
-        planes.append(pack_plane((codes >> shift) & ((1 << n) - 1), n))
-        shift += n
+    planes = [pack_plane((codes >> shift) & ((1 << n) - 1), n) for n, shift in shifted_planes(bits)]
     return np.concatenate(planes, axis=0)
 
 
 def unpack_group(words: jax.Array, bits: int) -> jax.Array:
     """The inverse of :func:`pack_group`: ``uint32[g * bits / 32, N]`` -> codes ``uint32[g, N]``."""
-    row, shift, code = 0, 0, None
-    for n in plane_widths(bits):
+    row, code = 0, None
+    for n, shift in shifted_planes(bits):
         rows = words.shape[0] * n // bits
         plane = unpack_plane(words[row : row + rows], n) << np.uint32(shift)
         code = plane if code is None else code | plane
-        row, shift = row + rows, shift + n
+        row += rows
     assert code is not None
     return code

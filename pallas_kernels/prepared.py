@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.layout import MixedTensor, stack, zero_step
-from pallas_kernels.planes import WORD_BITS, plane_widths
+from pallas_kernels.planes import WORD_BITS, plane_widths, shifted_planes
 
 TILE = 4096
 """Columns of a tile at most: what a step adds to stays in the nearest cache."""
@@ -241,15 +241,13 @@ def _runs(w: MixedTensor, n: int) -> tuple[list[_Run], jax.Array]:
     first_position, first_row = w.segment_starts()
     runs, count = [], jnp.int32(0)
     for i, b in enumerate(w.widths):
-        shift = 0
-        for plane in plane_widths(b):
+        for plane, shift in shifted_planes(b):
             if plane == n:
                 row = first_row[i] + w.group_size * shift // WORD_BITS
                 step = zero_step(b, w.widths) if shift == 0 else 0.0
                 stride = w.group_size * b // WORD_BITS
                 runs.append(_Run(count, first_position[i], row, stride, 2.0**shift, step))
                 count = count + w.segments[i]
-            shift += plane
     return runs, count
 
 

@@ -117,7 +117,7 @@ def stack_parts(w: MixedTensor, parts: int, *, over: Literal["k", "n"]) -> Mixed
 
 def part(w: MixedTensor, index: int = 0) -> MixedTensor:
     """One of the stacked parts: inside `jax.shard_map` the only one, which is number 0."""
-    return jax.tree.map(lambda leaf: leaf[index], w)
+    return w[index]
 
 
 def side_by_side(parts: Sequence[MixedTensor]) -> MixedTensor:

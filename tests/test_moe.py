@@ -67,7 +67,7 @@ def test_an_expert_takes_the_tokens_that_chose_it(tokens):
     keys = jax.random.split(jax.random.key(tokens), 2)
     x = jax.random.normal(keys[0], (2, tokens, 64))
     routes = moe.route(x).at[..., 3].set(0).at[:, :40, 5].set(0.5)
-    assert moe._at_once(2 * tokens) == 64 if tokens == 150 else 32
+    assert moe._at_once(2 * tokens) == (64 if tokens == 150 else 32)
 
     def by_turns(x):
         return moe.mix(x, routes)

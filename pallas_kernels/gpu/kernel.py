@@ -40,12 +40,9 @@ For what interpret mode does not prove see :mod:`pallas_kernels.gpu.registers`.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import devices
@@ -55,18 +52,12 @@ from pallas_kernels.gpu.config import check_supported, fitted
 from pallas_kernels.gpu.config import choose as choose
 from pallas_kernels.gpu.config import heuristic as heuristic
 from pallas_kernels.gpu.operands import (
-    DEPTH,
-    ROW_TILE,
     WORD_ROWS,
     activations,
-    fields,
     halves,
-    last_start,
-    places,
 )
-from pallas_kernels.gpu.registers import Warps
+from pallas_kernels.gpu.tile import References, Tile
 from pallas_kernels.layout import MixedTensor, result_type, zero_bits
-from pallas_kernels.planes import WORD_BITS, pieces
 
 MAGIC = 0x43004300  # two bfloat16 of 128
 COLUMN_MULTIPLE = 8  # rows of scales then start on 16 bytes
@@ -148,254 +139,7 @@ def _product(
 
 def _body(*refs, w: MixedTensor, config: Config, n: int, interpret: bool) -> None:  # type: ignore[no-untyped-def]
     """One block of threads: its tile of y, over all groups."""
-    tile = _Tile(_References(*refs[:8]), w, config, n, interpret)
+    tile = Tile(References(*refs[:8]), w, config, n, interpret)
     acc = tile.subtract_zeros(tile.add_segments(tile.nothing()))
     *bias, out = refs[8:]
     tile.store(acc, out, bias[0] if bias else None)
-
-
-class _References(NamedTuple):
-    """What the kernel reads, in memory, as :func:`_product` gives it."""
-
-    magic: Any
-    segments: Any
-    words: Any
-    scale: Any
-    zero_code: Any
-    x: Any
-    constant: Any
-    sums: Any
-
-
-class _Tile:
-    """One block's tile of y. Its methods are traced in the order in which :func:`_body` calls them.
-
-    The instruction takes 16 rows; with more in one operand, Mosaic would give each warp its own rows and
-    have all four unpack the same words. So everything with rows comes as a list of tiles of 16.
-    """
-
-    def __init__(self, refs: _References, w: MixedTensor, config: Config, n: int, interpret: bool) -> None:
-        self.refs, self.w, self.config, self.interpret = refs, w, config, interpret
-        self.warps = Warps(config.split_k, interpret)
-        self.place = places(w.widths, w.group_size)
-        column = lax.min(lax.axis_index("n") * config.block_n, n - config.block_n)
-        self.columns = pl.ds(column, config.block_n)
-        self.tile_count = config.block_m // ROW_TILE
-        self.row_block = lax.axis_index("m")
-        self.part: Any = lax.axis_index("k") if config.split_blocks > 1 else 0
-        self.row_tiles = [self.row_block * self.tile_count + r for r in range(self.tile_count)]
-        self.magic = refs.magic[0].astype(jnp.uint32)
-
-    def nothing(self) -> list[jax.Array]:
-        """The sums to begin with, by tiles of 16 rows."""
-        zeros = jnp.zeros((self.warps.rows, self.config.block_n), jnp.float32)
-        return [plgpu.layout_cast(zeros, self.warps.accumulator) for _ in self.row_tiles]
-
-    def add_segments(self, acc: list[jax.Array]) -> list[jax.Array]:
-        """``acc`` and the products with the groups of every width, or this block's part of them."""
-        w, config = self.w, self.config
-        split, per_step, parts = config.split_k, config.groups_per_step, config.split_blocks
-        first: Any = 0
-        first_row: Any = 0
-        for i, b in enumerate(w.widths):
-            rows = w.group_size * b // WORD_BITS
-            if rows > self.refs.words.shape[0]:
-                continue  # not even one group of this width fits
-            whole = count = self.refs.segments[i]
-            begin, row, done = first, first_row, jnp.int32(0)
-            if parts > 1:
-                most = lax.div(whole + (parts - 1), parts)
-                before = lax.min(self.part * most, whole)
-                count = lax.min(most, whole - before)
-                begin, row = first + before, first_row + before * rows
-            if per_step > 1:
-                steps = lax.div(count, per_step * split)
-                acc = self._add_groups(b, begin, row, steps, per_step, config.stages, acc)
-                done = steps * (per_step * split)
-            steps = lax.div(count - done + (split - 1), split)
-            stages = max(config.stages, per_step)
-            end = begin + count if split > 1 else None
-            acc = self._add_groups(b, begin + done, row + done * rows, steps, 1, stages, acc, end)
-            first, first_row = first + whole, first_row + whole * rows
-        return acc
-
-    def _add_groups(self, b, begin, row, steps, per_step, stages, acc, end=None):  # type: ignore[no-untyped-def]
-        """Adds ``steps * per_step * split`` groups: x by shared memory, words one step ahead in registers."""
-        w, warps, block_m, split = self.w, self.warps, self.config.block_m, self.config.split_k
-        g = w.group_size
-        rows = g * b // WORD_BITS
-        lanes = min(g, 64)
-        first = self.row_block * (w.groups + split - 1) + begin
-        x_spec = plgpu.BlockSpec(
-            (pl.Element(per_step * split * block_m), pl.Element(g)),
-            lambda t: ((first + t * per_step * split) * block_m, 0),
-            transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)),
-            oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-        )
-
-        def fetch_nth(i):
-            return self._fetch(b, begin + i * split, row + i * split * rows, end)
-
-        def step(indices, x_step, carry):
-            acc, groups = carry
-            for u in range(per_step):
-                x_groups = [
-                    plgpu.load(x_step.at[rows], layout=warps.left) for rows in self._rows_of(u * split)
-                ]
-                acc = self._add_group(b, acc, x_groups, groups[u])
-                # Only now, so that the registers just read are those loaded into.
-                groups[u] = fetch_nth((indices[0] + 1) * per_step + u)
-            return acc, groups
-
-        pipeline = plgpu.emit_pipeline(
-            step,
-            grid=(steps,),
-            in_specs=[x_spec],
-            max_concurrent_steps=stages,
-            init_carry=(acc, [fetch_nth(u) for u in range(per_step)]),
-        )
-        return pipeline(self.refs.x)[0]
-
-    def _rows_of(self, position):  # type: ignore[no-untyped-def]
-        """Of x, in the groups that the shares take together, by tiles of 16."""
-        first = position * self.config.block_m
-        return [pl.ds(first + r * ROW_TILE, self.warps.rows) for r in range(self.tile_count)]
-
-    def _fetch(self, b, position, row, end):  # type: ignore[no-untyped-def]
-        """Starts loading a group per share from memory to registers; from ``end`` on, scales are zero.
-
-        A place past the last group gives the last.
-        """
-        refs, w, warps = self.refs, self.w, self.warps
-        rows = w.group_size * b // WORD_BITS
-
-        def of_share(share):
-            first = lax.min(row + share * rows, refs.words.shape[0] - rows)
-            planes = [[self._load_plane(first, n, shift) for n, shift in piece] for piece in pieces(b)]
-            scales = plgpu.load(
-                refs.scale.at[lax.min(position + share, w.groups - 1), self.columns],
-                layout=warps.results(self.config.block_n).reduce(0),
-                optimized=False,
-            )
-            if end is not None:
-                kept = jnp.broadcast_to(position + share < end, scales.shape)
-                scales = jnp.where(kept, scales, jnp.zeros_like(scales))
-            return planes, scales
-
-        layout = warps.accumulator.reduce(1)
-        starts = [
-            plgpu.load(refs.constant.at[self.row_block, rows_16], layout=layout, optimized=False)
-            for rows_16 in self._rows_of(lax.min(position, w.groups - 1))
-        ]
-        return *warps.own(of_share), starts
-
-    def _load_plane(self, first, n: int, shift: int):  # type: ignore[no-untyped-def]
-        """The plane of ``n`` bits of the group that begins at row ``first`` of the words."""
-        g = self.w.group_size
-        rows = pl.ds(first + g * shift // WORD_BITS, g * n // WORD_BITS)
-        return self.warps.load_words(self.refs.words.at[rows, self.columns])
-
-    def _operands(self, piece, planes):  # type: ignore[no-untyped-def]
-        """The right operands of one piece of a group: ``128 + code``, two to a word."""
-        warps = self.warps
-        plane_fields = [fields(n, shift, self.w.group_size, self.place) for n, shift in piece]
-        planes = [warps.full_tiles(tiles, n) for (n, _), tiles in zip(piece, planes)]
-        for same_channels in zip(*plane_fields):
-            code = None
-            for field, tiles in zip(same_channels, planes):
-                tile, by = tiles[field.tile], jnp.uint32(abs(field.by))
-                shifted = tile >> by if field.by > 0 else tile << by if field.by < 0 else tile
-                masked = shifted & jnp.uint32(field.mask)
-                # With a second OR, LLVM would join the planes first, in one instruction more.
-                code = masked | self.magic if code is None else masked ^ code
-            yield warps.as_operand(code)
-
-    def _add_group(self, b, acc, x, group):  # type: ignore[no-untyped-def]
-        """acc + what one group per share contributes; ``x`` gives their channels, by tiles of 16 rows."""
-        warps = self.warps
-        planes, scale_row, starts = group
-        scale_tile = warps.as_accumulator(scale_row)
-        for i, piece in enumerate(pieces(b)):
-            shape = (warps.rows, self.config.block_n)
-            parts = [lax.broadcast_in_dim(start, shape, [0]) for start in starts]
-            for t, operand in enumerate(self._operands(piece, planes[i])):
-                k = slice(t * DEPTH, (t + 1) * DEPTH)
-                parts = [warps.mma(part, rows[:, k], operand) for part, rows in zip(parts, x)]
-            worth = scale_tile * 16.0**i if i else scale_tile
-            acc = [total + part * worth for total, part in zip(acc, parts)]
-        return acc
-
-    def subtract_zeros(self, acc: list[jax.Array]) -> list[jax.Array]:
-        """acc - (sums of x) @ (scale * zero), 16 groups per share at a time, in turn with other parts."""
-        warps, sums, parts = self.warps, self.refs.sums, self.config.split_blocks
-        times: Any = sums.shape[2] // warps.rows
-        if parts > 1:
-            times = lax.div(times - self.part + (parts - 1), parts)
-
-        def some(i, acc):
-            t = i * parts + self.part if parts > 1 else i
-            products = warps.own(lambda share: self._scaled_zeros(t * self.config.split_k + share))
-            # Products of numbers of 8 bits have 16, and are sums of two bfloat16: cut off the top, twice.
-            rights, upper_half = [], jnp.uint32(0xFFFF0000)
-            for _ in range(2):
-                tops = [lax.bitcast_convert_type(p, jnp.uint32) & upper_half for p in products]
-                rights.append(warps.as_operand((tops[0] >> jnp.uint32(16)) | tops[1]))
-                products = [p - lax.bitcast_convert_type(top, jnp.float32) for p, top in zip(products, tops)]
-            for r, tile in enumerate(self.row_tiles):
-                for part in range(3):
-                    own_rows = pl.ds(t * warps.rows, warps.rows)
-                    left = plgpu.load(sums.at[tile, part, own_rows], layout=warps.left, optimized=False)
-                    for right in rights:
-                        acc[r] = warps.mma(acc[r], left, right)
-            return acc
-
-        return lax.fori_loop(0, times, some, acc)
-
-    def _scaled_zeros(self, chunk):  # type: ignore[no-untyped-def]
-        """``scale * zero`` of 16 groups of each half of all of them."""
-        refs, w = self.refs, self.w
-        in_bytes = zero_bits(w.widths) == 8
-        layout = self.warps.words(self.config.block_n)
-        products = []
-        for half, (begin, count) in enumerate(halves(w.groups)):
-            start = lax.min(chunk * WORD_ROWS, last_start(count))
-            codes, scales = (
-                plgpu.load(ref.at[pl.ds(at, WORD_ROWS), self.columns], layout=layout, optimized=False)
-                for ref, at in ((refs.zero_code, begin * in_bytes + start), (refs.scale, begin + start))
-            )
-            codes = codes.astype(jnp.int32)
-            if not in_bytes:
-                codes = codes >> 4 if half else codes & 15
-            products.append(scales.astype(jnp.float32) * codes.astype(jnp.float32))
-        return products
-
-    def store(self, acc: list[jax.Array], out, bias) -> None:  # type: ignore[no-untyped-def]
-        """Writes the tile, ``bias`` added if there is one, once the warps' shares are added."""
-        warps, split = self.warps, self.config.split_k
-
-        def write(r, y):
-            if bias is not None:
-                layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(0)
-                row = plgpu.load(bias.at[self.columns], layout=layout, optimized=False)
-                y = y + lax.broadcast_in_dim(row, y.shape, [1])
-            first = self.part * (out.shape[0] // self.config.split_blocks)
-            rows = pl.ds(first + self.row_tiles[r] * ROW_TILE, ROW_TILE)
-            plgpu.store(out.at[rows, self.columns], y, optimized=False)
-
-        def add_shares(shares):
-            """The sum over the warps' shares, through shared memory."""
-            warps.barrier()  # what is stored over may still be read
-            for r, total in enumerate(acc):
-                plgpu.store(shares.at[r], warps.from_accumulator(total), optimized=False)
-            warps.barrier()
-            layout = Warps(1, self.interpret).stored(self.config.block_n)
-            for r in range(self.tile_count):
-                rows = [shares.at[r, pl.ds(s * ROW_TILE, ROW_TILE)] for s in range(split)]
-                write(r, sum(plgpu.load(row, layout=layout, optimized=False) for row in rows))
-
-        if split > 1:
-            shape = (self.tile_count, warps.rows, self.config.block_n)
-            pl.run_scoped(add_shares, plgpu.SMEM(shape, jnp.float32))
-        else:
-            for r, total in enumerate(acc):
-                write(r, warps.from_accumulator(total))

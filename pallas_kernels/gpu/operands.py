@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import MixedTensor, zero_step
+from pallas_kernels.layout import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 
 OFFSET = 128.0  # what is added to every code
@@ -70,6 +70,11 @@ def activations(
       :func:`chunked`.
     """
     (m, k), groups, g = x.shape, w.groups, w.group_size
+
+    def by_group(a: jax.Array) -> jax.Array:  # [rows, G', ...] -> [B, G' * block, ...]
+        a = jnp.swapaxes(a.reshape(-1, block, *a.shape[1:]), 1, 2)
+        return a.reshape(a.shape[0], -1, *a.shape[3:])
+
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, rows - m), (0, groups * g - k)))
     # Rows 2 i and 2 i + 1 of a right operand are the halves of word i, channels of the two halves of a group.
     channel = np.arange(g).reshape(2, g // DEPTH, WORD_ROWS).transpose(1, 2, 0).reshape(1, g)
@@ -77,25 +82,11 @@ def activations(
     order = jnp.pad(w.order, (0, split - 1))
     x = x.at[:, order[:, None] * g + channel].get(mode="promise_in_bounds")
     x = x / power.astype(jnp.bfloat16)[None, None]
-    x = jnp.swapaxes(x.reshape(-1, block, *x.shape[1:]), 1, 2)  # [B, G', block, g]
-
     # Factors are powers of two, so they may come before the sums, which then are all that a launch does.
     wide = x.astype(jnp.float32)
-    constant = (wide * -OFFSET).sum(-1)
-    worth = -power[None] * zero_steps(w, len(order))[:, None]
-    sums = jnp.swapaxes((wide * worth[None, :, None]).sum(-1), 1, 2).reshape(rows, len(order))
-    sums = chunked(sums[:, :groups], split)
-    return x.reshape(-1, g), constant.reshape(len(x), -1), sums
-
-
-def zero_steps(w: MixedTensor, count: int) -> jax.Array:
-    """`zero_step` of groups in storage order, ``float32[count]``: by comparisons, which XLA fuses."""
-    position, end = jnp.arange(count), jnp.int32(0)
-    steps = jnp.full(count, zero_step(w.widths[0], w.widths), jnp.float32)
-    for i, b in enumerate(w.widths[1:]):
-        end = end + w.segments[i]
-        steps = jnp.where(position >= end, jnp.float32(zero_step(b, w.widths)), steps)
-    return steps
+    worth = -power[None] * jnp.pad(w.zero_steps(), (0, split - 1))[:, None]
+    sums = chunked((wide * worth[None]).sum(-1)[:, :groups], split)
+    return by_group(x).reshape(-1, g), by_group((wide * -OFFSET).sum(-1)), sums
 
 
 def halves(groups: int) -> tuple[tuple[int, int], tuple[int, int]]:

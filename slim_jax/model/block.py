@@ -190,7 +190,7 @@ class MoE(nnx.Module):
     def _at_once(self, tokens: int) -> int:
         """Tokens that an expert takes in one turn: half of what would be its share, within limits."""
         share = tokens * self.top_k // len(self.experts)
-        return min(tokens, max(LEAST_AT_ONCE, 1 << max(0, share // 2).bit_length()))
+        return min(tokens, max(LEAST_AT_ONCE, 1 << (share // 2).bit_length()))
 
 
 def _add_if_chosen(
