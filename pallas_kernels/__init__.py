@@ -7,6 +7,7 @@ from pallas_kernels.api import use_implementation as use_implementation
 from pallas_kernels.layout import MixedTensor as MixedTensor
 from pallas_kernels.packing import pack as pack
 from pallas_kernels.prepared import Prepared as Prepared
+from pallas_kernels.ragged import mixed_ragged_dot as mixed_ragged_dot
 from pallas_kernels.sharding import part as part
 from pallas_kernels.sharding import sharded_matmul as sharded_matmul
 from pallas_kernels.sharding import side_by_side as side_by_side

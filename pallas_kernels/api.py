@@ -209,10 +209,11 @@ def _backward(
 ):
     x, w = residuals
     dx = jnp.dot(dy, w.dequantize().T, preferred_element_type=jnp.float32).astype(x.dtype)
-    return dx, jax.tree.map(_no_gradient, w)
+    return dx, jax.tree.map(no_gradient, w)
 
 
-def _no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
+def no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
+    """The cotangent of a leaf that is a constant."""
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros_like(leaf)
     return np.zeros(leaf.shape, jax.dtypes.float0)

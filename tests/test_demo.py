@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from command_line import write_model, write_text
 from rich.console import Console
-from test_cli import write_model, write_text
 
 from bench import demo
 from convert.load import load_source

@@ -6,9 +6,9 @@ import math
 import jax
 import numpy as np
 import pytest
+from command_line import refused, said
 from flax import nnx
 from golden_models import load_golden, write_hf
-from test_cli import refused, said
 from test_pipeline import CONFIG
 
 from bench.aot_decoder import LLAMA_2_7B

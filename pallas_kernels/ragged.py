@@ -1,0 +1,115 @@
+"""A product for experts: rows of ``x``, sorted by expert, each with its own expert's packed weight."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.api import mixed_matmul, no_gradient
+from pallas_kernels.layout import MixedTensor, vary_like
+
+LEAST_ROWS = 32
+"""Rows that an expert takes in one turn at least: with fewer, unpacking its weight would be the work."""
+
+
+def mixed_ragged_dot(
+    x: Float[Array, "M K"],
+    w: MixedTensor,
+    group_sizes: Int[Array, "E"],
+    *,
+    rows: int | None = None,
+    implementation: str | Sequence[str] | None = None,
+    preferred_element_type: DTypeLike = jnp.float32,
+) -> Float[Array, "M N"]:
+    """The product that `jax.lax.ragged_dot` takes, of packed weights, accumulated in float32.
+
+    The first ``group_sizes[0]`` rows of ``x`` are multiplied by ``w[0]``, the next ``group_sizes[1]`` by
+    ``w[1]``, and so on. Experts take turns of ``rows`` rows, as many turns as their rows need and none
+    without rows, each one :func:`~pallas_kernels.mixed_matmul` by any of its back ends; its weight is sliced
+    from the stack packed. Differentiable in ``x``.
+
+    Args:
+      x: bfloat16 or float32.
+      w: the experts' weights ``[K, N]``, stacked on a leading axis of the leaves
+        (`pallas_kernels.layout.stack`).
+      group_sizes: ``int32[E]``, together at most ``M``; rows after them give 0.
+      rows: of a turn; by default about half of what an expert has if all have as many.
+      implementation: as for :func:`~pallas_kernels.mixed_matmul`.
+      preferred_element_type: of the result.
+
+    Raises:
+      ValueError: a shape does not fit, or ``rows`` is no positive number.
+    """
+    if w.ndim != 3:
+        raise ValueError(f"w is no stack of experts: its words have shape {w.words.shape}")
+    if x.ndim != 2 or x.shape[1] != w.shape[0]:
+        raise ValueError(f"x has shape {x.shape}, expected [M, {w.shape[0]}] for weights of shape {w.shape}")
+    if group_sizes.shape != (len(w),):
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}, expected [{len(w)}], one per expert")
+    if rows is None:
+        rows = rows_of_turn(x.shape[0], len(w))
+    if rows < 1:
+        raise ValueError(f"rows is {rows}, expected at least 1")
+    several = implementation is not None and not isinstance(implementation, str)
+    names = tuple(implementation or ()) if several else implementation
+    y = _ragged(min(rows, max(x.shape[0], 1)), names, x, w, group_sizes.astype(jnp.int32))
+    return y.astype(preferred_element_type)
+
+
+def rows_of_turn(rows: int, experts: int) -> int:
+    """Rows of one turn where ``rows`` are shared by so many experts: a power of two, half a fair share or
+    a little more, and :data:`LEAST_ROWS` at least."""
+    return max(LEAST_ROWS, 1 << (rows // experts // 2).bit_length())
+
+
+Product = Callable[[jax.Array, MixedTensor], jax.Array]
+
+
+def _by_turns(
+    product: Product, n: int, rows: int, x: jax.Array, w: MixedTensor, sizes: jax.Array
+) -> jax.Array:
+    """``float32[M, n]`` from ``product(x[rows, :], w[expert])`` of every turn."""
+    turns = -(-sizes // rows)
+    last_turn, end = jnp.cumsum(turns), jnp.cumsum(sizes)
+    filled = jnp.pad(x, ((0, rows), (0, 0)))
+
+    def turn(i: jax.Array, y: jax.Array) -> jax.Array:
+        expert = jnp.sum(last_turn <= i)
+        done = (i - last_turn[expert] + turns[expert]) * rows
+        start = end[expert] - sizes[expert] + done
+        found = product(lax.dynamic_slice_in_dim(filled, start, rows), w[expert])
+        own = jnp.arange(rows) < sizes[expert] - done
+        before = lax.dynamic_slice_in_dim(y, start, rows)
+        return lax.dynamic_update_slice_in_dim(y, jnp.where(own[:, None], found, before), start, axis=0)
+
+    y = vary_like(jnp.zeros((x.shape[0] + rows, n), jnp.float32), (x, w, sizes))
+    return lax.fori_loop(0, last_turn[-1], turn, y)[: x.shape[0]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ragged(rows: int, names: Any, x: jax.Array, w: MixedTensor, sizes: jax.Array) -> jax.Array:
+    return _by_turns(partial(mixed_matmul, implementation=names), w.shape[1], rows, x, w, sizes)
+
+
+def _forward(rows: int, names: Any, x: jax.Array, w: MixedTensor, sizes: jax.Array):
+    return _ragged(rows, names, x, w, sizes), (x[:0], w, sizes)
+
+
+def _backward(rows: int, names: Any, residuals: tuple[jax.Array, MixedTensor, jax.Array], dy: jax.Array):
+    like, w, sizes = residuals
+
+    def product(dy: jax.Array, one: MixedTensor) -> jax.Array:
+        return jnp.dot(dy, one.dequantize().T, preferred_element_type=jnp.float32)
+
+    dx = _by_turns(product, w.shape[0], rows, dy, w, sizes).astype(like.dtype)
+    nothing = jax.tree.map(no_gradient, w)
+    return dx, nothing, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+_ragged.defvjp(_forward, _backward)

@@ -1,0 +1,231 @@
+"""What the command line says to each mistake of its user: one line, and nothing is left behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import QUANTIZE, make_room, refused, write_model
+
+from convert.cli import run
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_room(tmp_path_factory.mktemp("room"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--bits", "9"], "bits is 9"),
+        (["--bits", "two"], "--bits"),
+        (["--group-size", "48"], "group_size is 48"),
+        (["--preset", "slow"], "preset is 'slow', expected one of fast, good, best"),
+        (["--set", "method=slow"], "method is 'slow'"),
+        (["--set", "sqc=best"], "sqc is 'best'"),
+        (["--set", "criterion=luck"], "criterion is 'luck'"),
+        (["--set", "damping=-1"], "damping is -1"),
+        (["--set", "damp=1"], "no setting 'damp', expected one such as damping"),
+        (["--set", "damping"], "expected name=value"),
+        (["--set", "damping=high"], "damping is 'high', expected a number"),
+        (["--set", "epochs=1.5"], "epochs is '1.5', expected a whole number"),
+        (["--set", "guide=1"], "guide is '1', expected true or false"),
+        (["--set", "bits=3"], "bits is given twice"),
+        (["--rule", "*.mlp.down"], "expected PATTERN: OPTIONS"),
+        (["--rule", "*.mlp.down: bit=3"], "no option 'bit', expected one such as bits"),
+        (["--rule", "*.mlp.down: bits=many"], "bits is 'many', expected a number"),
+        (["--rule", "*.mlp.down: bits=3, bits=4"], "bits is given twice"),
+        (["--rule", "*.mlp.down: leave"], "'leave' is not name=value"),
+        (["--rule", "*.mlp.down: bits=9"], "rule '*.mlp.down': bits is 9"),
+        (["--rule", "*.mlp.dwn: skip"], "matches none of the 14 layers, near names: blocks.*.mlp.down"),
+        (["--rule", "blocks.*: bits=3", "--rule", "*.attn.q: skip"], "rules before it match blocks.0.attn.q"),
+        (["--rules", "{room}/none.toml"], "none.toml"),
+        (["--rules", "{room}/calib.txt"], "calib.txt is not TOML"),
+        (["--target-size", "1MB"], "--bits 2 and --target-size 1MB say two things"),
+        (["--samples", "0"], "--samples"),
+        (["--length", "128"], "64 positions"),
+        (["--seed", "-1"], "--seed"),
+        (["--calibration", "{room}/none.txt"], "none.txt"),
+        (["--calibration", "{room}/short.txt"], "has 20 tokens, expected at least 32"),
+        (["--calibration", "{room}/hf/model.safetensors"], "not UTF-8"),
+        (["--allocation", "{room}/none.json"], "none.json"),
+        (["--allocation", "{room}/calib.txt"], "calib.txt"),
+        (["--save-allocation", "{room}/none/bits.json"], "is not a directory"),
+        (["--devices", "99"], "--devices is 99, this machine has"),
+        (["--devices", "3"], "4 samples, expected a multiple of the 3 devices"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_quantize_refuses(room, capsys, tmp_path, options, expected):
+    given = [option.format(room=room) for option in options]
+    calibration = ["--calibration", room / "calib.txt"]
+    line = refused(capsys, "quantize", room / "hf", tmp_path / "out", *calibration, *QUANTIZE, *given)
+    assert expected in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "export"])
+def test_an_output_that_holds_something_else_is_left_alone(room, capsys, tmp_path, command):
+    (tmp_path / "mine.txt").write_text("mine")
+    options = ["--calibration", room / "calib.txt", *QUANTIZE] if command == "quantize" else []
+    assert "not an empty directory" in refused(capsys, command, room / "hf", tmp_path, *options)
+    if command == "quantize":
+        refused(capsys, command, room / "hf", tmp_path, *options, "--resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def without_a_shard(model: Path) -> str:
+    (model / "model-00002-of-00002.safetensors").unlink()
+    return "model-00002-of-00002.safetensors is missing"
+
+
+def with_half_a_shard(model: Path) -> str:
+    shard = model / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    return "truncated"
+
+
+def with_a_tensor_that_no_file_holds(model: Path) -> str:
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.ghost.weight"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    return "model.ghost.weight"
+
+
+def of_an_unknown_architecture(model: Path) -> str:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["MambaForCausalLM"]}))
+    return "MambaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [without_a_shard, with_half_a_shard, with_a_tensor_that_no_file_holds, of_an_unknown_architecture],
+)
+def test_broken_models_are_refused(room, capsys, tmp_path, broken):
+    model = write_model(tmp_path / "hf", shards=2)
+    expected = broken(model)
+    assert expected in refused(capsys, "convert", model, tmp_path / "out")
+    calibration = ("--calibration", room / "calib.txt")
+    assert expected in refused(capsys, "quantize", model, tmp_path / "out", *calibration, *QUANTIZE)
+    assert expected in refused(capsys, "eval", model, "--text", room / "test.txt", "--window", "32")
+    assert expected in refused(capsys, "export", model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_gguf_without_its_magic_is_refused(capsys, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(64))
+    assert "is no GGUF file" in refused(capsys, "convert", tmp_path / "model.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def with_a_flipped_byte(path: Path) -> str:
+    files = [file for part in ("blocks", "outer") for file in (path / part).rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    return ""
+
+
+def of_a_newer_format(path: Path) -> str:
+    manifest = json.loads((path / "slim.json").read_text())
+    manifest["version"] += 1
+    (path / "slim.json").write_text(json.dumps(manifest))
+    return "format version"
+
+
+def with_half_a_manifest(path: Path) -> str:
+    content = (path / "slim.json").read_text()
+    (path / "slim.json").write_text(content[: len(content) // 2])
+    return "slim.json"
+
+
+@pytest.mark.parametrize("damaged", [with_a_flipped_byte, of_a_newer_format, with_half_a_manifest])
+def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
+    shutil.copytree(room / "q2", tmp_path / "q2")
+    expected = damaged(tmp_path / "q2")
+    arguments = ("--text", room / "test.txt", "--window", "32")
+    assert expected in refused(capsys, "eval", tmp_path / "q2", *arguments)
+    assert expected in refused(capsys, "export", tmp_path / "q2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["eval", "{room}/q2"], "--text"),
+        (["eval", "{room}/q2", "--text", "{room}/none.txt"], "none.txt"),
+        (["eval", "{room}/q2", "--text", "{room}/short.txt", "--window", "32"], "has 20 tokens"),
+        (["eval", "{room}/q2", "--text", "{room}/test.txt", "--window", "1"], "--window"),
+        (["eval", "{room}/q2", "--text", "{room}/test.txt", "--max-windows", "0"], "--max-windows"),
+        (["eval", "{room}/q2", "--text", "{room}/test.txt", "--window", "128"], "64 positions"),
+        (["eval", "{room}/none", "--text", "{room}/test.txt"], "none"),
+        (["eval", "{room}/q2", "--text", "{room}/test.txt", "--against", "{room}/none"], "none"),
+        (["generate", "{room}/q2"], "--prompt"),
+        (["generate", "{room}/q2", "--prompt", ""], "--prompt"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--max-tokens", "64"], "64 positions"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--temperature", "-1"], "--temperature"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--top-p", "0"], "--top-p"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--top-k", "-1"], "--top-k"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--min-p", "1"], "min_p is 1.0"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--stop", ""], "--stop is empty"),
+        (["generate", "{room}/q2", "--prompts", "{room}/none.txt"], "none.txt"),
+        (["inspect", "{room}/none"], "none"),
+        (["inspect", "{room}/hf"], "hf"),
+        (["inspect", "{room}/q2", "--html", "{room}/none/page.html"], "is not a directory"),
+        (["export", "{room}/q2", "{room}/x", "--format", "gguf"], "--format is 'gguf'"),
+        (["export", "{room}/q2", "{room}/x", "--dtype", "int8"], "int8"),
+        (["export", "{room}/q2", "{room}/x", "--format", "gptq"], "bits, expected one width for gptq"),
+        (["export", "{room}/q2", "{room}/x", "--format", "gptq", "--dtype", "float32"], "float32"),
+        (["export", "{room}/hf", "{room}/x", "--format", "gptq"], "no packed layers"),
+        (["export", "{room}/q2", "{room}/x", "--format", "safetensors", "--dtype", "float16"], "--dtype"),
+        (["export", "{room}/q2", "{room}/x", "--perplexity", "text=3"], "--perplexity is for the model card"),
+        (
+            ["export", "{room}/q2", "{room}/x", "--format", "safetensors", "--perplexity", "text"],
+            "--perplexity is 'text', expected one such as",
+        ),
+        (["convert", "{room}/hf", "{room}/x", "--dtype", "float8"], "float8"),
+        (["convert"], "SOURCE"),
+        (["transmogrify"], "transmogrify"),
+    ],
+)
+def test_other_mistakes_are_refused(room, capsys, arguments, expected):
+    assert expected in refused(capsys, *[argument.format(room=room) for argument in arguments])
+    assert not (room / "x").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        run(["--debug", "convert", str(tmp_path / "none"), str(tmp_path / "out")])
+
+
+@pytest.mark.slow
+def test_the_program_says_nothing_else(room):
+    """Other libraries' logs and warnings stay away from both streams."""
+    program = [
+        sys.executable,
+        "-m",
+        "convert.cli",
+        "eval",
+        str(room / "q2"),
+        "--text",
+        str(room / "test.txt"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "SLIM_JAX_DEBUG"}
+    done = subprocess.run(
+        [*program, "--text", str(room / "test.txt"), "--window", "32", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert json.loads(done.stdout)["windows"] == 6
+    assert all(line.startswith("evaluating") for line in done.stderr.splitlines())
