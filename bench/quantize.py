@@ -36,7 +36,8 @@ from slim_jax.model.perplexity import perplexity
 from slim_jax.model.windows import draw_windows
 from slim_jax.run.activations import Activations
 from slim_jax.run.learning import BlockLearner
-from slim_jax.run.pipeline import BlockQuantizer, quantize, quantize_to_checkpoint
+from slim_jax.run.pipeline import quantize, quantize_to_checkpoint
+from slim_jax.run.quantizer import BlockQuantizer
 from slim_jax.run.source import Source, read_decoder
 
 

@@ -47,7 +47,12 @@ class SlimConfig:
         (`slim_jax.run.sweep`), which sweeps over all of them, not over a few thousand.
       sequential: True calibrates each layer on what the quantized layers before it in its block give,
         False on the outputs of the unquantized block. By default False where ``sqc`` is "paper".
+      asymmetric: how much of what quantized layers have cost its input, and the residual stream that it adds
+        to, a layer's weights make up for, from 0 to 1 (`slim_jax.method.hessian.corrected`). By default 0.5,
+        and 0 for "rtn" and where scales are not searched.
       damping: fraction of the mean of the Hessian's diagonal that is added to it.
+      refine: how often the scales, zero points and codes of a solved layer are gone over again
+        (`slim_jax.method.refine`). By default 2, and 0 for "rtn" and where scales are not searched.
       search_tokens: calibration tokens, evenly spread, that the bit search looks at.
       learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+, "clip-gptq", "grid" and "rounding"
         are not in the paper, see `slim_jax.method.plus`. The fields below are for "slim-plus" too.
@@ -82,7 +87,9 @@ class SlimConfig:
     criterion: str | None = None
     guide: bool = False
     sequential: bool | None = None
+    asymmetric: float | None = None
     damping: float = 0.01
+    refine: int | None = None
     search_tokens: int = 2048
     learn: str = "rounding"
     epochs: int = 10
@@ -108,6 +115,7 @@ class SlimConfig:
         _one_of("criterion", self.criterion, CRITERIA)
         if self.sequential is None:
             object.__setattr__(self, "sequential", self.sqc != "paper")
+        self._check_solving()
         self._check_bits()
         if self.embedding_bits is None:
             object.__setattr__(self, "embedding_bits", default_embedding_bits(self.bits, self.sqc))
@@ -141,6 +149,17 @@ class SlimConfig:
                 self._under(rule)
             except ValueError as error:
                 raise rule.error(str(error)) from None
+
+    def _check_solving(self) -> None:
+        searches = self.sqc == "search" and self.method != "rtn"
+        asymmetric = (0.5 if searches else 0.0) if self.asymmetric is None else self.asymmetric
+        refine = (2 if searches else 0) if self.refine is None else self.refine
+        object.__setattr__(self, "asymmetric", asymmetric)
+        object.__setattr__(self, "refine", refine)
+        if not 0 <= asymmetric <= 1:
+            raise ValueError(f"asymmetric is {asymmetric}, expected 0 to 1")
+        if refine < 0 or (refine and self.method == "rtn"):
+            raise ValueError(f"refine is {refine}, expected 0 or more, and 0 for method rtn")
 
     def _check_bits(self) -> None:
         low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)

@@ -28,6 +28,11 @@ def gram(x: Float[Array, "t k"]) -> Float[Array, "k k"]:
     return jnp.concatenate([top, jnp.concatenate([top[:, half:].T, last], axis=1)])
 
 
+def cross_gram(x: Float[Array, "t k"], y: Float[Array, "t n"]) -> Float[Array, "k n"]:
+    """``X^T Y`` in float32; the copy is for what :func:`gram` has it."""
+    return jnp.dot(jax.lax.optimization_barrier(x.T), y, preferred_element_type=jnp.float32)
+
+
 def dampen(
     h: Float[Array, "k k"], damping: float | Float[Array, ""]
 ) -> tuple[Float[Array, "k k"], Bool[Array, " k"]]:
@@ -68,12 +73,14 @@ class Statistics(NamedTuple):
       importance: ``[K]``, ``1 / u_j^2``, 0 for padding and for inputs that are always zero.
       alive: ``[K]``, 0 for inputs that are always zero.
       h: ``[K, K]``, the Hessian, not damped.
+      damped: ``[K, K]``, damped, 0 for padding and for inputs that are always zero.
     """
 
     u: jax.Array
     importance: jax.Array
     alive: jax.Array
     h: jax.Array
+    damped: jax.Array
 
 
 @partial(jax.jit, static_argnames="group_size")
@@ -94,6 +101,7 @@ def statistics(
         importance=jnp.pad(importance, flat),
         alive=jnp.pad(1.0 - dead, flat),
         h=jnp.pad(h, square),
+        damped=jnp.pad(damped - jnp.diag(dead.astype(h.dtype)), square),
     )
 
 
@@ -129,12 +137,18 @@ class Observation(NamedTuple):
       sample: ``float32[S, K]``, evenly spread inputs.
       tokens: how many inputs there were, ``T``.
       borrowed: how many more the Gram matrix counts, from :meth:`with_prior`.
+      drift: ``float32[K, K]``, ``x^T (x' - x)``, where ``x'`` is what the layers read in the full-precision
+        model; None where that is not known.
+      shortfall: ``float32[K, N]``, ``x^T (h' - h)``, of the residual stream that they add to; None where
+        they do not, or that is not known.
     """
 
     gram: jax.Array
     sample: jax.Array
     tokens: int
     borrowed: int = 0
+    drift: jax.Array | None = None
+    shortfall: jax.Array | None = None
 
     @property
     def share_borrowed(self) -> float:
@@ -154,3 +168,35 @@ class Observation(NamedTuple):
         own = jnp.asarray(spread(len(self.sample)) >= share)
         sample = jnp.where(own[:, None], self.sample, prior.sample)
         return Observation(gram, sample, self.tokens, channels)
+
+
+@jax.jit
+def corrected(
+    w: Float[Array, "k n"],
+    u: Float[Array, "k k"],
+    drift: Float[Array, "k k"],
+    shortfall: Float[Array, "k n"] | None,
+    share: Float[Array, ""],
+) -> Float[Array, "k n"]:
+    """The weight that makes up for a share of what the layers before have lost.
+
+    In the full-precision model a layer reads ``x'`` and gives ``x' W``, which is added to ``h'`` if it is the
+    last of a branch; in the quantized model it reads ``x`` and its result is added to ``h``. Over the
+    calibration tokens ``|h' + x' W - (h + x V)|^2`` is least for
+
+        V = W + H^-1 (2 / T) x^T ((x' - x) W + (h' - h)),
+
+    so that is what should be rounded. Without ``h`` it is the asymmetric calibration of GPTAQ (arXiv
+    2504.02692), here by way of the target and not of the solver. A damped ``H`` and a smaller share keep
+    near ``W``.
+
+    Args:
+      w: the full-precision weight ``W``.
+      u: ``H^-1 = U^T U``.
+      drift: ``(2 / T) x^T (x' - x)``.
+      shortfall: ``(2 / T) x^T (h' - h)``; None for layers whose result is not added to the residual stream.
+      share: from 0, which leaves ``W``, to 1.
+    """
+    missing = drift @ w
+    missing = missing if shortfall is None else missing + shortfall
+    return w + share * (u.T @ (u @ missing))

@@ -14,7 +14,15 @@ from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.budget import group_errors
 from slim_jax.method.gptq import Solution, solve
-from slim_jax.method.hessian import Importance, Observation, Statistics, importance_only, statistics
+from slim_jax.method.hessian import (
+    Importance,
+    Observation,
+    Statistics,
+    corrected,
+    importance_only,
+    statistics,
+)
+from slim_jax.method.refine import refine
 from slim_jax.method.sba import Allocation, allocate, output_divergence, scores
 from slim_jax.method.sqc import Grid, stored_grids
 from slim_jax.model.linear import product_dtype
@@ -101,6 +109,8 @@ class LayerSolver:
         padding = _rows_up_to(found, weights[0])
         placed = [self.placement.channels(w).astype(jnp.float32) for w in weights]
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in placed]
+        if observation.drift is not None:
+            padded = [self._corrected(w, found, observation) for w in padded]
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
         if like is None:
             chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
@@ -120,6 +130,23 @@ class LayerSolver:
             tensor = self._pack(solution, bits, k)
             error = float(relative_error(w, _weight(solution), found.h))
             yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
+
+    def _corrected(self, w: jax.Array, found: Statistics, observation: Observation) -> jax.Array:
+        """See `slim_jax.method.hessian.corrected`.
+
+        The share falls with the number of tokens: of a fit of ``K`` unknowns to ``T`` of them ``K / T`` is
+        chance.
+        """
+        asymmetric = self.config.asymmetric
+        assert observation.drift is not None
+        assert asymmetric is not None
+        missing, unit = w.shape[0] - len(observation.drift), np.float32(2 / observation.tokens)
+        drift = self.placement.whole(jnp.pad(observation.drift * unit, ((0, missing), (0, missing))))
+        shortfall = observation.shortfall
+        if shortfall is not None:
+            shortfall = self.placement.channels(jnp.pad(shortfall * unit, ((0, missing), (0, 0))))
+        share = asymmetric * max(0.0, 1 - len(observation.drift) / observation.tokens)
+        return corrected(w, found.u, drift, shortfall, jnp.float32(share))
 
     def statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
         """With the damping that it took."""
@@ -154,11 +181,13 @@ class LayerSolver:
         """Every layer's solution for its bits, from one stacked solve; ``grids`` instead of fits."""
         config = self.config
         widths = [np.repeat(b[:, None].astype(np.float32), w.shape[1], axis=1) for b, w in zip(bits, weights)]
+        w = self.placement.channels(jnp.concatenate(weights, axis=1))
+        width = self.placement.channels(np.concatenate(widths, axis=1))
         solution = solve(
-            self.placement.channels(jnp.concatenate(weights, axis=1)),
+            w,
             found.u,
             found.importance,
-            self.placement.channels(np.concatenate(widths, axis=1)),
+            width,
             group_size=config.group_size,
             zero_bits=self.zero_bits,
             sqc=config.sqc or "search",
@@ -166,6 +195,18 @@ class LayerSolver:
             grids=grids,
             placement=self.placement,
         )
+        if config.refine:
+            solution = refine(
+                w,
+                found.damped,
+                solution,
+                width,
+                group_size=config.group_size,
+                zero_bits=self.zero_bits,
+                sweeps=config.refine,
+                grids=grids is None,
+                placement=self.placement,
+            )
         ends = np.cumsum([w.shape[1] for w in weights]).tolist()
         return [solution.part(slice(end - w.shape[1], end)) for w, end in zip(weights, ends)]
 

@@ -298,16 +298,18 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
     Of the stream, ``h`` is the residual stream, ``x`` and ``hidden`` are inputs of linear layers, and of a
     mixture ``routes`` are the experts' weights and ``y`` is the sum of what they give.
     """
+    adds = not config.output_norms
+    reads, gives = ("x", "positions", "cache"), ("x", "cache")
     attention = (
         Stage(_attn_input, ("h",), ("x",), layers=("attn.q", "attn.k", "attn.v")),
-        Stage(_attend, ("x", "positions", "cache"), ("x", "cache"), part="attn", layers=("attn.o",)),
+        Stage(_attend, reads, gives, part="attn", layers=("attn.o",), adds=adds),
     )
     into_mlp = Stage(_mlp_input, ("h", "x"), ("h", "x"))
     if not config.num_experts:
         return (
             *attention,
             dataclasses.replace(into_mlp, layers=_entry("mlp", config)),
-            Stage(_hidden, ("x",), ("hidden",), part="mlp", layers=("mlp.down",), input="hidden"),
+            Stage(_hidden, ("x",), ("hidden",), layers=("mlp.down",), input="hidden", adds=adds, part="mlp"),
             Stage(_output, ("h", "hidden"), ("h",)),
         )
     experts = tuple(stage for i in range(config.num_experts) for stage in _expert(i, config))

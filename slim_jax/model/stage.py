@@ -21,6 +21,7 @@ class Stage:
       layers: linear layers, by their names in the block, that then read ``input``; those of one stage are
         calibrated together, and multiplied as one.
       input: a field.
+      adds: whether what the layers give, of all tokens, is added to the residual stream ``h`` as it is.
       part: what ``run`` needs of the block, by name; all of it if empty.
       expert: whose tokens alone these layers see; None for all tokens.
       inside: stages that do the same one after another, for calibration.
@@ -31,6 +32,7 @@ class Stage:
     gives: tuple[str, ...]
     layers: tuple[str, ...] = ()
     input: str = "x"
+    adds: bool = False
     part: str = ""
     expert: int | None = None
     inside: "tuple[Stage, ...]" = ()

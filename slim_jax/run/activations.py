@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 from slim_jax.devices import ONE_DEVICE, Placement
-from slim_jax.method.hessian import Observation, gram, spread
+from slim_jax.method.hessian import Observation, cross_gram, gram, spread
 from slim_jax.model.block import stages
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import embed
@@ -40,11 +40,28 @@ class Inputs(NamedTuple):
       x: ``[B, T, K]`` a batch.
       seen: ``bool[B, T]`` a batch, the tokens that go through these layers; None for all.
       weights: ``float32[samples, length]``, how much each token counts; None where all count alike.
+      residual: ``[B, T, N]`` a batch, the residual stream that the layers add to; None where they do not.
+      reference: the same where no layer before is quantized; None where that is not looked at.
     """
 
     x: Batches
     seen: list[jax.Array] | None = None
     weights: np.ndarray | None = None
+    residual: Batches | None = None
+    reference: "Inputs | None" = None
+
+    def lost(self, batch: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """Of a batch, ``x`` and, if there is one, the residual stream: of the reference, and here."""
+        if self.reference is None:
+            return ()
+        found = ((self.reference.x[batch], self.x[batch]),)
+        if self.residual is None or self.reference.residual is None:
+            return found
+        return (*found, (self.reference.residual[batch], self.residual[batch]))
+
+
+LOST = ("drift", "shortfall")
+"""What an `Observation` has of :meth:`Inputs.lost`, in order."""
 
 
 def sample_positions(tokens: int, stride: int) -> np.ndarray:
@@ -62,17 +79,19 @@ def _observe(
     x: Float[Array, "b t k"],
     seen: Bool[Array, "b t"] | None,
     weights: Float[Array, "b t"] | None,
+    lost: tuple[tuple[jax.Array, jax.Array], ...],
     *,
     stride: int,
     placement: Placement,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of every device's tokens that are ``seen``: Gram matrix ``[devices, K, K]``, sample, number, weight.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """Of every device's tokens that are ``seen``: Gram matrix ``[devices, K, K]``, sample, number, weight,
+    and of each pair ``(full, here)`` in ``lost`` the product of the inputs with ``full - here``.
 
     The sample has its usual size: few tokens are in it several times, and zeros where there are none.
     """
 
-    def own(_: Any, inputs: tuple[jax.Array, jax.Array | None, jax.Array | None]):
-        x, seen, weights = inputs
+    def own(_: Any, inputs: tuple[Any, Any, Any, Any]):
+        x, seen, weights, lost = inputs
         tokens = x.reshape(-1, x.shape[-1])
         positions: Any = sample_positions(len(tokens), stride)
         count = jnp.int32(len(tokens))
@@ -84,16 +103,24 @@ def _observe(
             evenly = positions / np.float32(len(mask)) * count
             positions = ordered[jnp.minimum(evenly.astype(jnp.int32), jnp.maximum(count - 1, 0))]
         sample, weight = tokens[positions].astype(jnp.float32), count.astype(jnp.float32)
+        apart = [_apart(full, here).astype(tokens.dtype) for full, here in lost]
         if weights is not None:
             flat = weights.reshape(-1) if seen is None else jnp.where(mask, weights.reshape(-1), 0)
-            tokens, weight = tokens * jnp.sqrt(flat)[:, None].astype(tokens.dtype), jnp.sum(flat)
-        return gram(tokens)[None], sample, count[None], weight[None]
+            weight, root = jnp.sum(flat), jnp.sqrt(flat)[:, None].astype(tokens.dtype)
+            tokens, apart = tokens * root, [difference * root for difference in apart]
+        crossed = tuple(cross_gram(tokens, difference)[None] for difference in apart)
+        return gram(tokens)[None], sample, count[None], weight[None], crossed
 
-    return placement.over_samples(own)((), (x, seen, weights))
+    return placement.over_samples(own)((), (x, seen, weights, lost))
+
+
+def _apart(full: Float[Array, "b t n"], here: Float[Array, "b t n"]) -> Float[Array, "tokens n"]:
+    difference = full.astype(jnp.float32) - here.astype(jnp.float32)
+    return difference.reshape(-1, here.shape[-1])
 
 
 @jax.jit
-def _add_in_order(total: jax.Array | None, parts: Float[Array, "devices k k"]) -> Float[Array, "k k"]:
+def _add_in_order(total: jax.Array | None, parts: Float[Array, "devices k n"]) -> Float[Array, "k n"]:
     return reduce(jnp.add, list(parts) if total is None else [total, *parts])
 
 
@@ -106,19 +133,27 @@ def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> O
     Weights are normalized: the Gram matrix is that of as many tokens as there were.
     """
     total, samples, tokens, weight, row = None, [], 0, 0.0, 0
+    lost: dict[str, jax.Array] = {}
     for i, x in enumerate(inputs.x):
         rows = None if inputs.weights is None else placement.samples(inputs.weights[row : row + len(x)])
         seen = None if inputs.seen is None else inputs.seen[i]
-        parts, sample, counts, weights = _observe(x, seen, rows, stride=stride, placement=placement)
+        parts, sample, counts, weights, crossed = _observe(
+            x, seen, rows, inputs.lost(i), stride=stride, placement=placement
+        )
         tokens += int(np.sum(placement.fetch(counts)))
         weight += float(np.sum(placement.fetch(weights), dtype=np.float64))
         row += len(x)
         total = _add_in_order(total, placement.rows(parts))
+        for name, cross in zip(LOST, crossed):
+            lost[name] = _add_in_order(lost.get(name), placement.rows(cross))
         samples.append(placement.whole(sample))
     assert total is not None
     if inputs.weights is not None and weight > 0:
-        total = total * np.float32(tokens / weight)
-    return Observation(placement.whole(total), jnp.concatenate(samples), tokens)
+        total, lost = jax.tree.map(lambda a: a * np.float32(tokens / weight), (total, lost))
+    drift, shortfall = (None if cross is None else placement.whole(cross) for cross in map(lost.get, LOST))
+    return Observation(
+        placement.whole(total), jnp.concatenate(samples), tokens, drift=drift, shortfall=shortfall
+    )
 
 
 @partial(jax.jit, static_argnames=("run", "reads", "rounded", "placement"))
@@ -233,7 +268,8 @@ class Passing:
             if stage.run is not None:
                 self._pass(stage, stream, inputs)
             if stage.layers:
-                yield stage.layers, Inputs(stream[stage.input], _seen(stage, stream))
+                residual = stream["h"] if stage.adds else None
+                yield stage.layers, Inputs(stream[stage.input], _seen(stage, stream), residual=residual)
         self.after = dataclasses.replace(self.before, batches=stream["h"])
 
     def _pass(self, stage: Stage, stream: dict[str, Batches], inputs: set[str]) -> None:

@@ -290,8 +290,12 @@ def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:
 
 
 def _calibration_bytes(config: DecoderConfig, settings: SlimConfig, block: int, tokens: int) -> int:
-    """Residual stream in float32 (for "slim-plus" also two targets and the reference), a stage's inputs in
-    bfloat16, a block twice in float32, and the widest Hessian with its inverse and factor."""
+    """Residual stream in float32 (with the full-precision model's, if layers make up for what is lost, and
+    for "slim-plus" two targets too), a stage's inputs in bfloat16, a block twice in float32, and the widest
+    Hessian with its inverse and factor."""
     widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
-    streams = 4 if settings.method == "slim-plus" else 1
-    return tokens * (4 * streams * config.hidden_size + 2 * widest) + 2 * 4 * block + 3 * 4 * widest**2
+    beside = 2 if settings.asymmetric else 1
+    streams = 4 if settings.method == "slim-plus" else beside
+    return (
+        tokens * (4 * streams * config.hidden_size + 2 * beside * widest) + 2 * 4 * block + 3 * 4 * widest**2
+    )

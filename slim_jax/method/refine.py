@@ -1,0 +1,136 @@
+"""Refinement of a solved weight: scales, zero points and codes in turn, each under the whole Hessian.
+
+GPTQ rounds every channel once and in order, to a grid that was fitted before it knew what the channels behind
+would ask of it. Afterwards every one of these choices can be made again with all others as they stand. With
+``D = W_hat - W [K, N]`` and the damped Hessian ``H``, the squared error ``tr(D^T H D)`` is a parabola in each
+scale, zero point and weight alone, so that coordinate descent steps to the best value that can be stored, or
+stays. No step raises the error.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from slim_jax.devices import ONE_DEVICE, Placement, in_panels
+from slim_jax.method.gptq import Solution
+
+
+@partial(jax.jit, static_argnames=("group_size", "zero_bits", "sweeps", "grids", "placement"))
+def refine(
+    w: Float[Array, "k n"],
+    h: Float[Array, "k k"],
+    solution: Solution,
+    bits: Float[Array, "g n"],
+    *,
+    group_size: int,
+    zero_bits: int,
+    sweeps: int,
+    grids: bool = True,
+    placement: Placement = ONE_DEVICE,
+) -> Solution:
+    """A solution of no larger squared error ``tr(D^T H D)``, stored in as many bits.
+
+    Args:
+      w: what the solution is of, ``K`` a multiple of ``group_size``.
+      h: damped Hessian, its rows and columns zero for padding and for inputs that are always zero; these
+        keep their codes.
+      solution: from `slim_jax.method.gptq.solve`.
+      bits: bit width of every group and output channel.
+      group_size: channels per group.
+      zero_bits: bits of a stored zero point.
+      sweeps: how often to go over all groups.
+      grids: False moves codes alone.
+      placement: the devices that share the output channels.
+    """
+
+    def own(h: jax.Array, channels: tuple[jax.Array, Solution, jax.Array]):
+        def panel(part: tuple[jax.Array, Solution, jax.Array]) -> Solution:
+            return _refine(h, *part, group_size, zero_bits, sweeps, grids)
+
+        return in_panels(panel, channels)
+
+    return placement.over_channels(own, w.shape[1])(h, (w, solution, bits))
+
+
+def _refine(
+    h: jax.Array,
+    w: jax.Array,
+    solution: Solution,
+    bits: jax.Array,
+    group_size: int,
+    zero_bits: int,
+    sweeps: int,
+    grids: bool,
+) -> Solution:
+    step, levels = jnp.exp2(bits - zero_bits), jnp.exp2(bits) - 1
+
+    def group(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array], index: jax.Array):
+        gradient, codes, scales, zeros = state
+        start = index * group_size
+        rows = lax.dynamic_slice_in_dim(h, start, group_size)
+        own = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
+        code = lax.dynamic_slice_in_dim(codes, start, group_size)
+        scale, zero = scales[index], zeros[index]
+        before = scale[None] * (code - zero[None])
+        slope = lax.dynamic_slice_in_dim(gradient, start, group_size)
+        if grids:
+            scale, slope = _better_scale(own, slope, code - zero[None], scale)
+            zero, slope = _better_zero(own, slope, scale, zero, step[index], zero_bits)
+        code = _better_codes(own, slope, code, scale, levels[index])
+        gradient = gradient + rows.T @ (scale[None] * (code - zero[None]) - before)
+        codes = lax.dynamic_update_slice_in_dim(codes, code, start, axis=0)
+        return (gradient, codes, scales.at[index].set(scale), zeros.at[index].set(zero)), None
+
+    def sweep(_: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
+        return lax.scan(group, state, jnp.arange(bits.shape[0]))[0]
+
+    state = (h @ (solution.weight() - w), *(leaf.astype(jnp.float32) for leaf in solution))
+    _, codes, scales, zeros = lax.fori_loop(0, sweeps, sweep, state)
+    return Solution(codes.astype(jnp.uint8), scales.astype(jnp.bfloat16), zeros)
+
+
+def _step(slope: jax.Array, curvature: jax.Array) -> jax.Array:
+    """To the lowest point of ``slope d + curvature d^2 / 2``; none where that is flat."""
+    return jnp.where(curvature > 0, -slope / jnp.where(curvature > 0, curvature, 1.0), 0.0)
+
+
+def _better_scale(
+    own: jax.Array, slope: jax.Array, offset: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The scale ``[N]`` for ``offset = code - zero [g, N]``, and the slopes ``[g, N]`` that it leaves."""
+    moved = own @ offset
+    along, curvature = jnp.sum(offset * slope, axis=0), jnp.sum(offset * moved, axis=0)
+    found = (scale + _step(along, curvature)).astype(jnp.bfloat16).astype(jnp.float32)
+    change = found - scale
+    lowers = change * along + 0.5 * change**2 * curvature < 0
+    change = jnp.where(lowers & (found > 0.25 * scale), change, 0.0)
+    return scale + change, slope + moved * change[None]
+
+
+def _better_zero(
+    own: jax.Array, slope: jax.Array, scale: jax.Array, zero: jax.Array, step: jax.Array, zero_bits: int
+) -> tuple[jax.Array, jax.Array]:
+    """The zero point ``[N]`` on its grid of ``step``, and the slopes that it leaves."""
+    moved = jnp.sum(own, axis=1)
+    along, curvature = -scale * jnp.sum(slope, axis=0), scale**2 * jnp.sum(moved)
+    found = jnp.round((zero + _step(along, curvature)) / step)
+    change = jnp.clip(found, 0.0, 2.0**zero_bits - 1) * step - zero
+    lowers = change * along + 0.5 * change**2 * curvature < 0
+    change = jnp.where(lowers, change, 0.0)
+    return zero + change, slope - moved[:, None] * (scale * change)[None]
+
+
+def _better_codes(
+    own: jax.Array, slope: jax.Array, code: jax.Array, scale: jax.Array, levels: jax.Array
+) -> jax.Array:
+    """The codes ``[g, N]``, one channel after the other."""
+
+    def channel(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        slope, code = state
+        found = jnp.clip(jnp.round(code[j] + _step(slope[j], own[j, j]) / scale), 0.0, levels)
+        return slope + own[:, j][:, None] * (scale * (found - code[j]))[None], code.at[j].set(found)
+
+    return lax.fori_loop(0, code.shape[0], channel, (slope, code))[1]

@@ -1,0 +1,68 @@
+"""Layers that make up for what the layers before them have lost, against least squares in float64."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from test_pipeline import CONFIG, SLIM
+
+from slim_jax.devices import Placement
+from slim_jax.method.hessian import corrected
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.perplexity import perplexity
+from slim_jax.run.activations import Inputs, observe
+from slim_jax.run.pipeline import quantize
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_target_is_the_least_squares_one(adds):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 24)) @ rng.normal(size=(24, 24))
+    full = x + 0.3 * rng.normal(size=x.shape)
+    w, missing = rng.normal(size=(24, 5)), rng.normal(size=(300, 5)) if adds else np.zeros((300, 5))
+    u = oracles.inverse_cholesky(oracles.hessian(x))
+    unit = 2 / len(x)
+    given = [jnp.asarray(a, jnp.float32) for a in (w, u, unit * x.T @ (full - x), unit * x.T @ missing)]
+    if not adds:
+        given[3] = None
+    best = np.linalg.lstsq(x, full @ w + missing, rcond=None)[0]
+    np.testing.assert_allclose(corrected(*given, jnp.float32(1)), best, atol=1e-3)
+    np.testing.assert_allclose(corrected(*given, jnp.float32(0.5)), (w + best) / 2, atol=1e-3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_lost(weighted):
+    """Of several batches, tokens weighed alike or not; the scale is that of the Gram matrix."""
+    rng = np.random.default_rng(1)
+    x, full = rng.normal(size=(2, 3, 4, 6, 32)).astype(np.float32)
+    h, full_h = rng.normal(size=(2, 3, 4, 6, 16)).astype(np.float32)
+    weights = rng.random((12, 6)).astype(np.float32) if weighted else None
+    arrays = [list(map(jnp.asarray, batches)) for batches in (x, h, full, full_h)]
+    reference = Inputs(arrays[2], residual=arrays[3])
+    inputs = Inputs(arrays[0], weights=weights, residual=arrays[1], reference=reference)
+    found = observe(inputs, 4, Placement())
+    counts = np.ones((12, 6)) if weights is None else weights
+    counts = (counts / counts.mean()).reshape(-1, 1)
+    flat, apart = x.reshape(-1, 32).astype(np.float64), (full - x).reshape(-1, 32).astype(np.float64)
+    apart_h = (full_h - h).reshape(-1, 16).astype(np.float64)
+    np.testing.assert_allclose(found.gram, flat.T @ (counts * flat), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.drift, flat.T @ (counts * apart), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.shortfall, flat.T @ (counts * apart_h), rtol=1e-3, atol=1e-3)
+    without = observe(inputs._replace(residual=None), 4)
+    assert without.shortfall is None
+    assert np.array_equal(without.drift, found.drift)
+    assert observe(inputs._replace(reference=None), 4).drift is None
+
+
+def test_a_model_loses_less():
+    """At 2 bits the logits of a random model come out nearer to those of full precision."""
+    model, rng = Decoder(CONFIG, rngs=nnx.Rngs(0)), np.random.default_rng(3)
+    text, tokens = rng.integers(0, CONFIG.vocab_size, 2000), rng.integers(0, CONFIG.vocab_size, (64, 32))
+    lost = []
+    for share in (0.0, 0.5):
+        packed, _ = quantize(model, tokens, dataclasses.replace(SLIM, bits=2, asymmetric=share))
+        lost.append(perplexity(packed, text, 32, against=model).divergence)
+    assert lost[1] < 0.85 * lost[0]
