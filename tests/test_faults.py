@@ -6,8 +6,8 @@ import resource
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import QUANTIZE, write_model, write_text
 from flax import nnx
-from test_cli import QUANTIZE, write_model, write_text
 from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint
 
 from convert.cli import run

@@ -15,7 +15,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from test_cli import QUANTIZE, write_model, write_text
+from command_line import QUANTIZE, write_model, write_text
 
 from convert.load import load_source
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import QUANTIZE, write_model, write_text
+from command_line import QUANTIZE, write_model, write_text
 from test_pipeline import assert_same_checkpoint
 
 KILLS = 20

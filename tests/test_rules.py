@@ -6,8 +6,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import QUANTIZE, refused, said, same_weights, write_model, write_text
 from flax import nnx
-from test_cli import QUANTIZE, refused, said, same_weights, write_model, write_text
 from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint, dense
 
 from pallas_kernels import MixedTensor

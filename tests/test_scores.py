@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import WORDS, refused, said, write_model
 from flax import nnx
-from test_cli import WORDS, refused, said, write_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 

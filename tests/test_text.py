@@ -1,7 +1,7 @@
 """Text that grows, with stop strings; conversations."""
 
 import pytest
-from test_cli import write_model
+from command_line import write_model
 
 from convert.errors import ConvertError
 from convert.load import load_source
