@@ -8,11 +8,13 @@ import dataclasses
 import json
 import os
 import time
+from typing import Any
 
 import numpy as np
 
 from convert import load_source
 from pallas_kernels import MixedTensor, pack
+from slim_jax.config import SlimConfig
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
@@ -42,7 +44,8 @@ def random_packed(
 def random_decoder(
     source: Source, bits: int, group_size: int, seed: int = 0, *, alike: bool = False
 ) -> Decoder:
-    """The source's model with every linear layer of its blocks in random codes, if ``alike`` those of one."""
+    """The source's model in random codes: every linear layer of its blocks, if ``alike`` those of one, and
+    embedding and head at the width that goes with ``bits``."""
     config, rng = source.config, np.random.default_rng(seed)
     blocks: list[Params] = []
     packed: dict[DecoderConfig, Params] = {}
@@ -57,7 +60,25 @@ def random_decoder(
                 for name in names
             }
         blocks.append({**source.block(i), **packed[kind]})
-    return make_decoder(config, source.outer(), blocks)
+    outer = {name: random_table(name, value, bits, rng) for name, value in source.outer().items()}
+    return make_decoder(config, outer, blocks)
+
+
+def random_table(name: str, value: Any, bits: int, rng: np.random.Generator) -> Any:
+    """Embedding and head as they are packed beside blocks of ``bits``; other parameters as they are."""
+    if name not in ("embed", "head.weight"):
+        return value
+    k, n = value.shape[::-1] if name == "embed" else value.shape
+    settings = SlimConfig(bits=bits)
+    width, group_size = settings.embedding_bits, settings.embedding_group_size
+    assert width is not None
+    assert group_size is not None
+    groups = -(-k // group_size)
+    codes = rng.integers(0, 1 << width, (k, n), dtype=np.uint8)
+    scale = (rng.random((groups, n)) + 0.5) * 0.01
+    zero = rng.integers(0, 16, (groups, n), dtype=np.uint8)
+    packed = pack(codes, scale, zero, np.full(groups, width), group_size=group_size)
+    return dataclasses.replace(packed, dtype=product_dtype())
 
 
 def load_packed(path: str) -> Decoder:

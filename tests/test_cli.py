@@ -14,7 +14,7 @@ from convert.cli import run
 from convert.display import layer_kinds
 from convert.load import load_source
 from convert.tokenizer import load_tokenizer
-from slim_jax.run import pipeline
+from slim_jax.run import quantizer
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_what_a_command_without_options_asks_for(room, capsys, tmp_path, monkeyp
     def interrupt(self, on_sweep=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.Sweep, "run", interrupt)
+    monkeypatch.setattr(quantizer.Sweep, "run", interrupt)
     small = ["--calibration", str(room / "calib.txt"), "--samples", "2"]
     assert run(["quantize", str(room / "hf"), str(tmp_path / "q"), *small]) == 130
     lines = capsys.readouterr().err.splitlines()
@@ -218,14 +218,14 @@ def test_what_a_command_without_options_asks_for(room, capsys, tmp_path, monkeyp
 
 def interrupt_in_block(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     """Ctrl-C while the block of this index is quantized."""
-    whole = pipeline.BlockQuantizer.quantize
+    whole = quantizer.BlockQuantizer.quantize
 
     def quantize(self, at, on_epoch=None):
         if at == index:
             raise KeyboardInterrupt
         return whole(self, at, on_epoch)
 
-    monkeypatch.setattr(pipeline.BlockQuantizer, "quantize", quantize)
+    monkeypatch.setattr(quantizer.BlockQuantizer, "quantize", quantize)
 
 
 def test_interrupt_and_resume(room, capsys, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from slim_jax.model.generate import Generator
 from slim_jax.model.linear import Packed
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.perplexity import perplexity
-from slim_jax.run import checkpoint, ends, pipeline, plan
+from slim_jax.run import checkpoint, ends, pipeline, plan, quantizer
 from slim_jax.run.source import DecoderSource
 
 ENDS = SlimConfig(bits=2, group_size=32, criterion="kl", embedding_bits=4, embedding_group_size=32)
@@ -220,7 +220,7 @@ def test_killed_at_the_ends_and_resumed(whole, tmp_path, monkeypatch, moment):
 
     with monkeypatch.context() as patch:
         if moment == "before":
-            patch.setattr(pipeline, "quantize_ends", kill)
+            patch.setattr(quantizer, "quantize_ends", kill)
         elif moment == "while":
             patch.setattr(checkpoint.ocp, "save", save_blocks_alone)
         else:

@@ -14,7 +14,7 @@ from convert.cli import run
 from slim_jax import Decoder
 from slim_jax.method.hessian import Observation
 from slim_jax.method.layer import LayerSolver
-from slim_jax.run import pipeline
+from slim_jax.run import pipeline, quantizer
 from slim_jax.run.source import DecoderSource
 
 
@@ -54,7 +54,7 @@ def test_a_shard_that_goes_away(tmp_path, capsys, monkeypatch):
     text = write_text(tmp_path / "calib.txt", 300, 1)
     command = ["quantize", model, tmp_path / "q", "--calibration", text, *QUANTIZE]
     shards = sorted(model.glob("*.safetensors"))
-    quantize = pipeline.BlockQuantizer.quantize
+    quantize = quantizer.BlockQuantizer.quantize
 
     def lose_a_shard(self, index, *rest):
         if index == 1:
@@ -62,7 +62,7 @@ def test_a_shard_that_goes_away(tmp_path, capsys, monkeypatch):
         return quantize(self, index, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.BlockQuantizer, "quantize", lose_a_shard)
+        patch.setattr(quantizer.BlockQuantizer, "quantize", lose_a_shard)
         assert shards[1].name in refused_after_progress(capsys, *command)
     shards[1].with_suffix(".gone").rename(shards[1])
     assert run([*map(str, command), "--resume"]) == 0

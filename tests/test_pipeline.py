@@ -10,13 +10,13 @@ from flax import nnx
 
 from pallas_kernels import MixedTensor
 from slim_jax.config import SlimConfig
-from slim_jax.method import gptq, hessian, sba
+from slim_jax.method import gptq, hessian, refine, sba
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.perplexity import perplexity
 from slim_jax.model.windows import select_windows
-from slim_jax.run import activations, checkpoint, pipeline
+from slim_jax.run import activations, checkpoint, pipeline, quantizer
 from slim_jax.run.source import DecoderSource
 
 CONFIG = DecoderConfig(
@@ -117,7 +117,7 @@ def test_each_step_compiles_once_per_model(config):
     model = Decoder(config, rngs=nnx.Rngs(0))
     steps = [
         *(activations._run, activations._observe),
-        *(hessian.statistics, gptq.solve, sba.scores),
+        *(hessian.statistics, hessian.corrected, gptq.solve, refine.refine, sba.scores),
     ]
     counts = []
     for layers in (1, 3):
@@ -164,7 +164,7 @@ def test_resumed_equals_uninterrupted(model, tmp_path, monkeypatch, killed_after
     # A block folder that was written just before the manifest could be.
     shutil.copytree(tmp_path / "parts/blocks/000", tmp_path / "parts/blocks" / f"{killed_after + 1:03d}")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Sweep, "run", None)  # what it found is kept
+        patch.setattr(quantizer.Sweep, "run", None)  # what it found is kept
         pipeline.quantize_to_checkpoint(
             source, TOKENS, slim, tmp_path / "parts", resume=True, offload=offload
         )

@@ -19,7 +19,7 @@ from slim_jax.method.sqc import fit_search
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.perplexity import perplexity
-from slim_jax.run import pipeline
+from slim_jax.run import pipeline, quantizer
 from slim_jax.run.learning import BlockLearner
 from slim_jax.run.source import DecoderSource
 
@@ -193,10 +193,10 @@ def test_what_is_stored_is_what_the_loss_saw(model):
             return tensor
 
     source = DecoderSource(model)
-    quantizer = pipeline.BlockQuantizer(source, TOKENS, PLUS, None)
-    fields = {f.name: getattr(quantizer.learner.kinds[0], f.name) for f in dataclasses.fields(SlimPlus)}
-    quantizer.learner.kinds = [Spy(**fields)] * 2
-    _, report = quantizer.quantize(0)
+    blocks = quantizer.BlockQuantizer(source, TOKENS, PLUS, None)
+    fields = {f.name: getattr(blocks.learner.kinds[0], f.name) for f in dataclasses.fields(SlimPlus)}
+    blocks.learner.kinds = [Spy(**fields)] * 2
+    _, report = blocks.quantize(0)
     assert report.learning.kept_epoch > 0
     assert len(seen) == 4
 
