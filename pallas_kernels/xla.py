@@ -10,7 +10,8 @@ The shape of the decode loop is decided by XLA's CPU back end (jax 0.12): a ``wh
 only elementwise work becomes one vectorised kernel that pays nothing per iteration, while the same body
 with a dot or a sort in it, or outside a loop, runs five times slower. All else that is launched costs a
 microsecond or more. So a product is one loop over its steps, all that a step needs is worked out in its
-body, and the steps are dealt out to a few such loops, which run at the same time.
+body, and the steps are dealt out to a few such loops, which an executor may run at the same time (that of
+jaxlib 0.12 on two cores does not: it takes independent programs one after the other).
 """
 
 from functools import partial
@@ -27,7 +28,7 @@ from pallas_kernels.prepared import Prepared, prepare
 
 # Above this many rows, unpacking once is cheaper than masking every word once per row.
 DECODE_ROWS = 8
-# Loops of a product, each on a thread.
+# Loops of a product, each on a thread where the executor has one for it.
 LOOPS = 2
 # Independent sums per output: in one chain, every addition would wait for the one before.
 CHAINS = 16
