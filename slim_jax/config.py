@@ -158,8 +158,8 @@ class SlimConfig:
         object.__setattr__(self, "refine", refine)
         if not 0 <= asymmetric <= 1:
             raise ValueError(f"asymmetric is {asymmetric}, expected 0 to 1")
-        if refine < 0 or (refine and self.method == "rtn"):
-            raise ValueError(f"refine is {refine}, expected 0 or more, and 0 for method rtn")
+        if refine < 0:
+            raise ValueError(f"refine is {refine}, expected 0 or more")
 
     def _check_bits(self) -> None:
         low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)

@@ -18,7 +18,8 @@ class LayerReport:
       bits: number of groups of each width.
       bits_per_weight: stored bits over weights, everything counted.
       error: growth of the layer's squared output error over the squared output, on the calibration text,
-        as solved: "slim-plus" lowers the block's, see :class:`LearningReport`.
+        as solved: of the weights that make up for what was lost before (``SlimConfig.asymmetric``), and
+        "slim-plus" then lowers the block's, see :class:`LearningReport`.
       mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
         None where the bits were given.
       damping: of its Hessian: the config's, or what it took to make the Hessian positive definite.

@@ -264,6 +264,8 @@ def test_baselines_and_their_order(model, quantized, method):
         ({"sqc": "best"}, "sqc is 'best'"),
         ({"damping": 0.0}, "damping is 0.0"),
         ({"search_tokens": 0}, "search_tokens is 0"),
+        ({"asymmetric": 1.5}, "asymmetric is 1.5, expected 0 to 1"),
+        ({"refine": -1}, "refine is -1, expected 0 or more"),
     ],
 )
 def test_bad_settings(changes, says):

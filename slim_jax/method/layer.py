@@ -109,7 +109,7 @@ class LayerSolver:
         padding = _rows_up_to(found, weights[0])
         placed = [self.placement.channels(w).astype(jnp.float32) for w in weights]
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in placed]
-        if observation.drift is not None:
+        if observation.drift is not None and config.method != "rtn":
             padded = [self._corrected(w, found, observation) for w in padded]
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
         if like is None:
@@ -195,7 +195,7 @@ class LayerSolver:
             grids=grids,
             placement=self.placement,
         )
-        if config.refine:
+        if config.refine and config.method != "rtn":
             solution = refine(
                 w,
                 found.damped,
