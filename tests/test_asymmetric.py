@@ -7,14 +7,17 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from test_pipeline import CONFIG, SLIM
+from test_pipeline import CONFIG
 
+from slim_jax.config import SlimConfig
 from slim_jax.devices import Placement
 from slim_jax.method.hessian import corrected
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.perplexity import perplexity
 from slim_jax.run.activations import Inputs, observe
 from slim_jax.run.pipeline import quantize
+
+UNIFORM = SlimConfig(bits=2, group_size=32, method="gptq", sqc="search", embedding_bits=16)
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -63,6 +66,6 @@ def test_a_model_loses_less():
     text, tokens = rng.integers(0, CONFIG.vocab_size, 2000), rng.integers(0, CONFIG.vocab_size, (64, 32))
     lost = []
     for share in (0.0, 0.5):
-        packed, _ = quantize(model, tokens, dataclasses.replace(SLIM, bits=2, asymmetric=share))
+        packed, _ = quantize(model, tokens, dataclasses.replace(UNIFORM, asymmetric=share))
         lost.append(perplexity(packed, text, 32, against=model).divergence)
     assert lost[1] < 0.85 * lost[0]
