@@ -42,7 +42,8 @@ def main() -> None:
     activations = Activations.of(source, samples)
     for index, block in enumerate(blocks):
         activations = activations.behind(index, block)
-    seen = observe_head(source.config, outer, activations, max(1, samples.size // 2048), ONE_DEVICE)
+    stride = max(1, samples.size // 2048)
+    seen = observe_head(source.config, outer, activations, None, stride, ONE_DEVICE)
     text = tokens_of(source, arguments.text)
 
     def measure(model: Decoder) -> float:

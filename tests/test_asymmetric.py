@@ -11,10 +11,11 @@ from test_pipeline import CONFIG
 
 from slim_jax.config import SlimConfig
 from slim_jax.devices import Placement
-from slim_jax.method.hessian import corrected
+from slim_jax.method.hessian import Observation, corrected
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.perplexity import perplexity
 from slim_jax.run.activations import Inputs, observe
+from slim_jax.run.ends import TableSolver
 from slim_jax.run.pipeline import quantize
 
 UNIFORM = SlimConfig(bits=2, group_size=32, method="gptq", sqc="search", embedding_bits=16)
@@ -69,3 +70,18 @@ def test_a_model_loses_less():
         packed, _ = quantize(model, tokens, dataclasses.replace(UNIFORM, asymmetric=share))
         lost.append(perplexity(packed, text, 32, against=model).divergence)
     assert lost[1] < 0.85 * lost[0]
+
+
+def test_a_head_makes_up_for_what_it_reads():
+    """With codes of 8 bits, an untied head is what least squares would have."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4096, 64))
+    full, w = x + 0.3 * rng.normal(size=x.shape) + 0.2 * x[:, ::-1], rng.normal(size=(64, 96))
+    seen = Observation(
+        *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x[:8])), len(x), drift=jnp.asarray(x.T @ (full - x))
+    )
+    config = dataclasses.replace(UNIFORM, embedding_bits=8, asymmetric=1.0)
+    packed, _ = TableSolver(config, Placement()).solve("head.weight", w.astype(np.float32), seen)
+    best = w + (1 - 64 / 4096) * (np.linalg.lstsq(x, full @ w, rcond=None)[0] - w)
+    assert np.abs(packed.dequantize() - best).max() < 0.05
+    assert np.abs(packed.dequantize() - w).max() > 0.5

@@ -109,8 +109,8 @@ class LayerSolver:
         padding = _rows_up_to(found, weights[0])
         placed = [self.placement.channels(w).astype(jnp.float32) for w in weights]
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in placed]
-        if observation.drift is not None and config.method != "rtn":
-            padded = [self._corrected(w, found, observation) for w in padded]
+        if config.method != "rtn":
+            padded = [self.corrected(w, found, observation) for w in padded]
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
         if like is None:
             chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
@@ -131,21 +131,20 @@ class LayerSolver:
             error = float(relative_error(w, _weight(solution), found.h))
             yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
 
-    def _corrected(self, w: jax.Array, found: Statistics, observation: Observation) -> jax.Array:
-        """See `slim_jax.method.hessian.corrected`.
+    def corrected(self, w: jax.Array, found: Statistics, observation: Observation) -> jax.Array:
+        """The padded weight ``[K', N]`` that is to be rounded: see `slim_jax.method.hessian.corrected`.
 
         The share falls with the number of tokens: of a fit of ``K`` unknowns to ``T`` of them ``K / T`` is
-        chance.
+        chance. Without a drift it is ``w``.
         """
-        asymmetric = self.config.asymmetric
-        assert observation.drift is not None
-        assert asymmetric is not None
-        missing, unit = w.shape[0] - len(observation.drift), np.float32(2 / observation.tokens)
-        drift = self.placement.whole(jnp.pad(observation.drift * unit, ((0, missing), (0, missing))))
-        shortfall = observation.shortfall
+        drift, shortfall, asymmetric = observation.drift, observation.shortfall, self.config.asymmetric
+        if drift is None or not asymmetric:
+            return w
+        missing, unit = w.shape[0] - len(drift), np.float32(2 / observation.tokens)
+        share = asymmetric * max(0.0, 1 - len(drift) / observation.tokens)
+        drift = self.placement.whole(jnp.pad(drift * unit, ((0, missing), (0, missing))))
         if shortfall is not None:
             shortfall = self.placement.channels(jnp.pad(shortfall * unit, ((0, missing), (0, 0))))
-        share = asymmetric * max(0.0, 1 - len(observation.drift) / observation.tokens)
         return corrected(w, found.u, drift, shortfall, jnp.float32(share))
 
     def statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:

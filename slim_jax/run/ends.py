@@ -35,7 +35,12 @@ CHUNK = 64 * PANEL
 
 
 def quantize_ends(
-    source: Source, config: SlimConfig, activations: Activations, stride: int, placement: Placement
+    source: Source,
+    config: SlimConfig,
+    activations: Activations,
+    reference: Activations | None,
+    stride: int,
+    placement: Placement,
 ) -> tuple[dict[str, Any], list[LayerReport]]:
     """What stands outside the blocks, embedding and head packed if ``config`` wants it, and what was done.
 
@@ -43,6 +48,8 @@ def quantize_ends(
       source: of the dense model.
       config: how to quantize.
       activations: behind the last block.
+      reference: the same of the full-precision model; what was lost up to there a head makes up for in part,
+        as layers do, if it is not tied to the embedding.
       stride: see `slim_jax.run.activations.observe`.
       placement: the devices that share the work.
 
@@ -56,7 +63,8 @@ def quantize_ends(
     if packed:
         raise ValueError(f"{packed[0]} is already quantized, expected a dense model")
     solver = TableSolver(config, placement)
-    seen = observe_head(source.config, placement.tree(outer), activations, stride, placement)
+    beside = None if source.config.tied_head else reference
+    seen = observe_head(source.config, placement.tree(outer), activations, beside, stride, placement)
     reports = []
     for name in ("embed", "head.weight"):
         if name in outer:
@@ -87,10 +95,16 @@ def head_inputs(config: DecoderConfig, params: Params, activations: Activations)
 
 
 def observe_head(
-    config: DecoderConfig, params: Params, activations: Activations, stride: int, placement: Placement
+    config: DecoderConfig,
+    params: Params,
+    activations: Activations,
+    reference: Activations | None,
+    stride: int,
+    placement: Placement,
 ) -> Observation:
     """What was seen of the head's inputs; see :func:`head_inputs`."""
-    return observe(Inputs(head_inputs(config, params, activations)), stride, placement)
+    beside = None if reference is None else Inputs(head_inputs(config, params, reference))
+    return observe(Inputs(head_inputs(config, params, activations), reference=beside), stride, placement)
 
 
 class TableSolver:
@@ -121,13 +135,14 @@ class TableSolver:
         label = name.removesuffix(".weight")
         feedback = seen is not None and self.config.method != "rtn"
         seen = seen or Observation(jnp.eye(d), jnp.zeros((1, d)), 2)  # its Hessian is the identity
-        found, damping = LayerSolver(self.config, None, self.placement).statistics(seen, [label])
+        layers = LayerSolver(self.config, None, self.placement)
+        found, damping = layers.statistics(seen, [label])
         parts, error, total = [], 0.0, 0.0
         for start in range(0, vocab, CHUNK):
             chunk = slice(start, start + CHUNK)
             w = self.placement.channels(table[chunk].T if name == "embed" else table[:, chunk])
             w = jnp.pad(w.astype(jnp.float32), ((0, found.alive.shape[0] - d), (0, 0)))
-            w = w * found.alive[:, None] if feedback else w
+            w = layers.corrected(w * found.alive[:, None], found, seen) if feedback else w
             solution = self._solve(w, found, feedback)
             chunk_error, chunk_total = squares(w, _weight(solution), found.h)
             error, total = error + float(chunk_error), total + float(chunk_total)

@@ -103,7 +103,8 @@ class BlockQuantizer:
 
     def ends(self) -> tuple[dict[str, Any], list[LayerReport]]:
         """What stands outside the blocks, once all of these are quantized; see `quantize_ends`."""
-        return quantize_ends(self.source, self.config, self.activations, self.stride, self.placement)
+        beside = self.reference if self.config.asymmetric else None
+        return quantize_ends(self.source, self.config, self.activations, beside, self.stride, self.placement)
 
     def _solve_block(
         self, index: int, dense: Params, given: Mapping[str, MixedTensor] | None = None
