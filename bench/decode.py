@@ -28,17 +28,28 @@ def random_packed(
     shape: tuple[int, ...], bits: int, group_size: int, rng: np.random.Generator
 ) -> MixedTensor:
     """A packed weight ``[K, N]`` of random codes: a quarter of groups at ``bits ± 1``, half at ``bits``."""
-    k, n = shape
-    groups = -(-k // group_size)
+    groups = -(-shape[0] // group_size)
     widths = np.full(groups, bits)
     order = rng.permutation(groups)
     widths[order[: groups // 4]] -= 1
     widths[order[groups // 4 : 2 * (groups // 4)]] += 1
-    limit = np.repeat(1 << widths, group_size)[:k, None]
-    codes = (rng.integers(0, 1 << (bits + 1), (k, n)) % limit).astype(np.uint8)
-    scale = (rng.random((groups, n)) + 0.5) * 0.01
-    zero = rng.integers(0, 16, (groups, n), dtype=np.uint8)
-    return pack(codes, scale, zero, widths, group_size=group_size, widths=(bits - 1, bits, bits + 1))
+    return random_codes(shape, widths, group_size, rng, widths=(bits - 1, bits, bits + 1))
+
+
+def random_codes(
+    shape: tuple[int, ...],
+    bits: np.ndarray,
+    group_size: int,
+    rng: np.random.Generator,
+    widths: tuple[int, ...],
+) -> MixedTensor:
+    """A packed weight ``[K, N]`` of random codes, its groups of these ``bits``, out of ``widths``."""
+    k, n = shape
+    limit = np.repeat(1 << bits, group_size)[:k, None]
+    codes = (rng.integers(0, 1 << max(widths), (k, n)) % limit).astype(np.uint8)
+    scale = (rng.random((len(bits), n)) + 0.5) * 0.01
+    zero = rng.integers(0, 16, (len(bits), n), dtype=np.uint8)
+    return pack(codes, scale, zero, bits, group_size=group_size, widths=widths)
 
 
 def random_decoder(
@@ -73,11 +84,8 @@ def random_table(name: str, value: Any, bits: int, rng: np.random.Generator) -> 
     width, group_size = settings.embedding_bits, settings.embedding_group_size
     assert width is not None
     assert group_size is not None
-    groups = -(-k // group_size)
-    codes = rng.integers(0, 1 << width, (k, n), dtype=np.uint8)
-    scale = (rng.random((groups, n)) + 0.5) * 0.01
-    zero = rng.integers(0, 16, (groups, n), dtype=np.uint8)
-    packed = pack(codes, scale, zero, np.full(groups, width), group_size=group_size)
+    bits_of_groups = np.full(-(-k // group_size), width)
+    packed = random_codes((k, n), bits_of_groups, group_size, rng, widths=(width,))
     return dataclasses.replace(packed, dtype=product_dtype())
 
 

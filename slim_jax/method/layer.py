@@ -110,7 +110,7 @@ class LayerSolver:
         placed = [self.placement.channels(w).astype(jnp.float32) for w in weights]
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in placed]
         if config.method != "rtn":
-            padded = [self.corrected(w, found, observation) for w in padded]
+            padded = self.corrected(padded, found, observation)
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
         if like is None:
             chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
@@ -131,21 +131,23 @@ class LayerSolver:
             error = float(relative_error(w, _weight(solution), found.h))
             yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
 
-    def corrected(self, w: jax.Array, found: Statistics, observation: Observation) -> jax.Array:
-        """The padded weight ``[K', N]`` that is to be rounded: see `slim_jax.method.hessian.corrected`.
+    def corrected(
+        self, weights: list[jax.Array], found: Statistics, observation: Observation
+    ) -> list[jax.Array]:
+        """The padded weights ``[K', N]`` that are to be rounded: see `slim_jax.method.hessian.corrected`.
 
         The share falls with the number of tokens: of a fit of ``K`` unknowns to ``T`` of them ``K / T`` is
-        chance. Without a drift it is ``w``.
+        chance. Without a drift they are ``weights``.
         """
         drift, shortfall, asymmetric = observation.drift, observation.shortfall, self.config.asymmetric
         if drift is None or not asymmetric:
-            return w
-        missing, unit = w.shape[0] - len(drift), np.float32(2 / observation.tokens)
-        share = asymmetric * max(0.0, 1 - len(drift) / observation.tokens)
+            return weights
+        missing, unit = weights[0].shape[0] - len(drift), np.float32(2 / observation.tokens)
+        share = jnp.float32(asymmetric * max(0.0, 1 - len(drift) / observation.tokens))
         drift = self.placement.whole(jnp.pad(drift * unit, ((0, missing), (0, missing))))
         if shortfall is not None:
             shortfall = self.placement.channels(jnp.pad(shortfall * unit, ((0, missing), (0, 0))))
-        return corrected(w, found.u, drift, shortfall, jnp.float32(share))
+        return [corrected(w, found.u, drift, shortfall, share) for w in weights]
 
     def statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
         """With the damping that it took."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.ragged import rows_of_turn
 from slim_jax.model.attention import attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
@@ -135,10 +136,6 @@ class MLP(nnx.Module):
         return activate(gate) * up
 
 
-LEAST_AT_ONCE = 32
-"""Tokens that an expert takes in one turn at least: with fewer, unpacking its weights would be the work."""
-
-
 class MoE(nnx.Module):
     """A mixture of experts: each token goes through the few MLPs that a router chooses for it.
 
@@ -189,8 +186,7 @@ class MoE(nnx.Module):
 
     def _at_once(self, tokens: int) -> int:
         """Tokens that an expert takes in one turn: half of what would be its share, within limits."""
-        share = tokens * self.top_k // len(self.experts)
-        return min(tokens, max(LEAST_AT_ONCE, 1 << (share // 2).bit_length()))
+        return min(tokens, rows_of_turn(tokens * self.top_k, len(self.experts)))
 
 
 def _add_if_chosen(

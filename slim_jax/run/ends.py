@@ -142,7 +142,8 @@ class TableSolver:
             chunk = slice(start, start + CHUNK)
             w = self.placement.channels(table[chunk].T if name == "embed" else table[:, chunk])
             w = jnp.pad(w.astype(jnp.float32), ((0, found.alive.shape[0] - d), (0, 0)))
-            w = layers.corrected(w * found.alive[:, None], found, seen) if feedback else w
+            if feedback:
+                (w,) = layers.corrected([w * found.alive[:, None]], found, seen)
             solution = self._solve(w, found, feedback)
             chunk_error, chunk_total = squares(w, _weight(solution), found.h)
             error, total = error + float(chunk_error), total + float(chunk_total)
