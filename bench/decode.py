@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert import load_source
-from pallas_kernels import MixedTensor, pack
+from pallas_kernels import MixedTensor, pack, scales
 from slim_jax.config import SlimConfig
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
@@ -47,7 +47,7 @@ def random_codes(
     k, n = shape
     limit = np.repeat(1 << bits, group_size)[:k, None]
     codes = (rng.integers(0, 1 << max(widths), (k, n)) % limit).astype(np.uint8)
-    scale = (rng.random((len(bits), n)) + 0.5) * 0.01
+    scale = np.asarray(scales.encoded((rng.random((len(bits), n)) + 0.5) * 0.01))
     zero = rng.integers(0, 16, (len(bits), n), dtype=np.uint8)
     return pack(codes, scale, zero, bits, group_size=group_size, widths=widths)
 

@@ -203,7 +203,7 @@ def _joined(name: str, one: Layout, other: Layout) -> Layout:
 def _parts(tensor: MixedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes ``uint32[K, N]``, zero points and scales ``float32[G, N]``, groups in their original order."""
     back = np.argsort(np.asarray(tensor.order))
-    scale = np.asarray(tensor.scale).astype(np.float32)[back]
+    scale = np.asarray(tensor.scales())[back]
     return np.asarray(tensor.codes()).astype(np.uint32), np.asarray(tensor.zero_points())[back], scale
 
 

@@ -31,6 +31,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from pallas_kernels import scales
 from pallas_kernels.planes import WORD_BITS, shifted_planes, unpack_group, unpack_plane
 
 
@@ -89,7 +90,8 @@ class MixedTensor:
 
     Attributes:
       words: ``uint32[R, N]``, the planes of all groups.
-      scale: ``bfloat16[G, N]``, in storage order.
+      scale: ``uint8[G, N]`` in storage order, floats of eight bits (`pallas_kernels.scales`), or
+        ``bfloat16[G, N]``.
       zero: ``uint8[ceil(G / 2), N]`` (two 4-bit codes a byte, planar) or ``uint8[G, N]``.
       order: ``int32[G]``.
       segments: ``int32[len(widths)]``.
@@ -156,6 +158,10 @@ class MixedTensor:
         """Bits of a code, averaged over the groups; static, unlike how many groups have which width."""
         return WORD_BITS * self.words.shape[-2] / (self.groups * self.group_size)
 
+    def scales(self) -> jax.Array:
+        """Scales ``float32[G, N]`` in storage order."""
+        return scales.decoded(self.scale)
+
     def zero_codes(self) -> jax.Array:
         """Zero codes ``uint8[G, N]`` in storage order."""
         return unpack_plane(self.zero, zero_bits(self.widths))[: self.groups]
@@ -196,7 +202,8 @@ class MixedTensor:
 
     def codes(self) -> jax.Array:
         """The codes alone, ``uint8[K, N]``."""
-        plain = dataclasses.replace(self, scale=jnp.ones_like(self.scale), zero=jnp.zeros_like(self.zero))
+        ones = jnp.ones(self.scale.shape, jnp.bfloat16)
+        plain = dataclasses.replace(self, scale=ones, zero=jnp.zeros_like(self.zero))
         return plain.dequantize(jnp.float32).astype(jnp.uint8)
 
     @partial(jax.jit, static_argnames="dtype")
@@ -231,7 +238,7 @@ def _dequantize_groups(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
             row = first_row[i] + (position - first_group[i]) * rows
             words = lax.dynamic_slice_in_dim(w.words, row, rows)
             code = unpack_group(words, b).astype(jnp.float32)
-            weight = w.scale[position].astype(jnp.float32)[None] * (code - zero[position][None])
+            weight = scales.decoded(w.scale[position])[None] * (code - zero[position][None])
             return lax.dynamic_update_slice_in_dim(dense, weight.astype(dtype), w.order[position] * g, axis=0)
 
         dense = lax.fori_loop(first_group[i], first_group[i] + w.segments[i], body, dense)
@@ -279,7 +286,7 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
         code = code | ((word >> down[:, None]) & mask[:, None]) << up[:, None]
     zero = w.zero.at[position % zero_rows].get(mode="promise_in_bounds") >> zero_down[:, None]
     zero = (zero & jnp.uint8((1 << z) - 1)).astype(jnp.float32) * step[:, None]
-    scale = w.scale.at[position].get(mode="promise_in_bounds").astype(jnp.float32)
+    scale = scales.decoded(w.scale.at[position].get(mode="promise_in_bounds"))
     return (scale * (code.astype(jnp.int32).astype(jnp.float32) - zero)).astype(dtype)
 
 
@@ -313,6 +320,7 @@ def abstract_tensor(
     widths: tuple[int, ...],
     segments: tuple[int, ...],
     group_size: int,
+    scale_dtype: DTypeLike = jnp.uint8,
     dtype: DTypeLike = jnp.float32,
 ) -> MixedTensor:
     """A packed weight of this layout without values: its leaves are `jax.ShapeDtypeStruct`.
@@ -322,6 +330,7 @@ def abstract_tensor(
       widths: the widths that may occur, ascending.
       segments: number of groups of each; together ``ceil(K / group_size)``.
       group_size: input channels per group.
+      scale_dtype: of the scales: uint8 or bfloat16.
       dtype: of the dequantized weight.
 
     Raises:
@@ -336,7 +345,7 @@ def abstract_tensor(
     leaf: Any = jax.ShapeDtypeStruct
     return MixedTensor(
         words=leaf((rows, n), jnp.uint32),
-        scale=leaf((groups, n), jnp.bfloat16),
+        scale=leaf((groups, n), jnp.dtype(scale_dtype)),
         zero=leaf((zero_rows, n), jnp.uint8),
         order=leaf((groups,), jnp.int32),
         segments=leaf((len(widths),), jnp.int32),

@@ -22,7 +22,8 @@ def pack(
 
     Args:
       codes: ``uint[K, N]``, each below ``2**b`` of its group.
-      scale: ``[G, N]``, rounded to bfloat16 if it is not.
+      scale: ``[G, N]``: bytes that stand for scales (`pallas_kernels.scales`), or scales, which are rounded
+        to bfloat16.
       zero_code: ``uint[G, N]``, below 16 (below 256 where a width above 4 may occur).
       bits: ``int[G]``, the width of every group.
       group_size: input channels per group, a multiple of 32.
@@ -38,6 +39,7 @@ def pack(
     widths = tuple(sorted({int(b) for b in bits})) if widths is None else tuple(sorted(set(widths)))
     _check_pack(codes, np.shape(scale), zero_code, bits, group_size, widths)
 
+    scale = np.asarray(scale)
     order = np.argsort(bits, kind="stable")
     padded = np.zeros((groups * group_size, n), np.uint32)
     padded[:k] = codes
@@ -49,7 +51,7 @@ def pack(
         zeros = pack_plane(np.pad(zeros, ((0, groups % 2), (0, 0))), 4, np.uint8)
     return MixedTensor(
         words=jnp.asarray(np.concatenate(words)),
-        scale=jnp.asarray(np.asarray(scale)[order], jnp.bfloat16),
+        scale=jnp.asarray(scale[order], jnp.uint8 if scale.dtype == np.uint8 else jnp.bfloat16),
         zero=jnp.asarray(zeros),
         order=jnp.asarray(order, jnp.int32),
         segments=jnp.asarray([np.sum(bits == b) for b in widths], jnp.int32),

@@ -40,7 +40,7 @@ class Prepared:
 
     Attributes:
       words: ``uint32[R, T]``: tiles one under the other, of each weight of each layer; nothing at the end.
-      scale: ``bfloat16[L * tiles * G, T]``, in the same order.
+      scale: ``[L * tiles * G, T]``, as the weights have them, in the same order.
       zero: ``uint8[L * tiles * G, T]``, a zero code a byte.
       steps: ``int32[L, S, 5]``: a step's plane (of ``planes``), group, first row, row of its scales, tile.
       factors: ``float32[L, S, 2]``: what bit 0 of the plane is worth in the code, and a unit of the zero
@@ -128,7 +128,7 @@ class Prepared:
 
 def joinable(weights: Sequence[MixedTensor]) -> bool:
     """Whether weights that read one input can be one product."""
-    kinds = {(w.shape[0], w.group_size, w.dtype) for w in weights}
+    kinds = {(w.shape[0], w.group_size, w.scale.dtype, w.dtype) for w in weights}
     return len(kinds) == 1 and _tile([w.shape[1] for w in weights]) >= LEAST_TILE
 
 

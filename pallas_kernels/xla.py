@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels import scales
 from pallas_kernels.layout import MixedTensor, vary_like
 from pallas_kernels.planes import WORD_BITS
 from pallas_kernels.prepared import Prepared, prepare
@@ -79,9 +80,8 @@ def _add_steps(x_MxGxg: jax.Array, w: Prepared, first: int, stride: int) -> jax.
             lambda n=n: _plane_dot(x, at(w.words, (row, 0), (g * n // WORD_BITS, width)), n) for n in w.planes
         ]
         dot = dots[0]() if len(dots) == 1 else lax.switch(kind, dots)
-        zero, scale = (
-            lax.dynamic_slice_in_dim(a, position, 1).astype(jnp.float32) for a in (w.zero, w.scale)
-        )
+        zero = lax.dynamic_slice_in_dim(w.zero, position, 1).astype(jnp.float32)
+        scale = scales.decoded(lax.dynamic_slice_in_dim(w.scale, position, 1))
         add = scale * (factor * dot - zero_unit * _row_sums(x)[:, None] * zero)
         before = at(y, (0, tile * width), (m, width))
         return t + 1, lax.dynamic_update_slice(

@@ -13,7 +13,7 @@ import pytest
 from test_layout import oracle_weight, random_parts
 
 from bench import check
-from pallas_kernels import devices, mixed_matmul, pack
+from pallas_kernels import devices, mixed_matmul, pack, scales
 
 ALLOCATIONS = {
     "balanced": lambda g, n: [n - 1] * (g // 3) + [n + 1] * (g // 3) + [n] * (g - 2 * (g // 3)),
@@ -23,10 +23,14 @@ ALLOCATIONS = {
 }
 
 
-def random_weight(k, n, group_size, bits, seed=0, widths=None, **kwargs):
+def random_weight(k, n, group_size, bits, seed=0, widths=None, scales_in_bytes=True, **kwargs):
     """A packed weight with its groups shuffled, and the same weight in float64."""
     parts = random_parts(k, n, group_size, np.random.default_rng(seed).permutation(bits), seed, widths)
-    w = pack(**parts, group_size=group_size, widths=widths, **kwargs)
+    scale = parts["scale"]
+    if scales_in_bytes:
+        scale = np.asarray(scales.encoded(jnp.asarray(scale, jnp.float32)))
+        parts["scale"] = np.asarray(scales.decoded(jnp.asarray(scale)))
+    w = pack(**{**parts, "scale": scale}, group_size=group_size, widths=widths, **kwargs)
     return w, oracle_weight(**parts, group_size=group_size, widths=widths).astype(np.float64)
 
 
@@ -122,6 +126,10 @@ class MatmulCases:
     def test_odd_and_even_segments_of_large_groups(self, bits):
         """Odd numbers of groups put the next segment's first row off the tiles of eight rows."""
         self.check(16, 128 * len(bits), 128, 128, bits)
+
+    @pytest.mark.parametrize("m", [1, slow(16), slow(128)])
+    def test_scales_in_bfloat16(self, m):
+        self.check(m, 90, 24, 32, [1, 2, 3], scales_in_bytes=False)
 
     def test_an_outlier_in_x(self):
         """One channel a thousand times the rest, as in real activations: the rest must survive it."""

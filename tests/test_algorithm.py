@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from pallas_kernels import pack
+from pallas_kernels import pack, scales
 from slim_jax.config import SlimConfig
 from slim_jax.method.gptq import solve
 from slim_jax.method.hessian import Observation, dampen, gram, inverse_cholesky, statistics
@@ -154,7 +154,7 @@ def test_search_is_near_the_best_grid(bits):
     )
     found = error(np.asarray(grid.scale, np.float64), np.asarray(grid.zero, np.float64))
     assert np.all(found <= 1.3 * best)
-    assert found.sum() <= 1.1 * best.sum()
+    assert found.sum() <= (1.1 if bits < 4 else 1.15) * best.sum()  # the best has scales at will
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -194,7 +194,8 @@ def test_solver_equals_the_oracle(layer, bits):
         zero_bits=ZERO_BITS,
         sqc="search",
     )
-    scale, zero = np.asarray(solution.scale, np.float64), np.asarray(solution.zero, np.float64)
+    scale = np.asarray(scales.decoded(solution.scale), np.float64)
+    zero = np.asarray(solution.zero, np.float64)
     grids = [(scale[i], zero[i], np.full(n, 2**bits - 1)) for i in range(k // G)]
     codes, _values = oracles.gptq(w, u, grids, G)
     assert np.mean(codes == np.asarray(solution.code)) > 0.999  # ties in float32
@@ -335,7 +336,7 @@ def test_stored_is_what_was_calibrated(layer):
     solution = solve_mixed()
     zero_code = np.rint(np.asarray(solution.zero) / np.exp2(bits - ZERO_BITS)[:, None]).astype(np.uint8)
     packed = pack(np.asarray(solution.code), np.asarray(solution.scale), zero_code, bits, group_size=G)
-    scale = jnp.repeat(solution.scale.astype(jnp.float32), G, axis=0)
+    scale = jnp.repeat(scales.decoded(solution.scale), G, axis=0)
     expected = scale * (solution.code.astype(jnp.float32) - jnp.repeat(solution.zero, G, axis=0))
     np.testing.assert_array_equal(jax.device_get(packed.dequantize()), jax.device_get(expected))
     again = solve_mixed(grids=stored_grids(packed))

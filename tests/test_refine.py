@@ -59,12 +59,12 @@ def test_the_error_falls_from_sweep_to_sweep(grids):
         errors.append(error(w, found, better))
     for before, after in itertools.pairwise(errors):
         assert np.all(after <= before * (1 + 1e-5))
-    assert errors[-1].sum() < (0.92 if grids else 0.97) * errors[0].sum()
+    assert errors[-1].sum() < (0.96 if grids else 0.97) * errors[0].sum()
     assert np.array_equal(better.scale, solution.scale) is not grids
 
 
 def test_in_the_end_no_single_step_gains():
-    """Every code one up or down, every scale a bfloat16 step up or down, every zero a step up or down."""
+    """Every code one up or down, every scale a byte up or down, every zero a step up or down."""
     w, found, bits, solution = solved()
     final = refine(w, found.damped, solution, bits, sweeps=60, **SETTINGS)
     least = error(w, found, final)
@@ -77,8 +77,8 @@ def test_in_the_end_no_single_step_gains():
             moved[j] = np.clip(moved[j] + by, 0, levels[j])
             assert np.all(error(w, found, final._replace(code=jnp.asarray(moved))) >= least - tolerance)
     for i in range(len(bits)):
-        for by in (1 - 2.0**-7, 1 + 2.0**-7):
-            scale = final.scale.at[i].multiply(by)
+        for by in (-1, 1):
+            scale = (final.scale.astype(jnp.int32).at[i].add(by)).astype(jnp.uint8)
             assert np.all(error(w, found, final._replace(scale=scale)) >= least - tolerance)
         for by in (-1, 1):
             step = jnp.exp2(bits[i] - ZERO_BITS)
@@ -89,8 +89,7 @@ def test_in_the_end_no_single_step_gains():
 def test_what_is_stored_stays_storable():
     w, found, bits, solution = solved()
     better = refine(w, found.damped, solution, bits, sweeps=3, **SETTINGS)
-    assert (better.code.dtype, better.scale.dtype) == (jnp.uint8, jnp.bfloat16)
-    assert np.all(np.asarray(better.scale, np.float32) > 0)
+    assert (better.code.dtype, better.scale.dtype) == (jnp.uint8, jnp.uint8)
     assert np.all(np.asarray(better.code).reshape(-1, G, w.shape[1]).max(axis=1) < np.exp2(bits))
     zero = np.asarray(better.zero) / np.exp2(np.asarray(bits) - ZERO_BITS)
     assert np.array_equal(zero, np.rint(zero))

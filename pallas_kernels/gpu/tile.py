@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import scales
 from pallas_kernels.gpu.config import Config
 from pallas_kernels.gpu.operands import DEPTH, ROW_TILE, WORD_ROWS, fields, halves, last_start, places
 from pallas_kernels.gpu.registers import Warps
@@ -133,15 +134,17 @@ class Tile:
         def of_share(share):
             first = lax.min(row + share * rows, refs.words.shape[0] - rows)
             planes = [[self._load_plane(first, n, shift) for n, shift in piece] for piece in pieces(b)]
-            scales = plgpu.load(
+            scale = plgpu.load(
                 refs.scale.at[lax.min(position + share, w.groups - 1), self.columns],
                 layout=warps.results(self.config.block_n).reduce(0),
                 optimized=False,
             )
+            if scale.dtype == jnp.uint8:
+                scale = scales.decoded(scale).astype(jnp.bfloat16)
             if end is not None:
-                kept = jnp.broadcast_to(position + share < end, scales.shape)
-                scales = jnp.where(kept, scales, jnp.zeros_like(scales))
-            return planes, scales
+                kept = jnp.broadcast_to(position + share < end, scale.shape)
+                scale = jnp.where(kept, scale, jnp.zeros_like(scale))
+            return planes, scale
 
         layout = warps.accumulator.reduce(1)
         starts = [
@@ -220,14 +223,14 @@ class Tile:
         products = []
         for half, (begin, count) in enumerate(halves(w.groups)):
             start = lax.min(chunk * WORD_ROWS, last_start(count))
-            codes, scales = (
+            codes, scale = (
                 plgpu.load(ref.at[pl.ds(at, WORD_ROWS), self.columns], layout=layout, optimized=False)
                 for ref, at in ((refs.zero_code, begin * in_bytes + start), (refs.scale, begin + start))
             )
             codes = codes.astype(jnp.int32)
             if not in_bytes:
                 codes = codes >> 4 if half else codes & 15
-            products.append(scales.astype(jnp.float32) * codes.astype(jnp.float32))
+            products.append(scales.decoded(scale) * codes.astype(jnp.float32))
         return products
 
     def store(self, acc: list[jax.Array], out, bias) -> None:  # type: ignore[no-untyped-def]

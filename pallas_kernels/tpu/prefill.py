@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import scales
 from pallas_kernels.layout import MixedTensor, result_type, zero_bits, zero_step
 from pallas_kernels.planes import WORD_BITS, plane_widths
 from pallas_kernels.tpu.config import LANES, SUBLANES, VMEM_BYTES, Config
@@ -124,7 +125,7 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
 
     @pl.when(pl.program_id(1) == 0)
     def unpack_tile():
-        rows = [a.astype(jnp.float32) for a in (scale_ref[...], zero_codes(zero_ref[...], w))]
+        rows = [scales.decoded(scale_ref[...]), zero_codes(zero_ref[...], w).astype(jnp.float32)]
         for s in range(strips):
             for j in range(2):
                 row_ref[j, s] = rows[j][:, s * LANES : (s + 1) * LANES]

@@ -7,6 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import scales
 from pallas_kernels.layout import MixedTensor
 from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, Config
 from pallas_kernels.tpu.operands import (
@@ -137,7 +138,7 @@ class Tile:
             lanes = slice(j * LANES, (j + config.join) * LANES)
             scale, zero = (copy[self.half, :, lanes] for copy in m.column_copies[:2])
             zero = zero_codes(zero, self.w)
-            scale = scale.astype(jnp.float32)  # [G, join * 128]
+            scale = scales.decoded(scale)  # [G, join * 128]
             for i in range(config.join):
                 part = scale[:, i * LANES : (i + 1) * LANES]
                 m.scale_rows[j + i] = part * m.unit[...] if self.field == 8 else part

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels import scales
 from slim_jax.devices import ONE_DEVICE, Placement, in_panels
-from slim_jax.method.sqc import FITS, Fit, Grid
+from slim_jax.method.sqc import FITS, Grid, scale_dtype
 
 
 class Solution(NamedTuple):
@@ -22,7 +23,7 @@ class Solution(NamedTuple):
 
     Attributes:
       code: ``uint8[K, N]``.
-      scale: ``bfloat16[G, N]``.
+      scale: ``[G, N]``, ``uint8`` (`pallas_kernels.scales`) or ``bfloat16``.
       zero: ``float32[G, N]``, in units of the scale.
     """
 
@@ -37,7 +38,7 @@ class Solution(NamedTuple):
     def weight(self) -> jax.Array:
         """What is stored, ``float32[K, N]``."""
         g = self.code.shape[0] // self.scale.shape[0]
-        scale = jnp.repeat(self.scale.astype(jnp.float32), g, axis=0)
+        scale = jnp.repeat(scales.decoded(self.scale), g, axis=0)
         return scale * (self.code.astype(jnp.float32) - jnp.repeat(self.zero, g, axis=0))
 
 
@@ -91,7 +92,7 @@ def solve(
     def own(whole: tuple[jax.Array, jax.Array], channels: tuple[jax.Array, jax.Array, Grid | None]):
         def panel(part: tuple[jax.Array, jax.Array, Grid | None]) -> Solution:
             (u, importance), (w, bits, grids) = whole, part
-            return _solve(w, u, importance, bits, grids, group_size, zero_bits, FITS[sqc], feedback)
+            return _solve(w, u, importance, bits, grids, group_size, zero_bits, sqc, feedback)
 
         return in_panels(panel, channels)
 
@@ -106,10 +107,10 @@ def _solve(
     grids: Grid | None,
     group_size: int,
     zero_bits: int,
-    fit: Fit,
+    sqc: str,
     feedback: bool,
 ) -> Solution:
-    k, n = w.shape
+    (k, n), dtype = w.shape, scale_dtype(sqc)
 
     def group(w: jax.Array, at: tuple[jax.Array, Grid | None]):
         index, grid = at
@@ -118,14 +119,14 @@ def _solve(
         rows = lax.dynamic_slice_in_dim(u, start, group_size)
         if grid is None:
             weight = lax.dynamic_slice_in_dim(importance, start, group_size)
-            grid = fit(block, weight, bits[index], zero_bits)
+            grid = FITS[sqc](block, weight, bits[index], zero_bits)
         if feedback:
             diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
             codes, errors = _round_group(block, diagonal_block, grid)
             w = w - rows.T @ errors
         else:
             codes = grid.code(block)
-        return w, (codes.astype(jnp.uint8), grid.scale.astype(jnp.bfloat16), grid.zero)
+        return w, (codes.astype(jnp.uint8), scales.stored(grid.scale, dtype), grid.zero)
 
     _, (codes, scale, zero) = lax.scan(group, w, (jnp.arange(k // group_size), grids))
     return Solution(codes.reshape(k, n), scale, zero)

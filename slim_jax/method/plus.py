@@ -12,7 +12,8 @@ Not in the paper, and the last is the default:
 * "rounding": the codes too, each moving from where the solver left it.
 
 Rounding passes gradients straight through (the derivative of ``round`` is taken as 1). What the loss
-sees is what will be stored: scales in bfloat16, zero points on the grid of their codes.
+sees is what will be stored: scales in eight bits, or in bfloat16 where they were so, and zero points on the
+grid of their codes.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import MixedTensor, pack
+from pallas_kernels import MixedTensor, pack, scales
 from pallas_kernels.layout import zero_bits
 from slim_jax.method.sqc import Grid, stored_grids
 from slim_jax.model.block import sequence_positions
@@ -47,7 +48,7 @@ Learned = dict[str, dict[str, jax.Array]]
 
 
 @partial(
-    jax.tree_util.register_dataclass, meta_fields=["zero_bits"], data_fields=["weight", "low", "high", "bits"]
+    jax.tree_util.register_dataclass, meta_fields=["zero_bits", "scale_dtype"], data_fields=["weight", "low", "high", "bits"]
 )
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -59,6 +60,7 @@ class Layer:
       high: ``[G, 1, N]``, its upper end.
       bits: ``[G, 1, 1]``.
       zero_bits: bits of a stored zero point, static.
+      scale_dtype: of a stored scale, static.
     """
 
     weight: jax.Array
@@ -66,6 +68,7 @@ class Layer:
     high: jax.Array
     bits: jax.Array
     zero_bits: int
+    scale_dtype: jnp.dtype
 
 
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
@@ -73,15 +76,15 @@ def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
     return x + lax.stop_gradient(rounded - x)
 
 
-def stored_grid(scale: jax.Array, zero: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+def stored_grid(scale: jax.Array, zero: jax.Array, layer: Layer) -> Grid:
     """The grid as it will be stored, differentiable in ``scale`` and ``zero``."""
     scale = jnp.maximum(scale, 1e-30)
-    step = jnp.exp2(bits - zero_bits)
-    zero_code = jnp.clip(zero / step, 0.0, 2.0**zero_bits - 1)
+    step = jnp.exp2(layer.bits - layer.zero_bits)
+    zero_code = jnp.clip(zero / step, 0.0, 2.0**layer.zero_bits - 1)
     return Grid(
-        straight_through(scale, scale.astype(jnp.bfloat16).astype(jnp.float32)),
+        straight_through(scale, scales.rounded(scale, layer.scale_dtype)),
         straight_through(zero_code, jnp.round(zero_code)) * step,
-        jnp.exp2(bits) - 1,
+        jnp.exp2(layer.bits) - 1,
     )
 
 
@@ -95,17 +98,19 @@ def quantized(learned: Mapping[str, jax.Array], layer: Layer) -> tuple[jax.Array
         zero = -low / scale
         # As in the paper's code, weights of 0 stay 0; the two values of 1 bit lie where they may.
         zero = jnp.where(layer.bits == 1, zero, straight_through(zero, jnp.round(zero)))
-        grid = stored_grid(scale, zero, layer.bits, layer.zero_bits)
+        grid = stored_grid(scale, zero, layer)
         code = layer.weight / grid.scale + grid.zero
     else:
-        grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer.bits, layer.zero_bits)
+        grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer)
         code = learned.get("code", layer.weight)
     code = jnp.clip(code, 0.0, grid.levels)
     return straight_through(code, jnp.round(code)), grid
 
 
-@partial(jax.jit, static_argnames="zero_bits")
-def clip_start(w: jax.Array, bits: jax.Array, *, zero_bits: int) -> tuple[dict[str, jax.Array], Layer]:
+@partial(jax.jit, static_argnames=("zero_bits", "scale_dtype"))
+def clip_start(
+    w: jax.Array, bits: jax.Array, *, zero_bits: int, scale_dtype: jnp.dtype
+) -> tuple[dict[str, jax.Array], Layer]:
     """Clipping of full-precision weights ``[G, g, N]``, barely any at first.
 
     A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values, and ``offset`` moves both.
@@ -118,7 +123,7 @@ def clip_start(w: jax.Array, bits: jax.Array, *, zero_bits: int) -> tuple[dict[s
     high = jnp.where(low == high, low + 1.0, high)
     gamma = jnp.full_like(low, CLIP_START)
     learned = {"up": gamma, "down": gamma, "offset": jnp.zeros_like(low)}
-    return learned, Layer(w, low, high, bits, zero_bits)
+    return learned, Layer(w, low, high, bits, zero_bits, scale_dtype)
 
 
 @partial(jax.jit, static_argnames="rounding")
@@ -138,7 +143,7 @@ def solved_start(
     if rounding:
         learned["code"] = code + jnp.clip(w / scale + zero - code, -MARGIN, MARGIN)
     empty = jnp.zeros((groups, 1, n))
-    return learned, Layer(code, empty, empty, bits, zero_bits(tensor.widths))
+    return learned, Layer(code, empty, empty, bits, zero_bits(tensor.widths), tensor.scale.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -251,7 +256,7 @@ class SlimPlus:
         k, n = like.shape
         return pack(
             np.asarray(code, np.uint8).reshape(-1, n)[:k],
-            np.asarray(grid.scale[:, 0]),
+            np.asarray(scales.stored(grid.scale[:, 0], layer.scale_dtype)),
             np.rint(np.asarray(grid.zero / step)[:, 0]).astype(np.uint8),
             np.asarray(layer.bits, np.int64).reshape(-1),
             group_size=like.group_size,

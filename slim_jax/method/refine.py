@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels import scales
 from slim_jax.devices import ONE_DEVICE, Placement, in_panels
 from slim_jax.method.gptq import Solution
 
@@ -65,31 +66,32 @@ def _refine(
     sweeps: int,
     grids: bool,
 ) -> Solution:
-    step, levels = jnp.exp2(bits - zero_bits), jnp.exp2(bits) - 1
+    step, levels, dtype = jnp.exp2(bits - zero_bits), jnp.exp2(bits) - 1, solution.scale.dtype
 
     def group(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array], index: jax.Array):
-        gradient, codes, scales, zeros = state
+        gradient, codes, all_scales, zeros = state
         start = index * group_size
         rows = lax.dynamic_slice_in_dim(h, start, group_size)
         own = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
         code = lax.dynamic_slice_in_dim(codes, start, group_size)
-        scale, zero = scales[index], zeros[index]
+        scale, zero = all_scales[index], zeros[index]
         before = scale[None] * (code - zero[None])
         slope = lax.dynamic_slice_in_dim(gradient, start, group_size)
         if grids:
-            scale, slope = _better_scale(own, slope, code - zero[None], scale)
+            scale, slope = _better_scale(own, slope, code - zero[None], scale, dtype)
             zero, slope = _better_zero(own, slope, scale, zero, step[index], zero_bits)
         code = _better_codes(own, slope, code, scale, levels[index])
         gradient = gradient + rows.T @ (scale[None] * (code - zero[None]) - before)
         codes = lax.dynamic_update_slice_in_dim(codes, code, start, axis=0)
-        return (gradient, codes, scales.at[index].set(scale), zeros.at[index].set(zero)), None
+        return (gradient, codes, all_scales.at[index].set(scale), zeros.at[index].set(zero)), None
 
     def sweep(_: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
         return lax.scan(group, state, jnp.arange(bits.shape[0]))[0]
 
-    state = (h @ (solution.weight() - w), *(leaf.astype(jnp.float32) for leaf in solution))
-    _, codes, scales, zeros = lax.fori_loop(0, sweeps, sweep, state)
-    return Solution(codes.astype(jnp.uint8), scales.astype(jnp.bfloat16), zeros)
+    start = solution.code.astype(jnp.float32), scales.decoded(solution.scale), solution.zero
+    state = (h @ (solution.weight() - w), *start)
+    _, codes, scale, zeros = lax.fori_loop(0, sweeps, sweep, state)
+    return Solution(codes.astype(jnp.uint8), scales.stored(scale, dtype), zeros)
 
 
 def _step(slope: jax.Array, curvature: jax.Array) -> jax.Array:
@@ -98,12 +100,12 @@ def _step(slope: jax.Array, curvature: jax.Array) -> jax.Array:
 
 
 def _better_scale(
-    own: jax.Array, slope: jax.Array, offset: jax.Array, scale: jax.Array
+    own: jax.Array, slope: jax.Array, offset: jax.Array, scale: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """The scale ``[N]`` for ``offset = code - zero [g, N]``, and the slopes ``[g, N]`` that it leaves."""
     moved = own @ offset
     along, curvature = jnp.sum(offset * slope, axis=0), jnp.sum(offset * moved, axis=0)
-    found = (scale + _step(along, curvature)).astype(jnp.bfloat16).astype(jnp.float32)
+    found = scales.rounded(scale + _step(along, curvature), dtype)
     change = found - scale
     lowers = change * along + 0.5 * change**2 * curvature < 0
     change = jnp.where(lowers & (found > 0.25 * scale), change, 0.0)

@@ -2,7 +2,8 @@
 
 Every function fits one group ``w [g, N]`` at once, for all output channels; the bit width is data
 (``[N]``), so one compiled program serves every allocation. What a fit returns is what will be
-stored: a bfloat16 scale and a zero point on the grid of its code (`pallas_kernels.layout`).
+stored: a scale in eight bits (`pallas_kernels.scales`), in the paper's calibration in bfloat16, and a zero
+point on the grid of its code (`pallas_kernels.layout`).
 """
 
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import MixedTensor
+from pallas_kernels import MixedTensor, scales
 
 CLIP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Fractions of the group's range that the default search tries."""
@@ -34,7 +36,7 @@ class Grid(NamedTuple):
     """The quantization grid of one group: ``w_hat = scale * (code - zero)``.
 
     Attributes:
-      scale: ``float32[N]``, exactly representable in bfloat16.
+      scale: ``float32[N]``, as it will be stored.
       zero: ``float32[N]``, a multiple of ``2**(b - zero_bits)``.
       levels: ``float32[N]``, the largest code, ``2**b - 1``.
     """
@@ -59,7 +61,7 @@ def stored_grids(tensor: MixedTensor) -> Grid:
     original = jnp.argsort(tensor.order)
     levels = 2.0 ** jnp.asarray(tensor.widths, jnp.float32) - 1
     levels = jnp.repeat(levels, tensor.segments, total_repeat_length=tensor.groups)[original]
-    scale = tensor.scale.astype(jnp.float32)[original]
+    scale = tensor.scales()[original]
     return Grid(scale, tensor.zero_points()[original], jnp.broadcast_to(levels[:, None], scale.shape))
 
 
@@ -72,12 +74,22 @@ Fit = Callable[[jax.Array, jax.Array, jax.Array, int], Grid]
 """``fit(w [g, N], importance [g], bits [N], zero_bits) -> Grid``."""
 
 
-def _stored(scale: jax.Array, zero: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+def scale_dtype(sqc: str) -> jnp.dtype:
+    """Of the scales that a name of :data:`FITS` gives: bfloat16 where the authors' choices are repeated."""
+    return jnp.dtype(jnp.bfloat16 if sqc == "paper" else jnp.uint8)
+
+
+def _stored(
+    scale: jax.Array,
+    zero: jax.Array,
+    bits: jax.Array,
+    zero_bits: int,
+    dtype: DTypeLike = jnp.uint8,
+) -> Grid:
     """The grid nearest to ``(scale, zero)`` that can be stored."""
     step = jnp.exp2(bits - zero_bits)
     code = jnp.clip(jnp.round(zero / step), 0.0, 2.0**zero_bits - 1)
-    scale = jnp.maximum(scale, 1e-30).astype(jnp.bfloat16).astype(jnp.float32)
-    return Grid(scale, code * step, jnp.exp2(bits) - 1)
+    return Grid(scales.rounded(jnp.maximum(scale, 1e-30), dtype), code * step, jnp.exp2(bits) - 1)
 
 
 def _range(w: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,18 +112,28 @@ def _better(error: jax.Array, grid: Grid, best: tuple[jax.Array, Grid]) -> tuple
     return jnp.where(keep, error, best_error), chosen
 
 
-def fit_min_max(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+def fit_min_max(
+    w: jax.Array,
+    importance: jax.Array,
+    bits: jax.Array,
+    zero_bits: int,
+    dtype: DTypeLike = jnp.uint8,
+) -> Grid:
     """The range of the weights with a whole zero point: GPTQ's and round-to-nearest's usual grid.
 
-    At 1 bit, where the ends of the range would be the only values, the authors' ``mean(w) +- mean|w|``.
+    Scales in eight bits are rounded up, so that no weight lies outside. At 1 bit, where the ends of the range
+    would be the only values, the authors' ``mean(w) +- mean|w|``.
     """
     scale, zero = _min_max(w, bits)
-    grid = _stored(scale, jnp.round(zero), bits, zero_bits)
+    if dtype == jnp.uint8:
+        wider = scales.decoded(scales.encoded(scale, up=True))
+        scale, zero = wider, zero * scale / wider
+    grid = _stored(scale, jnp.round(zero), bits, zero_bits, dtype)
     real = (importance > 0).astype(jnp.float32)[:, None]
     count = jnp.maximum(jnp.sum(real), 1.0)  # none, where all inputs of a group are dead
     mean = jnp.sum(w * real, axis=0) / count
     alpha = jnp.maximum(jnp.sum(jnp.abs(w) * real, axis=0) / count, 1e-30)
-    binary = _stored(2 * alpha, 0.5 - mean / (2 * alpha), bits, zero_bits)
+    binary = _stored(2 * alpha, 0.5 - mean / (2 * alpha), bits, zero_bits, dtype)
     return jax.tree.map(lambda one, many: jnp.where(bits == 1, one, many), binary, grid)
 
 
@@ -172,12 +194,13 @@ def fit_paper(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: i
 
     def try_clip(best: tuple[jax.Array, Grid], factor: jax.Array) -> tuple[tuple[jax.Array, Grid], None]:
         scale = (factor * high - factor * low) / levels
-        grid = _stored(scale, jnp.round(-factor * low / scale), bits, zero_bits)
+        grid = _stored(scale, jnp.round(-factor * low / scale), bits, zero_bits, jnp.bfloat16)
         miss = jnp.abs(w - grid.value(grid.code(w)))
         return _better(jnp.sum(jnp.where(real[:, None], miss**2.4, 0.0), axis=0), grid, best), None
 
     up, down = jnp.linspace(1.0, 1.1, 51)[1:], jnp.linspace(1.0, 0.9, 51)[1:]
-    start = (jnp.full(w.shape[1:], jnp.inf), fit_min_max(w, importance, bits, zero_bits))
+    least = fit_min_max(w, importance, bits, zero_bits, jnp.bfloat16)
+    start = (jnp.full(w.shape[1:], jnp.inf), least)
     (_, grid), _ = jax.lax.scan(try_clip, start, jnp.concatenate([jnp.ones(1), up, down]))
     return jax.tree.map(lambda one, many: jnp.where(bits == 1, one, many), start[1], grid)
 

@@ -21,9 +21,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels import MixedTensor
+from pallas_kernels import MixedTensor, scales
 from pallas_kernels.layout import stack
 from slim_jax.devices import ONE_DEVICE, Placement
+from slim_jax.method.hessian import spread
 from slim_jax.method.plus import straight_through
 from slim_jax.method.sqc import stored_grids
 from slim_jax.model.block import sequence_positions
@@ -77,15 +78,15 @@ class Batch(NamedTuple):
 @jax.jit
 def scaled(tensor: MixedTensor, log_factor: Float[Array, "g n"]) -> MixedTensor:
     """A packed weight with its scales multiplied; groups of ``log_factor`` in storage order."""
-    scale = tensor.scale.astype(jnp.float32) * jnp.exp(log_factor)
-    return dataclasses.replace(tensor, scale=scale.astype(jnp.bfloat16))
+    scale = tensor.scales() * jnp.exp(log_factor)
+    return dataclasses.replace(tensor, scale=scales.stored(scale, tensor.scale.dtype))
 
 
 def _weight(tensor: MixedTensor, log_factor: jax.Array) -> jax.Array:
     """What :func:`scaled` gives, dense and differentiable."""
     grid, order = stored_grids(tensor), jnp.argsort(tensor.order)
     scale = grid.scale * jnp.exp(log_factor[order])
-    scale = straight_through(scale, scale.astype(jnp.bfloat16).astype(jnp.float32))
+    scale = straight_through(scale, scales.rounded(scale, tensor.scale.dtype))
     g, (k, n) = tensor.group_size, tensor.shape
     code = jnp.pad(tensor.codes(), ((0, tensor.groups * g - k), (0, 0))).reshape(-1, g, n)
     w = scale[:, None] * (code.astype(jnp.float32) - grid.zero[:, None])
@@ -145,15 +146,25 @@ def _packing(block: Params) -> dict[str, Any]:
 
 
 def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
-    """Zeros: what is learned at first, of the gains of norms and, inside blocks, of scales."""
+    """What is learned at first, of the gains of norms and, inside blocks, of scales: zeros, but for scales in
+    eight bits numbers that change none of them, evenly spread over what is rounded to it. Else none would
+    change before it has moved by half a step, and then all would at once."""
     start, leading = {}, 1 if inside else 0  # blocks are stacked
     for name, value in params.items():
         if isinstance(value, MixedTensor):
             if inside:
-                start[name] = jnp.zeros(value.scale.shape)
+                start[name] = _undecided(value.scale)
         elif name.endswith("norm.scale") and value.ndim == 1 + leading:
             start[name] = jnp.zeros(value.shape)
     return start
+
+
+def _undecided(scale: jax.Array) -> jax.Array:
+    """Logarithms of factors that leave stored scales as they are, spread over all that do."""
+    if scale.dtype != jnp.uint8:
+        return jnp.zeros(scale.shape)
+    shares = jnp.asarray(spread(scale.size).reshape(scale.shape), jnp.float32)
+    return jnp.log(scales.within(scale, shares) / scales.decoded(scale))
 
 
 @dataclasses.dataclass(frozen=True)

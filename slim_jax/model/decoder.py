@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
         table = self.embed.get_value()
         h = look_up(table, tokens)
         if self.config.embed_scale != 1:
-            # Of what dtype a packed table was, its scales tell: models that round the factor have bfloat16.
+            # What dtype a packed table had nobody knows: models that round the factor have bfloat16.
             dtype = jnp.bfloat16 if isinstance(table, MixedTensor | Prepared) else table.dtype
             h = h * jnp.asarray(self.config.embed_scale, dtype).astype(jnp.float32)
         if self.project_in is not None:

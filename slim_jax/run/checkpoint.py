@@ -237,6 +237,9 @@ class CheckpointWriter:
 
 
 def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if not found["complete"] and found["version"] != wanted["version"]:
+        was, now = found["version"], wanted["version"]
+        raise CheckpointError(f"{path} was begun in format version {was}, now {now}: start anew elsewhere")
     for part in ("decoder", "origin", "quantization"):
         old, new = found[part] or {}, wanted[part] or {}
         differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

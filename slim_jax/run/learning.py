@@ -170,7 +170,9 @@ class BlockLearner:
             w = jnp.pad(w, ((0, tensor.groups * g - w.shape[0]), (0, 0))).reshape(tensor.groups, g, -1)
             bits = self.placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
             if learn.startswith("clip"):
-                learned[name], layers[name] = clip_start(w, bits, zero_bits=zero_bits(tensor.widths))
+                learned[name], layers[name] = clip_start(
+                    w, bits, zero_bits=zero_bits(tensor.widths), scale_dtype=tensor.scale.dtype
+                )
             else:
                 learned[name], layers[name] = solved_start(tensor, w, bits, rounding=learn == "rounding")
         rest = {

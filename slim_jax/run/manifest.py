@@ -13,7 +13,9 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import Params, block_buffers
 
 FORMAT = "slim-jax"
-VERSION = 1
+VERSION = 2
+"""Of what is written; 1, which is read too, has scales in bfloat16 alone."""
+
 MANIFEST = "slim.json"
 LEAVES = ("words", "scale", "zero", "order", "segments")
 
