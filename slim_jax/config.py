@@ -68,7 +68,10 @@ class SlimConfig:
       tune: whether scales and norms of the whole model are tuned in the end, by the divergence of its logits
         from the full-precision model's (`slim_jax.run.tuning`). By default where the method is "slim-plus"
         and ``sqc`` not "paper".
-      tune_epochs: of tuning, passes over the calibration samples.
+      tune_samples: how many of the calibration samples, the last, are left to tuning; no layer is solved on
+        them. On samples that layers were solved on, less than half shows of what was lost. By default half
+        (:meth:`samples_to_tune`); with 0 tuning looks at those that the layers were solved on.
+      tune_epochs: of tuning, passes over its samples.
       tune_batch_size: samples of one of its steps.
       tune_rate: learning rate of tuning, of the logarithms of scales and gains.
       rules: what holds for some layers of the blocks instead, ``(pattern, options)`` each, see
@@ -99,6 +102,7 @@ class SlimConfig:
     embedding_bits: int | None = None
     embedding_group_size: int | None = None
     tune: bool | None = None
+    tune_samples: int | None = None
     tune_epochs: int = 1
     tune_batch_size: int = 1
     tune_rate: float = 2e-3
@@ -143,6 +147,8 @@ class SlimConfig:
         for name in ("search_tokens", "epochs", "batch_size", "tune_epochs", "tune_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.tune_samples is not None and self.tune_samples < 0:
+            raise ValueError(f"tune_samples is {self.tune_samples}, expected 0 or more")
         object.__setattr__(self, "rules", tuple(map(Rule.of, self.rules)))
         for rule in self.rules:
             try:
@@ -229,6 +235,24 @@ class SlimConfig:
         as many bits are stored as for uniform codes of ``bits``."""
         zeros = zero_bits(self.widths) - zero_bits((math.ceil(self.bits),))
         return self.bits - zeros / self.group_size
+
+    def samples_to_tune(self, samples: int, devices: int = 1) -> int:
+        """How many of so many calibration samples are tuning's alone, where ``devices`` share the work.
+
+        Raises:
+          ValueError: ``tune_samples`` leaves none to solve the layers on, or the devices do not divide it.
+        """
+        if not self.tune:
+            return 0
+        if self.tune_samples is None:
+            return samples // 2 // devices * devices
+        if self.tune_samples >= samples:
+            raise ValueError(f"tune_samples is {self.tune_samples} of {samples} samples, expected fewer")
+        if self.tune_samples % devices:
+            raise ValueError(
+                f"tune_samples is {self.tune_samples}, expected a multiple of the {devices} devices"
+            )
+        return self.tune_samples
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""

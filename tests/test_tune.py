@@ -27,6 +27,7 @@ TUNED = SlimConfig(
     bits=2,
     group_size=32,
     tune=True,
+    tune_samples=0,
     tune_epochs=8,
     tune_batch_size=len(TOKENS),
     tune_rate=1e-2,
@@ -154,6 +155,40 @@ def test_tuning_lowers_the_divergence_and_leaves_codes(models):
             for leaf in ("words", "zero", "order", "segments"):
                 np.testing.assert_array_equal(getattr(value, leaf), getattr(after[name], leaf))
             assert np.any(value.scale != after[name].scale)
+
+
+def codes(model: Decoder) -> list[np.ndarray]:
+    leaves = jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, MixedTensor))
+    return [np.asarray(leaf.words) for leaf in leaves if isinstance(leaf, MixedTensor)]
+
+
+def test_layers_are_not_solved_on_what_tuning_looks_at():
+    model = confident(dataclasses.replace(CONFIG, num_layers=1))
+    own = dataclasses.replace(TUNED, tune_samples=None, tune_batch_size=1, tune_epochs=1)
+    half, other = len(TOKENS) // 2, np.concatenate([TOKENS[: len(TOKENS) // 2], TOKENS[: len(TOKENS) // 2]])
+    found, report = pipeline.quantize(model, TOKENS, own)
+    assert report.tuning is not None
+    assert report.tuning.tokens == (half - 1) * TOKENS.shape[1]  # one of eight judges
+    untuned, _ = pipeline.quantize(model, TOKENS[:half], UNTUNED)
+    again, _ = pipeline.quantize(model, other, own)
+    for those in (untuned, again):
+        for mine, theirs in zip(codes(found), codes(those), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_how_many_samples_tuning_has():
+    config = SlimConfig(tune=True)
+    assert [config.samples_to_tune(n) for n in (1, 2, 7, 128)] == [0, 1, 3, 64]
+    assert config.samples_to_tune(12, devices=4) == 4
+    assert SlimConfig(tune=False, tune_samples=8).samples_to_tune(4) == 0
+    given = dataclasses.replace(config, tune_samples=4)
+    assert given.samples_to_tune(12) == 4
+    with pytest.raises(ValueError, match="tune_samples is 4 of 4 samples, expected fewer"):
+        given.samples_to_tune(4)
+    with pytest.raises(ValueError, match="tune_samples is 4, expected a multiple of the 3 devices"):
+        given.samples_to_tune(12, devices=3)
+    with pytest.raises(ValueError, match="tune_samples is -1, expected 0 or more"):
+        SlimConfig(tune_samples=-1)
 
 
 @pytest.mark.slow

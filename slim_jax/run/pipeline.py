@@ -59,6 +59,12 @@ def _check(source: Source, tokens: np.ndarray, config: SlimConfig, devices: int)
     return tokens
 
 
+def _parts(tokens: np.ndarray, config: SlimConfig, devices: int) -> tuple[np.ndarray, np.ndarray]:
+    """The samples that layers are solved on, and those that the whole is tuned on."""
+    own = config.samples_to_tune(len(tokens), devices)
+    return (tokens[:-own], tokens[-own:]) if own else (tokens, tokens)
+
+
 def quantize(
     model: Decoder | Source,
     tokens: np.ndarray,
@@ -76,7 +82,8 @@ def quantize(
 
     Args:
       model: a decoder in memory, or a source that is read block by block.
-      tokens: calibration text, ``int[samples, length]``.
+      tokens: calibration text, ``int[samples, length]``; part of it is left to tuning, see
+        `SlimConfig.tune_samples`.
       config: how to quantize.
       allocation: bit widths of every group, instead of a search.
       optimizer: of "slim-plus", instead of `slim_jax.run.learning.default_optimizer`.
@@ -96,7 +103,8 @@ def quantize(
     source = DecoderSource(model) if isinstance(model, Decoder) else model
     placement = Placement(mesh)
     tokens = _check(source, tokens, config, placement.devices)
-    quantizer = BlockQuantizer(source, tokens, config, allocation, optimizer, None, placement, on_sweep)
+    solving, tuning_on = _parts(tokens, config, placement.devices)
+    quantizer = BlockQuantizer(source, solving, config, allocation, optimizer, None, placement, on_sweep)
     blocks, reports = [], []
     for index in range(source.config.num_layers):
         params, report = quantizer.quantize(index, on_epoch)
@@ -107,8 +115,10 @@ def quantize(
     outer, ends = quantizer.ends()
     tuning = None
     if config.tune:
+        reference = quantizer.reference if tuning_on is solving else None
+        del quantizer
         learned, tuning = tune(
-            source, tokens, config, outer, blocks, placement, quantizer.reference, on_step=on_step
+            source, tuning_on, config, outer, blocks, placement, reference, on_step=on_step
         )
         offset = source.config.norm_offset
         outer = apply(outer, learned.outer, offset)
@@ -147,6 +157,7 @@ def quantize_to_checkpoint(
     """
     placement = Placement(mesh)
     tokens = _check(source, tokens, config, placement.devices)
+    solving, tuning_on = _parts(tokens, config, placement.devices)
     settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
     writer = CheckpointWriter(
         path,
@@ -164,16 +175,16 @@ def quantize_to_checkpoint(
         if not writer.all_written:
             swept = path / "drafts/sweep.npz"
             quantizer = BlockQuantizer(
-                source, tokens, config, allocation, optimizer, folder, placement, on_sweep, swept
+                source, solving, config, allocation, optimizer, folder, placement, on_sweep, swept
             )
             _write_all(quantizer, writer, on_block, on_epoch)
-            reference = quantizer.reference
+            reference = quantizer.reference if tuning_on is solving else None
             del quantizer
         if config.tune:
             outer, blocks = writer.read_outer(), list(map(writer.read_block, range(source.config.num_layers)))
             file = path / "drafts/tuning.npz"
             learned, tuning = tune(
-                source, tokens, config, outer, blocks, placement, reference, folder, file, on_step
+                source, tuning_on, config, outer, blocks, placement, reference, folder, file, on_step
             )
             offset = source.config.norm_offset
             tuned = apply(outer, learned.outer, offset)

@@ -103,11 +103,11 @@ def make_plan(
       devices: how many share the model, as `slim_jax.load` with a mesh cuts it.
       batch: sequences that run at once.
       context: tokens that each has room for.
-      samples: calibration windows.
+      samples: calibration windows, those that tuning is left among them; 0 where none is kept in memory.
       length: their tokens.
 
     Raises:
-      ValueError: a rule of the settings holds for no layer.
+      ValueError: a rule of the settings holds for no layer, or tuning leaves no window to the layers.
     """
     outer, blocks = outer_params(config), _Blocks.of(config, settings)
     ends = _ends(outer, settings)
@@ -121,6 +121,7 @@ def make_plan(
         cut = {name: 1 if sharding[_in_block(name)] == "replicated" else devices for name in packed}
         return sum(-(-size // cut[name]) for name, size in packed.items())
 
+    solving = (samples - settings.samples_to_tune(samples)) * length if samples else 0
     weights = share(blocks.packed) + share(ends) + rest
     cache_here = sum(_cache_bytes(kind, devices) for kind in config.blocks())
     working = 4 * batch * (config.vocab_size + 8 * max(b.intermediate_size for b in config.blocks()))
@@ -137,7 +138,7 @@ def make_plan(
         ends_bytes=sum(ends.values()),
         cache_bytes_per_token=sum(_cache_bytes(kind, 1) for kind in config.blocks()),
         calibration_bytes=max(
-            _calibration_bytes(kind, settings, size, samples * length)
+            _calibration_bytes(kind, settings, size, solving)
             for kind, size in zip(config.blocks(), blocks.sizes)
         ),
         device=device,
