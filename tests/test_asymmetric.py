@@ -83,5 +83,5 @@ def test_a_head_makes_up_for_what_it_reads():
     config = dataclasses.replace(UNIFORM, embedding_bits=8, asymmetric=1.0)
     packed, _ = TableSolver(config, Placement()).solve("head.weight", w.astype(np.float32), seen)
     best = w + (1 - 64 / 4096) * (np.linalg.lstsq(x, full @ w, rcond=None)[0] - w)
-    assert np.abs(packed.dequantize() - best).max() < 0.05
+    assert np.abs(packed.dequantize() - best).max() < 0.1
     assert np.abs(packed.dequantize() - w).max() > 0.5

@@ -31,7 +31,7 @@ def test_llama_2_7b():
     assert found.parameters == 6_738_415_616  # as its paper's repository counts them
     assert found.bfloat16_bytes == 2 * found.parameters
     assert found.cache_bytes_per_token == 2 * 32 * 4096 * 2
-    assert found.bits_per_weight == pytest.approx(2 + (16 + 4) / 128, rel=1e-3)
+    assert found.bits_per_weight == pytest.approx(2 + (8 + 4) / 128, rel=1e-3)
     assert found.fits
     assert found.max_context == 4096
     assert not plan.make_plan(LLAMA_2_7B, SlimConfig(bits=7), "v5e", batch=64).fits

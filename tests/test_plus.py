@@ -24,8 +24,17 @@ from slim_jax.run.learning import BlockLearner
 from slim_jax.run.source import DecoderSource
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (64, 32))
+# Solved in the plainest way, so that there is something to learn.
 PLUS = SlimConfig(
-    bits=2, group_size=32, method="slim-plus", criterion="kl", tune=False, epochs=4, batch_size=4
+    bits=2,
+    group_size=32,
+    method="slim-plus",
+    criterion="kl",
+    asymmetric=0,
+    refine=0,
+    tune=False,
+    epochs=4,
+    batch_size=4,
 )
 
 
@@ -131,7 +140,8 @@ def test_gradient_of_clipping_by_hand():
 def test_clipping_keeps_zeros(bits):
     """As in the paper's code: zero points are whole, so that a weight of 0 is stored as 0."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 5)), jnp.float32).at[:, 4].set(0.0)
-    learned, layer = clip_start(w, jnp.full((3, 1, 1), float(bits)), zero_bits=4, scale_dtype=jnp.dtype(jnp.uint8))
+    width = jnp.full((3, 1, 1), float(bits))
+    learned, layer = clip_start(w, width, zero_bits=4, scale_dtype=jnp.dtype(jnp.uint8))
     _, grid = quantized(learned, layer)
     np.testing.assert_array_equal(grid.zero, np.round(grid.zero))
     np.testing.assert_array_equal(value(learned, layer)[:, 4], 0.0)
@@ -198,7 +208,7 @@ def test_what_is_stored_is_what_the_loss_saw(model):
             return tensor
 
     source = DecoderSource(model)
-    blocks = quantizer.BlockQuantizer(source, TOKENS, dataclasses.replace(PLUS, learning_rate=0.02), None)
+    blocks = quantizer.BlockQuantizer(source, TOKENS, PLUS, None)
     fields = {f.name: getattr(blocks.learner.kinds[0], f.name) for f in dataclasses.fields(SlimPlus)}
     blocks.learner.kinds = [Spy(**fields)] * 2
     _, report = blocks.quantize(0)

@@ -136,12 +136,11 @@ class Tile:
         lifted, sums = m.sums[0], m.sums[1]
         for j in range(0, config.strips, config.join):
             lanes = slice(j * LANES, (j + config.join) * LANES)
-            scale, zero = (copy[self.half, :, lanes] for copy in m.column_copies[:2])
-            zero = zero_codes(zero, self.w)
-            scale = scales.decoded(scale)  # [G, join * 128]
+            scale = scales.decoded(m.column_copies[0][self.half, :, lanes])  # [G, join * 128]
             for i in range(config.join):
                 part = scale[:, i * LANES : (i + 1) * LANES]
                 m.scale_rows[j + i] = part * m.unit[...] if self.field == 8 else part
+            zero = zero_codes(m.column_copies[1][self.half, :, lanes], self.w)
             offset = scale * zero.astype(jnp.float32)
             high = truncate(offset)  # scales have 8 bits and zero codes up to 8: the rest fits bfloat16, too
             past = correct(sums, [high, high, offset - high])

@@ -48,7 +48,9 @@ Learned = dict[str, dict[str, jax.Array]]
 
 
 @partial(
-    jax.tree_util.register_dataclass, meta_fields=["zero_bits", "scale_dtype"], data_fields=["weight", "low", "high", "bits"]
+    jax.tree_util.register_dataclass,
+    meta_fields=["zero_bits", "scale_dtype"],
+    data_fields=["weight", "low", "high", "bits"],
 )
 @dataclasses.dataclass(frozen=True)
 class Layer:

@@ -139,10 +139,13 @@ def stacked(config: DecoderConfig, blocks: Sequence[Params]) -> dict[Run, dict[s
 
 def _packing(block: Params) -> dict[str, Any]:
     """What parameters that are stacked have in common."""
-    return {
-        name: (w.shape, w.group_size, w.widths, w.dtype) if isinstance(w, MixedTensor) else (w.shape, w.dtype)
-        for name, w in block.items()
-    }
+
+    def of(w: Any) -> tuple[Any, ...]:
+        if isinstance(w, MixedTensor):
+            return w.shape, w.group_size, w.widths, w.scale.dtype, w.dtype
+        return w.shape, w.dtype
+
+    return {name: of(w) for name, w in block.items()}
 
 
 def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:

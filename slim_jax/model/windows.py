@@ -9,15 +9,22 @@ from jaxtyping import Int32
 def draw_windows(
     tokens: np.ndarray, samples: int, length: int, seed: int
 ) -> Int32[np.ndarray, "samples length"]:
-    """Windows at random places of a text ``int[T]``, which may overlap; equal seeds give equal windows.
+    """Windows at random places of a text ``int[T]``; equal seeds give equal windows.
+
+    None overlap as long as the text has others: it is cut into windows from a random place on, and from
+    another where these are not enough.
 
     Raises:
       ValueError: the text is shorter than one window.
     """
     if len(tokens) < length:
         raise ValueError(f"the text has {len(tokens)} tokens, expected at least one window of {length}")
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, samples)
-    return np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
+    rng, last = np.random.default_rng(seed), len(tokens) - length
+    starts: list[int] = []
+    while len(starts) < samples:
+        first = rng.integers(0, min(length - 1, last), endpoint=True)
+        starts.extend(rng.permutation(np.arange(first, last + 1, length)))
+    return np.asarray(tokens, np.int32)[np.asarray(starts[:samples])[:, None] + np.arange(length)]
 
 
 def select_windows(tokens: np.ndarray, window: int, max_windows: int | None = None) -> np.ndarray:

@@ -279,15 +279,17 @@ def _in_block(name: str) -> str:
 
 
 def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:
+    """At the mean width, between those of the whole widths beside it: one layer has more, another less."""
     groups, mean = group_count(shape[0], settings.group_size), settings.mean_width
-    wider = round(groups * (mean - math.floor(mean)))
-    counts = (
-        {math.floor(mean): groups - wider, math.ceil(mean): wider} if wider else {math.floor(mean): groups}
-    )
-    segments = tuple(counts.get(width, 0) for width in settings.widths)
-    return abstract_tensor(
-        shape, widths=settings.widths, segments=segments, group_size=settings.group_size
-    ).nbytes
+
+    def at(width: int) -> int:
+        segments = tuple(groups if width == each else 0 for each in settings.widths)
+        return abstract_tensor(
+            shape, widths=settings.widths, segments=segments, group_size=settings.group_size
+        ).nbytes
+
+    low = math.floor(mean)
+    return at(low) if low == mean else round(at(low) + (mean - low) * (at(low + 1) - at(low)))
 
 
 def _calibration_bytes(config: DecoderConfig, settings: SlimConfig, block: int, tokens: int) -> int:
