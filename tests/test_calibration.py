@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from convert import calibration
+from slim_jax.model.windows import draw_windows
 
 
 def letters(text: str) -> list[int]:
@@ -64,9 +65,20 @@ def test_windows_are_of_their_parts_and_mixed():
     assert np.any(found != calibration.draw(given, letters, write, 8, 8, 6))
 
 
-def test_a_text_alone_is_drawn_as_it_always_was():
-    from slim_jax.model.windows import draw_windows
+def test_windows_overlap_only_where_there_are_no_others():
+    starts = np.sort(draw_windows(np.arange(100), 11, 8, 0)[:, 0])
+    assert np.diff(starts).min() >= 8
+    many = draw_windows(np.arange(100), 40, 8, 0)
+    assert many.shape == (40, 8)
+    assert len(np.unique(many[:, 0])) > 20
+    assert many.min() >= 0
+    assert many.max() <= 99
+    np.testing.assert_array_equal(many[:11], draw_windows(np.arange(100), 11, 8, 0))
+    assert np.any(many != draw_windows(np.arange(100), 40, 8, 1))
+    np.testing.assert_array_equal(draw_windows(np.arange(8), 3, 8, 0), np.arange(8)[None].repeat(3, 0))
 
+
+def test_a_text_alone_is_drawn_as_it_always_was():
     text = "some text that is long enough"
     found = calibration.draw([calibration.Part("a", 1, text)], letters, write, 4, 6, 3)
     np.testing.assert_array_equal(found, draw_windows(np.asarray(letters(text)), 4, 6, 3))

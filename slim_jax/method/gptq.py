@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -34,6 +35,13 @@ class Solution(NamedTuple):
     def part(self, channels: slice) -> "Solution":
         """The solution of one of the layers that were solved side by side."""
         return Solution(*(leaf[:, channels] for leaf in self))
+
+    def times(self, exponent: int) -> "Solution":
+        """That of the weight times a power of two, with scales in bfloat16; itself for a power of 0."""
+        if not exponent:
+            return self
+        scale = scales.decoded(self.scale) * np.float32(2.0**exponent)
+        return self._replace(scale=scale.astype(jnp.bfloat16))
 
     def weight(self) -> jax.Array:
         """What is stored, ``float32[K, N]``."""

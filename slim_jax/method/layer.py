@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import MixedTensor, pack
+from pallas_kernels import MixedTensor, pack, scales
 from pallas_kernels.layout import zero_bits
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
@@ -24,7 +24,7 @@ from slim_jax.method.hessian import (
 )
 from slim_jax.method.refine import refine
 from slim_jax.method.sba import Allocation, allocate, output_divergence, scores
-from slim_jax.method.sqc import Grid, stored_grids
+from slim_jax.method.sqc import Grid, scale_dtype, stored_grids
 from slim_jax.model.linear import product_dtype
 from slim_jax.report import LayerReport
 
@@ -74,8 +74,9 @@ class LayerSolver:
         errors = {}
         for name, w in weights.items():
             padded = jnp.pad(self.placement.channels(w).astype(jnp.float32), _rows_up_to(found, w))
+            unit = 2.0 ** self.exponent([padded])
             by_width = group_errors(
-                padded * found.alive[:, None],
+                padded * found.alive[:, None] * np.float32(unit),
                 found.importance,
                 widths=self.config.widths,
                 group_size=self.config.group_size,
@@ -83,7 +84,7 @@ class LayerSolver:
                 sqc=str(sqc),
                 placement=self.placement,
             )
-            errors[name] = self.placement.fetch(by_width)
+            errors[name] = self.placement.fetch(by_width) / np.float32(unit**2)
         return errors
 
     def solve(
@@ -112,6 +113,9 @@ class LayerSolver:
         if config.method != "rtn":
             padded = self.corrected(padded, found, observation)
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
+        exponent = self.exponent(padded)
+        if exponent:
+            padded, x = [w * np.float32(2.0**exponent) for w in padded], x * np.float32(2.0**-exponent)
         if like is None:
             chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
             grids = None
@@ -119,6 +123,7 @@ class LayerSolver:
             chosen = [(tensor.bits(), None) for tensor in like]
             all_grids = [stored_grids(tensor) for tensor in like]
             grids = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *all_grids)
+            grids = grids._replace(scale=grids.scale * np.float32(2.0**exponent))
         solutions = self._solutions(padded, found, [bits for bits, _ in chosen], grids)
         if config.criterion != "paper" and any(mixed for _, mixed in chosen):
             uniform = [np.full_like(bits, int(config.bits)) for bits, _ in chosen]
@@ -127,9 +132,15 @@ class LayerSolver:
                 if mixed and not _pays(*self.placement.tree((w, x, solutions[i], plain[i]))):
                     solutions[i], chosen[i] = plain[i], (uniform[i], 0)
         for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
-            tensor = self._pack(solution, bits, k)
+            tensor = self._pack(solution, bits, k, exponent)
             error = float(relative_error(w, _weight(solution), found.h))
             yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
+
+    def exponent(self, weights: Sequence[jax.Array | np.ndarray]) -> int:
+        """By which power of two the weights are multiplied: see `pallas_kernels.scales.exponent`."""
+        if scale_dtype(str(self.config.sqc)) != jnp.uint8:
+            return 0
+        return scales.exponent(max(max(float(w.max()), -float(w.min())) for w in weights))
 
     def corrected(
         self, weights: list[jax.Array], found: Statistics, observation: Observation
@@ -243,9 +254,9 @@ class LayerSolver:
         p = first + int(np.argmin(candidates[first:]))
         return allocate(np.asarray(order), p, int(config.bits)), p
 
-    def _pack(self, solution: Solution, bits: np.ndarray, k: int) -> MixedTensor:
+    def _pack(self, solution: Solution, bits: np.ndarray, k: int, exponent: int) -> MixedTensor:
         zero_unit = np.exp2(bits - self.zero_bits)[:, None]
-        code, scale, zero = map(self.placement.fetch, solution)
+        code, scale, zero = map(self.placement.fetch, solution.times(-exponent))
         tensor = pack(
             code[:k],
             scale,

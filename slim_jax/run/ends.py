@@ -137,6 +137,7 @@ class TableSolver:
         seen = seen or Observation(jnp.eye(d), jnp.zeros((1, d)), 2)  # its Hessian is the identity
         layers = LayerSolver(self.config, None, self.placement)
         found, damping = layers.statistics(seen, [label])
+        exponent = layers.exponent([table])
         parts, error, total = [], 0.0, 0.0
         for start in range(0, vocab, CHUNK):
             chunk = slice(start, start + CHUNK)
@@ -144,10 +145,11 @@ class TableSolver:
             w = jnp.pad(w.astype(jnp.float32), ((0, found.alive.shape[0] - d), (0, 0)))
             if feedback:
                 (w,) = layers.corrected([w * found.alive[:, None]], found, seen)
+            w = w * np.float32(2.0**exponent)
             solution = self._solve(w, found, feedback)
             chunk_error, chunk_total = squares(w, _weight(solution), found.h)
             error, total = error + float(chunk_error), total + float(chunk_total)
-            parts.append(self._pack(solution, d))
+            parts.append(self._pack(solution.times(-exponent), d))
         tensor = self.placement.tensor(side_by_side(parts))
         return tensor, LayerReport.of(label, tensor, error / max(total, 1e-30), None, damping)
 

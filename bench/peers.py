@@ -1,0 +1,224 @@
+"""Other quantizers on the model, the calibration windows and the judge that our own figures have.
+
+Runs in an environment of its own, with PyTorch and without JAX; nothing else here imports it. What is rounded
+are the linear layers of the blocks; embedding, head and norms stay as they are, and count 16 bits.
+
+    python3.11 -m venv /tmp/peers && /tmp/peers/bin/pip install torch==2.13.0 transformers hqq auto-round
+    /tmp/peers/bin/pip install --no-deps gptqmodel==7.7.0   # asks for a newer PyTorch and does not need it
+    /tmp/peers/bin/pip install threadpoolctl device-smi pypcre tokenicer logbar ninja datasets dill torchao \\
+        defuser accelerate protobuf pillow
+
+    slim-jax export smollm2 out/dense --format hf --dtype float32
+    python -c "import convert, numpy; from bench.quantize import tokens_of; \\
+        from slim_jax.model.windows import draw_windows; \\
+        tokens = tokens_of(convert.load_source('smollm2'), 'wt2_calib.txt'); \\
+        numpy.save('out/tokens.npy', draw_windows(tokens, 64, 512, 0))"
+
+    OMP_NUM_THREADS=1 GPTQMODEL_CPU_WORKERS=2 taskset -c 1 /tmp/peers/bin/python -m bench.peers out/dense \\
+        --method gptq --bits 2 --group-size 64 --calibration out/tokens.npy --out out/gptq-2
+    slim-jax eval out/gptq-2 --against smollm2 --text wt2_test.txt --max-windows 38 --json
+
+What a method stores is written dequantized, as a Hugging Face directory, so that all have one judge. A line
+of JSON, printed and kept there as ``peers.json``, has stored bits, and CPU seconds of quantization alone,
+children included. gptqmodel compiles an extension the first time; take the second run's seconds.
+"""
+
+import argparse
+import json
+import resource
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""How the linear layers of a llama-like block are called."""
+
+
+class Quantized(NamedTuple):
+    """What a method made of the blocks.
+
+    Attributes:
+      weights: ``[N, K]`` of each layer by its name, dequantized.
+      stored: bits of all that the method stores for them.
+      settings: that it was given, for the record.
+    """
+
+    weights: dict[str, torch.Tensor]
+    stored: int
+    settings: dict[str, Any]
+
+
+def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The linear layers of the blocks, or what stands in their place, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if ".layers." in name and name.rpartition(".")[2] in LINEARS
+    }
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """The model in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def size_of(*tensors: torch.Tensor) -> int:
+    """Bits that tensors take as they are."""
+    return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def run_hqq(arguments: argparse.Namespace, _: np.ndarray) -> Quantized:
+    """Half-quadratic quantization, as the package does by default; it does not calibrate.
+
+    Three bits are packed ten to a word of 32. Scales and zeros are 16-bit.
+    """
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = {"nbits": arguments.bits, "group_size": arguments.group_size, "axis": arguments.axis}
+    weights, stored = {}, 0
+    for name, layer in layers_of(load(arguments.source)).items():
+        packed = HQQLinear(layer, BaseQuantizeConfig(**settings), compute_dtype=torch.float16, device="cpu")
+        weights[name] = packed.dequantize()
+        stored += size_of(packed.W_q, packed.meta["scale"], packed.meta["zero"])
+    return Quantized(weights, stored, settings)
+
+
+def run_gptqmodel(arguments: argparse.Namespace, tokens: np.ndarray) -> Quantized:
+    """GPTQ, GPTAQ or FOEM with the package's defaults, but with zero points (its own is symmetric).
+
+    Stored are codes, scales, zero points and each channel's group, as in the files that it writes.
+    """
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
+
+    variants = {"gptq": {}, "gptaq": {"gptaq": GPTAQConfig()}, "foem": {"foem": FOEMConfig()}}
+    settings = {"bits": arguments.bits, "group_size": arguments.group_size, "sym": False}
+    # In the older format zero points are one lower, in memory too, where dequantizing does not expect it.
+    how = {"format": "gptq_v2", "offload_to_disk": False}
+    config = QuantizeConfig(**settings, **variants[arguments.method], **how)
+    model = GPTQModel.load(str(arguments.source), config, device="cpu", dtype=torch.float32)
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in _rows(tokens)]
+    model.quantize(rows, batch_size=arguments.batch_size, backend=BACKEND.TORCH)
+    packed = layers_of(model.model)
+    stored = sum(size_of(one.qweight, one.qzeros, one.scales, one.g_idx) for one in packed.values())
+    settings |= {"damp_percent": config.damp_percent, "act_group_aware": config.act_group_aware}
+    return Quantized({name: one.dequantize_weight().T for name, one in packed.items()}, stored, settings)
+
+
+def run_autoround(arguments: argparse.Namespace, tokens: np.ndarray) -> Quantized:
+    """AutoRound's steps of signed gradient descent; a recipe is the package's, but for the windows.
+
+    Stored are codes and zero points of as many bits as asked for, and 16-bit scales.
+    """
+    from auto_round import AutoRound
+
+    recipe = {"autoround-light": (50, 5e-3), "autoround": (200, None), "autoround-best": (1000, None)}
+    iters, lr = recipe[arguments.method]
+    settings = {
+        "bits": arguments.bits,
+        "group_size": arguments.group_size,
+        "sym": False,
+        "iters": arguments.iters or iters,
+        "lr": lr,
+        "nsamples": len(tokens),
+        "seqlen": tokens.shape[1],
+        "batch_size": arguments.batch_size,
+    }
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in _rows(tokens)]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.source)
+    rounding = AutoRound(load(arguments.source), tokenizer, dataset=rows, device_map="cpu", **settings)
+    layers = layers_of(rounding.quantize()[0])
+    stored = sum(
+        arguments.bits * (layer.weight.numel() + layer.scale.numel()) + size_of(layer.scale.half())
+        for layer in layers.values()
+    )
+    return Quantized({name: layer.weight for name, layer in layers.items()}, stored, settings)
+
+
+def _rows(tokens: np.ndarray) -> list[torch.Tensor]:
+    """Windows ``int[S, T]`` as batches of one."""
+    return list(torch.from_numpy(tokens.astype(np.int64))[:, None])
+
+
+METHODS: dict[str, tuple[str, Callable[[argparse.Namespace, np.ndarray], Quantized]]] = {
+    "hqq": ("hqq", run_hqq),
+    "gptq": ("gptqmodel", run_gptqmodel),
+    "gptaq": ("gptqmodel", run_gptqmodel),
+    "foem": ("gptqmodel", run_gptqmodel),
+    "autoround-light": ("auto-round", run_autoround),
+    "autoround": ("auto-round", run_autoround),
+    "autoround-best": ("auto-round", run_autoround),
+}
+"""The package of each method, and what runs it."""
+
+
+def write(source: Path, weights: dict[str, torch.Tensor], out: Path) -> torch.nn.Module:
+    """Writes the source with other weights in its blocks, and returns it.
+
+    Raises:
+      ValueError: a layer of the blocks has none, or they are of another shape.
+    """
+    model = load(source)
+    layers = layers_of(model)
+    if missing := layers.keys() ^ weights.keys():
+        raise ValueError(f"layers and weights differ in {sorted(missing)}")
+    for name, layer in layers.items():
+        if weights[name].shape != layer.weight.shape:
+            raise ValueError(f"{name} is {tuple(weights[name].shape)}, expected {tuple(layer.weight.shape)}")
+        layer.weight.data = weights[name].detach().float().contiguous()
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    return model
+
+
+def stored_bits(model: torch.nn.Module, stored: int) -> dict[str, float]:
+    """Bits per weight of the blocks, per parameter of the model, and its size; a tied head counts once."""
+    blocks = sum(layer.weight.numel() for layer in layers_of(model).values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    whole = stored + 16 * (every - blocks)
+    return {"block_bits": stored / blocks, "model_bits": whole / every, "model_mb": whole / 8e6}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def main() -> None:
+    """Quantizes as the options say, writes the result and prints what was done."""
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="Hugging Face directory of a llama-like model")
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--calibration", type=Path, required=True, help="windows, .npy of int[S, T]")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time")
+    parser.add_argument("--axis", type=int, default=1, help="of hqq: 1 groups inputs, 0 outputs")
+    parser.add_argument("--iters", type=int, help="of autoround: other than the recipe's")
+    arguments = parser.parse_args()
+    tokens = np.load(arguments.calibration)
+    package, run = METHODS[arguments.method]
+    start = cpu_seconds()
+    found = run(arguments, tokens)
+    seconds = cpu_seconds() - start
+    row = {
+        "method": arguments.method,
+        "bits": arguments.bits,
+        **stored_bits(write(arguments.source, found.weights, arguments.out), found.stored),
+        "cpu_s": seconds,
+        "settings": found.settings,
+        "versions": {name: version(name) for name in (package, "torch", "transformers")},
+    }
+    (arguments.out / "peers.json").write_text(json.dumps(row))
+    print(f"\n{json.dumps(row)}")  # a progress bar may have left its line open
+
+
+if __name__ == "__main__":
+    main()
