@@ -135,6 +135,7 @@ def quantize(
     if not resume:
         require_new(out, "; --resume goes on with an interrupted run")
     mesh = _mesh(devices, samples)
+    config.samples_to_tune(samples, devices)  # a mistake there shows before the model is read
     model = _opened(source, config)
     length = window_length(length, model.config)
     require_positions("--length", length, model)
