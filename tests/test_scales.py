@@ -73,8 +73,8 @@ def test_a_weight_with_bytes_for_scales():
 
 
 def test_the_power_that_brings_weights_within_reach():
-    assert [scales.exponent(largest) for largest in (0.0, 0.02, 0.5, 5.0, float("nan"))] == [0] * 5
-    for largest in (1e-20, 1e-3, 8.0, 3e5):
+    assert [scales.exponent(largest) for largest in (0.0, 0.02, 0.5, 9.25, float("nan"))] == [0] * 5
+    for largest in (1e-20, 1e-3, 12.0, 3e5):
         assert 0.5 <= largest * 2.0 ** scales.exponent(largest) < 1
 
 
