@@ -93,6 +93,11 @@ def test_a_target_size_is_met_and_used(size):
     assert plan.for_size(LLAMA_2_7B, SlimConfig(embedding_bits=8), wanted).embedding_bits == 8
 
 
+def test_a_target_size_does_not_depend_on_the_samples_of_tuning():
+    found = [plan.for_size(LLAMA_2_7B, SlimConfig(tune=True, tune_samples=n), 2 * 10**9) for n in (1, 500)]
+    assert found[0].bits == found[1].bits
+
+
 def test_target_sizes_that_cannot_be():
     with pytest.raises(ValueError, match="at 1 bit the model takes"):
         plan.for_size(LLAMA_2_7B, SlimConfig(), 10**6)

@@ -228,7 +228,7 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
     smallest = 0
     for whole in range(6, 0, -1):
         given = dataclasses.replace(settings, bits=whole, **free)
-        smallest = make_plan(config, given, next(iter(DEVICES))).packed_bytes
+        smallest = make_plan(config, given, next(iter(DEVICES)), samples=0).packed_bytes
         if smallest <= size:
             bits = min(whole + (size - smallest) / bytes_per_bit, whole + 0.999)
             return dataclasses.replace(given, bits=math.floor(1000 * bits) / 1000)
