@@ -70,5 +70,5 @@ def exponent(largest: float) -> int:
 def within(scale: jax.Array, share: jax.Array) -> jax.Array:
     """Of all that is rounded to the bytes ``scale``, the value a share of the way, 0 to 1, from the least."""
     offset = ((share * 0.96 - 0.48) * _UNIT).astype(jnp.int32)  # at the ends logarithms would round it away
-    bits = (scale.astype(jnp.int32) << _SHIFT) + _FIRST
+    bits = lax.bitcast_convert_type(decoded(scale), jnp.int32)
     return lax.bitcast_convert_type(bits + offset, jnp.float32)

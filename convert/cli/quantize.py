@@ -134,8 +134,7 @@ def quantize(
     require_folder("--save-allocation", save_allocation)
     if not resume:
         require_new(out, "; --resume goes on with an interrupted run")
-    mesh = _mesh(devices, samples)
-    config.samples_to_tune(samples, devices)  # a mistake there shows before the model is read
+    mesh = _mesh(devices, samples, config)
     model = _opened(source, config)
     length = window_length(length, model.config)
     require_positions("--length", length, model)
@@ -228,8 +227,8 @@ def _own_text(
     return np.asarray(tokens, np.int32)
 
 
-def _mesh(devices: int, samples: int) -> "jax.sharding.Mesh | None":
-    """Of the first devices, which share the samples; None for one."""
+def _mesh(devices: int, samples: int, config: "SlimConfig") -> "jax.sharding.Mesh | None":
+    """Of the first devices, which share the samples, and those that are left to tuning; None for one."""
     import jax
 
     found = jax.devices()
@@ -237,6 +236,7 @@ def _mesh(devices: int, samples: int) -> "jax.sharding.Mesh | None":
         raise ValueError(f"--devices is {devices}, this machine has {len(found)} ({found[0].platform})")
     if samples % devices:
         raise ValueError(f"there are {samples} samples, expected a multiple of the {devices} devices")
+    config.samples_to_tune(samples, devices)  # for its errors, before the model is read
     return jax.make_mesh((devices,), ("devices",), devices=found[:devices]) if devices > 1 else None
 
 
