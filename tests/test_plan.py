@@ -16,7 +16,7 @@ from slim_jax import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import split_params
-from slim_jax.run import plan
+from slim_jax.run import activations, plan, quantizer
 
 GROUPS = ("--group-size", 32)
 
@@ -48,6 +48,33 @@ def test_sizes_are_those_of_a_quantized_model(model):
     assert found.packed_bytes == packed + 2 * rest + 2 * sum(leaf.size for leaf in outer.values())
     dense = sum(leaf.size for leaf in jax.tree.leaves(split_params(model)))
     assert found.parameters == dense
+
+
+@pytest.mark.parametrize("asymmetric", [0.0, 0.5])
+def test_memory_is_that_of_the_arrays_at_the_worst_moment(model, monkeypatch, asymmetric):
+    settings = SlimConfig(bits=2, group_size=32, criterion="kl", asymmetric=asymmetric, embedding_bits=16)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (256, 64))
+    before, most = {id(array) for array in jax.live_arrays()}, 0
+
+    def observe(*arguments):
+        nonlocal most
+        found = activations.observe(*arguments)
+        most = max(most, sum(array.nbytes for array in jax.live_arrays() if id(array) not in before))
+        return found
+
+    monkeypatch.setattr(quantizer, "observe", observe)
+    quantize(model, tokens, settings)
+    planned = plan.make_plan(model.config, settings, "v5e", samples=256, length=64).calibration_bytes
+    assert 0.8 * most < planned < 1.3 * most
+
+
+def test_tuning_needs_the_whole_model():
+    fast, good = (
+        plan.make_plan(LLAMA_2_7B, SlimConfig.preset(name, bits=2), "v5e", samples=64, length=512)
+        for name in ("fast", "good")
+    )
+    assert good.calibration_bytes > fast.calibration_bytes
+    assert good.calibration_bytes > good.packed_bytes
 
 
 def test_devices_share_what_can_be_cut():

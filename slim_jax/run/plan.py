@@ -39,7 +39,8 @@ class Plan:
       ends_bytes: of embedding and head, in ``packed_bytes`` too.
       cache_bytes_per_token: keys and values of one token in bfloat16.
       calibration_bytes: the most that quantizing needs at once, beside the runtime: activations, one
-        block in float32 twice, and the Hessian with its factors.
+        block in float32 twice, and the Hessian with its factors; or, if that is more, the whole packed model
+        while it is tuned.
       device: a key of :data:`DEVICES`.
       devices: how many.
       capacity: usable memory of one device.
@@ -138,8 +139,11 @@ def make_plan(
         ends_bytes=sum(ends.values()),
         cache_bytes_per_token=sum(_cache_bytes(kind, 1) for kind in config.blocks()),
         calibration_bytes=max(
-            _calibration_bytes(kind, settings, size, solving)
-            for kind, size in zip(config.blocks(), blocks.sizes)
+            _tuning_bytes(config, settings, blocks, outside, length) if settings.tune else 0,
+            *(
+                _calibration_bytes(kind, settings, size, solving)
+                for kind, size in zip(config.blocks(), blocks.sizes)
+            ),
         ),
         device=device,
         devices=devices,
@@ -293,12 +297,24 @@ def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:
 
 
 def _calibration_bytes(config: DecoderConfig, settings: SlimConfig, block: int, tokens: int) -> int:
-    """Residual stream in float32 (with the full-precision model's, if layers make up for what is lost, and
-    for "slim-plus" two targets too), a stage's inputs in bfloat16, a block twice in float32, and the widest
-    Hessian with its inverse and factor."""
+    """Residual stream in float32, in front of the block and inside (with the full-precision one, if layers
+    make up for what is lost, and for "slim-plus" two targets too), two stages' inputs in bfloat16, a block
+    twice in float32, and the widest Hessian with its inverse and factor."""
     widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
     beside = 2 if settings.asymmetric else 1
-    streams = 4 if settings.method == "slim-plus" else beside
-    return (
-        tokens * (4 * streams * config.hidden_size + 2 * beside * widest) + 2 * 4 * block + 3 * 4 * widest**2
-    )
+    streams = beside + (4 if settings.method == "slim-plus" else beside)
+    of_token = 4 * streams * config.hidden_size + 2 * beside * (config.hidden_size + widest)
+    return tokens * of_token + 2 * 4 * block + 3 * 4 * widest**2
+
+
+def _tuning_bytes(
+    config: DecoderConfig, settings: SlimConfig, blocks: "_Blocks", tables: int, length: int
+) -> int:
+    """Packed weights; what is learned of their scales in float32 five times (as it is, the best, two moments,
+    the gradient); of one step's samples what every product gives; the logits of one sample four times; and
+    both models' embedding and head."""
+    learned = 5 * 4 * blocks.quantized // settings.group_size
+    given = sum(blocks.outputs.values()) + 2 * config.hidden_size
+    step = 4 * settings.tune_batch_size * length * given * config.num_layers
+    logits = 4 * 4 * length * config.vocab_size
+    return sum(blocks.packed.values()) + learned + step + logits + 2 * 4 * tables
