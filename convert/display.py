@@ -152,8 +152,8 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
     )
 
 
-def print_plan(name: str, plan: "Plan") -> None:
-    """A plan in words and gibibytes."""
+def print_plan(name: str, plan: "Plan", duration: str) -> None:
+    """A plan in words and gibibytes; ``duration`` is that of the quantization on this machine."""
     from rich.console import Console
     from rich.table import Table
 
@@ -173,7 +173,7 @@ def print_plan(name: str, plan: "Plan") -> None:
     if plan.ends_bytes:
         table.add_row("", f"of which embedding and head {gib(plan.ends_bytes)}")
     table.add_row("cache of a token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
-    table.add_row("to quantize", f"about {gib(plan.calibration_bytes)} of memory")
+    table.add_row("to quantize", f"about {gib(plan.calibration_bytes)} of memory, about {duration} here")
     table.add_row(
         f"each of {plan.devices} {plan.device}",
         f"{gib(plan.device_bytes)} of {gib(plan.capacity)} for {plan.batch} x {plan.context} tokens",

@@ -44,12 +44,15 @@ def plan(
     length: Length = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a model would need at a bit width, and whether it fits. Reads its config, no weights.
+    """Show what a model would need at a bit width, whether it fits, and how long quantizing would take here.
+
+    Reads its config, no weights.
 
     slim-jax plan models/Llama-2-7b --bits 2 --devices v5e
 
     slim-jax plan models/Llama-2-70b --bits 2 --devices v5e:4 --context 2048 --json
     """
+    from slim_jax.run.effort import in_words, operations, rate
     from slim_jax.run.plan import for_size, make_plan, parse_devices, parse_size
 
     check_size(bits, target_size)
@@ -64,6 +67,7 @@ def plan(
     config = read_config(source)
     if target_size is not None:
         settings = for_size(config, settings, parse_size(target_size))
+    length = window_length(length, config)
     found = make_plan(
         config,
         settings,
@@ -71,9 +75,10 @@ def plan(
         batch=batch,
         context=context,
         samples=samples,
-        length=window_length(length, config),
+        length=length,
     )
+    seconds = operations(config, settings, samples, length) / rate()
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        typer.echo(json.dumps({**dataclasses.asdict(found), "seconds_here": round(seconds)}, indent=2))
     else:
-        print_plan(source, found)
+        print_plan(source, found, in_words(seconds))

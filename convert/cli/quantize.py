@@ -145,7 +145,7 @@ def quantize(
         f"interrupted; the same command with --resume goes on after {out}'s last whole block"
     )
     if not resume:
-        _announce(model, config, 0 if offload else samples, length)
+        _announce(model, config, samples, length, offload, devices)
     with progress("quantizing", model.config.num_layers) as step:
         report = quantize_to_checkpoint(
             model,
@@ -191,15 +191,19 @@ def _print_report(out: Path, report: "Report", as_json: bool) -> None:
     )
 
 
-def _announce(source: "Source", config: "SlimConfig", samples: int, length: int) -> None:
-    """What the run is expected to need; ``samples`` are those whose activations will be in memory."""
+def _announce(
+    source: "Source", config: "SlimConfig", samples: int, length: int, offload: bool, devices: int
+) -> None:
+    """What the run is expected to need."""
+    from slim_jax.run.effort import in_words, operations, rate
     from slim_jax.run.plan import DEVICES, make_plan
 
-    plan = make_plan(source.config, config, next(iter(DEVICES)), samples=samples, length=length)
-    memory = f"{plan.calibration_bytes / 2**30:.2f} GiB of memory"
-    how = f"at least {memory}, tuned in the end" if config.tune else f"about {memory}"
+    kept = 0 if offload else samples
+    plan = make_plan(source.config, config, next(iter(DEVICES)), samples=kept, length=length)
+    seconds = operations(source.config, config, samples, length) / (devices * rate())
+    needed = f"about {plan.calibration_bytes / 2**30:.2f} GiB of memory and {in_words(seconds)}"
     stored = f"{plan.packed_bytes / 1e6:.1f} MB to store, {plan.bits_per_weight:.3f} bits per weight"
-    say(f"{config.method} at {config.bits} bits: {how}; about {stored} in the blocks")
+    say(f"{config.method} at {config.bits} bits: {needed}; about {stored} in the blocks")
 
 
 def _calibration(

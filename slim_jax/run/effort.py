@@ -1,0 +1,110 @@
+"""How long a quantization may take: the operations of its large products, by the rate of the machine at hand.
+
+What passes through the model and is multiplied with itself is counted, which is nearly all of it where there
+are many calibration tokens. The search of grids, the solver and compilation are not: for a small model they
+take a minute or two, whatever the number of tokens.
+"""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from slim_jax.config import SlimConfig
+from slim_jax.model.block import linear_groups
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.linear import COMPUTE_DTYPE
+from slim_jax.model.params import block_params
+from slim_jax.run.sweep import BUDGET_TOKENS
+
+TUNING = 6.0
+"""Operations for each weight and token of a step: forward, and twice on the way back."""
+
+LEARNING = 5.0
+"""The same of an epoch of "slim-plus", by its time beside the full-precision gradient's (docs/quality.md)."""
+
+SIDE = 1024
+"""Of the square matrices whose product is timed."""
+
+
+def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length: int) -> float:
+    """Floating-point operations of quantizing a model on ``samples`` windows of ``length`` tokens."""
+    tuned = settings.samples_to_tune(samples) * length
+    solved = samples * length - tuned
+    weights = sum(_weights(kind) for kind in config.blocks())
+    attended = sum(
+        2 * length * kind.num_heads * kind.head_dim for kind in config.blocks()
+    )  # a token's, each way
+    forward = 2.0 * (weights + attended)
+    head = 2.0 * config.hidden_size * config.vocab_size
+    count = 0.0
+    if settings.method != "rtn":
+        count += solved * sum(_observed(kind, settings) for kind in config.blocks())
+    count += solved * forward * (2 if settings.asymmetric or settings.method == "slim-plus" else 1)
+    if settings.method == "slim-plus":
+        count += solved * (forward + settings.epochs * LEARNING * (weights + attended))
+    if settings.over_model or settings.guide:
+        swept = samples * length if settings.guide else min(BUDGET_TOKENS, samples * length)
+        count += swept * (4 * forward + 3 * head)
+    if settings.tune:
+        steps = settings.tune_epochs * (tuned or solved)
+        count += steps * (TUNING * (weights + attended) + 4 * head) + tuned * forward
+    return count
+
+
+def _weights(kind: DecoderConfig) -> float:
+    """Of a block's linear layers, those that a token passes."""
+    shapes, chosen = block_params(kind), 1.0
+    count = 0.0
+    for group in linear_groups(kind):
+        for name in group:
+            chosen = kind.experts_per_token / kind.num_experts if ".experts." in name else 1.0
+            k, n = shapes[f"{name}.weight"].shape
+            count += chosen * k * n
+    return count
+
+
+def _observed(kind: DecoderConfig, settings: SlimConfig) -> float:
+    """Operations for each token of what is summed about the inputs of a block's layers."""
+    shapes, count = block_params(kind), 0.0
+    for group in linear_groups(kind):
+        k, n = shapes[f"{group[0]}.weight"].shape
+        expert = ".experts." in group[0]
+        count += 1.5 * k * k
+        if settings.asymmetric and not expert:
+            count += 2.0 * k * k + (2.0 * k * n if group[0].endswith((".o", ".down")) else 0.0)
+    return count
+
+
+def rate() -> float:
+    """Operations a second of a product of matrices in the dtype that calibration computes in, as measured on
+    this machine's first device, in about a tenth of a second."""
+    x = jnp.ones((SIDE, SIDE), COMPUTE_DTYPE)
+
+    @jax.jit
+    def product(x: jax.Array) -> jax.Array:
+        return jnp.dot(x, x, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return 2.0 * SIDE**3 / _seconds(lambda: product(x))
+
+
+def _seconds(run: Callable[[], jax.Array]) -> float:
+    """The least of three, after a warm-up."""
+    jax.block_until_ready(run())
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def in_words(seconds: float) -> str:
+    """A duration that is known roughly: ``"3 minutes"``, ``"2.5 hours"``."""
+    minutes = seconds / 60
+    if minutes < 1.5:
+        return "a minute"
+    if minutes < 90:
+        return f"{minutes:.0f} minutes"
+    return f"{minutes / 60:.1f} hours"
