@@ -57,7 +57,7 @@ def test_in_words(seconds, words):
 
 
 def test_plan_says_how_long(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(effort, "rate", lambda: 1e6)
+    monkeypatch.setattr(effort, "rate", lambda config: 1e6)
     folder = write_hf(load_golden("llama_gqa_tied"), tmp_path / "model")
     asked = ("plan", folder, "--group-size", 32, "--samples", 4, "--length", 16)
     found = json.loads(said(capsys, *asked, "--json"))

@@ -77,7 +77,7 @@ def plan(
         samples=samples,
         length=length,
     )
-    seconds = operations(config, settings, samples, length) / rate()
+    seconds = operations(config, settings, samples, length) / rate(config)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(found), "seconds_here": round(seconds)}, indent=2))
     else:

@@ -200,7 +200,7 @@ def _announce(
 
     kept = 0 if offload else samples
     plan = make_plan(source.config, config, next(iter(DEVICES)), samples=kept, length=length)
-    seconds = operations(source.config, config, samples, length) / (devices * rate())
+    seconds = operations(source.config, config, samples, length) / (devices * rate(source.config))
     needed = f"about {plan.calibration_bytes / 2**30:.2f} GiB of memory and {in_words(seconds)}"
     stored = f"{plan.packed_bytes / 1e6:.1f} MB to store, {plan.bits_per_weight:.3f} bits per weight"
     say(f"{config.method} at {config.bits} bits: {needed}; about {stored} in the blocks")

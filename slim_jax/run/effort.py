@@ -16,6 +16,7 @@ from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import block_params
+from slim_jax.run.activations import BATCH_TOKENS
 from slim_jax.run.sweep import BUDGET_TOKENS
 
 TUNING = 6.0
@@ -24,8 +25,8 @@ TUNING = 6.0
 LEARNING = 5.0
 """The same of an epoch of "slim-plus", by its time beside the full-precision gradient's (docs/quality.md)."""
 
-SIDE = 1024
-"""Of the square matrices whose product is timed."""
+REACHED = 0.75
+"""Of the rate of one product, what a quantization as a whole comes to (SmolLM2 on a CPU core)."""
 
 
 def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length: int) -> float:
@@ -77,16 +78,20 @@ def _observed(kind: DecoderConfig, settings: SlimConfig) -> float:
     return count
 
 
-def rate() -> float:
-    """Operations a second of a product of matrices in the dtype that calibration computes in, as measured on
-    this machine's first device, in about a tenth of a second."""
-    x = jnp.ones((SIDE, SIDE), COMPUTE_DTYPE)
+def rate(config: DecoderConfig) -> float:
+    """Operations a second that a quantization of this model comes to.
+
+    Measured, in less than a second, are those of the product of a batch of calibration tokens with a matrix
+    of its MLP, on the first device.
+    """
+    k, n = config.hidden_size, config.intermediate_size
+    x, w = jnp.ones((BATCH_TOKENS, k), COMPUTE_DTYPE), jnp.ones((k, n), COMPUTE_DTYPE)
 
     @jax.jit
-    def product(x: jax.Array) -> jax.Array:
-        return jnp.dot(x, x, preferred_element_type=jnp.float32).astype(x.dtype)
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
-    return 2.0 * SIDE**3 / _seconds(lambda: product(x))
+    return REACHED * 2.0 * BATCH_TOKENS * k * n / _seconds(lambda: product(x, w))
 
 
 def _seconds(run: Callable[[], jax.Array]) -> float:
