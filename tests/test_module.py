@@ -154,6 +154,58 @@ def test_rules(net, batches):
         quantize_module(net, batches, SlimConfig(rules=[("conv", {"bits": 2.5})]))
 
 
+def assert_same(found: tuple, wanted: tuple) -> None:
+    """Packed leaves and reports."""
+    assert found[1] == wanted[1]
+    ours, theirs = (jax.tree.leaves(nnx.state(one, nnx.Not(nnx.RngState))) for one in (found[0], wanted[0]))
+    for leaf, other in zip(ours, theirs, strict=True):
+        assert leaf.dtype == other.dtype
+        np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.mark.parametrize("sqc", ["search", "paper"])  # scales in bytes, and in bfloat16
+def test_an_interrupted_run_goes_on(net, batches, tmp_path, monkeypatch, sqc):
+    config = SlimConfig(bits=4, group_size=32, sqc=sqc, sequential=True)
+    solve, left = module._quantize_layers, 2
+
+    def interrupted(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return solve(*arguments)
+
+    monkeypatch.setattr(module, "_quantize_layers", interrupted)
+    folder = tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_module(net, batches, config, resume=folder)
+    assert len(list(folder.glob("stage-*"))) == 2
+    left = len(STAGES) - 2
+    found = quantize_module(net, batches, config, resume=folder)
+    monkeypatch.undo()
+    assert_same(found, quantize_module(net, batches, config))
+    monkeypatch.setattr(module, "_quantize_layers", interrupted)
+    assert_same(quantize_module(net, batches, config, resume=folder), found)  # solves nothing
+
+
+def test_a_folder_of_another_run_is_refused(net, batches, tmp_path):
+    quantize_module(net, batches, CONFIG, resume=tmp_path / "kept", select=["conv"])
+    for change, message in [
+        ({"select": ["attn.*"]}, "run with other layers"),
+        ({"batches": batches[:2]}, "run with other batches"),
+        ({"module": Net(nnx.Rngs(1))}, "run with other weights"),
+        ({"config": SlimConfig(bits=3, group_size=32)}, "run with other settings"),
+        ({"resume": tmp_path}, r"has no run\.json, expected a new folder"),
+    ]:
+        asked = {"module": net, "batches": batches, "config": CONFIG, "select": ["conv"]}
+        with pytest.raises(ValueError, match=message):
+            quantize_module(**{**asked, "resume": tmp_path / "kept", **change})
+    (file,) = (tmp_path / "kept").glob("stage-*")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"stage-0000\.safetensors is damaged, remove it"):
+        quantize_module(net, batches, CONFIG, resume=tmp_path / "kept", select=["conv"])
+
+
 STAGES = [["conv"], ["attn.key", "attn.query", "attn.value"], ["attn.out"], ["again"], ["named.head"]]
 
 

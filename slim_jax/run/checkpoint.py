@@ -26,22 +26,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from pallas_kernels import MixedTensor
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params
 from slim_jax.report import BlockReport, LayerReport, Report, TuningReport
 from slim_jax.run.files import replacing
 from slim_jax.run.hub import JSON_FILES, find
 from slim_jax.run.manifest import (
-    LEAVES,
     MANIFEST,
     layer_reports,
     listed,
     new_manifest,
     stored_arrays,
+    stored_params,
     summary,
 )
 from slim_jax.run.manifest import CheckpointError as CheckpointError
@@ -109,23 +107,7 @@ def _load_params(
         name: placement.abstract(tuple(shape), jnp.dtype(kind))
         for name, (shape, kind) in entry["arrays"].items()
     }
-    return _params(entry, dict(ocp.load(folder.absolute(), abstract)), dtype)
-
-
-def _params(entry: dict[str, Any], arrays: dict[str, jax.Array], dtype: jnp.dtype | None) -> dict[str, Any]:
-    """Parameters from the arrays that an entry of the manifest lists."""
-    params: dict[str, Any] = {}
-    for name, static in entry["packed"].items():
-        leaves = {leaf: arrays.pop(f"{name}.{leaf}") for leaf in LEAVES}
-        params[name] = MixedTensor(
-            **leaves,
-            shape=tuple(static["shape"]),
-            group_size=static["group_size"],
-            widths=tuple(static["widths"]),
-            dtype=product_dtype() if dtype is None else jnp.dtype(dtype),
-        )
-    params.update({name: value if dtype is None else value.astype(dtype) for name, value in arrays.items()})
-    return params
+    return stored_params(entry["packed"], dict(ocp.load(folder.absolute(), abstract)), dtype)
 
 
 class CheckpointWriter:
@@ -290,7 +272,7 @@ class CheckpointSource:
             return _load_params(self.path, entry, folder, self._dtype, self.placement)
         arrays = self._shards.read(index, entry["arrays"])
         placed = {name: self.placement.channels(value) for name, value in arrays.items()}
-        return _params(entry, placed, self._dtype)
+        return stored_params(entry["packed"], placed, self._dtype)
 
 
 def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Decoder:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import MixedTensor
 from slim_jax.model.block import linear_names
 from slim_jax.model.config import DecoderConfig
+from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_buffers
 
 FORMAT = "slim-jax"
@@ -86,6 +88,24 @@ def stored_arrays(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
         else:
             arrays[name] = value
     return arrays, packed
+
+
+def stored_params(
+    packed: Mapping[str, Any], arrays: Mapping[str, Any], dtype: jnp.dtype | None = None
+) -> dict[str, Any]:
+    """The inverse of :func:`stored_arrays`; ``dtype`` of all that is computed with, as stored and
+    `product_dtype` without."""
+    arrays, params = dict(arrays), dict[str, Any]()
+    for name, static in packed.items():
+        leaves = {leaf: arrays.pop(f"{name}.{leaf}") for leaf in LEAVES}
+        params[name] = MixedTensor(
+            **leaves,
+            shape=tuple(static["shape"]),
+            group_size=static["group_size"],
+            widths=tuple(static["widths"]),
+            dtype=product_dtype() if dtype is None else jnp.dtype(dtype),
+        )
+    return params | {name: value if dtype is None else value.astype(dtype) for name, value in arrays.items()}
 
 
 def listed(arrays: dict[str, Any]) -> dict[str, Any]:

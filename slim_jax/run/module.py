@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from slim_jax.report import LayerReport
 from slim_jax.rules import check_rules
 from slim_jax.run.activations import Inputs, observe
 from slim_jax.run.calls import Forward, Layer, find_stages, shared_inputs, watch
+from slim_jax.run.kept import Finished, Kept, digest_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ def quantize_module(
     *,
     select: Sequence[str] | None = None,
     forward: Forward | None = None,
+    resume: str | Path | None = None,
 ) -> tuple[Any, ModuleReport]:
     """Quantizes the `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Conv` layers of a module.
 
@@ -94,13 +97,16 @@ def quantize_module(
         Rules are over the layers' paths.
       select: patterns such as ``"blocks.*.mlp.*"`` (`fnmatch`) of the paths to quantize; all by default.
       forward: ``forward(module, batch)``; by default ``module(batch)``.
+      resume: a folder that keeps the layers of every finished stage. The same call goes on after the last of
+        them and gives the same; nothing is kept without.
 
     Returns:
       A copy with packed layers, and a report.
 
     Raises:
-      ValueError: there are no batches, no layer is selected, a rule holds for none, or a selected layer is
-        called inside a transformation such as jit or scan, where its inputs have no values.
+      ValueError: there are no batches, no layer is selected, a rule holds for none, a selected layer is
+        called inside a transformation such as jit or scan, where its inputs have no values, or ``resume``
+        holds something else or a run with other settings, weights or batches.
     """
     if config.guide or config.bits != int(config.bits):
         raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
@@ -122,13 +128,23 @@ def quantize_module(
     skipped |= {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
     chosen = {path: layer for path, layer in chosen.items() if path not in skipped}
 
+    kept = None if resume is None else Kept(Path(resume), _settings(module, chosen, batches, config))
     calls = watch(chosen, partial(run, module, batches[0]))
     skipped |= {path: "it is not called" for path in chosen if path not in calls}
     reports: list[LayerReport] = []
     stages = find_stages(chosen, partial(run, module, batches[0])) if config.sequential else [list(calls)]
-    for paths in stages:
-        for same, x in shared_inputs(module, {path: chosen[path] for path in paths}, batches, run, calls):
-            reports += _quantize_layers(module, {path: chosen[path] for path in same}, x, config)
+    for stage, paths in enumerate(stages):
+        own = {path: chosen[path] for path in paths}
+        found = None if kept is None else kept.read(stage)
+        if found is None:
+            found = {}
+            for same, x in shared_inputs(module, own, batches, run, calls):
+                found |= _quantize_layers({path: own[path] for path in same}, x, config)
+            if kept is not None:
+                kept.write(stage, found)
+        for path, (tensor, report) in found.items():
+            _put(module, own[path], tensor)
+            reports.append(report)
     unmatched = [s for s in patterns if not any(fnmatch.fnmatchcase(p, s) for p in layers)]
     return module, ModuleReport(reports, skipped, unmatched)
 
@@ -153,23 +169,34 @@ def _refusal(layer: Layer) -> str | None:
     return None
 
 
-def _quantize_layers(
-    module: Any, layers: dict[str, Layer], x: list[jax.Array], config: SlimConfig
-) -> Iterator[LayerReport]:
-    """Replaces layers of ``module`` that read one input."""
+def _settings(
+    module: Any, chosen: dict[str, Layer], batches: list[Any], config: SlimConfig
+) -> dict[str, Any]:
+    """What the parts of a resumed run have in common."""
+    return {
+        "settings": config.to_json(),
+        "layers": list(chosen),
+        "weights": digest_of([nnx.state(module, nnx.Not(nnx.RngState))]),
+        "batches": digest_of(batches),
+    }
+
+
+def _quantize_layers(layers: dict[str, Layer], x: list[jax.Array], config: SlimConfig) -> Finished:
+    """Quantizes layers that read one input."""
+    found: Finished = {}
     tokens = sum(len(rows) for rows in x)
     seen = observe(Inputs([rows[None] for rows in x]), max(1, tokens // config.search_tokens))
     for solver, paths in LayerSolvers(config, None).of(list(layers)):
         kernels = [layers[path].kernel[...] for path in paths]
         weights = [jnp.asarray(kernel, jnp.float32).reshape(x[0].shape[1], -1) for kernel in kernels]
-        for path, kernel, (tensor, report) in zip(paths, kernels, solver.solve(paths, weights, seen)):
-            _put(module, layers[path], dataclasses.replace(tensor, dtype=kernel.dtype))
-            yield report
+        found |= dict(zip(paths, solver.solve(paths, weights, seen)))
+    return found
 
 
 def _put(module: Any, layer: Layer, tensor: MixedTensor) -> None:
     """Packs a layer, wherever it is in ``module``."""
     kernel = layer.kernel[...]
+    tensor = dataclasses.replace(tensor, dtype=kernel.dtype)
     if isinstance(layer, nnx.Conv):
         layer.kernel = PackedKernel(tensor, kernel_shape=kernel.shape)  # type: ignore[assignment]
         return
