@@ -5,12 +5,13 @@ import json
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from command_line import QUANTIZE, make_room, refused, said, same_weights, tiny_golden, write_text
 
-from convert.cli import run
+from convert.cli import program, run
 from convert.display import layer_kinds
 from convert.load import load_source
 from convert.tokenizer import load_tokenizer
@@ -241,3 +242,16 @@ def test_interrupt_and_resume(room, capsys, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
     said(capsys, *arguments, "--resume")
     assert same_weights(tmp_path / "q2", room / "q2")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_goes_back_unless_the_user_has_said_how(monkeypatch):
+    calls: list[tuple[int, int]] = []
+    library = types.SimpleNamespace(mallopt=lambda *options: calls.append(options))
+    monkeypatch.setattr(program.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    program._return_memory()
+    assert not calls
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
+    program._return_memory()
+    assert calls == [(program.M_MMAP_THRESHOLD, 1 << 20)]

@@ -5,6 +5,7 @@ user got wrong ends in one line on standard error and exit status 2. Heavy impor
 commands, so that ``--help`` is instant.
 """
 
+import ctypes
 import dataclasses
 import logging
 import os
@@ -27,6 +28,9 @@ from convert.cli.quantize import quantize
 from convert.display import say
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+M_MMAP_THRESHOLD = -3
+"""Of glibc's ``mallopt``: from how many bytes on an allocation is a mapping of its own."""
 
 # click's ClickException. Newer typer brings its own click, so there is no one place to import it from.
 ClickException: Any = typer.BadParameter.__bases__[0].__bases__[0]
@@ -131,6 +135,17 @@ def run(arguments: Sequence[str]) -> int:
     return status if isinstance(status, int) else OK
 
 
+def _return_memory() -> None:
+    """Large arrays go back to the system when they are freed.
+
+    glibc, left alone, keeps what a batch of activations has taken, and in the gaps the next does not fit:
+    the first two blocks of SmolLM2 on 64 windows of 512 tokens took 1.9 GiB at most, and take 1.35 so.
+    """
+    options = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if options is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        options(M_MMAP_THRESHOLD, 1 << 20)
+
+
 def main() -> None:
     """The ``slim-jax`` program: :func:`run` without other libraries' logs and warnings."""
     if os.environ.get("SLIM_JAX_DEBUG") is None and "--debug" not in sys.argv:
@@ -142,4 +157,5 @@ def main() -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
+    _return_memory()
     sys.exit(run(sys.argv[1:]))
