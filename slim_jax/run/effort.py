@@ -25,6 +25,9 @@ TUNING = 6.0
 LEARNING = 5.0
 """The same of an epoch of "slim-plus", by its time beside the full-precision gradient's (docs/quality.md)."""
 
+LARGEST = 2048
+"""Rows and columns of the matrix whose product is timed, at most."""
+
 REACHED = 0.75
 """Of the rate of one product, what a quantization as a whole comes to (SmolLM2 on a CPU core)."""
 
@@ -82,9 +85,9 @@ def rate(config: DecoderConfig) -> float:
     """Operations a second that a quantization of this model comes to.
 
     Measured, in less than a second, are those of the product of a batch of calibration tokens with a matrix
-    of its MLP, on the first device.
+    of its MLP, or as much of it as :data:`LARGEST` allows, on the first device.
     """
-    k, n = config.hidden_size, config.intermediate_size
+    k, n = min(config.hidden_size, LARGEST), min(config.intermediate_size, LARGEST)
     x, w = jnp.ones((BATCH_TOKENS, k), COMPUTE_DTYPE), jnp.ones((k, n), COMPUTE_DTYPE)
 
     @jax.jit
