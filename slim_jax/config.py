@@ -222,9 +222,14 @@ class SlimConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The bit widths that a layer may hold."""
+        """The bit widths that a layer may hold.
+
+        Over the whole model none of 1 bit where the mean is 2 or more: they cost more than is foretold
+        (docs/quality.md).
+        """
         if self.over_model:
-            lowest, highest = max(1, math.floor(self.bits) - 2), math.ceil(self.bits) + 2
+            least = 1 if self.bits < 2 else 2
+            lowest, highest = max(least, math.floor(self.bits) - 2), math.ceil(self.bits) + 2
             return tuple(range(lowest, min(highest, 4 if self.bits <= WIDE else 8) + 1))
         bits = int(self.bits)
         return (bits - 1, bits, bits + 1) if self.mixed else (bits,)
