@@ -16,7 +16,7 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.perplexity import perplexity
 from slim_jax.model.windows import select_windows
-from slim_jax.run import activations, checkpoint, pipeline, quantizer
+from slim_jax.run import activations, checkpoint, manifest, pipeline, quantizer
 from slim_jax.run.source import DecoderSource
 
 CONFIG = DecoderConfig(
@@ -60,7 +60,7 @@ def folder_arrays(path):
     for index in range(-1, source.config.num_layers):
         for name, value in (source.outer() if index < 0 else source.block(index)).items():
             leaves = (
-                [getattr(value, leaf) for leaf in checkpoint.LEAVES]
+                [getattr(value, leaf) for leaf in manifest.LEAVES]
                 if isinstance(value, MixedTensor)
                 else [value]
             )

@@ -18,7 +18,7 @@ from slim_jax.model.generate import Generator
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.perplexity import perplexity
 from slim_jax.rules import Rule, check_rules
-from slim_jax.run import checkpoint, pipeline, plan
+from slim_jax.run import checkpoint, manifest, pipeline, plan
 from slim_jax.run.source import DecoderSource
 
 SQUARE = dataclasses.replace(CONFIG, num_layers=2, intermediate_size=64, num_kv_heads=4)  # little to compile
@@ -145,7 +145,7 @@ def test_layers_that_no_rule_is_for_are_solved_as_ever(model):
     ]
     one, other = (split_params(m)[1][0] for m in models)
     for name in ("attn.q.weight", "attn.v.weight"):
-        for leaf in checkpoint.LEAVES:
+        for leaf in manifest.LEAVES:
             np.testing.assert_array_equal(getattr(one[name], leaf), getattr(other[name], leaf))
     assert not any(isinstance(w, MixedTensor) for w in split_params(models[1])[1][1].values())
 
