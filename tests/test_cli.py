@@ -211,7 +211,9 @@ def test_what_a_command_without_options_asks_for(room, capsys, tmp_path, monkeyp
     small = ["--calibration", str(room / "calib.txt"), "--samples", "2"]
     assert run(["quantize", str(room / "hf"), str(tmp_path / "q"), *small]) == 130
     lines = capsys.readouterr().err.splitlines()
-    assert any("slim at 2 bits: at least" in line and "MB to store" in line for line in lines)
+    announced = next(line for line in lines if "slim at 2 bits: about" in line)
+    assert "GiB of memory and a minute; about" in announced
+    assert "MB to store" in announced
     settings = json.loads((tmp_path / "q/slim.json").read_text())["quantization"]
     assert (settings["method"], settings["tune"], settings["bits"]) == ("slim", True, 2)
     assert settings["calibration"]["length"] == 64  # all positions that the model has
