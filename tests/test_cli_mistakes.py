@@ -183,7 +183,7 @@ def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
         (["inspect", "{room}/q2", "--html", "{room}/none/page.html"], "is not a directory"),
         (["export", "{room}/q2", "{room}/x", "--format", "gguf"], "--format is 'gguf'"),
         (["export", "{room}/q2", "{room}/x", "--dtype", "int8"], "int8"),
-        (["export", "{room}/q2", "{room}/x", "--format", "gptq"], "bits, expected one width for gptq"),
+        (["export", "{room}/q2", "{room}/x", "--format", "gptq"], "zero points that are not whole"),
         (["export", "{room}/q2", "{room}/x", "--format", "gptq", "--dtype", "float32"], "float32"),
         (["export", "{room}/hf", "{room}/x", "--format", "gptq"], "no packed layers"),
         (["export", "{room}/q2", "{room}/x", "--format", "safetensors", "--dtype", "float16"], "--dtype"),
