@@ -35,21 +35,11 @@ from slim_jax.model.params import block_params, make_block, outer_params
 from slim_jax.model.perplexity import perplexity
 from slim_jax.model.windows import draw_windows
 from slim_jax.run.activations import Activations
+from slim_jax.run.effort import least_seconds
 from slim_jax.run.learning import BlockLearner
 from slim_jax.run.pipeline import quantize, quantize_to_checkpoint
 from slim_jax.run.quantizer import BlockQuantizer
 from slim_jax.run.source import Source, read_decoder
-
-
-def _best(run: Any, repeats: int = 3) -> float:
-    """Shortest wall seconds of some runs after a warm-up."""
-    jax.block_until_ready(run())
-    seconds = []
-    for _ in range(repeats):
-        start = time.monotonic()
-        jax.block_until_ready(run())
-        seconds.append(time.monotonic() - start)
-    return min(seconds)
 
 
 @partial(jax.jit, static_argnames="group_size")
@@ -75,8 +65,10 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]
     allocations = []
     for p in range((groups - 1) // 2 + 1):
         allocations.append(jnp.asarray(allocate(np.asarray(order), p, 2)))
-    direct = _best(lambda: [_candidate(w, x, importance, b, group_size=group_size) for b in allocations], 1)
-    ours = _best(lambda: scores(w, x, importance, **settings))
+    direct = least_seconds(
+        lambda: [_candidate(w, x, importance, b, group_size=group_size) for b in allocations], 1
+    )
+    ours = least_seconds(lambda: scores(w, x, importance, **settings))
     return {"k": k, "n": n, "tokens": tokens, "direct_s": direct, "ours_s": ours, "ratio": direct / ours}
 
 
@@ -107,7 +99,7 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
         return plus.epoch(*start, layers, rest, samples, order)
 
     dense = {name: jnp.asarray(value, jnp.float32) for name, value in dense.items()}
-    ours, plain = _best(epoch), _best(lambda: full(dense))
+    ours, plain = least_seconds(epoch), least_seconds(lambda: full(dense))
     return {"tokens": tokens.size, "epoch_s": ours, "full_precision_s": plain, "ratio": ours / plain}
 
 

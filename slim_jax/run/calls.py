@@ -97,9 +97,10 @@ def _patches(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **opti
     return patches.reshape(patches.shape[0], -1)
 
 
-def _digest(x: jax.Array) -> bytes:
-    """Alike for equal arrays only."""
-    return hashlib.blake2b(repr(x.shape).encode() + np.asarray(x).tobytes(), digest_size=16).digest()
+def digest(x: Any) -> bytes:
+    """Alike for equal arrays of one dtype only."""
+    array = np.asarray(x)
+    return hashlib.blake2b(f"{array.dtype}{array.shape}".encode() + array.tobytes(), digest_size=16).digest()
 
 
 def find_stages(layers: Mapping[str, Layer], run: Callable[[], Any]) -> list[list[str]]:
@@ -113,7 +114,7 @@ def find_stages(layers: Mapping[str, Layer], run: Callable[[], Any]) -> list[lis
 
     def digests(moved: Collection[str]) -> dict[str, list[bytes]]:
         found: dict[str, list[bytes]] = {}
-        watch(layers, run, lambda path, x: found.setdefault(path, []).append(_digest(x)), moved)
+        watch(layers, run, lambda path, x: found.setdefault(path, []).append(digest(x)), moved)
         return found
 
     expected = digests(())
@@ -139,15 +140,15 @@ def shared_inputs(
 
         def see(path: str, x: jax.Array) -> None:
             nonlocal left
-            digest = _digest(x)
-            arrays.setdefault(digest, x)
-            seen[path].append(digest)
+            key = digest(x)
+            arrays.setdefault(key, x)
+            seen[path].append(key)
             left -= 1
             if not left:
                 raise _Enough
 
         watch(layers, partial(run, module, batch), see)
     groups: dict[tuple[bytes, ...], list[str]] = {}
-    for path, digests in seen.items():
-        groups.setdefault(tuple(digests), []).append(path)
-    return [(paths, [arrays[digest] for digest in digests]) for digests, paths in groups.items()]
+    for path, keys in seen.items():
+        groups.setdefault(tuple(keys), []).append(path)
+    return [(paths, [arrays[key] for key in keys]) for keys, paths in groups.items()]

@@ -31,7 +31,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params
 from slim_jax.report import BlockReport, LayerReport, Report, TuningReport
-from slim_jax.run.files import replacing
+from slim_jax.run.files import write_json
 from slim_jax.run.hub import JSON_FILES, find
 from slim_jax.run.manifest import (
     MANIFEST,
@@ -53,14 +53,6 @@ def _barrier(name: str) -> None:
     """Every process of a distributed run waits here for all others."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Writes whole, then renames: a reader sees the old file or the new one. One process writes."""
-    if jax.process_index() != 0:
-        return
-    with replacing(path, "w") as file:
-        json.dump(value, file, indent=1)
 
 
 def _remove(folder: Path) -> None:
@@ -150,7 +142,7 @@ class CheckpointWriter:
             hint = ": --resume continues an interrupted run" if is_checkpoint(self.path) else ""
             raise CheckpointError(f"{self.path} exists and is not an empty folder{hint}")
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_json(self.path / MANIFEST, manifest)
+        write_json(self.path / MANIFEST, manifest)
 
     @property
     def blocks(self) -> list[dict[str, Any]]:
@@ -179,14 +171,14 @@ class CheckpointWriter:
         """Writes the parameters outside the blocks, and what was done to embedding and head."""
         report = {"layers": [dataclasses.asdict(layer) for layer in ends]}
         self._manifest["outer"] = self._save(f"{self._first}outer", params, report)
-        _write_json(self.path / MANIFEST, self._manifest)
+        write_json(self.path / MANIFEST, self._manifest)
 
     def write_block(self, params: Params, report: BlockReport | None = None) -> None:
         """Writes the next block."""
         folder = f"{self._first}blocks/{len(self.blocks):03d}"
         fields = None if report is None else dataclasses.asdict(report)
         self.blocks.append(self._save(folder, params, fields))
-        _write_json(self.path / MANIFEST, self._manifest)
+        write_json(self.path / MANIFEST, self._manifest)
 
     def read_outer(self) -> dict[str, Any]:
         """Reads back what stands outside the blocks."""
@@ -202,14 +194,14 @@ class CheckpointWriter:
         for index, entry in enumerate(self.blocks):
             if "folder" in entry:
                 self.blocks[index] = self._save(f"blocks/{index:03d}", block(index), entry["report"])
-                _write_json(self.path / MANIFEST, self._manifest)
+                write_json(self.path / MANIFEST, self._manifest)
         if "folder" in self._manifest["outer"]:
             self._manifest["outer"] = self._save("outer", outer, self._manifest["outer"]["report"])
 
     def finish(self) -> None:
         """Declares the checkpoint complete."""
         self._manifest["complete"] = True
-        _write_json(self.path / MANIFEST, self._manifest)
+        write_json(self.path / MANIFEST, self._manifest)
         if jax.process_index() == 0:
             shutil.rmtree(self.path / "drafts", ignore_errors=True)
 

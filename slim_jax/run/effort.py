@@ -5,8 +5,11 @@ are many calibration tokens. The search of grids, the solver and compilation are
 take a minute or two, whatever the number of tokens.
 """
 
+import itertools
+import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +40,7 @@ def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length
     tuned = settings.samples_to_tune(samples) * length
     solved = samples * length - tuned
     weights = sum(_weights(kind) for kind in config.blocks())
-    attended = sum(
-        2 * length * kind.num_heads * kind.head_dim for kind in config.blocks()
-    )  # a token's, each way
+    attended = sum(2 * length * kind.num_heads * kind.head_dim for kind in config.blocks())
     forward = 2.0 * (weights + attended)
     head = 2.0 * config.hidden_size * config.vocab_size
     count = 0.0
@@ -59,13 +60,10 @@ def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length
 
 def _weights(kind: DecoderConfig) -> float:
     """Of a block's linear layers, those that a token passes."""
-    shapes, chosen = block_params(kind), 1.0
-    count = 0.0
-    for group in linear_groups(kind):
-        for name in group:
-            chosen = kind.experts_per_token / kind.num_experts if ".experts." in name else 1.0
-            k, n = shapes[f"{name}.weight"].shape
-            count += chosen * k * n
+    shapes, count = block_params(kind), 0.0
+    for name in itertools.chain(*linear_groups(kind)):
+        share = kind.experts_per_token / kind.num_experts if ".experts." in name else 1.0
+        count += share * math.prod(shapes[f"{name}.weight"].shape)
     return count
 
 
@@ -94,14 +92,14 @@ def rate(config: DecoderConfig) -> float:
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
-    return REACHED * 2.0 * BATCH_TOKENS * k * n / _seconds(lambda: product(x, w))
+    return REACHED * 2.0 * BATCH_TOKENS * k * n / least_seconds(lambda: product(x, w))
 
 
-def _seconds(run: Callable[[], jax.Array]) -> float:
-    """The least of three, after a warm-up."""
+def least_seconds(run: Callable[[], Any], repeats: int = 3) -> float:
+    """Shortest wall seconds of some runs after a warm-up."""
     jax.block_until_ready(run())
     found = []
-    for _ in range(3):
+    for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(run())
         found.append(time.perf_counter() - start)

@@ -1,6 +1,7 @@
 """Files that are written whole, then renamed: a reader sees the old one or the new one."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,14 @@ def replacing(file: Path, mode: str) -> Iterator[IO[Any]]:
         target.flush()
         os.fsync(target.fileno())
     temporary.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """A JSON file. Of several processes the first one writes."""
+    if jax.process_index() != 0:
+        return
+    with replacing(file, "w") as target:
+        json.dump(value, target, indent=1)
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:

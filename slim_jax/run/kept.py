@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from pallas_kernels import MixedTensor
 from slim_jax.report import LayerReport
-from slim_jax.run.files import replacing
+from slim_jax.run.calls import digest
+from slim_jax.run.files import replacing, write_json
 from slim_jax.run.manifest import CheckpointError, stored_arrays, stored_params
 
 RUN = "run.json"
@@ -41,8 +41,7 @@ class Kept:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise CheckpointError(f"{folder} has no {RUN}, expected a new folder or one of the same run")
             folder.mkdir(parents=True, exist_ok=True)
-            with replacing(file, "w") as target:
-                json.dump(wanted, target, indent=1)
+            write_json(file, wanted)
             return
         try:
             found = json.loads(file.read_text())
@@ -87,8 +86,4 @@ class Kept:
 
 def digest_of(values: Sequence[Any]) -> str:
     """SHA-256 of all arrays in some trees."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(values):
-        array = np.asarray(leaf)
-        found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return found.hexdigest()
+    return hashlib.sha256(b"".join(map(digest, jax.tree.leaves(values)))).hexdigest()

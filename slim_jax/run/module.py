@@ -118,16 +118,7 @@ def quantize_module(
     if not batches:
         raise ValueError("there are no batches, expected at least one to calibrate on")
     run = forward or (lambda module, batch: module(batch))
-    layers = dict(_layers(module))
-    patterns = ["*"] if select is None else list(select)
-    chosen = {p: layer for p, layer in layers.items() if any(fnmatch.fnmatchcase(p, s) for s in patterns)}
-    if not chosen:
-        raise ValueError(f"select is {patterns}, which matches none of {', '.join(layers) or 'no layers'}")
-    check_rules(config.rules, list(layers))
-    skipped = {path: "a rule skips it" for path in chosen if config.of_layer(path) is None}
-    skipped |= {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
-    chosen = {path: layer for path, layer in chosen.items() if path not in skipped}
-
+    chosen, skipped, unmatched = _choose(dict(_layers(module)), select, config)
     kept = None if resume is None else Kept(Path(resume), _settings(module, chosen, batches, config))
     calls = watch(chosen, partial(run, module, batches[0]))
     skipped |= {path: "it is not called" for path in chosen if path not in calls}
@@ -145,7 +136,6 @@ def quantize_module(
         for path, (tensor, report) in found.items():
             _put(module, own[path], tensor)
             reports.append(report)
-    unmatched = [s for s in patterns if not any(fnmatch.fnmatchcase(p, s) for p in layers)]
     return module, ModuleReport(reports, skipped, unmatched)
 
 
@@ -154,6 +144,21 @@ def _layers(module: Any) -> Iterator[tuple[str, Layer]]:
     for path, node in nnx.iter_graph(module):
         if type(node) in (nnx.Linear, nnx.LinearGeneral, nnx.Conv):
             yield ".".join(map(str, path)), node
+
+
+def _choose(
+    layers: dict[str, Layer], select: Sequence[str] | None, config: SlimConfig
+) -> tuple[dict[str, Layer], dict[str, str], list[str]]:
+    """The layers to quantize, why others that are selected stay, and the patterns that match none."""
+    patterns = ["*"] if select is None else list(select)
+    chosen = {p: layer for p, layer in layers.items() if any(fnmatch.fnmatchcase(p, s) for s in patterns)}
+    if not chosen:
+        raise ValueError(f"select is {patterns}, which matches none of {', '.join(layers) or 'no layers'}")
+    check_rules(config.rules, list(layers))
+    skipped = {path: "a rule skips it" for path in chosen if config.of_layer(path) is None}
+    skipped |= {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
+    unmatched = [s for s in patterns if not any(fnmatch.fnmatchcase(p, s) for p in layers)]
+    return {path: layer for path, layer in chosen.items() if path not in skipped}, skipped, unmatched
 
 
 def _refusal(layer: Layer) -> str | None:
