@@ -54,12 +54,13 @@ def test_sizes_are_those_of_a_quantized_model(model):
 def test_memory_is_that_of_the_arrays_at_the_worst_moment(model, monkeypatch, asymmetric):
     settings = SlimConfig(bits=2, group_size=32, criterion="kl", asymmetric=asymmetric, embedding_bits=16)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (256, 64))
-    before, most = {id(array) for array in jax.live_arrays()}, 0
+    before, most = jax.live_arrays(), 0  # held: a dead one's id may be given again
+    known = {id(array) for array in before}
 
     def observe(*arguments):
         nonlocal most
         found = activations.observe(*arguments)
-        most = max(most, sum(array.nbytes for array in jax.live_arrays() if id(array) not in before))
+        most = max(most, sum(array.nbytes for array in jax.live_arrays() if id(array) not in known))
         return found
 
     monkeypatch.setattr(quantizer, "observe", observe)
