@@ -1,5 +1,6 @@
 """The XLA back end, and what the public function adds to any: batches, gradients, argument checks."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -7,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matmul_cases import ALLOCATIONS, MatmulCases, random_weight, random_x
+from matmul_cases import ALLOCATIONS, SWEPT, MatmulCases, random_weight, random_x, swept_in_pairs
 
 from pallas_kernels import mixed_matmul, prepare, prepare_joined, prepared, use_implementation
 from pallas_kernels.gpu.config import Config
@@ -201,3 +202,9 @@ def test_a_configuration_is_for_the_kernel_that_is_named():
     for names in (None, "xla", ("mosaic_gpu", "xla")):
         with pytest.raises(ValueError, match="config is for one of"):
             product(implementation=names)
+
+
+def test_swept_pairs_meet():
+    for (i, first), (j, second) in itertools.combinations(enumerate(SWEPT.values()), 2):
+        met = {(case[i], case[j]) for case in swept_in_pairs()}
+        assert met == set(itertools.product(first, second))
