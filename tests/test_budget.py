@@ -148,6 +148,15 @@ def test_limited():
     assert np.all(sweep.limited(np.zeros(4))[0] == 1)
 
 
+def test_without_a_choice_nothing_is_weighed(model):
+    config = SlimConfig(bits=2, group_size=32, rules=[("*.attn.k", "skip"), ("*.attn.v", {"group_size": 64})])
+    found = sweep.without_choice(model.config, config)
+    assert found == sweep.Sweep(DecoderSource(model), TOKENS, config).run().allocation
+    assert sweep.without_choice(model.config, SlimConfig(bits=2.25, group_size=32)) is None
+    one_may_choose = SlimConfig(bits=2, group_size=32, rules=[("blocks.1.attn.q", {"bits": 3})])
+    assert sweep.without_choice(model.config, one_may_choose) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", [False, True])
 def test_model_budget_quantizes_and_generates(model, guide):

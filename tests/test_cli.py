@@ -204,10 +204,7 @@ def test_self_calibration(room, capsys, tmp_path):
 
 
 def test_what_a_command_without_options_asks_for(room, capsys, tmp_path, monkeypatch):
-    def interrupt(self, on_sweep=None):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(quantizer.Sweep, "run", interrupt)
+    interrupt_in_block(monkeypatch, 0)
     small = ["--calibration", str(room / "calib.txt"), "--samples", "2"]
     assert run(["quantize", str(room / "hf"), str(tmp_path / "q"), *small]) == 130
     lines = capsys.readouterr().err.splitlines()

@@ -31,7 +31,11 @@ def test_operations_by_hand():
 
 @pytest.mark.parametrize(
     "more",
-    [{"tune": True, "tune_samples": 0}, {"criterion": "model"}, {"method": "slim-plus", "tune": False}],
+    [
+        {"tune": True, "tune_samples": 0},
+        {"criterion": "model", "bits": 2.5},
+        {"method": "slim-plus", "tune": False},
+    ],
 )
 def test_whatever_is_done_beside_takes_longer(more):
     plain, longer = (

@@ -20,7 +20,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import block_params
 from slim_jax.run.activations import BATCH_TOKENS
-from slim_jax.run.sweep import BUDGET_TOKENS
+from slim_jax.run.sweep import BUDGET_TOKENS, without_choice
 
 TUNING = 6.0
 """Operations for each weight and token of a step: forward, and twice on the way back."""
@@ -49,7 +49,7 @@ def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length
     count += solved * forward * (2 if settings.asymmetric or settings.method == "slim-plus" else 1)
     if settings.method == "slim-plus":
         count += solved * (forward + settings.epochs * LEARNING * (weights + attended))
-    if settings.over_model or settings.guide:
+    if settings.guide or (settings.over_model and without_choice(config, settings) is None):
         swept = samples * length if settings.guide else min(BUDGET_TOKENS, samples * length)
         count += swept * (4 * forward + 3 * head)
     if settings.tune:

@@ -26,7 +26,7 @@ from slim_jax.run.activations import Activations, Inputs, Passing, dense_weight,
 from slim_jax.run.ends import quantize_ends
 from slim_jax.run.learning import BlockLearner, OnEpoch
 from slim_jax.run.source import Source
-from slim_jax.run.sweep import Guide, OnSweep, Sweep
+from slim_jax.run.sweep import Guide, OnSweep, Sweep, without_choice
 
 
 class BlockQuantizer:
@@ -47,6 +47,8 @@ class BlockQuantizer:
         self.source, self.config, self.placement = source, config, placement
         self.guide: Guide | None = None
         given = bits is not None
+        if config.over_model and bits is None:
+            bits = without_choice(source.config, config)
         if config.guide or (config.over_model and bits is None):
             if sweep_file is not None and sweep_file.exists():  # of the run that is resumed
                 self.guide = Guide.load(sweep_file)

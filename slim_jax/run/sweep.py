@@ -31,9 +31,10 @@ from slim_jax.method.budget import LayerCosts, expected_rise, spend
 from slim_jax.method.layer import LayerSolvers
 from slim_jax.method.sba import Allocation
 from slim_jax.model.block import Block, linear_groups, linear_names, sequence_positions
+from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
-from slim_jax.model.params import make_outer
+from slim_jax.model.params import block_params, make_outer
 from slim_jax.model.stage import part_of
 from slim_jax.run.activations import Activations, observe, sample_batches
 from slim_jax.run.files import write_arrays
@@ -313,6 +314,23 @@ def spend_all(costs: Mapping[str, LayerCosts], config: SlimConfig) -> tuple[Allo
         allocation |= spent
         rises |= expected_rise(layers, widths, spent)
     return {name: allocation[name] for name in costs}, {name: rises[name] for name in costs}
+
+
+def without_choice(model: DecoderConfig, config: SlimConfig) -> Allocation | None:
+    """Widths of all groups where every layer's mean is the smallest width; None where there is a choice."""
+    allocation: Allocation = {}
+    for index, kind in enumerate(model.blocks()):
+        shapes = block_params(kind)
+        for name in itertools.chain(*linear_groups(kind)):
+            full = f"blocks.{index}.{name}"
+            own = config.of_layer(full)
+            if own is None or not own.over_model:
+                continue
+            if own.mean_width != own.widths[0]:
+                return None
+            channels = shapes[f"{name}.weight"].shape[0]
+            allocation[full] = [own.widths[0]] * -(-channels // own.group_size)
+    return allocation
 
 
 def some_samples(tokens: np.ndarray, devices: int) -> np.ndarray:
