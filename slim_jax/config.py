@@ -95,7 +95,7 @@ class SlimConfig:
     refine: int | None = None
     search_tokens: int = 2048
     learn: str = "rounding"
-    epochs: int = 10
+    epochs: int = 5
     learning_rate: float | None = None
     batch_size: int = 4
     augmented: float = 0.0

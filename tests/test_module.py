@@ -1,5 +1,7 @@
 """Quantizing Flax modules that are no decoders."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from slim_jax.run import activations, calls, module
 from slim_jax.run.module import PackedKernel, PackedLinear
 
 CONFIG = SlimConfig(bits=4, group_size=32)
+PLUS = SlimConfig(bits=2, group_size=32, method="slim-plus", refine=0, epochs=5)
 
 
 class Net(nnx.Module):
@@ -93,6 +96,35 @@ def test_calibration_sees_the_patches(net, batches):
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
+class Twice(nnx.Module):
+    """A layer that is in two places and called in both."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.once = self.again = nnx.Linear(32, 32, rngs=rngs)
+        self.out = nnx.Linear(32, 8, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(nnx.relu(self.again(nnx.relu(self.once(x)))))
+
+
+def test_slim_plus_learns_by_the_outputs():
+    """What is packed is what the last judgement saw."""
+    net, rng, losses, seen = Twice(nnx.Rngs(0)), np.random.default_rng(0), [], []
+    batches = [rng.normal(size=(64, 32)).astype(np.float32) for _ in range(16)]
+    found, report = quantize_module(net, batches, PLUS, on_epoch=lambda *epoch: seen.append(epoch))
+    plain, _ = quantize_module(net, batches, dataclasses.replace(PLUS, method="slim"))
+    for made in (plain, found):
+        outputs = [(made(x), net(x)) for x in batches[::8]]  # the held-out ones
+        losses.append(np.mean([jnp.sum((y - t) ** 2) / jnp.sum(t**2) for y, t in outputs]))
+    learning = report.learning
+    assert learning.losses[0] == pytest.approx(losses[0], rel=1e-2)
+    assert learning.losses[learning.kept_epoch] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[1] < 0.8 * losses[0]
+    assert [(number, of) for number, of, _ in seen] == [(i, 5) for i in range(1, 6)]
+    assert found.again is found.once
+    assert isinstance(found.again, PackedLinear)
+
+
 def test_selection(net, batches):
     found, report = quantize_module(net, batches, CONFIG, select=["attn.*", "heads.*"])
     assert {layer.name for layer in report.layers} == {f"attn.{n}" for n in ("query", "key", "value", "out")}
@@ -119,7 +151,9 @@ class Jitted(nnx.Module):
     [
         ({"batches": []}, "no batches"),
         ({"select": ["head.*"]}, "matches none of again, attn.key"),
-        ({"config": SlimConfig(method="slim-plus")}, "expected slim, gptq or rtn"),
+        ({"config": SlimConfig(method="slim-plus", learn="clip-gptq")}, "expected rounding, grid or clip"),
+        ({"config": PLUS, "forward": lambda net, x: [bool(net(x).sum() > 0)]}, "no floating-point array"),
+        ({"config": PLUS, "forward": lambda net, x: net(x) if net(x).sum() > 0 else x}, "JAX can trace"),
         ({"module": Jitted(nnx.Rngs(0)), "batches": [jnp.ones((1, 4))]}, "inside a JAX transformation"),
     ],
 )

@@ -27,10 +27,12 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor, pack, scales
 from pallas_kernels.layout import zero_bits
+from slim_jax.method.hessian import spread
 from slim_jax.method.sqc import Grid, stored_grids
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
@@ -119,13 +121,22 @@ def clip_start(
     """
     one = bits == 1
     mean = jnp.mean(w, axis=1, keepdims=True)
-    spread = jnp.mean(jnp.abs(w - mean), axis=1, keepdims=True)
-    low = jnp.where(one, mean - spread, jnp.minimum(jnp.min(w, axis=1, keepdims=True), 0.0))
-    high = jnp.where(one, mean + spread, jnp.maximum(jnp.max(w, axis=1, keepdims=True), 0.0))
+    deviation = jnp.mean(jnp.abs(w - mean), axis=1, keepdims=True)
+    low = jnp.where(one, mean - deviation, jnp.minimum(jnp.min(w, axis=1, keepdims=True), 0.0))
+    high = jnp.where(one, mean + deviation, jnp.maximum(jnp.max(w, axis=1, keepdims=True), 0.0))
     high = jnp.where(low == high, low + 1.0, high)
     gamma = jnp.full_like(low, CLIP_START)
     learned = {"up": gamma, "down": gamma, "offset": jnp.zeros_like(low)}
     return learned, Layer(w, low, high, bits, zero_bits, scale_dtype)
+
+
+def undecided(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Scales that are stored as the given ones are, spread over all that do if they are stored in eight bits.
+    Else none would change before it has moved by half a step, and then all would at once."""
+    if dtype != jnp.uint8:
+        return scale
+    shares = jnp.asarray(spread(scale.size).reshape(scale.shape), jnp.float32)
+    return scales.within(scales.encoded(scale), shares)
 
 
 @partial(jax.jit, static_argnames="rounding")
@@ -141,11 +152,37 @@ def solved_start(
     codes = jnp.pad(tensor.codes().astype(jnp.float32), ((0, groups * g - tensor.shape[0]), (0, 0)))
     code = codes.reshape(groups, g, n)
     scale, zero, _ = (value[:, None] for value in stored_grids(tensor))
-    learned = {"log_scale": jnp.log(scale), "zero": zero}
+    learned = {"log_scale": jnp.log(undecided(scale, tensor.scale.dtype)), "zero": zero}
     if rounding:
         learned["code"] = code + jnp.clip(w / scale + zero - code, -MARGIN, MARGIN)
     empty = jnp.zeros((groups, 1, n))
     return learned, Layer(code, empty, empty, bits, zero_bits(tensor.widths), tensor.scale.dtype)
+
+
+def dense_weights(learned: Learned, layers: Mapping[str, Layer]) -> dict[str, jax.Array]:
+    """Every layer's quantized weight ``[K', N]``, padded to whole groups, differentiable."""
+    out = {}
+    for name, layer in layers.items():
+        code, grid = quantized(learned[name], layer)
+        w = grid.scale * (code - grid.zero)
+        out[name] = w.reshape(-1, w.shape[-1])
+    return out
+
+
+def pack_learned(learned: Mapping[str, jax.Array], layer: Layer, like: MixedTensor) -> MixedTensor:
+    """The packed weight that the loss has seen, with the shape and widths of ``like``."""
+    code, grid = quantized(learned, layer)
+    step = jnp.exp2(layer.bits - layer.zero_bits)
+    k, n = like.shape
+    return pack(
+        np.asarray(code, np.uint8).reshape(-1, n)[:k],
+        np.asarray(scales.stored(grid.scale[:, 0], layer.scale_dtype)),
+        np.rint(np.asarray(grid.zero / step)[:, 0]).astype(np.uint8),
+        np.asarray(layer.bits, np.int64).reshape(-1),
+        group_size=like.group_size,
+        widths=like.widths,
+        dtype=like.dtype,
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -181,22 +218,13 @@ class SlimPlus:
     augmented: float = 1.0
     sharding: NamedSharding | None = None
 
-    def weights(self, learned: Learned, layers: Mapping[str, Layer]) -> dict[str, jax.Array]:
-        """Every layer's quantized weight ``[K', N]``, differentiable."""
-        out = {}
-        for name, layer in layers.items():
-            code, grid = quantized(learned[name], layer)
-            w = grid.scale * (code - grid.zero)
-            out[name] = w.reshape(-1, w.shape[-1])
-        return out
-
     def loss(
         self, learned: Learned, layers: Mapping[str, Layer], rest: Params, batch: Samples
     ) -> Float[Array, ""]:
         """Mean squared difference of the block's output from its targets."""
         params = dict(rest)
         shapes = block_params(self.config)
-        for layer, w in self.weights(learned, layers).items():
+        for layer, w in dense_weights(learned, layers).items():
             name = f"{layer}.weight"
             params[name] = w[: shapes[name].shape[0]].astype(COMPUTE_DTYPE)  # padding goes
         block = make_block(self.config, params)
@@ -250,18 +278,3 @@ class SlimPlus:
         if self.sharding is None or len(rows) % self.sharding.num_devices:
             return batch
         return lax.with_sharding_constraint(batch, self.sharding)
-
-    def pack(self, learned: Mapping[str, jax.Array], layer: Layer, like: MixedTensor) -> MixedTensor:
-        """The packed weight that the loss has seen, with the shape and widths of ``like``."""
-        code, grid = quantized(learned, layer)
-        step = jnp.exp2(layer.bits - layer.zero_bits)
-        k, n = like.shape
-        return pack(
-            np.asarray(code, np.uint8).reshape(-1, n)[:k],
-            np.asarray(scales.stored(grid.scale[:, 0], layer.scale_dtype)),
-            np.rint(np.asarray(grid.zero / step)[:, 0]).astype(np.uint8),
-            np.asarray(layer.bits, np.int64).reshape(-1),
-            group_size=like.group_size,
-            widths=like.widths,
-            dtype=like.dtype,
-        )

@@ -24,8 +24,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import MixedTensor, scales
 from pallas_kernels.layout import stack
 from slim_jax.devices import ONE_DEVICE, Placement
-from slim_jax.method.hessian import spread
-from slim_jax.method.plus import straight_through
+from slim_jax.method.plus import straight_through, undecided
 from slim_jax.method.sqc import stored_grids
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
@@ -150,24 +149,16 @@ def _packing(block: Params) -> dict[str, Any]:
 
 def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
     """What is learned at first, of the gains of norms and, inside blocks, of scales: zeros, but for scales in
-    eight bits numbers that change none of them, evenly spread over what is rounded to it. Else none would
-    change before it has moved by half a step, and then all would at once."""
+    eight bits numbers that change none of them, see `slim_jax.method.plus.undecided`."""
     start, leading = {}, 1 if inside else 0  # blocks are stacked
     for name, value in params.items():
         if isinstance(value, MixedTensor):
             if inside:
-                start[name] = _undecided(value.scale)
+                scale = value.scales()
+                start[name] = jnp.log(undecided(scale, value.scale.dtype) / scale)
         elif name.endswith("norm.scale") and value.ndim == 1 + leading:
             start[name] = jnp.zeros(value.shape)
     return start
-
-
-def _undecided(scale: jax.Array) -> jax.Array:
-    """Logarithms of factors that leave stored scales as they are, spread over all that do."""
-    if scale.dtype != jnp.uint8:
-        return jnp.zeros(scale.shape)
-    shares = jnp.asarray(spread(scale.size).reshape(scale.shape), jnp.float32)
-    return jnp.log(scales.within(scale, shares) / scales.decoded(scale))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,15 @@ Forward = Callable[[Any, Any], Any]
 See = Callable[[str, jax.Array], None]
 
 
+def layers_of(module: Any) -> dict[str, Layer]:
+    """Path and layer of all that can be quantized; a layer that is in several places counts once."""
+    return {
+        ".".join(map(str, path)): node
+        for path, node in nnx.iter_graph(module)
+        if type(node) in (nnx.Linear, nnx.LinearGeneral, nnx.Conv)
+    }
+
+
 class _Enough(Exception):
     """All that is to be seen of a batch has been seen."""
 

@@ -13,7 +13,7 @@ from pallas_kernels import MixedTensor
 from pallas_kernels.layout import zero_bits
 from slim_jax.config import SlimConfig
 from slim_jax.devices import ONE_DEVICE, Placement
-from slim_jax.method.plus import Layer, Learned, Samples, SlimPlus, clip_start, solved_start
+from slim_jax.method.plus import Layer, Learned, Samples, SlimPlus, clip_start, pack_learned, solved_start
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import Params, as_computed
 from slim_jax.report import LearningReport
@@ -42,9 +42,8 @@ def default_optimizer(config: SlimConfig, steps: int) -> optax.GradientTransform
     """AdamW without weight decay; rates fall along a cosine to a twentieth over ``steps``.
 
     Clipping learns at a constant rate, as in the paper's code. ``learning_rate`` is that of clipping
-    parameters and of codes; zero points and logarithms of scales, which all weights of a group share,
-    move at a half and a fifth of it. Equal arguments give the same object, so that steps compiled with it
-    serve again.
+    parameters; codes, logarithms of scales and zero points move at 0.8, 0.6 and 0.5 of it (docs/quality.md).
+    Equal arguments give the same object, so that steps compiled with it serve again.
     """
     rate = config.learning_rate
     assert rate is not None
@@ -56,8 +55,55 @@ def default_optimizer(config: SlimConfig, steps: int) -> optax.GradientTransform
     def rates(learned: Learned) -> dict[str, dict[str, str]]:
         return {layer: {name: name for name in leaves} for layer, leaves in learned.items()}
 
-    parts = {"up": 1.0, "down": 1.0, "offset": 0.01, "code": 1.0, "log_scale": 0.2, "zero": 0.5}
+    parts = {"up": 1.0, "down": 1.0, "offset": 0.01, "code": 0.8, "log_scale": 0.6, "zero": 0.5}
     return optax.partition({name: adam(part) for name, part in parts.items()}, rates)
+
+
+def best_of_epochs(
+    learned: Learned,
+    epochs: int,
+    epoch: Callable[[Learned], Learned],
+    judge: Callable[[Learned], float],
+    on_epoch: OnEpoch | None = None,
+) -> tuple[Learned, LearningReport]:
+    """The best of what epoch after epoch gives, by the held-out loss, and how it went.
+
+    Args:
+      learned: the start; ``epoch`` may donate it.
+      epochs: at most.
+      epoch: learns from all samples once.
+      judge: the held-out loss.
+      on_epoch: called after every epoch.
+    """
+    best, best_epoch, losses, note = jax.tree.map(jnp.copy, learned), 0, [judge(learned)], ""
+    for number in range(1, epochs + 1):
+        learned = epoch(learned)
+        loss = judge(learned)
+        if not math.isfinite(loss):
+            note = f"the loss became {loss} in epoch {number}; epoch {best_epoch} is kept"
+            break
+        losses.append(loss)
+        if on_epoch is not None:
+            on_epoch(number, epochs, loss)
+        if loss < losses[best_epoch]:
+            best, best_epoch = jax.tree.map(jnp.copy, learned), number
+        if number - best_epoch >= PATIENCE:
+            break
+    if best_epoch == 0 and not note:
+        note = "learning did not lower the held-out loss; the start values are kept"
+    return best, LearningReport(losses, best_epoch, note)
+
+
+def start_of(
+    tensor: MixedTensor, w: jax.Array, learn: str, placement: Placement = ONE_DEVICE
+) -> tuple[dict[str, jax.Array], Layer]:
+    """What is learned of a layer and what stays fixed of it; ``w [K, N]`` is its full-precision weight."""
+    missing = tensor.groups * tensor.group_size - w.shape[0]
+    w = jnp.pad(w.astype(jnp.float32), ((0, missing), (0, 0))).reshape(tensor.groups, tensor.group_size, -1)
+    bits = placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
+    if learn.startswith("clip"):
+        return clip_start(w, bits, zero_bits=zero_bits(tensor.widths), scale_dtype=tensor.scale.dtype)
+    return solved_start(tensor, w, bits, rounding=learn == "rounding")
 
 
 class BlockLearner:
@@ -107,33 +153,24 @@ class BlockLearner:
         plus = self.kinds[index]
         learned, layers, rest = self.start(dense, packed)
         samples, judge_order = self.placement.tree(samples), self._judge_order()
-        best = jax.tree.map(jnp.copy, learned)
-        before = best_loss = float(plus.evaluate(learned, layers, rest, samples, judge_order))
         state = self.placement.tree(plus.optimizer.init(learned))
-        rng, best_epoch, losses = np.random.default_rng(index), 0, [before]
-        note = ""
-        for epoch in range(1, self.config.epochs + 1):
+        rng = np.random.default_rng(index)
+
+        def epoch(learned: Learned) -> Learned:
+            nonlocal state
             order = rng.permutation(self.learners)
             order = order[: len(order) // self.batch * self.batch].reshape(-1, self.batch)
             learned, state, _ = plus.epoch(learned, state, layers, rest, samples, jnp.asarray(order))
-            loss = float(plus.evaluate(learned, layers, rest, samples, judge_order))
-            if not math.isfinite(loss):
-                note = f"the loss became {loss} in epoch {epoch}; epoch {best_epoch} is kept"
-                break
-            losses.append(loss)
-            if on_epoch is not None:
-                on_epoch(epoch, self.config.epochs, loss)
-            if loss < best_loss:
-                best, best_loss, best_epoch = jax.tree.map(jnp.copy, learned), loss, epoch
-            if epoch - best_epoch >= PATIENCE:
-                break
-        if best_epoch == 0 and not note:
-            note = "learning did not lower the held-out loss; the start values are kept"
-        report = LearningReport(losses, best_epoch, note)
-        if best_epoch == 0 and not self.config.clips:
+            return learned
+
+        def judge(learned: Learned) -> float:
+            return float(plus.evaluate(learned, layers, rest, samples, judge_order))
+
+        best, report = best_of_epochs(learned, self.config.epochs, epoch, judge, on_epoch)
+        if report.kept_epoch == 0 and not self.config.clips:
             return dict(packed), report
         best = self.placement.tree(best)
-        result = {name: plus.pack(best[name], layers[name], packed[name]) for name in packed}
+        result = {name: pack_learned(best[name], layers[name], packed[name]) for name in packed}
         return {name: self.placement.tensor(tensor) for name, tensor in result.items()}, report
 
     def better(
@@ -165,16 +202,8 @@ class BlockLearner:
         learned: Learned = {}
         layers: dict[str, Layer] = {}
         for name, tensor in packed.items():
-            g = tensor.group_size
-            w = self.placement.whole(dense[f"{name}.weight"]).astype(jnp.float32)
-            w = jnp.pad(w, ((0, tensor.groups * g - w.shape[0]), (0, 0))).reshape(tensor.groups, g, -1)
-            bits = self.placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
-            if learn.startswith("clip"):
-                learned[name], layers[name] = clip_start(
-                    w, bits, zero_bits=zero_bits(tensor.widths), scale_dtype=tensor.scale.dtype
-                )
-            else:
-                learned[name], layers[name] = solved_start(tensor, w, bits, rounding=learn == "rounding")
+            w = self.placement.whole(dense[f"{name}.weight"])
+            learned[name], layers[name] = start_of(tensor, w, learn, self.placement)
         rest = {
             name: self.placement.whole(as_computed(name, value))
             for name, value in dense.items()

@@ -8,24 +8,27 @@ patches.
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels import MixedTensor, mixed_matmul
 from slim_jax.config import SlimConfig
 from slim_jax.method.layer import LayerSolvers
 from slim_jax.model.linear import Packed
-from slim_jax.report import LayerReport
+from slim_jax.report import LayerReport, LearningReport
 from slim_jax.rules import check_rules
 from slim_jax.run.activations import Inputs, observe
-from slim_jax.run.calls import Forward, Layer, find_stages, shared_inputs, watch
+from slim_jax.run.calls import Forward, Layer, find_stages, layers_of, shared_inputs, watch
 from slim_jax.run.kept import Finished, Kept, digest_of
+from slim_jax.run.learning import OnEpoch
+from slim_jax.run.module_learning import improve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +39,14 @@ class ModuleReport:
       layers: the quantized ones, stage by stage, otherwise in the order in which the module calls them.
       skipped: path -> why a layer that was selected is as it was.
       unmatched: patterns of ``select`` that no layer's path matches.
+      learning: how "slim-plus" went on from there, where it did: the squared difference of the module's
+        outputs from the full-precision ones, over these squared.
     """
 
     layers: list[LayerReport]
     skipped: dict[str, str]
     unmatched: list[str]
+    learning: LearningReport | None = None
 
 
 class PackedLinear(nnx.Module):
@@ -58,8 +64,9 @@ class PackedLinear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
         self.axes, self.out_shape = axes, out_shape
 
-    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, x: jax.Array | np.ndarray, out_sharding: Any = None) -> jax.Array:
         """``[..., K]`` -> ``[..., N]`` in the dtype of ``x``; ``out_sharding`` as `nnx.Linear` takes it."""
+        x = jnp.asarray(x)
         batch = x.shape[: x.ndim - self.axes]
         y = mixed_matmul(x.reshape(*batch, -1), self.weight.get_value()).reshape(*batch, *self.out_shape)
         if self.bias is not None:
@@ -83,6 +90,7 @@ def quantize_module(
     select: Sequence[str] | None = None,
     forward: Forward | None = None,
     resume: str | Path | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> tuple[Any, ModuleReport]:
     """Quantizes the `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Conv` layers of a module.
 
@@ -92,37 +100,41 @@ def quantize_module(
     Args:
       module: an NNX module that runs outside of jit; it is not changed.
       batches: inputs, one a call; they must fit in memory.
-      config: how to quantize; any method but "slim-plus", which needs blocks. Bits are allocated within each
-        layer: criterion "model", which needs a decoder's loss, stands for "kl" here.
-        Rules are over the layers' paths.
+      config: how to quantize. Bits are allocated within each layer: criterion "model", which needs a
+        decoder's loss, stands for "kl" here. "slim-plus" goes on from what all layers then are and learns, by
+        the module's outputs, for ``config.epochs`` over the batches; nothing is tuned after that. Rules are
+        over the layers' paths.
       select: patterns such as ``"blocks.*.mlp.*"`` (`fnmatch`) of the paths to quantize; all by default.
       forward: ``forward(module, batch)``; by default ``module(batch)``.
       resume: a folder that keeps the layers of every finished stage. The same call goes on after the last of
-        them and gives the same; nothing is kept without.
+        them and gives the same; nothing is kept without. Learning begins anew.
+      on_epoch: called after every epoch of learning: its number, the number of all, the held-out loss.
 
     Returns:
       A copy with packed layers, and a report.
 
     Raises:
       ValueError: there are no batches, no layer is selected, a rule holds for none, a selected layer is
-        called inside a transformation such as jit or scan, where its inputs have no values, or ``resume``
-        holds something else or a run with other settings, weights or batches.
+        called inside a transformation such as jit or scan, where its inputs have no values, ``resume``
+        holds something else or a run with other settings, weights or batches, or "slim-plus" is to learn of
+        a module that JAX cannot trace.
     """
     if config.guide or config.bits != int(config.bits):
         raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
     if config.over_model:  # there is no model's loss to spend bits by
         config = dataclasses.replace(config, criterion="kl")
-    if config.method == "slim-plus":
-        raise ValueError("method is 'slim-plus', which learns decoder blocks; expected slim, gptq or rtn")
-    module, batches = nnx.clone(module), list(batches)
+    if config.method == "slim-plus" and config.learn == "clip-gptq":
+        raise ValueError("learn is 'clip-gptq', expected rounding, grid or clip for a module")
+    full, module, batches = module, nnx.clone(module), list(batches)
     if not batches:
         raise ValueError("there are no batches, expected at least one to calibrate on")
     run = forward or (lambda module, batch: module(batch))
-    chosen, skipped, unmatched = _choose(dict(_layers(module)), select, config)
+    chosen, skipped, unmatched = _choose(layers_of(module), select, config)
     kept = None if resume is None else Kept(Path(resume), _settings(module, chosen, batches, config))
     calls = watch(chosen, partial(run, module, batches[0]))
     skipped |= {path: "it is not called" for path in chosen if path not in calls}
     reports: list[LayerReport] = []
+    tensors: dict[str, MixedTensor] = {}
     stages = find_stages(chosen, partial(run, module, batches[0])) if config.sequential else [list(calls)]
     for stage, paths in enumerate(stages):
         own = {path: chosen[path] for path in paths}
@@ -135,15 +147,12 @@ def quantize_module(
                 kept.write(stage, found)
         for path, (tensor, report) in found.items():
             _put(module, own[path], tensor)
+            tensors[path] = tensor
             reports.append(report)
-    return module, ModuleReport(reports, skipped, unmatched)
-
-
-def _layers(module: Any) -> Iterator[tuple[str, Layer]]:
-    """Path and layer of all that can be quantized; a layer that is in several places counts once."""
-    for path, node in nnx.iter_graph(module):
-        if type(node) in (nnx.Linear, nnx.LinearGeneral, nnx.Conv):
-            yield ".".join(map(str, path)), node
+    if config.method != "slim-plus":
+        return module, ModuleReport(reports, skipped, unmatched)
+    tensors, learning = improve(full, tensors, batches, run, config, on_epoch)
+    return _packed(full, tensors), ModuleReport(reports, skipped, unmatched, learning)
 
 
 def _choose(
@@ -196,6 +205,15 @@ def _quantize_layers(layers: dict[str, Layer], x: list[jax.Array], config: SlimC
         weights = [jnp.asarray(kernel, jnp.float32).reshape(x[0].shape[1], -1) for kernel in kernels]
         found |= dict(zip(paths, solver.solve(paths, weights, seen)))
     return found
+
+
+def _packed(module: Any, tensors: Mapping[str, MixedTensor]) -> Any:
+    """A copy with packed layers."""
+    module = nnx.clone(module)
+    layers = layers_of(module)
+    for path, tensor in tensors.items():
+        _put(module, layers[path], tensor)
+    return module
 
 
 def _put(module: Any, layer: Layer, tensor: MixedTensor) -> None:
