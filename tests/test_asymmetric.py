@@ -61,6 +61,7 @@ def test_what_is_lost(weighted):
     assert observe(inputs._replace(reference=None), 4).drift is None
 
 
+@pytest.mark.slow
 def test_a_model_loses_less():
     """At 2 bits the logits of a random model come out nearer to those of full precision."""
     model, rng = Decoder(CONFIG, rngs=nnx.Rngs(0)), np.random.default_rng(3)

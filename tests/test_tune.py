@@ -165,15 +165,13 @@ def codes(model: Decoder) -> list[np.ndarray]:
 def test_layers_are_not_solved_on_what_tuning_looks_at():
     model = confident(dataclasses.replace(CONFIG, num_layers=1))
     own = dataclasses.replace(TUNED, tune_samples=None, tune_batch_size=1, tune_epochs=1)
-    half, other = len(TOKENS) // 2, np.concatenate([TOKENS[: len(TOKENS) // 2], TOKENS[: len(TOKENS) // 2]])
+    half = len(TOKENS) // 2
     found, report = pipeline.quantize(model, TOKENS, own)
     assert report.tuning is not None
     assert 0 < report.tuning.tokens <= (half - 1) * TOKENS.shape[1]  # one of them judges
     untuned, _ = pipeline.quantize(model, TOKENS[:half], UNTUNED)
-    again, _ = pipeline.quantize(model, other, own)
-    for those in (untuned, again):
-        for mine, theirs in zip(codes(found), codes(those), strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+    for mine, theirs in zip(codes(found), codes(untuned), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_how_many_samples_tuning_has():
