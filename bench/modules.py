@@ -178,7 +178,7 @@ def example(name: str, seconds: float, widths: list[int], group_size: int) -> di
     batches = [data(rng, 64)[0] for _ in range(8)]
     row: dict[str, Any] = {"module": name, "full_precision": accuracy(module, data)}
     for bits in widths:
-        for method in ("slim", "rtn"):
+        for method in ("slim-plus", "slim", "rtn"):
             config = SlimConfig(bits=bits, group_size=group_size, method=method)
             quantized, report = quantize_module(module, batches, config)
             size = sum(layer.bits_per_weight * np.prod(layer.shape) for layer in report.layers)
