@@ -198,6 +198,20 @@ def test_drawn_texts_differ_from_the_likeliest(scores):
     assert likeliest != drawn
 
 
+def test_answers_are_those_of_the_harness_own_model(folder, words):
+    """Of each kind of request, what `goldens/make_scores.py` was answered by its model of Hugging Face."""
+    golden = json.loads((Path(__file__).parent / "goldens/scores.json").read_text())
+    model = Scores(read_decoder(load_source(folder, dtype="float32")), words)
+    for kind, pairs in golden.items():
+        requests, wanted = zip(*pairs)
+        found = getattr(model, kind)([asked(*request) for request in requests])
+        if kind == "generate_until":
+            assert found == list(wanted)
+        else:
+            values = [np.asarray(answers, np.float64) for answers in (found, wanted)]
+            np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
+
+
 def test_a_text_longer_than_the_model(scores):
     with pytest.raises(ConvertError, match="a task asks for 256 tokens, the model has 40 positions"):
         scores.generate_until([asked("w5", {"until": ["\n"]})])
