@@ -34,7 +34,7 @@ def improve(
     A batch is one step; every eighth is held out to judge, where there are two or more.
 
     Args:
-      module: in full precision.
+      module: in full precision; every call of it begins with the state that it has here.
       packed: its quantized layers, by path.
       batches: trees of arrays.
       run: ``run(module, batch)``, which JAX can trace and differentiate.
@@ -50,14 +50,14 @@ def improve(
         learned[path], layers[path] = start_of(tensor, w, config.learn)
     judges, learners = held_out(len(batches), 1)
     graph, weights = nnx.split(module)
-    targets = [_floats(run(module, batch)) for batch in batches]
+    targets = [_floats(run(nnx.merge(graph, weights), batch)) for batch in batches]
     if not targets[0]:
         raise ValueError("the module gives no floating-point array, expected one for slim-plus to learn from")
     optimizer = default_optimizer(config, config.epochs * len(learners))
 
     def loss(learned: Learned, layers: dict[str, Layer], weights: Any, batch: Any, target: list[jax.Array]):
         found = _floats(run(_with_weights(nnx.merge(graph, weights), dense_weights(learned, layers)), batch))
-        return sum(jnp.sum((y - t) ** 2) / jnp.sum(t**2) for y, t in zip(found, target, strict=True))
+        return sum(_difference(*pair) for pair in zip(found, target, strict=True))
 
     @jax.jit
     def step(learned: Learned, state: Any, *rest: Any) -> tuple[Learned, Any]:
@@ -90,6 +90,11 @@ def _floats(outputs: Any) -> list[jax.Array]:
     """What a module gives that learning can go by."""
     leaves = map(jnp.asarray, jax.tree.leaves(outputs))
     return [leaf.astype(jnp.float32) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _difference(y: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared, over the target squared."""
+    return jnp.sum((y - target) ** 2) / jnp.maximum(jnp.sum(target**2), jnp.finfo(jnp.float32).tiny)
 
 
 def _with_weights(module: Any, weights: Mapping[str, jax.Array]) -> Any:
