@@ -1,5 +1,6 @@
 """The compiled decode step: how many programs a layer takes on a CPU, and what of the cache is written."""
 
+import dataclasses
 import re
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import devices, pack
+from pallas_kernels import devices, pack, scales
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
@@ -35,7 +36,7 @@ def packed_model() -> Decoder:
     def packed(shape: tuple[int, int]):
         groups = shape[0] // G
         codes = rng.integers(0, 2, shape)
-        scale, zero = np.ones((groups, shape[1])), np.zeros((groups, shape[1]), np.uint8)
+        scale, zero = scales.encoded(np.ones((groups, shape[1]))), np.zeros((groups, shape[1]), np.uint8)
         return pack(codes, scale, zero, np.full(groups, 2), group_size=G, widths=(1, 2, 3))
 
     blocks = [{**block, **{name: packed(block[name].shape) for name in names}} for block in blocks]
@@ -66,6 +67,17 @@ def test_a_layer_takes_few_programs(step):
     # Four products (q, k and v together, o, gate and up together, down), each as two loops at a time.
     assert len(re.findall(r"= .* call\(", body)) == 8
     assert " sort(" not in body
+
+
+def test_a_layer_whose_scales_bytes_cannot_hold_is_scanned_over_like_the_rest():
+    model, other = packed_model(), packed_model()
+    weight = other.blocks[1].attn.o.weight
+    w = weight.get_value()
+    assert w.scale.dtype == jnp.uint8
+    weight.set_value(dataclasses.replace(w, scale=w.scales().astype(jnp.bfloat16)))
+    found, wanted = Generator(other), Generator(model)
+    assert found.stacked == wanted.stacked == [True]
+    assert found.generate([[3, 4, 5]], max_tokens=6) == wanted.generate([[3, 4, 5]], max_tokens=6)
 
 
 def test_the_cache_is_written_where_it_lies(step):

@@ -113,7 +113,7 @@ class LayerSolver:
         if config.method != "rtn":
             padded = self.corrected(padded, found, observation)
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
-        exponent = self.exponent(padded)
+        exponent = self.exponent(placed)  # not of what makes up for losses: it may exceed the bound a little
         if exponent:
             padded, x = [w * np.float32(2.0**exponent) for w in padded], x * np.float32(2.0**-exponent)
         if like is None:

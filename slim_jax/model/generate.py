@@ -29,7 +29,7 @@ from slim_jax.model.linear import Linear, Packed, join
 from slim_jax.model.loop import CHUNK, Tokens, next_logits, read, write, write_text
 from slim_jax.model.sampling import Choice, Sampling
 from slim_jax.model.stage import part_of
-from slim_jax.model.step import stackable
+from slim_jax.model.step import stackable, with_scales_alike
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
 LENGTH_STEP = 128
@@ -70,7 +70,7 @@ class Generator:
             known = ", ".join(map(str, CACHE_DTYPES))
             raise ValueError(f"cache_dtype is {jnp.dtype(cache_dtype)}, expected one of {known}")
         self.config: DecoderConfig = model.config
-        runs: list[Any] = model.runs()
+        runs: list[Any] = [with_scales_alike(run) for run in model.runs()]
         self.stacked: list[bool] = [stackable(run) for run in runs]
         linears = [m for b in model.blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
         linear = linears[0]

@@ -6,6 +6,7 @@ because XLA copies each slice of a weight that it scans over, and on NVIDIA GPUs
 weights are not prepared.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -35,6 +36,32 @@ def stackable(blocks: Sequence[Block]) -> bool:
         for block in alike
     ]
     return all(kind == kinds[0] for kind in kinds)
+
+
+def with_scales_alike(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks; where scales of a weight are bytes in some and bfloat16 in others, which is all that keeps
+    them from being stacked, bfloat16 in all: it holds the value of every byte."""
+    weights = [[w for w in jax.tree.leaves(b, is_leaf=_is_packed) if _is_packed(w)] for b in blocks]
+    kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
+    if any(kind != kinds[0] for kind in kinds):
+        return list(blocks)
+    mixed = [len({w.scale.dtype for w in same}) > 1 for same in zip(*weights)]
+    if not any(mixed):
+        return list(blocks)
+
+    def alike(block: Block) -> Block:
+        differs = iter(mixed)
+        return jax.tree.map(
+            lambda leaf: _in_bfloat16(leaf) if _is_packed(leaf) and next(differs) else leaf,
+            block,
+            is_leaf=_is_packed,
+        )
+
+    return [alike(block) for block in blocks]
+
+
+def _in_bfloat16(w: MixedTensor) -> MixedTensor:
+    return dataclasses.replace(w, scale=w.scales().astype(jnp.bfloat16))
 
 
 def most_rows(blocks: Sequence[Block]) -> list[list[int]]:
