@@ -41,7 +41,7 @@ def stackable(blocks: Sequence[Block]) -> bool:
 def with_scales_alike(blocks: Sequence[Block]) -> list[Block]:
     """The blocks; where scales of a weight are bytes in some and bfloat16 in others, which is all that keeps
     them from being stacked, bfloat16 in all: it holds the value of every byte."""
-    weights = [[w for w in jax.tree.leaves(b, is_leaf=_is_packed) if _is_packed(w)] for b in blocks]
+    weights = map(_packed_weights, blocks)
     kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
     if any(kind != kinds[0] for kind in kinds):
         return list(blocks)
@@ -67,9 +67,7 @@ def _in_bfloat16(w: MixedTensor) -> MixedTensor:
 def most_rows(blocks: Sequence[Block]) -> list[list[int]]:
     """For each block, of each of its packed weights in order, the most rows of words that one of the blocks
     has that are packed alike."""
-    rows = [
-        [w.words.shape[-2] for w in jax.tree.leaves(b, is_leaf=_is_packed) if _is_packed(w)] for b in blocks
-    ]
+    rows = [[w.words.shape[-2] for w in _packed_weights(block)] for block in blocks]
     kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
     alike = [[own for kind, own in zip(kinds, rows) if kind == wanted] for wanted in kinds]
     return [[max(same) for same in zip(*own)] for own in alike]
@@ -81,6 +79,11 @@ def with_rows(block: Block, rows: Sequence[int]) -> Block:
     return jax.tree.map(
         lambda leaf: leaf.with_rows(next(wanted)) if _is_packed(leaf) else leaf, block, is_leaf=_is_packed
     )
+
+
+def _packed_weights(block: Block) -> list[MixedTensor]:
+    """In order."""
+    return [leaf for leaf in jax.tree.leaves(block, is_leaf=_is_packed) if _is_packed(leaf)]
 
 
 def _is_packed(value: Any) -> bool:

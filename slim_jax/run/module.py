@@ -119,12 +119,7 @@ def quantize_module(
         holds something else or a run with other settings, weights or batches, or "slim-plus" is to learn of
         a module that JAX cannot trace.
     """
-    if config.guide or config.bits != int(config.bits):
-        raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
-    if config.over_model:  # there is no model's loss to spend bits by
-        config = dataclasses.replace(config, criterion="kl")
-    if config.method == "slim-plus" and config.learn == "clip-gptq":
-        raise ValueError("learn is 'clip-gptq', expected rounding, grid or clip for a module")
+    config = _for_module(config)
     full, module, batches = module, nnx.clone(module), list(batches)
     if not batches:
         raise ValueError("there are no batches, expected at least one to calibrate on")
@@ -133,8 +128,7 @@ def quantize_module(
     kept = None if resume is None else Kept(Path(resume), _settings(module, chosen, batches, config))
     calls = watch(chosen, partial(run, module, batches[0]))
     skipped |= {path: "it is not called" for path in chosen if path not in calls}
-    reports: list[LayerReport] = []
-    tensors: dict[str, MixedTensor] = {}
+    finished: Finished = {}
     stages = find_stages(chosen, partial(run, module, batches[0])) if config.sequential else [list(calls)]
     for stage, paths in enumerate(stages):
         own = {path: chosen[path] for path in paths}
@@ -145,14 +139,25 @@ def quantize_module(
                 found |= _quantize_layers({path: own[path] for path in same}, x, config)
             if kept is not None:
                 kept.write(stage, found)
-        for path, (tensor, report) in found.items():
+        for path, (tensor, _) in found.items():
             _put(module, own[path], tensor)
-            tensors[path] = tensor
-            reports.append(report)
+        finished |= found
+    reports = [report for _, report in finished.values()]
     if config.method != "slim-plus":
         return module, ModuleReport(reports, skipped, unmatched)
-    tensors, learning = improve(full, tensors, batches, run, config, on_epoch)
+    solved = {path: tensor for path, (tensor, _) in finished.items()}
+    tensors, learning = improve(full, solved, batches, run, config, on_epoch)
     return _packed(full, tensors), ModuleReport(reports, skipped, unmatched, learning)
+
+
+def _for_module(config: SlimConfig) -> SlimConfig:
+    """The settings as they hold where there is no decoder."""
+    if config.guide or config.bits != int(config.bits):
+        raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
+    if config.method == "slim-plus" and config.learn == "clip-gptq":
+        raise ValueError("learn is 'clip-gptq', expected rounding, grid or clip for a module")
+    # There is no model's loss to spend bits by.
+    return dataclasses.replace(config, criterion="kl") if config.over_model else config
 
 
 def _choose(
