@@ -27,13 +27,11 @@ from rich.table import Table
 
 from convert import calibration
 from convert.cli.sources import encode
-from convert.display import Progress, progress
+from convert.display import progress
 from convert.load import open_model, source_tokenizer
 from convert.packed import export_packed
 from convert.page import COLORS
 from slim_jax.config import SlimConfig
-from slim_jax.method.sba import Allocation
-from slim_jax.model.block import linear_names
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator
 from slim_jax.model.perplexity import perplexity
@@ -41,7 +39,6 @@ from slim_jax.run.checkpoint import CheckpointSource, is_checkpoint
 from slim_jax.run.manifest import summary
 from slim_jax.run.pipeline import quantize_to_checkpoint
 from slim_jax.run.source import Source, read_decoder
-from slim_jax.run.sweep import Sweep, spend_all
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "bench/data/pride_and_prejudice.txt", ROOT / "docs/usage.md")
@@ -156,7 +153,7 @@ def _no_text(samples: int, length: int, seed: int) -> np.ndarray:
 
 
 def quantized(
-    source: Source, tokenizer: Any, tokens: np.ndarray, config: SlimConfig, bits: Allocation | None, out: Path
+    source: Source, tokenizer: Any, tokens: np.ndarray, config: SlimConfig, out: Path
 ) -> CheckpointSource:
     """The packed model in ``out``, made if it is not there."""
     run = out.with_name(f"{out.name}.run")
@@ -167,7 +164,6 @@ def quantized(
                 tokens,
                 config,
                 run,
-                allocation=bits,
                 resume=run.exists(),
                 on_block=lambda block: step(f"error {block.error:.3g}"),
                 on_step=lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
@@ -212,27 +208,6 @@ def _widths(option: str, given: str) -> list[float]:
         raise ValueError(f"{option} is {given}, expected numbers with commas between them") from None
 
 
-def allocations(source: Source, tokens: np.ndarray, configs: Sequence[SlimConfig]) -> list[Allocation]:
-    """The bits of every group for every config. Configs with the same candidate widths share one sweep over
-    the model, most of the work of a quantization without learning: their budgets alone differ."""
-    found: dict[tuple[int, ...], Sweep] = {}
-    for config in configs:
-        if config.widths in found:
-            continue
-        sweep = found[config.widths] = Sweep(source, tokens, config)
-        what = f"what {config.widths[0]} to {config.widths[-1]} bits cost"
-        with progress(what, source.config.num_layers) as step:
-
-            def swept(done: int, of: int, step: Progress = step) -> None:
-                step()
-
-            sweep.run(swept)
-    names = linear_names(source.config)
-    return [
-        spend_all({name: found[config.widths].costs[name] for name in names}, config)[0] for config in configs
-    ]
-
-
 def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any, start: float) -> Row:
     """The row of a model, packed or dense; its sample is printed. Its CPU seconds began at ``start``."""
     known = summary(source.manifest) if isinstance(source, CheckpointSource) else None
@@ -260,11 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for bits in args.bits
     }
-    missing = [folder for folder in configs if not is_checkpoint(folder)]
-    chosen = dict(zip(missing, allocations(source, tokens, [configs[folder] for folder in missing])))
     for folder, config in configs.items():
         start = time.process_time()
-        packed = quantized(source, tokenizer, tokens, config, chosen.get(folder), folder)
+        packed = quantized(source, tokenizer, tokens, config, folder)
         rows.append(measured(f"{config.bits:g} bits", packed, args, tokenizer, start))
     texts = [text.stem.replace("_", " ") for text in args.text]
     console = Console()

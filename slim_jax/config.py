@@ -224,12 +224,13 @@ class SlimConfig:
     def widths(self) -> tuple[int, ...]:
         """The bit widths that a layer may hold.
 
-        Over the whole model none of 1 bit where the mean is 2 or more: they cost more than is foretold
-        (docs/quality.md).
+        Over the whole model a whole mean is every group's width, and a broken one is met by its whole part
+        and wider ones: groups below it cost more than is foretold (docs/quality.md).
         """
         if self.over_model:
-            least = 1 if self.bits < 2 else 2
-            lowest, highest = max(least, math.floor(self.bits) - 2), math.ceil(self.bits) + 2
+            lowest, highest = math.floor(self.bits), math.ceil(self.bits) + 2
+            if self.bits == lowest:
+                return (lowest,)
             return tuple(range(lowest, min(highest, 4 if self.bits <= WIDE else 8) + 1))
         bits = int(self.bits)
         return (bits - 1, bits, bits + 1) if self.mixed else (bits,)
@@ -237,7 +238,7 @@ class SlimConfig:
     @property
     def mean_width(self) -> float:
         """The budget of bits per code, which makes up for zero points of 8 bits where widths above 4 occur:
-        as many bits are stored as for uniform codes of ``bits``."""
+        as many bits are stored as for uniform codes of ``bits``, rounded up."""
         zeros = zero_bits(self.widths) - zero_bits((math.ceil(self.bits),))
         return self.bits - zeros / self.group_size
 

@@ -153,7 +153,9 @@ def test_without_a_choice_nothing_is_weighed(model):
     found = sweep.without_choice(model.config, config)
     assert found == sweep.Sweep(DecoderSource(model), TOKENS, config).run().allocation
     assert sweep.without_choice(model.config, SlimConfig(bits=2.25, group_size=32)) is None
-    one_may_choose = SlimConfig(bits=2, group_size=32, rules=[("blocks.1.attn.q", {"bits": 3})])
+    other = SlimConfig(bits=2, group_size=32, rules=[("blocks.1.attn.q", {"bits": 3})])
+    assert set(sweep.without_choice(model.config, other)["blocks.1.attn.q"]) == {3}
+    one_may_choose = SlimConfig(bits=2, group_size=32, rules=[("blocks.1.attn.q", {"bits": 2.5})])
     assert sweep.without_choice(model.config, one_may_choose) is None
 
 

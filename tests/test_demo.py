@@ -3,15 +3,11 @@
 import io
 import xml.etree.ElementTree as ET
 
-import numpy as np
 import pytest
 from command_line import write_model, write_text
 from rich.console import Console
 
 from bench import demo
-from convert.load import load_source
-from slim_jax.config import SlimConfig
-from slim_jax.run.sweep import Sweep
 
 ROWS = [
     demo.Row("full precision", 270_000_000, 16.0, (17.35, 30.0), " …", 12.0),
@@ -68,17 +64,6 @@ def test_texts_are_there_and_calibration_has_not_seen_them():
         assert not any(opening in seen for seen in shipped)
     with pytest.raises(OSError, match="nowhere"):
         demo.parse(["--text", "nowhere"])
-
-
-@pytest.mark.slow
-def test_widths_that_share_a_sweep_have_the_bits_that_each_would_have_alone(tmp_path):
-    source = load_source(write_model(tmp_path / "hf"))
-    tokens = np.random.default_rng(0).integers(3, 64, (4, 32)).astype(np.int32)
-    configs = [SlimConfig.preset("fast", bits=bits, group_size=32) for bits in (2, 3)]
-    assert configs[0].widths == configs[1].widths
-    together = demo.allocations(source, tokens, configs)
-    assert together == [Sweep(source, tokens, config).run().allocation for config in configs]
-    assert together[0] != together[1]
 
 
 @pytest.mark.slow

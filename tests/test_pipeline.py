@@ -215,17 +215,19 @@ def test_a_flipped_byte_is_found(quantized, tmp_path):
         checkpoint.load(tmp_path / "q")
 
 
-def test_given_allocation_is_used(model):
+@pytest.mark.parametrize("criterion", ["kl", pytest.param("model", marks=pytest.mark.slow)])
+def test_given_allocation_is_used(model, criterion):
+    config = dataclasses.replace(SLIM, criterion=criterion)
     allocation = {
         f"blocks.{i}.{name}": [2] * (4 if name == "mlp.down" else 2)
         for i in range(3)
         for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
     }
     allocation["blocks.1.attn.q"] = [1, 3]
-    _, report = pipeline.quantize(model, TOKENS, SLIM, allocation=allocation)
+    _, report = pipeline.quantize(model, TOKENS, config, allocation=allocation)
     assert report.allocation == allocation
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.k, expected 2 groups"):
-        pipeline.quantize(model, TOKENS, SLIM, allocation={**allocation, "blocks.0.attn.k": [2]})
+        pipeline.quantize(model, TOKENS, config, allocation={**allocation, "blocks.0.attn.k": [2]})
 
 
 def test_packed_models_are_not_quantized_again(quantized):

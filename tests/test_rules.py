@@ -26,7 +26,7 @@ SLIM = SlimConfig(bits=2, group_size=32, sqc="minmax", embedding_bits=16)
 RULES = [
     ("blocks.1.attn.k", "skip"),
     ("blocks.1.mlp.gate", {"group_size": 64}),
-    ("re:blocks\\.1\\.attn\\.[qo]", {"bits": 3}),
+    ("re:blocks\\.1\\.attn\\.[qo]", {"bits": 3.5}),
     ("blocks.1.attn.*", {"method": "gptq", "bits": 6, "damping": 0.02}),
 ]
 TEXT = np.random.default_rng(1).integers(0, 64, 200)
@@ -122,7 +122,7 @@ def test_what_the_rules_changed(model, quantized):
     assert layers.keys() == set(NAMES) - {"blocks.1.attn.k"} == report.allocation.keys()
     assert {n for n, layer in layers.items() if layer.group_size == 64} == {"blocks.1.mlp.gate"}
     for name in ("q", "o"):
-        assert np.mean(report.allocation[f"blocks.1.attn.{name}"]) == 3
+        assert np.mean(report.allocation[f"blocks.1.attn.{name}"]) == 3.5
         assert layers[f"blocks.1.attn.{name}"].rise > 0
     layer = layers["blocks.1.attn.v"]
     assert (layer.bits, layer.damping, layer.rise) == ({"6": 2}, 0.02, None)

@@ -117,3 +117,21 @@ def test_files_that_are_no_rules(tmp_path, text, says):
 def test_the_docs_name_every_option_of_a_rule():
     table = USAGE.read_text().partition("### Rules")[2].partition("## Writing")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(KINDS)
+
+
+@pytest.mark.parametrize(
+    "bits, widths, mean",
+    [
+        (1.5, (1, 2, 3, 4), 1.5),
+        (2, (2,), 2),
+        (2.125, (2, 3, 4), 2.125),
+        (3.5, (3, 4), 3.5),
+        (3.75, (3, 4, 5, 6), 3.6875),  # zero points take 8 bits, not 4
+        (4, (4,), 4),
+        (4.01, (4, 5, 6, 7), 4.01),
+        (6.5, (6, 7, 8), 6.5),
+    ],
+)
+def test_widths_begin_at_the_mean(bits, widths, mean):
+    config = SlimConfig(bits=bits, group_size=64)
+    assert (config.widths, config.mean_width) == (widths, mean)

@@ -56,13 +56,19 @@ class LayerSolver:
       config: how to quantize.
       bits: widths of every group of every layer, by name, instead of a search.
       placement: the devices that share the output channels.
+      widths: those that ``bits`` may have, by default the config's.
     """
 
     def __init__(
-        self, config: SlimConfig, bits: Allocation | None, placement: Placement = ONE_DEVICE
+        self,
+        config: SlimConfig,
+        bits: Allocation | None,
+        placement: Placement = ONE_DEVICE,
+        widths: tuple[int, ...] | None = None,
     ) -> None:
         self.config, self.bits, self.placement = config, bits, placement
-        self.zero_bits = zero_bits(_widths(config, bits))
+        self.widths = widths or config.widths
+        self.zero_bits = zero_bits(self.widths)
 
     def errors(self, weights: Mapping[str, Any], observation: Observation) -> dict[str, np.ndarray]:
         """``float32[G, W]`` of every layer that shares an input: see `slim_jax.method.budget.group_errors`.
@@ -263,7 +269,7 @@ class LayerSolver:
             np.rint(zero / zero_unit).astype(np.uint8),
             bits,
             group_size=self.config.group_size,
-            widths=_widths(self.config, self.bits),
+            widths=self.widths,
             dtype=product_dtype(),
         )
         return self.placement.tensor(tensor)
@@ -288,6 +294,8 @@ class LayerSolvers:
         placement: Placement = ONE_DEVICE,
     ) -> None:
         self.config, self.bits, self.given, self.placement = config, bits, given, placement
+        occurring = {width for layer in (bits or {}).values() for width in layer}
+        self.widths = tuple(sorted(occurring)) if given else None
         self._solvers: dict[SlimConfig, LayerSolver] = {}
 
     def of(self, names: Sequence[str]) -> list[tuple[LayerSolver, list[str]]]:
@@ -302,7 +310,7 @@ class LayerSolvers:
     def _solver(self, config: SlimConfig) -> LayerSolver:
         if config not in self._solvers:
             bits = self.bits if self.given or config.over_model else None
-            self._solvers[config] = LayerSolver(config, bits, self.placement)
+            self._solvers[config] = LayerSolver(config, bits, self.placement, self.widths)
         return self._solvers[config]
 
 
@@ -323,9 +331,3 @@ def _rows_up_to(
 
 
 _weight = jax.jit(Solution.weight)
-
-
-def _widths(config: SlimConfig, bits: Allocation | None) -> tuple[int, ...]:
-    if bits is None or config.over_model:
-        return config.widths
-    return tuple(sorted({b for layer in bits.values() for b in layer}))

@@ -229,13 +229,21 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
     plain = dataclasses.replace(settings, embedding_bits=None, embedding_group_size=None)
     names = ("embedding_bits", "embedding_group_size")
     free: dict[str, Any] = {name: None for name in names if getattr(settings, name) == getattr(plain, name)}
+
+    def stored(given: SlimConfig) -> int:
+        return make_plan(config, given, next(iter(DEVICES)), samples=0).packed_bytes
+
     smallest = 0
     for whole in range(6, 0, -1):
-        given = dataclasses.replace(settings, bits=whole, **free)
-        smallest = make_plan(config, given, next(iter(DEVICES)), samples=0).packed_bytes
-        if smallest <= size:
-            bits = min(whole + (size - smallest) / bytes_per_bit, whole + 0.999)
-            return dataclasses.replace(given, bits=math.floor(1000 * bits) / 1000)
+        uniform = dataclasses.replace(settings, bits=whole, **free)
+        smallest = stored(uniform)
+        if smallest > size:
+            continue
+        left = size - stored(dataclasses.replace(uniform, bits=whole + 0.001))  # it says too where groups lie
+        if left < 0:
+            return uniform
+        thousandths = min(1 + math.floor(1000 * left / bytes_per_bit), 999)
+        return dataclasses.replace(uniform, bits=whole + thousandths / 1000)
     raise ValueError(f"target size is {size:,} bytes, but at 1 bit the model takes {smallest:,}")
 
 

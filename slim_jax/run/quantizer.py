@@ -49,11 +49,12 @@ class BlockQuantizer:
         given = bits is not None
         if config.over_model and bits is None:
             bits = without_choice(source.config, config)
-        if config.guide or (config.over_model and bits is None):
+        prices = config.over_model and bits is None
+        if config.guide or prices:
             if sweep_file is not None and sweep_file.exists():  # of the run that is resumed
                 self.guide = Guide.load(sweep_file)
             else:
-                self.guide = Sweep(source, tokens, config, offload, placement).run(on_sweep)
+                self.guide = Sweep(source, tokens, config, offload, placement, prices=prices).run(on_sweep)
                 if sweep_file is not None:
                     self.guide.save(sweep_file)
             bits = bits or self.guide.allocation

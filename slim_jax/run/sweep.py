@@ -196,6 +196,7 @@ class Sweep:
       config: of the quantization.
       offload: a folder for activations; None keeps them in memory.
       placement: the devices that share the samples.
+      prices: whether widths are to be chosen; else only tokens are weighed.
     """
 
     def __init__(
@@ -205,10 +206,13 @@ class Sweep:
         config: SlimConfig,
         offload: Path | None = None,
         placement: Placement = ONE_DEVICE,
+        *,
+        prices: bool = True,
     ) -> None:
         if not config.guide:  # then only sums over tokens are asked for
             tokens = some_samples(tokens, placement.devices)
         self.source, self.tokens, self.config, self.placement = source, tokens, config, placement
+        self.prices = prices and config.over_model
         self.start = Activations.of(source, tokens, offload, placement)
         self.solvers = LayerSolvers(config, None, placement=placement)
         self.names = [tuple(itertools.chain(*linear_groups(block))) for block in source.config.blocks()]
@@ -222,7 +226,7 @@ class Sweep:
         for index in reversed(range(self.source.config.num_layers)):
             h = inputs.pop()
             scales = self._weigh(index, h, gradients)
-            if self.config.over_model:
+            if self.prices:
                 self._cost(index, h, scales)
             if on_sweep is not None:
                 on_sweep(self.source.config.num_layers - index, self.source.config.num_layers)
@@ -317,7 +321,7 @@ def spend_all(costs: Mapping[str, LayerCosts], config: SlimConfig) -> tuple[Allo
 
 
 def without_choice(model: DecoderConfig, config: SlimConfig) -> Allocation | None:
-    """Widths of all groups where every layer's mean is the smallest width; None where there is a choice."""
+    """Widths of all groups where no layer may have more than one; None where there is a choice."""
     allocation: Allocation = {}
     for index, kind in enumerate(model.blocks()):
         shapes = block_params(kind)
@@ -326,7 +330,7 @@ def without_choice(model: DecoderConfig, config: SlimConfig) -> Allocation | Non
             own = config.of_layer(full)
             if own is None or not own.over_model:
                 continue
-            if own.mean_width != own.widths[0]:
+            if len(own.widths) > 1:
                 return None
             channels = shapes[f"{name}.weight"].shape[0]
             allocation[full] = [own.widths[0]] * -(-channels // own.group_size)
