@@ -32,7 +32,7 @@ class SlimConfig:
     Attributes:
       bits: the mean width ``N`` of the codes. For uniform bits a whole number from 1 to 8; where they are
         allocated within each layer one from 2 to 7 (groups get ``N - 1`` to ``N + 1``); over the whole
-        model any number from 1 to 7, such as 2.25.
+        model any number from 1 to 7, such as 2.25: no group gets fewer than its whole part.
       group_size: input channels that share scale, zero point and width; a multiple of 32.
       method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then
         learns, block by block; "gptq" gives all groups ``bits``; "rtn" rounds to nearest, without

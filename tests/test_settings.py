@@ -120,7 +120,7 @@ def test_the_docs_name_every_option_of_a_rule():
 
 
 @pytest.mark.parametrize(
-    "bits, widths, mean",
+    ("bits", "widths", "mean"),
     [
         (1.5, (1, 2, 3, 4), 1.5),
         (2, (2,), 2),
