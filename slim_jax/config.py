@@ -224,7 +224,7 @@ class SlimConfig:
     def widths(self) -> tuple[int, ...]:
         """The bit widths that a layer may hold.
 
-        Over the whole model a whole mean is every group's width, and a broken one is met by its whole part
+        Over the whole model a whole mean is every group's width, and a fraction is met by its whole part
         and wider ones: groups below it cost more than is foretold (docs/quality.md).
         """
         if self.over_model:
