@@ -73,7 +73,8 @@ class SlimConfig:
         (:meth:`samples_to_tune`); with 0 tuning looks at those that the layers were solved on.
       tune_epochs: of tuning, passes over its samples.
       tune_batch_size: samples of one of its steps.
-      tune_rate: learning rate of tuning, of the logarithms of scales and gains.
+      tune_rate: learning rate of tuning, of the logarithms of scales and gains. By default 2e-3 below 3
+        bits, and a quarter of it with every further one, by measurement at 2 and 3 (docs/quality.md).
       rules: what holds for some layers of the blocks instead, ``(pattern, options)`` each, see
         `slim_jax.rules.Rule`, such as ``[("blocks.0.*", "skip"), ("*.mlp.down", {"bits": 3})]``. The first
         that matches a layer's name holds, alone. ``bits`` above is then the mean of the layers to which no
@@ -105,7 +106,7 @@ class SlimConfig:
     tune_samples: int | None = None
     tune_epochs: int = 1
     tune_batch_size: int = 1
-    tune_rate: float = 2e-3
+    tune_rate: float | None = None
     rules: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
@@ -139,6 +140,8 @@ class SlimConfig:
             object.__setattr__(self, "learning_rate", 1e-2 if self.clips else 5e-3)
         if self.tune is None:
             object.__setattr__(self, "tune", self.method == "slim-plus" and self.sqc != "paper")
+        if self.tune_rate is None:
+            object.__setattr__(self, "tune_rate", 2e-3 * 4.0 ** (2 - max(2, int(self.bits))))
         for name in ("learning_rate", "tune_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and at most 1")

@@ -117,6 +117,7 @@ def test_a_target_size_is_met_and_used(size):
     wanted = plan.parse_size(size)
     found = plan.for_size(LLAMA_2_7B, SlimConfig(), wanted)
     assert found.embedding_bits == SlimConfig(bits=int(found.bits)).embedding_bits
+    assert found.tune_rate == SlimConfig(bits=int(found.bits)).tune_rate
     assert 0.97 * wanted < plan.make_plan(LLAMA_2_7B, found, "v5e").packed_bytes <= wanted
     assert plan.for_size(LLAMA_2_7B, SlimConfig(embedding_bits=8), wanted).embedding_bits == 8
 

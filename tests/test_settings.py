@@ -135,3 +135,9 @@ def test_the_docs_name_every_option_of_a_rule():
 def test_widths_begin_at_the_mean(bits, widths, mean):
     config = SlimConfig(bits=bits, group_size=64)
     assert (config.widths, config.mean_width) == (widths, mean)
+
+
+def test_the_rate_of_tuning_goes_with_the_bits():
+    rates = {bits: SlimConfig(bits=bits).tune_rate for bits in (1.5, 2, 2.5, 3, 3.125, 4.5)}
+    assert rates == {1.5: 2e-3, 2: 2e-3, 2.5: 2e-3, 3: 5e-4, 3.125: 5e-4, 4.5: 1.25e-4}
+    assert SlimConfig(bits=4, tune_rate=0.01).tune_rate == 0.01

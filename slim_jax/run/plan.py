@@ -214,7 +214,8 @@ def _cache_bytes(kind: DecoderConfig, devices: int) -> int:
 def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConfig:
     """The settings with the mean width at which the whole model takes at most ``size`` bytes, as stored.
 
-    Embedding and head keep a width that was chosen for them; else they get the default beside the mean width.
+    Embedding and head keep a width that was chosen for them, and tuning its rate; else they get the defaults
+    beside the mean width.
 
     Raises:
       ValueError: the smallest mean width takes more, or one budget over the model is not what is asked for.
@@ -226,9 +227,11 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
         raise ValueError(
             "a target size needs layers that share a budget, but rules give bits to all layers, or skip them"
         )
-    plain = dataclasses.replace(settings, embedding_bits=None, embedding_group_size=None)
-    names = ("embedding_bits", "embedding_group_size")
-    free: dict[str, Any] = {name: None for name in names if getattr(settings, name) == getattr(plain, name)}
+    defaults: dict[str, Any] = dict.fromkeys(("embedding_bits", "embedding_group_size", "tune_rate"))
+    plain = dataclasses.replace(settings, **defaults)
+    free: dict[str, Any] = {
+        name: None for name in defaults if getattr(settings, name) == getattr(plain, name)
+    }
 
     def stored(given: SlimConfig) -> int:
         return make_plan(config, given, next(iter(DEVICES)), samples=0).packed_bytes

@@ -108,6 +108,7 @@ class Tuning:
         order = np.concatenate([rng.permutation(learners) for _ in range(config.tune_epochs)])
         self.order = order[: len(order) // batch * batch].reshape(-1, batch)
         self.judge_batch = math.gcd(len(self.judges), batch)
+        assert config.tune_rate is not None
         optimizer = optimizer or default_optimizer(config.tune_rate, len(self.order))
         self.tuner = Tuner(decoder, optimizer, placement)
 
