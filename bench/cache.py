@@ -26,7 +26,7 @@ TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
 def distributions(model: Decoder, contexts: np.ndarray, dtype: Any) -> tuple[np.ndarray, float]:
     """Log-probabilities of the next token ``[contexts, vocab]``, and bytes kept for a token."""
     generator = Generator(model, cache_dtype=dtype)
-    outer, runs = jax.tree.unflatten(generator._treedef, generator._leaves)
+    outer, runs = jax.tree.unflatten(generator._structure.tree, generator._leaves)
     length = contexts.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (BATCH, length))
 

@@ -1,6 +1,7 @@
 """Tokens per second of one sequence, dense in float32 against packed, in one process, taking turns.
 
-``python -m bench.decode [--source smollm2] [--bits 2] [--packed PATH] [--tokens 64] [--json]``
+``python -m bench.decode [--source smollm2] [--bits 2] [--packed PATH] [--devices N] [--tokens 64] [--json]``;
+with ``--devices`` packed over so many devices too (cores of a CPU), which share the work of every token.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from convert import load_source
@@ -140,14 +142,20 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2, help="mean width of random codes, 2 to 7")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--packed", help="a quantized checkpoint instead of random codes")
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
+    if args.devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.devices)
     source = load_source(args.source, dtype="float32")
     packed = load_packed(args.packed) if args.packed else random_decoder(source, args.bits, args.group_size)
     generators = {"dense": Generator(read_decoder(source)), "packed": Generator(packed)}
+    if args.devices > 1:
+        mesh = jax.make_mesh((args.devices,), ("devices",), devices=jax.devices()[: args.devices])
+        generators[f"packed_{args.devices}_devices"] = Generator(packed, mesh=mesh)
     speed = measure(generators, args.tokens, args.rounds)
     ratio = speed["packed"] / speed["dense"]
     if args.json:
@@ -157,9 +165,9 @@ def main() -> None:
             json.dumps(result | {f"{name}_tokens_per_s": s for name, s in speed.items()} | {"ratio": ratio})
         )
         return
-    print(f"dense float32  {speed['dense']:7.1f} tokens/s")
-    print(f"packed         {speed['packed']:7.1f} tokens/s")
-    print(f"packed / dense {ratio:7.2f}")
+    for name, tokens_per_second in speed.items():
+        print(f"{name:<18} {tokens_per_second:7.1f} tokens/s")
+    print(f"{'packed / dense':<18} {ratio:7.2f}")
 
 
 if __name__ == "__main__":

@@ -68,13 +68,22 @@ def rows_of_turn(rows: int, experts: int) -> int:
     return max(LEAST_ROWS, 1 << (rows // experts // 2).bit_length())
 
 
-Product = Callable[[jax.Array, MixedTensor], jax.Array]
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+"""From rows of ``x`` and the number of the expert that takes them."""
 
 
-def _by_turns(
-    product: Product, n: int, rows: int, x: jax.Array, w: MixedTensor, sizes: jax.Array
-) -> jax.Array:
-    """``float32[M, n]`` from ``product(x[rows, :], w[expert])`` of every turn."""
+def by_turns(
+    product: Product, n: int, rows: int, x: Float[Array, "M K"], sizes: Int[Array, "E"]
+) -> Float[Array, "M n"]:
+    """``product(x[start : start + rows], expert)`` of every turn, in float32, one after another.
+
+    Args:
+      product: gives ``n`` columns.
+      n: see ``product``.
+      rows: of a turn; where an expert has fewer left, others' rows fill it up and count for nothing.
+      x: rows sorted by expert.
+      sizes: how many each expert has, ``int32``.
+    """
     turns = -(-sizes // rows)
     last_turn, end = jnp.cumsum(turns), jnp.cumsum(sizes)
     filled = jnp.pad(x, ((0, rows), (0, 0)))
@@ -83,18 +92,21 @@ def _by_turns(
         expert = jnp.sum(last_turn <= i)
         done = (i - last_turn[expert] + turns[expert]) * rows
         start = end[expert] - sizes[expert] + done
-        found = product(lax.dynamic_slice_in_dim(filled, start, rows), w[expert])
+        found = product(lax.dynamic_slice_in_dim(filled, start, rows), expert)
         own = jnp.arange(rows) < sizes[expert] - done
         before = lax.dynamic_slice_in_dim(y, start, rows)
         return lax.dynamic_update_slice_in_dim(y, jnp.where(own[:, None], found, before), start, axis=0)
 
-    y = vary_like(jnp.zeros((x.shape[0] + rows, n), jnp.float32), (x, w, sizes))
+    y = vary_like(jnp.zeros((x.shape[0] + rows, n), jnp.float32), (x, sizes))
     return lax.fori_loop(0, last_turn[-1], turn, y)[: x.shape[0]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ragged(rows: int, names: Any, x: jax.Array, w: MixedTensor, sizes: jax.Array) -> jax.Array:
-    return _by_turns(partial(mixed_matmul, implementation=names), w.shape[1], rows, x, w, sizes)
+    def product(x: jax.Array, expert: jax.Array) -> jax.Array:
+        return mixed_matmul(x, w[expert], implementation=names)
+
+    return by_turns(product, w.shape[1], rows, vary_like(x, w), sizes)
 
 
 def _forward(rows: int, names: Any, x: jax.Array, w: MixedTensor, sizes: jax.Array):
@@ -104,10 +116,10 @@ def _forward(rows: int, names: Any, x: jax.Array, w: MixedTensor, sizes: jax.Arr
 def _backward(rows: int, names: Any, residuals: tuple[jax.Array, MixedTensor, jax.Array], dy: jax.Array):
     like, w, sizes = residuals
 
-    def product(dy: jax.Array, one: MixedTensor) -> jax.Array:
-        return jnp.dot(dy, one.dequantize().T, preferred_element_type=jnp.float32)
+    def product(dy: jax.Array, expert: jax.Array) -> jax.Array:
+        return jnp.dot(dy, w[expert].dequantize().T, preferred_element_type=jnp.float32)
 
-    dx = _by_turns(product, w.shape[0], rows, dy, w, sizes).astype(like.dtype)
+    dx = by_turns(product, w.shape[0], rows, vary_like(dy, w), sizes).astype(like.dtype)
     nothing = jax.tree.map(no_gradient, w)
     return dx, nothing, np.zeros(sizes.shape, jax.dtypes.float0)
 

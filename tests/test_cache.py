@@ -28,10 +28,10 @@ def after_reading(generator: Generator) -> tuple[jax.Array, int]:
     state = generator._empty(len(TOKENS), 32)
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), TOKENS.shape)
     greedy = Sampling().start(0, len(TOKENS), CONFIG.vocab_size)
-    _, state, _ = read(generator._treedef, generator._leaves, state, TOKENS, positions, greedy)
+    _, state, _ = read(generator._structure, generator._leaves, state, TOKENS, positions, greedy)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv))
     state = state.grown(48)
-    return next_logits(generator._treedef, generator._leaves, state, jnp.full((2, 1), 16, jnp.int32)), size
+    return next_logits(generator._structure, generator._leaves, state, jnp.full((2, 1), 16, jnp.int32)), size
 
 
 @pytest.fixture(scope="module")

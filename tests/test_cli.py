@@ -101,6 +101,12 @@ def test_generate(room, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_generate_by_two_cores(room, capsys):
+    how = ("generate", room / "q2", "--prompt", "w5 w6 w7", "--max-tokens", "8")
+    assert said(capsys, *how, "--devices", "2") == said(capsys, *how)
+
+
+@pytest.mark.slow
 def test_generate_from_a_file(room, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("w5 w6 w7\n\nw9\n")
     options = ("--prompts", tmp_path / "prompts.txt", "--max-tokens", "8", "--json")

@@ -177,6 +177,7 @@ def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
         (["generate", "{room}/q2", "--prompt", "w5", "--min-p", "1"], "min_p is 1.0"),
         (["generate", "{room}/q2", "--prompt", "w5", "--repetition-penalty", "0"], "repetition_penalty is 0"),
         (["generate", "{room}/q2", "--prompt", "w5", "--stop", ""], "--stop is empty"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--devices", "9999"], "--devices is 9999, this machine"),
         (["generate", "{room}/q2", "--prompts", "{room}/none.txt"], "none.txt"),
         (["inspect", "{room}/none"], "none"),
         (["inspect", "{room}/hf"], "hf"),

@@ -107,7 +107,7 @@ def test_generation_and_perplexity_of_packed_ends(tied):
     packed_model = with_packed_ends(tiny(num_layers=1, tied_head=tied))
     dense_model, generator = with_dense_ends(packed_model), Generator(packed_model)
     assert isinstance(
-        jax.tree.unflatten(generator._treedef, generator._leaves)[0].embed.get_value(), Prepared
+        jax.tree.unflatten(generator._structure.tree, generator._leaves)[0].embed.get_value(), Prepared
     )
     prompts = [[5, 9, 2, 11], [4]]
     assert generator.generate(prompts, max_tokens=4) == [oracle(dense_model, p, 4) for p in prompts]

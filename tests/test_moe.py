@@ -7,14 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_generate import packed, tiny
 from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint, dense
 
+from pallas_kernels import MixedTensor, pack
 from slim_jax.method import gptq, hessian
-from slim_jax.model.block import MoE, sequence_positions
+from slim_jax.model.block import sequence_positions
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import generate
+from slim_jax.model.generate import Generator, generate
+from slim_jax.model.linear import Packed
+from slim_jax.model.loop import read
+from slim_jax.model.mlp import MoE
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.perplexity import perplexity
+from slim_jax.model.ready import with_experts_as_one
+from slim_jax.model.sampling import Sampling
 from slim_jax.report import BlockReport
 from slim_jax.run import activations, pipeline
 from slim_jax.run.activations import Activations, Inputs, observe
@@ -186,3 +193,72 @@ def test_each_step_compiles_once_per_model(model):
 def test_too_few_experts():
     with pytest.raises(ValueError, match="experts_per_token is 4, expected 1 to num_experts = 3"):
         dataclasses.replace(MOE, experts_per_token=4)
+
+
+def packed_experts(number: int, unlike: bool = False) -> Decoder:
+    """Random codes in every layer of two blocks; one expert is packed in another width if ``unlike``."""
+    model = tiny(num_experts=number, experts_per_token=2)
+    model = packed(model)
+    if unlike:
+        down = model.blocks[0].moe.experts[1].down
+        down.weight = Packed(in_four_bits(down.weight.get_value()))
+    return model
+
+
+def in_four_bits(w: MixedTensor) -> MixedTensor:
+    """The same codes, packed in another width."""
+    scale = np.asarray(w.scale)[np.argsort(np.asarray(w.order))]
+    zero = np.full(scale.shape, 4, np.uint8)
+    return pack(np.asarray(w.codes()), scale, zero, np.full(w.groups, 4), group_size=32, widths=(4,))
+
+
+@pytest.mark.parametrize("tokens", [1, pytest.param(40, marks=pytest.mark.slow)])
+def test_experts_made_one_are_the_experts(tokens):
+    """Of single rows, and of more than a turn takes."""
+    block = packed_experts(3).blocks[0]
+    one = with_experts_as_one(nnx.clone(block)).moe
+    assert one.stacked is not None
+    assert len(block.moe.experts) == 3
+    x = jax.random.normal(jax.random.key(0), (1, tokens, 64))
+    mix = jax.jit(lambda moe, x: moe.mix(x, moe.route(x)))
+    np.testing.assert_allclose(mix(one, x), mix(block.moe, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unlike", [False, True])
+def test_experts_made_one_for_generating_say_the_same(unlike):
+    model = packed_experts(3, unlike)
+    generator = Generator(model)
+    _, (blocks, *_) = jax.tree.unflatten(generator._structure.tree, generator._leaves)
+    one = blocks[0] if isinstance(blocks, list) else blocks
+    assert (one.moe.stacked is None) == unlike
+    prompt = list(range(40))
+    tokens = generator.generate([prompt], max_tokens=4, stop=[])[0]
+    logits = np.asarray(
+        jax.jit(lambda model, tokens: model(tokens))(model, jnp.array([prompt + tokens[:-1]]))
+    )
+    chosen = logits[0, len(prompt) - 1 :]
+    assert (chosen[np.arange(4), tokens] >= chosen.max(axis=1) - 1e-3).all()
+    assert len(model.blocks[0].moe.experts) == 3  # the caller's model is as it was
+
+
+def test_what_is_compiled_does_not_grow_with_the_experts():
+    def lines(number: int) -> int:
+        generator = Generator(packed_experts(number))
+        state = generator._empty(1, 64)
+        tokens = np.zeros((1, 64), np.int32)
+        choice = Sampling().start(0, 1, generator.config.vocab_size)
+        lowered = read.lower(generator._structure, generator._leaves, state, tokens, tokens, choice)
+        return lowered.as_text().count("\n")
+
+    assert lines(12) == lines(4)
+
+
+@pytest.mark.slow
+def test_perplexity_of_packed_experts():
+    model = packed_experts(4)
+    tokens = np.resize(np.arange(61), 128)
+    logits = np.asarray(model(jnp.asarray(tokens[None, :64], jnp.int32)), np.float64)[0, :-1]
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(63), tokens[1:64]]
+    found = perplexity(model, tokens[:64], 64).perplexity
+    assert np.log(found) == pytest.approx(losses.mean(), rel=1e-4)

@@ -50,7 +50,7 @@ def step() -> str:
     at = Tokens(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool))
     choice = Sampling().start(0, 1, CONFIG.vocab_size)
     state, stops = generator._empty(1, SLOTS), np.full(16, -1, np.int32)
-    lowered = write.lower(generator._treedef, generator._leaves, state, at, choice, stops, np.int32(4))
+    lowered = write.lower(generator._structure, generator._leaves, state, at, choice, stops, np.int32(4))
     return lowered.compile().as_text()
 
 

@@ -9,6 +9,7 @@ import typer
 
 from convert.cli.options import (
     CacheDtype,
+    Devices,
     MaxTokens,
     MinP,
     RepetitionPenalty,
@@ -18,7 +19,7 @@ from convert.cli.options import (
     TopK,
     TopP,
 )
-from convert.cli.sources import open_source, tokenizer_of, whole_decoder
+from convert.cli.sources import devices_mesh, open_source, tokenizer_of, whole_decoder
 from convert.display import Stream, say
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
     cache_dtype: CacheDtype = None,
+    devices: Devices = 1,
 ) -> None:
     """Talk with a model, by its own chat template. A line is a message; Ctrl-C ends an answer.
 
@@ -53,10 +55,11 @@ def chat(
     from slim_jax.model.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    mesh = devices_mesh(devices, cores=True)
     opened = open_source(source)
     conversation = Conversation(tokenizer_of(opened), source, system)
     stop = [*opened.config.eos_token_ids, *conversation.end_of_turn()]
-    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype)
+    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh)
     how = {"stop": stop, "max_tokens": max_tokens, **dataclasses.asdict(sampling)}
     while (line := _read()) is not None:
         if line == "/exit":

@@ -11,6 +11,7 @@ import typer
 
 from convert.cli.options import (
     CacheDtype,
+    Devices,
     JsonOption,
     MaxTokens,
     MinP,
@@ -21,7 +22,14 @@ from convert.cli.options import (
     TopK,
     TopP,
 )
-from convert.cli.sources import encode, open_source, require_positions, tokenizer_of, whole_decoder
+from convert.cli.sources import (
+    devices_mesh,
+    encode,
+    open_source,
+    require_positions,
+    tokenizer_of,
+    whole_decoder,
+)
 from convert.display import Stream
 
 if TYPE_CHECKING:
@@ -57,6 +65,7 @@ def generate(
     ] = None,
     seed: Seed = 0,
     cache_dtype: CacheDtype = None,
+    devices: Devices = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, token by token to the terminal.
@@ -78,6 +87,7 @@ def generate(
     from slim_jax.model.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    mesh = devices_mesh(devices, cores=True)
     opened = open_source(source)
     tokenizer = tokenizer_of(opened)
     ids = [encode(tokenizer, text) for text in wanted]
@@ -85,7 +95,7 @@ def generate(
         if not tokens:
             raise ValueError(f"--prompt {text!r} has no tokens, expected some text")
         require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened)
-    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype)
+    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh)
     how = {"max_tokens": max_tokens, "seed": seed, **dataclasses.asdict(sampling)}
     texts = [Text(tokenizer, stops) for _ in wanted]
     if len(wanted) == 1 and not as_json:

@@ -117,6 +117,10 @@ CacheDtype = Annotated[
     Literal["float32", "bfloat16", "int8"] | None,
     typer.Option(show_default=False, help="Of keys and values. [dim]Default: as the model multiplies.[/]"),
 ]
+Devices = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="Share the work of every token among so many devices, or cores."),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(

@@ -23,6 +23,7 @@ from convert.cli.options import (
 )
 from convert.cli.settings import check_size, make_rules, make_settings
 from convert.cli.sources import (
+    devices_mesh,
     encode,
     keep_tokenizer,
     open_source,
@@ -233,15 +234,11 @@ def _own_text(
 
 def _mesh(devices: int, samples: int, config: "SlimConfig") -> "jax.sharding.Mesh | None":
     """Of the first devices, which share the samples, and those that are left to tuning; None for one."""
-    import jax
-
-    found = jax.devices()
-    if devices > len(found):
-        raise ValueError(f"--devices is {devices}, this machine has {len(found)} ({found[0].platform})")
+    mesh = devices_mesh(devices)
     if samples % devices:
         raise ValueError(f"there are {samples} samples, expected a multiple of the {devices} devices")
     config.samples_to_tune(samples, devices)  # for its errors, before the model is read
-    return jax.make_mesh((devices,), ("devices",), devices=found[:devices]) if devices > 1 else None
+    return mesh
 
 
 def _figures(block: "BlockReport") -> str:

@@ -1,5 +1,7 @@
 """The model that a command's SOURCE names, its tokenizer, and what both are checked for."""
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,8 @@ LENGTH = 512
 """Tokens of a calibration window, by default: on a CPU tuning takes long, and four times as long at 2048."""
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from slim_jax.model.config import DecoderConfig
     from slim_jax.model.decoder import Decoder
     from slim_jax.run.source import Source
@@ -48,6 +52,24 @@ def optional_tokenizer(source: "Source") -> Any:
     except ValueError as error:
         say(f"note: going on without a tokenizer: {error}")
         return None
+
+
+def devices_mesh(devices: int, *, cores: bool = False) -> "Mesh | None":
+    """Of the first devices; None for one. ``cores``: where there is no accelerator, so many of a CPU's.
+
+    Raises:
+      ValueError: there are not as many.
+    """
+    import jax
+
+    if cores and devices > 1:
+        with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
+            jax.config.update("jax_num_cpu_devices", devices)
+    found = jax.devices()
+    has = min(len(found), os.cpu_count() or 1) if cores and found[0].platform == "cpu" else len(found)
+    if devices > has:
+        raise ValueError(f"--devices is {devices}, this machine has {has} ({found[0].platform})")
+    return jax.make_mesh((devices,), ("devices",), devices=found[:devices]) if devices > 1 else None
 
 
 def keep_tokenizer(tokenizer: Any, out: Path) -> None:

@@ -7,28 +7,20 @@ model itself here, calibration in `slim_jax.run.activations`. What differs from 
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.ragged import rows_of_turn
 from slim_jax.model.attention import attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear, outputs
+from slim_jax.model.mlp import MLP, MoE
 from slim_jax.model.rotary import frequencies, rotate
 from slim_jax.model.stage import Stage, Stream, part_of, passed
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 class Buffer(nnx.Variable):
@@ -115,90 +107,6 @@ class Attention(nnx.Module):
 
 def is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
     return jnp.float32(index not in config.global_layers)
-
-
-class MLP(nnx.Module):
-    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where the family has no gate."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        d, inner = config.hidden_size, config.intermediate_size
-        self.gate = Linear(d, inner, bias=config.mlp_bias, rngs=rngs) if config.gated else None
-        self.up = Linear(d, inner, bias=config.mlp_bias, rngs=rngs)
-        self.down = Linear(inner, d, bias=config.mlp_bias, rngs=rngs)
-        self.activation = config.activation
-
-    def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... inner"]:
-        """The input of ``down``."""
-        activate = ACTIVATIONS[self.activation]
-        if self.gate is None:
-            return activate(self.up(x))
-        gate, up = outputs(x, self.gate, self.up)
-        return activate(gate) * up
-
-
-class MoE(nnx.Module):
-    """A mixture of experts: each token goes through the few MLPs that a router chooses for it.
-
-    Experts take turns, each on the tokens that chose it, some at a time, so that a token passes
-    ``experts_per_token`` experts, and less than one turn more for each expert there is.
-
-    Attributes:
-      by_turns: False: every expert that any token chose takes all tokens, each in its place.
-    """
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.router = Linear(config.hidden_size, config.num_experts, bias=False, rngs=rngs)
-        self.experts = nnx.List([MLP(config, rngs=rngs) for _ in range(config.num_experts)])
-        self.top_k, self.norm_topk = config.experts_per_token, config.norm_topk
-        self.by_turns = True
-
-    def route(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
-        """Weight of every expert for every token, 0 for those that do not see it."""
-        probabilities = jax.nn.softmax(self.router(x))
-        weights, chosen = jax.lax.top_k(probabilities, self.top_k)
-        if self.norm_topk:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        one_hot = jax.nn.one_hot(chosen, probabilities.shape[-1])  # [b, t, k, e]
-        return jnp.sum(weights[..., None] * one_hot, axis=-2)
-
-    def mix(self, x: Float[Array, "b t d"], routes: Float[Array, "b t e"]) -> Float[Array, "b t d"]:
-        """What the experts give, each token's by the weights of :meth:`route`."""
-        count = x.shape[0] * x.shape[1]
-        at_once = self._at_once(count)
-        y = jnp.zeros_like(x)
-        if at_once == count or not self.by_turns:
-            for i, expert in enumerate(self.experts):
-                y = _add_if_chosen(y, expert, x, routes[..., i])
-            return y
-        rows, weights = x.reshape(count, -1), routes.reshape(count, -1)
-        # Of each expert its own tokens first, filled up to whole turns by tokens whose weight is 0.
-        order = jnp.argsort(weights <= 0, axis=0, stable=True)
-        order = jnp.pad(order, ((0, -count % at_once), (0, 0)), constant_values=count)
-        y = y.reshape(rows.shape)
-        for i, expert in enumerate(self.experts):
-
-            def add(y: jax.Array, some: jax.Array, expert: MLP = expert, i: int = i):
-                weight = weights.at[some, i].get(mode="fill", fill_value=0)
-                return _add_if_chosen(y, expert, rows.at[some].get(mode="clip"), weight, some), None
-
-            y, _ = jax.lax.scan(add, y, order[:, i].reshape(-1, at_once))
-        return y.reshape(x.shape)
-
-    def _at_once(self, tokens: int) -> int:
-        """Tokens that an expert takes in one turn: half of what would be its share, within limits."""
-        return min(tokens, rows_of_turn(tokens * self.top_k, len(self.experts)))
-
-
-def _add_if_chosen(
-    y: jax.Array, expert: MLP, x: jax.Array, weight: jax.Array, rows: jax.Array | None = None
-) -> jax.Array:
-    """``y[rows] += weight * expert(x)``, or ``y`` where no token of ``x`` has chosen the expert."""
-
-    def add(y: jax.Array) -> jax.Array:
-        part = weight[..., None] * expert.down(expert.hidden(x))
-        return y + part if rows is None else y.at[rows].add(part, mode="drop")
-
-    return jax.lax.cond(jnp.any(weight > 0), add, lambda y: y, y)
 
 
 class Block(nnx.Module):

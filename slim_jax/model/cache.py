@@ -159,10 +159,11 @@ class State:
 
     def grown(self, size: int) -> "State":
         """The same with room for ``size`` tokens; whether blocks are scanned over or not."""
-        more = size - self.positions.shape[1]
+        more = size - self.positions.shape[-1]
 
         def pad(x: jax.Array) -> jax.Array:
             return jnp.pad(x, [(0, more if axis == x.ndim - 2 else 0) for axis in range(x.ndim)])
 
-        positions = jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1)
+        leading = ((0, 0),) * (self.positions.ndim - 1)
+        positions = jnp.pad(self.positions, (*leading, (0, more)), constant_values=-1)
         return State(jax.tree.map(pad, self.kv), positions, self.length)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +26,8 @@ class Decoder(nnx.Module):
       embed: the token table, an `nnx.Param` ``[vocab, d]`` where it is dense; packed it is ``[d, vocab]``, so
         that one weight serves the look-up and, where the head is tied, the product.
       mesh: over which a packed table's tokens are cut; None on one device.
+      axis: over whose devices tables' tokens are cut, in a program that runs on each with its own
+        (`slim_jax.model.parts`).
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
@@ -34,6 +37,7 @@ class Decoder(nnx.Module):
             jax.random.normal(rngs.params(), (config.vocab_size, embed_size)) * 0.02
         )
         self.mesh: Mesh | None = None
+        self.axis: str | None = None
         learned, rows = config.positions == "learned", config.max_positions + config.position_offset
         self.embed_positions = (
             nnx.Param(jax.random.normal(rngs.params(), (rows, d)) * 0.02) if learned else None
@@ -53,7 +57,7 @@ class Decoder(nnx.Module):
     def embed_tokens(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream that enters the first block."""
         table = self.embed.get_value()
-        h = look_up(table, tokens)
+        h = look_up(table, tokens, self.axis)
         if self.config.embed_scale != 1:
             # What dtype a packed table had nobody knows: models that round the factor have bfloat16.
             dtype = jnp.bfloat16 if isinstance(table, MixedTensor | Prepared) else table.dtype
@@ -78,6 +82,8 @@ class Decoder(nnx.Module):
     def head_output(self, x: Float[Array, "... e"]) -> Float[Array, "... vocab"]:
         """Logits from the input of the head."""
         logits = unembed(x, self.embed.get_value(), self.mesh) if self.head is None else self.head(x)
+        if self.axis is not None:
+            logits = lax.all_gather(logits, self.axis, axis=logits.ndim - 1, tiled=True)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -16,20 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int32
 
-from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
-from pallas_kernels.layout import stack
-from slim_jax.model.block import Block, linear_groups
 from slim_jax.model.cache import Run, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.linear import Linear, Packed, join
-from slim_jax.model.loop import CHUNK, Tokens, next_logits, read, write, write_text
+from slim_jax.model.linear import Linear
+from slim_jax.model.loop import CHUNK, Structure, Tokens, next_logits, read, write, write_text
+from slim_jax.model.parts import AXIS, cut, on_devices, on_each
+from slim_jax.model.ready import ready
 from slim_jax.model.sampling import Choice, Sampling
-from slim_jax.model.stage import part_of
-from slim_jax.model.step import stackable, with_scales_alike
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
 LENGTH_STEP = 128
@@ -64,32 +62,41 @@ class Generator:
       stacked: of every run of blocks that are alike (`Decoder.runs`), whether they are scanned over.
     """
 
-    def __init__(self, model: Decoder, *, cache_dtype: DTypeLike | None = None) -> None:
-        """Args: ``cache_dtype`` of keys and values: float32, bfloat16, or int8 with a scale for each."""
+    def __init__(
+        self, model: Decoder, *, cache_dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    ) -> None:
+        """Makes weights ready.
+
+        Args:
+          model: dense or packed.
+          cache_dtype: of keys and values: float32, bfloat16, or int8 with a scale for each.
+          mesh: devices that share the work of every token (`slim_jax.model.parts`), in any shape.
+
+        Raises:
+          ValueError: ``cache_dtype`` is none of these, or the model lies over a mesh of its own.
+        """
         if cache_dtype is not None and jnp.dtype(cache_dtype) not in CACHE_DTYPES:
             known = ", ".join(map(str, CACHE_DTYPES))
             raise ValueError(f"cache_dtype is {jnp.dtype(cache_dtype)}, expected one of {known}")
         self.config: DecoderConfig = model.config
-        runs: list[Any] = [with_scales_alike(run) for run in model.runs()]
-        self.stacked: list[bool] = [stackable(run) for run in runs]
+        parts = [model]
+        if mesh is not None:
+            mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
+            parts = cut(model, mesh.size)
+        made = [ready(part) for part in parts]
+        _, _, self.stacked = made[0]
+        weights = made[0][:2] if mesh is None else on_devices([one[:2] for one in made], mesh)
         linears = [m for b in model.blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
-        linear = linears[0]
-        self._empty = partial(
+        empty = partial(
             State.empty,
-            [Run(run[0].config, len(run), whole) for run, whole in zip(runs, self.stacked)],
+            [Run(run[0].config, len(run), whole) for run, whole in zip(parts[0].runs(), self.stacked)],
             dtype=cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears]),
-            mesh=linear.mesh,
+            mesh=linears[0].mesh,
         )
-        alone = linear.mesh is None
-        for i, run in enumerate(runs):
-            if self.stacked[i]:
-                runs[i] = _stacked(run, linear_groups(run[0].config), alone)
-            elif alone:
-                runs[i] = _prepared(run)
-        outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
-        outer.blocks = nnx.List([])
+        self._empty = empty if mesh is None else partial(on_each, empty, mesh)
         # Flat, since flattening hundreds of variables in Python at every token would show.
-        self._leaves, self._treedef = jax.tree.flatten((_prepared(outer) if alone else outer, runs))
+        self._leaves, tree = jax.tree.flatten(weights)
+        self._structure = Structure(tree, mesh)
 
     def generate(
         self,
@@ -143,14 +150,14 @@ class Generator:
                 # As transformers does: what was read with the short factors is read again with the long.
                 tokens, positions = _joined(seen)
                 state = self._empty(batch, round_up(tokens.shape[1] + max_tokens - 1 - done))
-                chosen, state, choice = read(self._treedef, self._leaves, state, tokens, positions, choice)
+                chosen, state, choice = read(self._structure, self._leaves, state, tokens, positions, choice)
                 chosen = np.asarray(chosen)[None]
             else:
                 left = border - next_position if border is not None and next_position < border else max_tokens
                 steps, start = min(size, left, max_tokens - done), time.perf_counter()
                 at = Tokens(*map(jnp.asarray, (tokens[:, -1], positions[:, -1], ended)))
                 chosen, count, state, choice = write(
-                    self._treedef, self._leaves, state, at, choice, stop_tokens, np.int32(steps)
+                    self._structure, self._leaves, state, at, choice, stop_tokens, np.int32(steps)
                 )
                 chosen = np.asarray(chosen)[: int(count)]
                 quick = time.perf_counter() - start < CHUNK_SECONDS / 2
@@ -172,7 +179,7 @@ class Generator:
                 f"cannot write {samples} samples of {length} tokens: expected at least one sample"
                 f" of 1 to {config.max_positions} tokens"
             )
-        key, treedef = jax.random.key(seed), self._treedef_for(length)
+        key, structure = jax.random.key(seed), self._structure_for(length)
         start = config.bos_token_id
         column = [] if start is None else [np.full((samples, 1), start, np.int32)]
         first = self._first_tokens(samples, key)
@@ -180,22 +187,22 @@ class Generator:
             return column[0]
         rows = [
             self._continue(
-                treedef, column, first[i : i + SAMPLE_ROWS], length, jax.random.fold_in(key, i + 1)
+                structure, column, first[i : i + SAMPLE_ROWS], length, jax.random.fold_in(key, i + 1)
             )
             for i in range(0, samples, SAMPLE_ROWS)
         ]
         return np.concatenate([*column, np.concatenate(rows)], axis=1)
 
-    def _treedef_for(self, length: int) -> Any:
+    def _structure_for(self, length: int) -> Structure:
         """The structure whose program reads texts of ``length``: long ones by long factors throughout."""
         config, border = self.config, _border(self.config)
         if config.rope_scaling is None or border is None or length <= border:
-            return self._treedef
+            return self._structure
         scaling = dataclasses.replace(config.rope_scaling, short_factors=config.rope_scaling.long_factors)
-        outer, runs = jax.tree.unflatten(self._treedef, self._leaves)
+        outer, runs = jax.tree.unflatten(self._structure.tree, self._leaves)
         for block in itertools.chain(*(run if isinstance(run, list) else [run] for run in runs)):
             block.attn.config = dataclasses.replace(block.attn.config, rope_scaling=scaling)
-        return jax.tree.structure((outer, runs))
+        return self._structure._replace(tree=jax.tree.structure((outer, runs)))
 
     def _first_tokens(self, samples: int, key: jax.Array) -> np.ndarray:
         """Likely first tokens, all different while the vocabulary lasts: drawn without replacement."""
@@ -205,13 +212,13 @@ class Generator:
         if starts:
             state = self._empty(1, 1)
             token = jnp.full((1, 1), starts[0], jnp.int32)
-            logits = next_logits(self._treedef, self._leaves, state, token)[0]
+            logits = next_logits(self._structure, self._leaves, state, token)[0]
         # Gumbel top-k: the order of perturbed logits is that of draws without replacement.
         order = np.argsort(-np.asarray(logits + jax.random.gumbel(key, logits.shape)), kind="stable")
         return np.resize(order, samples).astype(np.int32)
 
     def _continue(
-        self, treedef: Any, column: list[np.ndarray], first: np.ndarray, length: int, key: jax.Array
+        self, structure: Structure, column: list[np.ndarray], first: np.ndarray, length: int, key: jax.Array
     ) -> np.ndarray:
         """``int32[B, length - len(column)]``: ``first`` and what the model writes after it."""
         batch, before = len(first), len(column)
@@ -223,52 +230,15 @@ class Generator:
             start = np.ascontiguousarray(column[0][:batch])
             greedy = Sampling().start(0, batch, self.config.vocab_size)
             zeros = np.zeros((batch, 1), np.int32)
-            _, state, _ = read(treedef, self._leaves, state, start, zeros, greedy)
+            _, state, _ = read(structure, self._leaves, state, start, zeros, greedy)
         for size in sizes:
             state = state.grown(size)
             steps = min(size, length - 1) - done
             if steps > 0:
-                token, tokens, state = write_text(treedef, self._leaves, state, token, steps, key)
+                token, tokens, state = write_text(structure, self._leaves, state, token, key, steps=steps)
                 written.append(np.asarray(tokens))
                 done += steps
         return np.concatenate(written).T
-
-
-@partial(jax.jit, static_argnames=("groups", "ready"))
-def _stacked(blocks: Sequence[Block], groups: Sequence[Sequence[str]], ready: bool) -> Any:
-    """Blocks on a leading axis; if ``ready``, their packed weights prepared, those of a group as one."""
-    joined: dict[Sequence[str], Prepared] = {}
-    for names in groups if ready else ():
-        layers = [[part_of(block, name) for name in names] for block in blocks]
-        if len(names) == 1 or not all(isinstance(layer, Linear) for layer in itertools.chain(*layers)):
-            continue
-        weights = [[layer.weight.get_value() for layer in same] for same in layers]
-        if all(isinstance(w, MixedTensor) for w in weights[0]):
-            found = prepare_joined(weights)
-            if found is not None:
-                joined[names] = found
-                for layer in itertools.chain(*layers):
-                    layer.weight = Packed(None)
-
-    def together(*layers: Any) -> Any:
-        if isinstance(layers[0], MixedTensor):
-            return (prepare if ready else stack)(layers)
-        return jnp.stack(layers)
-
-    whole = jax.tree.map(together, *blocks, is_leaf=lambda value: isinstance(value, MixedTensor))
-    for names, weight in joined.items():
-        join([part_of(whole, name) for name in names], weight)
-    return whole
-
-
-@jax.jit
-def _prepared(model: Any) -> Any:
-    """Parts of a model whose packed weights are ready to be multiplied often."""
-
-    def is_packed(value: Any) -> bool:
-        return isinstance(value, MixedTensor)
-
-    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, model, is_leaf=is_packed)
 
 
 def _border(config: DecoderConfig) -> int | None:
@@ -323,6 +293,7 @@ def generate(
     stop: Sequence[int] | None = None,
     on_token: OnToken | None = None,
     cache_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """Continues prompts, all in one batch. To call it often, make one :class:`Generator` and keep it.
 
@@ -344,6 +315,7 @@ def generate(
       on_token: called with ``(row, token)`` as tokens appear, several at a time: as many as take a fifth of
         a second, up to 16; the row ends after one for which it gives True.
       cache_dtype: see :class:`Generator`.
+      mesh: see :class:`Generator`.
 
     Returns:
       The new tokens of each prompt, without the prompt.
@@ -353,7 +325,7 @@ def generate(
         (`slim_jax.model.sampling.Sampling`), a prompt and ``max_tokens`` exceed the
         config's ``max_positions``, or a token is not in the vocabulary.
     """
-    return Generator(model, cache_dtype=cache_dtype).generate(
+    return Generator(model, cache_dtype=cache_dtype, mesh=mesh).generate(
         prompts,
         max_tokens=max_tokens,
         seed=seed,

@@ -62,8 +62,18 @@ def packed_product(
     return mixed_matmul(x, weight)
 
 
-def look_up(table: Float[Array, "vocab d"] | MixedTensor | Prepared, tokens: Array) -> Float[Array, "... d"]:
-    """The tokens' rows of an embedding table, ``float32[..., d]``; a packed one is ``[d, vocab]``."""
+def look_up(
+    table: Float[Array, "vocab d"] | MixedTensor | Prepared, tokens: Array, axis: str | None = None
+) -> Float[Array, "... d"]:
+    """The tokens' rows of an embedding table, ``float32[..., d]``; a packed one is ``[d, vocab]``.
+
+    ``axis``: over whose devices the vocabulary is cut, where each runs with its own part.
+    """
+    if axis is not None:
+        size = table.shape[0 if isinstance(table, jax.Array) else 1]
+        own = tokens - lax.axis_index(axis) * size
+        rows = look_up(table, jnp.clip(own, 0, size - 1))
+        return lax.psum(jnp.where(((own >= 0) & (own < size))[..., None], rows, 0), axis)
     if isinstance(table, MixedTensor | Prepared):
         return table.columns(tokens, jnp.float32)
     return table[tokens].astype(jnp.float32)
@@ -119,12 +129,15 @@ class Linear(nnx.Module):
     Attributes:
       weight: an `nnx.Param` where it is dense, :class:`Packed` where it is not.
       mesh: over which a packed weight's output channels are cut; None on one device.
+      axis: over whose devices the input channels are cut, in a program that runs on each with its own
+        (`slim_jax.model.parts`): what they give is summed.
     """
 
     def __init__(self, k: int, n: int, *, bias: bool, rngs: nnx.Rngs) -> None:
         self.weight: nnx.Variable[Any] = nnx.Param(jax.random.normal(rngs.params(), (k, n)) * k**-0.5)
         self.bias = nnx.Param(jnp.zeros(n)) if bias else None
         self.mesh: Mesh | None = None
+        self.axis: str | None = None
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
         weight = self.weight.get_value()
@@ -132,7 +145,7 @@ class Linear(nnx.Module):
             y = packed_product(x, weight, self.mesh)
         else:
             y = dense_product(x, weight)
-        return self._with_bias(y)
+        return self._with_bias(y if self.axis is None else lax.psum(y, self.axis))
 
     def _with_bias(self, y: Float[Array, "... n"]) -> Float[Array, "... n"]:
         if self.bias is None:

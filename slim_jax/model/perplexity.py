@@ -13,6 +13,7 @@ from jax import lax
 from slim_jax.model.block import Block, sequence_positions
 from slim_jax.model.decoder import Decoder, embed
 from slim_jax.model.params import make_outer, split_params
+from slim_jax.model.ready import with_experts_as_one
 from slim_jax.model.step import most_rows, with_rows
 from slim_jax.model.windows import select_windows
 
@@ -46,7 +47,7 @@ class Perplexity:
 
 @partial(jax.jit, donate_argnames="h")
 def _forward(block: Block, h: jax.Array) -> jax.Array:
-    return block(h, sequence_positions(h))[0]
+    return with_experts_as_one(block)(h, sequence_positions(h))[0]
 
 
 @jax.jit

@@ -25,22 +25,27 @@ Through = Callable[..., tuple[Any, ...]]
 
 
 def stackable(blocks: Sequence[Block]) -> bool:
-    """Whether blocks are packed, and alike in all but the values of their leaves and the rows of words, and
-    the target gains by a scan over them."""
-    rows = most_rows(blocks)
-    if not rows[0] or devices.of_target().platform == "cuda":
+    """Whether blocks are packed :func:`alike`, and the target gains by a scan over them."""
+    return devices.of_target().platform != "cuda" and alike(blocks)
+
+
+def alike(parts: Sequence[Any]) -> bool:
+    """Whether parts of models are packed, and alike in all but the values of their leaves and the rows of
+    words."""
+    rows = most_rows(parts)
+    if not rows[0]:
         return False
-    alike = [jax.eval_shape(lambda block, own=own: with_rows(block, own), b) for b, own in zip(blocks, rows)]
+    filled = [jax.eval_shape(lambda one, own=own: with_rows(one, own), p) for p, own in zip(parts, rows)]
     kinds: list[Any] = [
-        (jax.tree.structure(block), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(block)])
-        for block in alike
+        (jax.tree.structure(one), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(one)])
+        for one in filled
     ]
     return all(kind == kinds[0] for kind in kinds)
 
 
-def with_scales_alike(blocks: Sequence[Block]) -> list[Block]:
-    """The blocks; where scales of a weight are bytes in some and bfloat16 in others, which is all that keeps
-    them from being stacked, bfloat16 in all: it holds the value of every byte."""
+def with_scales_alike[T](blocks: Sequence[T]) -> list[T]:
+    """The blocks, or parts of them; where scales of a weight are bytes in some and bfloat16 in others, which
+    is all that keeps them from being stacked, bfloat16 in all: it holds the value of every byte."""
     weights = map(_packed_weights, blocks)
     kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
     if any(kind != kinds[0] for kind in kinds):
@@ -49,7 +54,7 @@ def with_scales_alike(blocks: Sequence[Block]) -> list[Block]:
     if not any(mixed):
         return list(blocks)
 
-    def alike(block: Block) -> Block:
+    def in_one_dtype(block: T) -> T:
         differs = iter(mixed)
         return jax.tree.map(
             lambda leaf: _in_bfloat16(leaf) if _is_packed(leaf) and next(differs) else leaf,
@@ -57,14 +62,14 @@ def with_scales_alike(blocks: Sequence[Block]) -> list[Block]:
             is_leaf=_is_packed,
         )
 
-    return [alike(block) for block in blocks]
+    return [in_one_dtype(block) for block in blocks]
 
 
 def _in_bfloat16(w: MixedTensor) -> MixedTensor:
     return dataclasses.replace(w, scale=w.scales().astype(jnp.bfloat16))
 
 
-def most_rows(blocks: Sequence[Block]) -> list[list[int]]:
+def most_rows(blocks: Sequence[Any]) -> list[list[int]]:
     """For each block, of each of its packed weights in order, the most rows of words that one of the blocks
     has that are packed alike."""
     rows = [[w.words.shape[-2] for w in _packed_weights(block)] for block in blocks]
@@ -73,7 +78,7 @@ def most_rows(blocks: Sequence[Block]) -> list[list[int]]:
     return [[max(same) for same in zip(*own)] for own in alike]
 
 
-def with_rows(block: Block, rows: Sequence[int]) -> Block:
+def with_rows[T](block: T, rows: Sequence[int]) -> T:
     """The block with its packed weights' words filled up, so that one program serves all blocks."""
     wanted = iter(rows)
     return jax.tree.map(
@@ -81,7 +86,7 @@ def with_rows(block: Block, rows: Sequence[int]) -> Block:
     )
 
 
-def _packed_weights(block: Block) -> list[MixedTensor]:
+def _packed_weights(block: Any) -> list[MixedTensor]:
     """In order."""
     return [leaf for leaf in jax.tree.leaves(block, is_leaf=_is_packed) if _is_packed(leaf)]
 

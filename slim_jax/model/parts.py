@@ -1,0 +1,135 @@
+"""A decoder cut among devices that share the work of every token.
+
+Every device has some heads of each block, some channels of its MLP and some tokens of the vocabulary. Its
+part is a `Decoder` of its own, whose config counts what it has; o and down sum what all have. What does not
+divide, every device has whole. `slim_jax.load(path, mesh=…)` is the other way, for models that no device
+holds: there every product is cut by itself.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import MixedTensor, stack_parts
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.params import Params, make_decoder, split_params
+
+Over = Literal["n", "k"]
+
+AXIS = "parts"
+"""Of the mesh that the parts lie on."""
+
+HEADS: dict[str, Over] = {"q": "n", "k": "n", "v": "n", "o": "k"}
+CHANNELS: dict[str, Over] = {"gate": "n", "up": "n", "down": "k"}
+"""The layers that are cut together, and over what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """What is cut among ``count`` devices; the rest, all have."""
+
+    count: int
+    heads: bool
+    channels: bool
+    vocabulary: bool
+
+    @classmethod
+    def of(cls, model: Decoder, count: int) -> "Cuts":
+        """All that divides."""
+        config, (_, blocks) = model.config, split_params(model)
+        kinds = config.blocks()
+        heads = all(kind.num_kv_heads % count == 0 for kind in kinds) and _divide(blocks, "o", count)
+        # Experts are summed once they are mixed, biases and all.
+        biased = any(kind.num_experts and kind.mlp_bias for kind in kinds)
+        channels = not biased and _divide(blocks, "down", count)
+        return cls(count, heads, channels, config.vocab_size % count == 0)
+
+    def config(self, config: DecoderConfig) -> DecoderConfig:
+        """Of a part."""
+        names = ["num_heads", "num_kv_heads"] * self.heads + ["intermediate_size"] * self.channels
+        kinds = tuple(
+            tuple((name, value // self.count if name in names else value) for name, value in kind)
+            for kind in config.kinds
+        )
+        own: dict[str, Any] = {name: getattr(config, name) // self.count for name in names}
+        if self.vocabulary:
+            own["vocab_size"] = config.vocab_size // self.count
+        return dataclasses.replace(config, kinds=kinds, **own)
+
+    def parts(self, name: str, value: Any) -> list[Any]:
+        """A parameter's parts, one for each device."""
+        *_, layer, leaf = ("", *name.split("."))
+        over = (HEADS if self.heads else {}) | (CHANNELS if self.channels else {})
+        if self.vocabulary and (name == "embed" or layer == "head"):
+            # Packed, and as a head, a table is the weight of a product.
+            across: Over = "k" if name == "embed" and not isinstance(value, MixedTensor) else "n"
+        elif layer in over and not (leaf == "bias" and over[layer] == "k"):
+            across = over[layer]
+        else:
+            return [value] * self.count
+        if isinstance(value, MixedTensor):
+            return list(stack_parts(value, self.count, over=across))
+        return jnp.split(value, self.count, axis=0 if across == "k" else -1)
+
+
+def _divide(blocks: Sequence[Params], layer: str, count: int) -> bool:
+    """Whether the input channels of these layers, and their groups, can be cut."""
+    weights = [w for block in blocks for name, w in block.items() if name.endswith(f".{layer}.weight")]
+    units = [w.group_size if isinstance(w, MixedTensor) else 1 for w in weights]
+    return all(w.shape[0] % (count * unit) == 0 for w, unit in zip(weights, units))
+
+
+def cut(model: Decoder, count: int) -> list[Decoder]:
+    """The decoder's parts, for a program that runs on ``count`` devices along :data:`AXIS`.
+
+    Raises:
+      ValueError: the model lies over a mesh already.
+    """
+    if model.mesh is not None:
+        raise ValueError("the model lies over a mesh already, expected one that was loaded without")
+    cuts, (outer, blocks) = Cuts.of(model, count), split_params(model)
+    config = cuts.config(model.config)
+    each: list[list[Params]] = []
+    for params in (outer, *blocks):
+        found = {name: cuts.parts(name, value) for name, value in params.items()}
+        each.append([{name: values[i] for name, values in found.items()} for i in range(count)])
+    return [_part(config, cuts, [params[i] for params in each]) for i in range(count)]
+
+
+def _part(config: DecoderConfig, cuts: Cuts, params: Sequence[Params]) -> Decoder:
+    part = make_decoder(config, params[0], params[1:])
+    part.axis = AXIS if cuts.vocabulary else None
+    for block in part.blocks:
+        if cuts.heads:
+            block.attn.o.axis = AXIS
+        if cuts.channels and block.mlp is not None:
+            block.mlp.down.axis = AXIS
+        if cuts.channels and block.moe is not None:
+            block.moe.axis = AXIS
+    return part
+
+
+def on_devices(trees: Sequence[Any], mesh: Mesh) -> Any:
+    """One tree of parts' trees, which are alike: leaves ``[devices, ...]``, a part on each device."""
+    sharding = NamedSharding(mesh, P(AXIS))
+
+    def one(*leaves: jax.Array) -> jax.Array:
+        placed = [jax.device_put(leaf[None], device) for leaf, device in zip(leaves, mesh.devices)]
+        return jax.make_array_from_single_device_arrays((len(leaves), *leaves[0].shape), sharding, placed)
+
+    return jax.tree.map(one, *trees)
+
+
+def on_each(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+    """``make(*args)`` on every device, as :func:`on_devices` lays it."""
+
+    def local() -> Any:
+        return jax.tree.map(lambda leaf: leaf[None], make(*args))
+
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=P(AXIS), check_vma=False))()

@@ -1,0 +1,138 @@
+"""A decoder made ready for many steps: blocks stacked, packed weights prepared, experts as one.
+
+All of it is worked out once, on the device, and nothing of it is stored.
+"""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
+from pallas_kernels.layout import stack
+from slim_jax.model.block import Block, linear_groups
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import Linear, Packed, join
+from slim_jax.model.mlp import MLP
+from slim_jax.model.stage import part_of
+from slim_jax.model.step import alike, stackable, with_scales_alike
+
+Groups = Sequence[Sequence[str]]
+"""Names of linear layers, those that read one input together."""
+
+
+def ready(model: Decoder) -> tuple[Decoder, list[Any], list[bool]]:
+    """What `slim_jax.model.step.forward` takes: what stands outside the blocks, and their runs.
+
+    Returns:
+      The decoder without blocks; of every run (`Decoder.runs`) its blocks, stacked or a list; and whether
+      they are stacked. Weights over a mesh are left as they are.
+    """
+    runs = [with_scales_alike(run) for run in model.runs()]
+    stacked = [stackable(run) for run in runs]
+    first = next(m for _, m in nnx.iter_modules(model.blocks[0].attn) if isinstance(m, Linear))
+    alone = first.mesh is None
+    outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
+    outer.blocks = nnx.List([])
+    found: list[Any] = [
+        _stacked_blocks(run, alone) if whole else _prepared_blocks(run) if alone else run
+        for run, whole in zip(runs, stacked)
+    ]
+    return _prepared(outer) if alone else outer, found, stacked
+
+
+@partial(jax.jit, static_argnames="alone")
+def _stacked_blocks(blocks: Sequence[Block], alone: bool) -> Any:
+    """Blocks on a leading axis; if they lie ``alone`` on a device, their packed weights prepared."""
+    experts = _experts_as_one(blocks) if alone else None
+    if experts is not None:  # of all blocks, one after the other; what is prepared, products find there
+        experts = jax.tree.map(
+            lambda leaf: leaf if _is_prepared(leaf) else leaf.reshape(len(blocks), -1, *leaf.shape[1:]),
+            experts,
+            is_leaf=_is_prepared,
+        )
+    groups = [
+        names for names in linear_groups(blocks[0].config) if experts is None or "experts" not in names[0]
+    ]
+    whole = _stacked(blocks, groups, alone)
+    if experts is not None:
+        whole.moe.stacked = experts
+    return whole
+
+
+@jax.jit
+def _prepared_blocks(blocks: Sequence[Block]) -> list[Block]:
+    """Blocks that stay apart, each with its experts as one."""
+    experts = [_experts_as_one([block]) for block in blocks]
+    found = [_prepared(block) for block in blocks]
+    for block, own in zip(found, experts):
+        if own is not None:
+            block.moe.stacked = own
+    return found
+
+
+def with_experts_as_one(block: Block) -> Block:
+    """A block whose packed experts are one, if they can be, for a function that is compiled."""
+    experts = _experts_as_one([block], prepared=False)
+    if block.moe is not None and experts is not None:
+        block.moe.stacked = experts
+    return block
+
+
+def _experts_as_one(blocks: Sequence[Block], *, prepared: bool = True) -> MLP | None:
+    """All experts of the blocks as one, in their order; the blocks, which must be copies, are left without.
+
+    None, and nothing done, where there are no packed experts, or they are packed differently, or over a mesh.
+    """
+    mixtures = [block.moe for block in blocks if block.moe is not None and block.moe.router.mesh is None]
+    every = with_scales_alike([expert for moe in mixtures for expert in moe.experts])
+    if len(mixtures) < len(blocks) or not alike(every):
+        return None
+    for moe in mixtures:
+        moe.experts = nnx.List([])
+    return _stacked(every, [("gate", "up")] if every[0].gate is not None else [], prepared)
+
+
+def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:
+    """Parts that are alike, on a leading axis; if ``ready``, their packed weights prepared, those of a group
+    as one."""
+    joined: dict[Sequence[str], Prepared] = {}
+    for names in groups if ready else ():
+        layers = [[part_of(one, name) for name in names] for one in parts]
+        if len(names) == 1 or not all(isinstance(layer, Linear) for layer in itertools.chain(*layers)):
+            continue
+        weights = [[layer.weight.get_value() for layer in same] for same in layers]
+        if all(isinstance(w, MixedTensor) for w in weights[0]):
+            found = prepare_joined(weights)
+            if found is not None:
+                joined[names] = found
+                for layer in itertools.chain(*layers):
+                    layer.weight = Packed(None)
+
+    def together(*leaves: Any) -> Any:
+        if isinstance(leaves[0], MixedTensor):
+            return (prepare if ready else stack)(leaves)
+        return jnp.stack(leaves)
+
+    whole = jax.tree.map(together, *parts, is_leaf=_is_packed)
+    for names, weight in joined.items():
+        join([part_of(whole, name) for name in names], weight)
+    return whole
+
+
+@jax.jit
+def _prepared(model: Any) -> Any:
+    """Parts of a model whose packed weights are ready to be multiplied often."""
+    return jax.tree.map(lambda v: prepare(v) if _is_packed(v) else v, model, is_leaf=_is_packed)
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, MixedTensor)
+
+
+def _is_prepared(value: Any) -> bool:
+    return isinstance(value, Prepared)

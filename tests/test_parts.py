@@ -1,0 +1,122 @@
+"""Devices that share the work of every token: eight virtual CPUs, see conftest."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from test_generate import PROMPTS, packed, tiny
+
+from pallas_kernels import MixedTensor
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.generate import Generator
+from slim_jax.model.linear import Packed
+from slim_jax.model.parts import Cuts, cut
+
+BIASED = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "gated": False, "norm": "layer"}
+WIDER = {"vocab_size": 64, "intermediate_size": 128}
+EXPERTS = {"num_experts": 4, "experts_per_token": 2}
+
+
+def mesh_of(count: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((count,), ("devices",), devices=jax.devices()[:count])
+
+
+def logits(generator: Generator) -> np.ndarray:
+    """After a prompt of one token, by the program that chooses first tokens."""
+    from slim_jax.model.loop import next_logits
+
+    state = generator._empty(1, 16)
+    return np.asarray(next_logits(generator._structure, generator._leaves, state, np.array([[5]], np.int32)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "expected"),
+    [
+        (WIDER, 2, (True, True, True)),
+        ({}, 2, (True, False, False)),  # 61 tokens, and down has three groups of 32
+        ({**WIDER, "num_kv_heads": 1}, 2, (False, True, True)),
+        (WIDER, 4, (False, True, True)),  # two heads of keys
+        ({**WIDER, **BIASED}, 2, (True, True, True)),
+        ({**WIDER, "tied_head": False}, 2, (True, True, True)),
+        pytest.param({**WIDER, **EXPERTS}, 2, (True, True, True), marks=pytest.mark.slow),
+        ({**WIDER, **EXPERTS, "mlp_bias": True}, 2, (True, False, True)),
+    ],
+)
+@pytest.mark.parametrize("is_packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_parts_say_what_the_whole_says(changes, count, expected, is_packed):
+    model = tiny(**changes)
+    model = packed(model) if is_packed else model
+    for name, bias in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if name[-1] == "bias":
+            bias.set_value(jax.random.normal(jax.random.key(len(name)), bias.shape))
+    cuts = Cuts.of(model, count)
+    if is_packed:
+        assert (cuts.heads, cuts.channels, cuts.vocabulary) == expected
+    whole, parts = Generator(model), Generator(model, mesh=mesh_of(count))
+    np.testing.assert_allclose(logits(parts), logits(whole), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_they_write_the_same(cache_dtype):
+    model = packed(tiny(**WIDER))
+    whole, parts = (
+        Generator(model, mesh=mesh, cache_dtype=cache_dtype)
+        for mesh in (None, jax.make_mesh((2, 1), ("a", "b"), devices=jax.devices()[:2]))
+    )
+    how = {"max_tokens": 9, "stop": []}
+    assert parts.generate(PROMPTS, **how) == whole.generate(PROMPTS, **how)
+    drawn = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.2, "seed": 3}
+    assert parts.generate(PROMPTS, **how, **drawn) == whole.generate(PROMPTS, **how, **drawn)
+    texts = [one.sample_text(samples=2, length=20, seed=1) for one in (parts, whole)]
+    np.testing.assert_array_equal(*texts)
+
+
+def test_each_has_its_share():
+    model = packed(tiny(**WIDER))
+    model.embed = Packed(_table(model))
+    parts = cut(model, 2)
+    assert [part.config.num_kv_heads for part in parts] == [1, 1]
+    for name, shape in {
+        "attn.q": (64, 32),
+        "attn.o": (32, 64),
+        "mlp.up": (64, 64),
+        "mlp.down": (64, 64),
+    }.items():
+        outer, inner = name.split(".")
+        weights = [getattr(getattr(part.blocks[0], outer), inner).weight.get_value() for part in parts]
+        assert [w.shape for w in weights] == [shape, shape]
+        own = getattr(getattr(model.blocks[0], outer), inner).weight.get_value().dequantize()
+        joined = np.concatenate([w.dequantize() for w in weights], axis=0 if inner in ("o", "down") else 1)
+        np.testing.assert_array_equal(joined, own)
+    assert [part.embed.get_value().shape for part in parts] == [(64, 32), (64, 32)]
+    np.testing.assert_allclose(
+        logits(Generator(model, mesh=mesh_of(2))), logits(Generator(model)), rtol=1e-4, atol=1e-3
+    )
+
+
+def _table(model: Decoder) -> MixedTensor:
+    """The model's embedding with codes of 4 bits."""
+    from pallas_kernels import pack
+
+    values = np.asarray(model.embed[...]).T
+    scale = np.abs(values).reshape(2, 32, -1).max(1) / 7 + 1e-3
+    codes = np.round(values.reshape(2, 32, -1) / scale[:, None] + 8).clip(0, 15).astype(np.uint8)
+    zero = np.full(scale.shape, 8, np.uint8)
+    return pack(codes.reshape(values.shape), scale, zero, np.full(2, 4), group_size=32, widths=(4,))
+
+
+def test_a_model_over_a_mesh_is_refused():
+    model = tiny()
+    model.mesh = mesh_of(2)
+    with pytest.raises(ValueError, match="the model lies over a mesh already"):
+        Generator(model, mesh=mesh_of(2))
+
+
+def test_kinds_of_blocks_are_cut_alike():
+    config = dataclasses.replace(
+        tiny(**WIDER).config, kinds=((("intermediate_size", 64),), ()), block_kinds=(0, 1)
+    )
+    parts = cut(Decoder(config, rngs=nnx.Rngs(0)), 2)
+    assert [kind.intermediate_size for kind in parts[0].config.blocks()] == [32, 64]
