@@ -8,10 +8,11 @@ import pytest
 from flax import nnx
 from test_generate import PROMPTS, packed, tiny
 
-from pallas_kernels import MixedTensor
+from pallas_kernels import MixedTensor, pack
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
+from slim_jax.model.generate import Generator, generate
 from slim_jax.model.linear import Packed
+from slim_jax.model.loop import next_logits
 from slim_jax.model.parts import Cuts, cut
 
 BIASED = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "gated": False, "norm": "layer"}
@@ -25,39 +26,48 @@ def mesh_of(count: int) -> jax.sharding.Mesh:
 
 def logits(generator: Generator) -> np.ndarray:
     """After a prompt of one token, by the program that chooses first tokens."""
-    from slim_jax.model.loop import next_logits
-
     state = generator._empty(1, 16)
     return np.asarray(next_logits(generator._structure, generator._leaves, state, np.array([[5]], np.int32)))
 
 
-@pytest.mark.parametrize(
-    ("changes", "count", "expected"),
-    [
-        (WIDER, 2, (True, True, True)),
-        ({}, 2, (True, False, False)),  # 61 tokens, and down has three groups of 32
-        ({**WIDER, "num_kv_heads": 1}, 2, (False, True, True)),
-        (WIDER, 4, (False, True, True)),  # two heads of keys
-        ({**WIDER, **BIASED}, 2, (True, True, True)),
-        ({**WIDER, "tied_head": False}, 2, (True, True, True)),
-        pytest.param({**WIDER, **EXPERTS}, 2, (True, True, True), marks=pytest.mark.slow),
-        ({**WIDER, **EXPERTS, "mlp_bias": True}, 2, (True, False, True)),
-    ],
-)
-@pytest.mark.parametrize("is_packed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_parts_say_what_the_whole_says(changes, count, expected, is_packed):
+CASES = [
+    (WIDER, 2, (True, True, True)),
+    ({}, 2, (True, False, False)),  # 61 tokens, and down has three groups of 32
+    ({**WIDER, "num_kv_heads": 1}, 2, (False, True, True)),
+    (WIDER, 4, (False, True, True)),  # two heads of keys
+    ({**WIDER, **BIASED}, 2, (True, True, True)),
+    ({**WIDER, "tied_head": False}, 2, (True, True, True)),
+    ({**WIDER, **EXPERTS}, 2, (True, True, True)),
+    ({**WIDER, **EXPERTS, "mlp_bias": True}, 2, (True, False, True)),
+]
+
+
+@pytest.mark.parametrize(("changes", "count", "expected"), CASES)
+def test_what_divides_is_cut(changes, count, expected):
+    cuts = Cuts.of(packed(tiny(**changes)), count)
+    assert (cuts.heads, cuts.channels, cuts.vocabulary) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize(("changes", "count"), [case[:2] for case in CASES])
+def test_parts_say_what_the_whole_says(changes, count, is_packed):
     model = tiny(**changes)
     model = packed(model) if is_packed else model
     for name, bias in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if name[-1] == "bias":
             bias.set_value(jax.random.normal(jax.random.key(len(name)), bias.shape))
-    cuts = Cuts.of(model, count)
-    if is_packed:
-        assert (cuts.heads, cuts.channels, cuts.vocabulary) == expected
     whole, parts = Generator(model), Generator(model, mesh=mesh_of(count))
     np.testing.assert_allclose(logits(parts), logits(whole), rtol=1e-4, atol=1e-3)
 
 
+def test_parts_of_a_dense_model_write_the_same():
+    model = tiny(**WIDER)
+    how = {"max_tokens": 4, "stop": []}
+    assert generate(model, PROMPTS, **how, mesh=mesh_of(2)) == generate(model, PROMPTS, **how)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_they_write_the_same(cache_dtype):
     model = packed(tiny(**WIDER))
@@ -73,6 +83,7 @@ def test_they_write_the_same(cache_dtype):
     np.testing.assert_array_equal(*texts)
 
 
+@pytest.mark.slow
 def test_each_has_its_share():
     model = packed(tiny(**WIDER))
     model.embed = Packed(_table(model))
@@ -91,15 +102,18 @@ def test_each_has_its_share():
         joined = np.concatenate([w.dequantize() for w in weights], axis=0 if inner in ("o", "down") else 1)
         np.testing.assert_array_equal(joined, own)
     assert [part.embed.get_value().shape for part in parts] == [(64, 32), (64, 32)]
-    np.testing.assert_allclose(
-        logits(Generator(model, mesh=mesh_of(2))), logits(Generator(model)), rtol=1e-4, atol=1e-3
-    )
+
+
+@pytest.mark.slow
+def test_rows_of_a_packed_table_that_is_cut():
+    model = packed(tiny(**WIDER))
+    model.embed = Packed(_table(model))
+    whole, parts = Generator(model), Generator(model, mesh=mesh_of(2))
+    np.testing.assert_allclose(logits(parts), logits(whole), rtol=1e-4, atol=1e-3)
 
 
 def _table(model: Decoder) -> MixedTensor:
     """The model's embedding with codes of 4 bits."""
-    from pallas_kernels import pack
-
     values = np.asarray(model.embed[...]).T
     scale = np.abs(values).reshape(2, 32, -1).max(1) / 7 + 1e-3
     codes = np.round(values.reshape(2, 32, -1) / scale[:, None] + 8).clip(0, 15).astype(np.uint8)
