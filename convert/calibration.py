@@ -17,7 +17,7 @@ from slim_jax.model.windows import draw_windows
 
 SELF, MIX = "self", "mix"
 
-SHARES = {SELF: 0.4, "articles": 0.14, "fiction": 0.1, "manual": 0.1, "code": 0.12, "languages": 0.14}
+SHARES = {SELF: 0.3, "articles": 0.18, "fiction": 0.07, "manual": 0.09, "code": 0.11, "languages": 0.25}
 """Of the mixture's windows."""
 
 WriteText = Callable[[int, int, int], np.ndarray]
