@@ -112,7 +112,9 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
 
     table = Table(title=name, title_justify="left")
     table.add_column("layer")
-    for column in ("count", "shape", "groups by bits", "bits per weight", "error", "rise"):
+    shared_out = any(layer.get("rise") is not None for layer in found["layers"])
+    columns = ["count", "shape", "groups by bits", "bits per weight", "error", *["rise"] * shared_out]
+    for column in columns:
         table.add_column(column, justify="right")
     for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
         groups: dict[str, int] = {}
@@ -123,7 +125,7 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
         rises = [layer["rise"] for layer in layers if layer.get("rise") is not None]
         weights = [math.prod(layer["shape"]) for layer in layers]
         stored = sum(layer["bits_per_weight"] * size for layer, size in zip(layers, weights))
-        table.add_row(
+        cells = [
             kind,
             str(len(layers)),
             " x ".join(map(str, layers[0]["shape"])),
@@ -131,11 +133,13 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
             f"{stored / sum(weights):.3f}",
             f"{sum(errors) / len(errors):.4g}" if errors else "",
             f"{sum(rises):.4f}" if rises else "",
-        )
+        ]
+        table.add_row(*cells[: 1 + len(columns)])
     console = Console()
     if found["layers"]:
         console.print(table)
-        console.print("error: of the outputs; rise: of the loss, as expected, in nats a token")
+        meaning = "; rise: of the loss, as expected, in nats a token" if shared_out else ""
+        console.print(f"error: of the outputs{meaning}")
     if found["skipped"]:
         console.print(f"in full precision: {', '.join(found['skipped'])}", highlight=False)
     packed, whole = found["packed_bytes"] / 1e6, found["bytes"] / 1e6

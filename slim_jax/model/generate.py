@@ -82,7 +82,7 @@ class Generator:
         parts = [model]
         if mesh is not None:
             mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
-            parts = cut(model, mesh.size)
+            parts = list(map(jax.device_put, cut(model, mesh.size), mesh.devices))
         made = [ready(part) for part in parts]
         _, _, self.stacked = made[0]
         weights = made[0][:2] if mesh is None else on_devices([one[:2] for one in made], mesh)

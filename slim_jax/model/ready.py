@@ -19,7 +19,7 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed, join
 from slim_jax.model.mlp import MLP
 from slim_jax.model.stage import part_of
-from slim_jax.model.step import alike, stackable, with_scales_alike
+from slim_jax.model.step import alike, is_packed, is_prepared, stackable, with_scales_alike
 
 Groups = Sequence[Sequence[str]]
 """Names of linear layers, those that read one input together."""
@@ -51,9 +51,9 @@ def _stacked_blocks(blocks: Sequence[Block], alone: bool) -> Any:
     experts = _experts_as_one(blocks) if alone else None
     if experts is not None:  # of all blocks, one after the other; what is prepared, products find there
         experts = jax.tree.map(
-            lambda leaf: leaf if _is_prepared(leaf) else leaf.reshape(len(blocks), -1, *leaf.shape[1:]),
+            lambda leaf: leaf if is_prepared(leaf) else leaf.reshape(len(blocks), -1, *leaf.shape[1:]),
             experts,
-            is_leaf=_is_prepared,
+            is_leaf=is_prepared,
         )
     groups = [
         names for names in linear_groups(blocks[0].config) if experts is None or "experts" not in names[0]
@@ -118,7 +118,7 @@ def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:
             return (prepare if ready else stack)(leaves)
         return jnp.stack(leaves)
 
-    whole = jax.tree.map(together, *parts, is_leaf=_is_packed)
+    whole = jax.tree.map(together, *parts, is_leaf=is_packed)
     for names, weight in joined.items():
         join([part_of(whole, name) for name in names], weight)
     return whole
@@ -127,12 +127,4 @@ def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:
 @jax.jit
 def _prepared(model: Any) -> Any:
     """Parts of a model whose packed weights are ready to be multiplied often."""
-    return jax.tree.map(lambda v: prepare(v) if _is_packed(v) else v, model, is_leaf=_is_packed)
-
-
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, MixedTensor)
-
-
-def _is_prepared(value: Any) -> bool:
-    return isinstance(value, Prepared)
+    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, model, is_leaf=is_packed)

@@ -57,9 +57,9 @@ def with_scales_alike[T](blocks: Sequence[T]) -> list[T]:
     def in_one_dtype(block: T) -> T:
         differs = iter(mixed)
         return jax.tree.map(
-            lambda leaf: _in_bfloat16(leaf) if _is_packed(leaf) and next(differs) else leaf,
+            lambda leaf: _in_bfloat16(leaf) if is_packed(leaf) and next(differs) else leaf,
             block,
-            is_leaf=_is_packed,
+            is_leaf=is_packed,
         )
 
     return [in_one_dtype(block) for block in blocks]
@@ -82,16 +82,17 @@ def with_rows[T](block: T, rows: Sequence[int]) -> T:
     """The block with its packed weights' words filled up, so that one program serves all blocks."""
     wanted = iter(rows)
     return jax.tree.map(
-        lambda leaf: leaf.with_rows(next(wanted)) if _is_packed(leaf) else leaf, block, is_leaf=_is_packed
+        lambda leaf: leaf.with_rows(next(wanted)) if is_packed(leaf) else leaf, block, is_leaf=is_packed
     )
 
 
 def _packed_weights(block: Any) -> list[MixedTensor]:
     """In order."""
-    return [leaf for leaf in jax.tree.leaves(block, is_leaf=_is_packed) if _is_packed(leaf)]
+    return [leaf for leaf in jax.tree.leaves(block, is_leaf=is_packed) if is_packed(leaf)]
 
 
-def _is_packed(value: Any) -> bool:
+def is_packed(value: Any) -> bool:
+    """Whether it is a packed weight: where the leaves of a model end."""
     return isinstance(value, MixedTensor)
 
 
@@ -145,14 +146,15 @@ def _scanned(through: Through, blocks: Any, h: jax.Array, kv: Any) -> tuple[jax.
     return h, tuple(kv)
 
 
-def _is_prepared(value: Any) -> bool:
+def is_prepared(value: Any) -> bool:
+    """Whether it is a prepared weight."""
     return isinstance(value, Prepared)
 
 
 def _split_stack(blocks: Block) -> tuple[Any, Any]:
     """Stacked blocks as prepared weights, which stay whole, and the rest, of which a scan cuts a layer."""
-    whole = jax.tree.map(lambda leaf: leaf if _is_prepared(leaf) else None, blocks, is_leaf=_is_prepared)
-    cut = jax.tree.map(lambda leaf: None if _is_prepared(leaf) else leaf, blocks, is_leaf=_is_prepared)
+    whole = jax.tree.map(lambda leaf: leaf if is_prepared(leaf) else None, blocks, is_leaf=is_prepared)
+    cut = jax.tree.map(lambda leaf: None if is_prepared(leaf) else leaf, blocks, is_leaf=is_prepared)
     return whole, cut
 
 
@@ -162,5 +164,5 @@ def _one_of_stack(whole: Any, cut: Any, layer: jax.Array) -> Block:
         lambda leaf, prepared: leaf if prepared is None else prepared.at(layer),
         cut,
         whole,
-        is_leaf=lambda value: value is None or _is_prepared(value),
+        is_leaf=lambda value: value is None or is_prepared(value),
     )
