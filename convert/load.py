@@ -66,7 +66,13 @@ def source_tokenizer(source: Source) -> Any:
     """
     if isinstance(source, CheckpointSource):
         beside_weights = "files" in source.manifest  # as in any Hugging Face directory
-        return load_tokenizer(source.path if beside_weights else source.path / "tokenizer")
+        folder = source.path if beside_weights else source.path / "tokenizer"
+        if not folder.is_dir():
+            raise ConvertError(
+                f"{source.path} has no folder tokenizer, which quantize_to_checkpoint does not write: save the"
+                f" model's there, source.tokenizer.save_pretrained({str(folder)!r})"
+            )
+        return load_tokenizer(folder)
     return source.tokenizer  # type: ignore[attr-defined]
 
 

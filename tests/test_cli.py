@@ -100,6 +100,13 @@ def test_generate(room, capsys, tmp_path):
     assert other != one
 
 
+def test_a_checkpoint_without_tokenizer(room, capsys, tmp_path):
+    shutil.copytree(room / "q2", tmp_path / "q2")
+    shutil.rmtree(tmp_path / "q2" / "tokenizer")
+    said = refused(capsys, "generate", tmp_path / "q2", "--prompt", "w5")
+    assert "source.tokenizer.save_pretrained(" in said
+
+
 @pytest.mark.slow
 def test_generate_by_two_cores(room, capsys):
     how = ("generate", room / "q2", "--prompt", "w5 w6 w7", "--max-tokens", "8")
