@@ -69,8 +69,8 @@ def source_tokenizer(source: Source) -> Any:
         folder = source.path if beside_weights else source.path / "tokenizer"
         if not folder.is_dir():
             raise ConvertError(
-                f"{source.path} has no folder tokenizer, which quantize_to_checkpoint does not write: save the"
-                f" model's there, source.tokenizer.save_pretrained({str(folder)!r})"
+                f"{source.path} has no folder tokenizer, which quantize_to_checkpoint does not write:"
+                f" source.tokenizer.save_pretrained({str(folder)!r}) does"
             )
         return load_tokenizer(folder)
     return source.tokenizer  # type: ignore[attr-defined]
