@@ -133,11 +133,12 @@ class Linear(nnx.Module):
         (`slim_jax.model.parts`): what they give is summed.
     """
 
+    axis: str | None = None
+
     def __init__(self, k: int, n: int, *, bias: bool, rngs: nnx.Rngs) -> None:
         self.weight: nnx.Variable[Any] = nnx.Param(jax.random.normal(rngs.params(), (k, n)) * k**-0.5)
         self.bias = nnx.Param(jnp.zeros(n)) if bias else None
         self.mesh: Mesh | None = None
-        self.axis: str | None = None
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
         weight = self.weight.get_value()

@@ -120,8 +120,7 @@ class _Tapped(Linear):
     """A linear layer whose output is tapped."""
 
     def __init__(self, linear: Linear, token_weight: jax.Array) -> None:
-        self.weight, self.bias = linear.weight, linear.bias
-        self.mesh, self.axis = linear.mesh, linear.axis
+        self.weight, self.bias, self.mesh = linear.weight, linear.bias, linear.mesh
         self.token_weight = nnx.Variable(token_weight)
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
