@@ -74,7 +74,7 @@ class SlimConfig:
       tune_epochs: of tuning, passes over its samples.
       tune_batch_size: samples of one of its steps.
       tune_rate: learning rate of tuning, of the logarithms of scales and gains. By default 2e-3 below 3
-        bits, and a quarter of it with every further one, by measurement at 2 and 3 (docs/quality.md).
+        bits, and a quarter of it with every further one, by measurement at 2, 3 and 4 (docs/quality.md).
       rules: what holds for some layers of the blocks instead, ``(pattern, options)`` each, see
         `slim_jax.rules.Rule`, such as ``[("blocks.0.*", "skip"), ("*.mlp.down", {"bits": 3})]``. The first
         that matches a layer's name holds, alone. ``bits`` above is then the mean of the layers to which no
