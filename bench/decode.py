@@ -11,10 +11,10 @@ import os
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert import load_source
+from convert.cli.sources import devices_mesh
 from pallas_kernels import MixedTensor, pack, scales
 from slim_jax.config import SlimConfig
 from slim_jax.model.block import linear_groups
@@ -148,13 +148,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
-    if args.devices > 1:
-        jax.config.update("jax_num_cpu_devices", args.devices)
+    mesh = devices_mesh(args.devices, cores=True)
     source = load_source(args.source, dtype="float32")
     packed = load_packed(args.packed) if args.packed else random_decoder(source, args.bits, args.group_size)
     generators = {"dense": Generator(read_decoder(source)), "packed": Generator(packed)}
-    if args.devices > 1:
-        mesh = jax.make_mesh((args.devices,), ("devices",), devices=jax.devices()[: args.devices])
+    if mesh is not None:
         generators[f"packed_{args.devices}_devices"] = Generator(packed, mesh=mesh)
     speed = measure(generators, args.tokens, args.rounds)
     ratio = speed["packed"] / speed["dense"]

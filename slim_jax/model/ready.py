@@ -34,8 +34,7 @@ def ready(model: Decoder) -> tuple[Decoder, list[Any], list[bool]]:
     """
     runs = [with_scales_alike(run) for run in model.runs()]
     stacked = [stackable(run) for run in runs]
-    first = next(m for _, m in nnx.iter_modules(model.blocks[0].attn) if isinstance(m, Linear))
-    alone = first.mesh is None
+    alone = model.mesh is None
     outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
     outer.blocks = nnx.List([])
     found: list[Any] = [
