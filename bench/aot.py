@@ -26,6 +26,9 @@ from pallas_kernels.layout import group_count
 Row = dict[str, Any]
 WIDTHS = (1, 2, 3)
 
+LAUNCH_US = 3.0
+"""What a launch is taken to cost, in a program of a thousand."""
+
 
 def quarters(k: int, group_size: int) -> tuple[int, int, int]:
     """Groups at 1, 2 and 3 bits: a quarter, half, a quarter."""
@@ -144,14 +147,34 @@ def _instructions(kernels, shares: list[float]) -> float | None:
 
 
 def decoder_row(target: str) -> Row:
-    """A whole decode step: whether it compiles, and the memory that it needs."""
+    """A whole decode step: whether it compiles, and the memory that it needs.
+
+    On a GPU also what each block adds to the launches, and what a token takes if every byte is read once at
+    the datasheet's bandwidth and a launch costs :data:`LAUNCH_US` beside that: an estimate, and no time.
+    """
     gpu = target in aot_gpu.targets()
-    arguments = {"implementation": "mosaic_gpu" if gpu else "mosaic_tpu"}
-    module: Any = aot_gpu if gpu else aot_tpu
-    record = module.compile_for(target, "bench.aot_decoder:decode_step", arguments, timeout=1800)
-    record = record if gpu else dataclasses.asdict(record)
+    whole = _decoder(target)
     sizes = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
-    return {"target": target, "error": record["error"], **{size: record.get(size) for size in sizes}}
+    row = {"target": target, "error": whole["error"], **{size: whole.get(size) for size in sizes}}
+    if not gpu or whole["error"]:
+        return row
+    bandwidth = aot_gpu.device(target).bandwidth
+    assert bandwidth is not None
+    floor_us = 1e6 * whole["argument_bytes"] / bandwidth
+    return row | {
+        "launches": whole["launches"],
+        "launches_per_block": _decoder(target, layers=2)["launches"] - _decoder(target, layers=1)["launches"],
+        "floor_us": floor_us,
+        "token_us": floor_us + LAUNCH_US * whole["launches"],
+    }
+
+
+def _decoder(target: str, **arguments: int) -> Row:
+    gpu = target in aot_gpu.targets()
+    wanted = {"implementation": "mosaic_gpu" if gpu else "mosaic_tpu", **arguments}
+    module: Any = aot_gpu if gpu else aot_tpu
+    record = module.compile_for(target, "bench.aot_decoder:decode_step", wanted, timeout=1800)
+    return record if gpu else dataclasses.asdict(record)
 
 
 def _line(row: Row) -> str:
@@ -173,6 +196,15 @@ def _line(row: Row) -> str:
     return f"{name}  " + ", ".join(part for part in parts if part)
 
 
+def _decoder_line(row: Row) -> str:
+    sizes = [f"{key} {row[key] / 2**30:.2f} GiB" for key in row if key.endswith("bytes") and row[key]]
+    if "launches" in row:
+        ratio = row["token_us"] / row["floor_us"]
+        sizes.append(f"{row['launches']} launches, {row['launches_per_block']} a block")
+        sizes.append(f"{row['token_us']:.0f} us a token by estimate, {ratio:.2f} x the floor")
+    return ", ".join(sizes)
+
+
 def main() -> None:
     """Prints a line per program; with ``--json FILE`` everything that the compilers said goes there."""
     known = [*aot_tpu.TARGETS, *aot_gpu.targets()]
@@ -191,10 +223,7 @@ def main() -> None:
     for target in targets:
         if arguments.decoder:
             rows.append(row := decoder_row(target))
-            sizes = ", ".join(
-                f"{key} {row[key] / 2**30:.2f} GiB" for key in row if key.endswith("bytes") and row[key]
-            )
-            print(f"{target:5s} decode step: {row['error'] or sizes}", flush=True)
+            print(f"{target:5s} decode step: {row['error'] or _decoder_line(row)}", flush=True)
             continue
         make = gpu_row if target in aot_gpu.targets() else tpu_row
         for k, n in SHAPES[arguments.shapes]:

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import use_implementation
+from pallas_kernels import MixedTensor, use_implementation
 from pallas_kernels.layout import abstract_tensor, group_count
-from slim_jax.model.block import Block, linear_groups
-from slim_jax.model.cache import State
+from slim_jax.model.block import linear_groups
+from slim_jax.model.cache import Run, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Packed
+from slim_jax.model.ready import ready
 from slim_jax.model.stage import part_of
-from slim_jax.model.step import forward
+from slim_jax.model.step import forward, stackable
 
 LLAMA_2_7B = DecoderConfig(
     family="llama",
@@ -31,6 +32,9 @@ LLAMA_2_7B = DecoderConfig(
     tied_head=False,
 )
 
+TABLE_BITS = 2
+"""More than the blocks have: those of embedding and head, as `SlimConfig` has it by default."""
+
 
 def decode_step(
     implementation: str,
@@ -42,41 +46,50 @@ def decode_step(
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Builder: one token of Llama-2-7B, or of so many ``layers``, with a cache of ``slots``, in bfloat16.
 
-    A quarter of the groups has a bit less than ``bits``, a quarter a bit more.
+    As `slim_jax.model.generate.Generator` runs it. A quarter of the groups has a bit less than ``bits``, a
+    quarter a bit more; embedding and head are packed.
 
     Returns:
-      The step ``(outer, run, state, tokens) -> (logits, state)`` and its abstract arguments.
+      The step ``(outer, runs, state, tokens) -> (logits, state)`` and its abstract arguments.
     """
-    config = dataclasses.replace(LLAMA_2_7B, num_layers=layers or LLAMA_2_7B.num_layers)
-    outer = _bfloat16(
-        nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, num_layers=0), rngs=nnx.Rngs(0)))
-    )
-    block = _bfloat16(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
-    for names in linear_groups(config):
-        for name in names:
-            owner = part_of(block, name)
-            owner.weight = Packed(_packed(owner.weight.get_value().shape, bits, group_size))
-    scanned = implementation != "mosaic_gpu"  # as `slim_jax.model.step.stackable` has it
-    stacked = (config.num_layers,) if scanned else ()
-    blocks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*stacked, *leaf.shape), leaf.dtype), block)
-    seen = jax.ShapeDtypeStruct((*stacked, batch, config.num_kv_heads, slots, config.head_dim), jnp.bfloat16)
-    state = State(
-        [(seen, seen) if scanned else [(seen, seen)] * config.num_layers],
-        jax.ShapeDtypeStruct((batch, slots), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-    )
+    model = _packed_model(dataclasses.replace(LLAMA_2_7B, num_layers=layers or 32), bits, group_size)
+    with use_implementation(implementation):
+        runs = [Run(run[0].config, len(run), stackable(run)) for run in model.runs()]
+        outer, blocks = jax.eval_shape(lambda model: ready(model)[:2], model)
+    state = jax.eval_shape(lambda: State.empty(runs, batch, slots, dtype=jnp.bfloat16))
 
-    def step(outer: Decoder, run: Any, state: State, tokens: jax.Array) -> tuple[jax.Array, State]:
+    def step(outer: Decoder, blocks: Any, state: State, tokens: jax.Array) -> tuple[jax.Array, State]:
         positions = jnp.broadcast_to(state.length, tokens.shape)
         with use_implementation(implementation):
-            return forward(outer, [run], state, tokens, positions)
+            return forward(outer, blocks, state, tokens, positions)
 
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    run = blocks if scanned else [blocks] * config.num_layers
-    return jax.jit(step, donate_argnums=2), (outer, run, state, tokens)  # the cache is written in place
+    return jax.jit(step, donate_argnums=2), (outer, blocks, state, tokens)  # the cache is written in place
 
 
-def _packed(shape: tuple[int, int], bits: int, group_size: int) -> Any:
+def _packed_model(config: DecoderConfig, bits: int, group_size: int) -> Decoder:
+    """The decoder as it is loaded, of shapes alone."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model)
+    for block in model.blocks:
+        for names in linear_groups(block.config):
+            for name in names:
+                owner = part_of(block, name)
+                owner.weight = Packed(_mixed(owner.weight.get_value().shape, bits, group_size))
+    table = abstract_tensor(
+        (config.hidden_size, config.vocab_size),
+        widths=(bits + TABLE_BITS,),
+        segments=(group_count(config.hidden_size, group_size),),
+        group_size=group_size,
+        dtype=jnp.bfloat16,
+    )
+    model.embed = Packed(table)
+    if model.head is not None:
+        model.head.weight = Packed(table)
+    return model
+
+
+def _mixed(shape: tuple[int, int], bits: int, group_size: int) -> MixedTensor:
     groups = group_count(shape[0], group_size)
     quarter = groups // 4
     return abstract_tensor(
@@ -86,7 +99,3 @@ def _packed(shape: tuple[int, int], bits: int, group_size: int) -> Any:
         group_size=group_size,
         dtype=jnp.bfloat16,
     )
-
-
-def _bfloat16(module: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), module)

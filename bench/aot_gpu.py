@@ -148,12 +148,13 @@ def _child(target: str, builder: str, arguments: dict, directory: str) -> None:
     from jax.sharding import SingleDeviceSharding
 
     module, name = builder.split(":")
-    function, operands = getattr(importlib.import_module(module), name)(**arguments)
     description = (TARGETS / f"{target}.txtpb").read_text()
     gpu: Any = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=description, topology="1x1x1"
     ).devices[0]
     placed = SingleDeviceSharding(gpu)
+    with devices.target(gpu):
+        function, operands = getattr(importlib.import_module(module), name)(**arguments)
     operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), operands)
     # Mosaic asks the default device for its compute capability, and without one takes sm_90.
     with jax.default_device(gpu), devices.target(gpu):

@@ -181,7 +181,8 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     mesh = Mesh(np.array(topology.devices if "mesh" in wanted else [device]), ("devices",))
     if "mesh" in wanted:
         arguments = {"mesh": mesh} | arguments
-    function, shapes = builder(**arguments)
+    with target_of_program(device):
+        function, shapes = builder(**arguments)
     place = SingleDeviceSharding(device)
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or place), shapes

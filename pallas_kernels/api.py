@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import devices, xla
 from pallas_kernels.layout import MixedTensor, stack, vary_like
-from pallas_kernels.prepared import Prepared, joinable, prepare_stack
+from pallas_kernels.prepared import Prepared
+from pallas_kernels.steps import joinable, prepare_stack
 
 Kernel = Callable[..., jax.Array]
 
@@ -78,10 +79,12 @@ def prepare(
         gains nothing; else choose one by ``at(layer)``, which slices nothing.
       implementation: as for :func:`mixed_matmul`.
     """
-    for_xla = _names(implementation)[0] == "xla"
+    name = _names(implementation)[0]
     if isinstance(w, MixedTensor):
-        return prepare_stack([[w]]) if for_xla else w
-    return prepare_stack([[one] for one in w]) if for_xla else stack(w)
+        if name == "mosaic_gpu":
+            return _joined_on_gpu([w]) or w
+        return prepare_stack([[w]]) if name == "xla" else w
+    return prepare_stack([[one] for one in w]) if name == "xla" else stack(w)
 
 
 def prepare_joined(
@@ -96,9 +99,22 @@ def prepare_joined(
     Returns:
       What :func:`prepare` gives, or None if the back end gains nothing or the weights do not fit together.
     """
-    if _names(implementation)[0] != "xla" or not joinable(layers[0]):
+    name = _names(implementation)[0]
+    if name == "mosaic_gpu" and len(layers) == 1:
+        return _joined_on_gpu(layers[0])
+    if name != "xla" or not joinable(layers[0]):
         return None
     return prepare_stack(layers)
+
+
+def _joined_on_gpu(weights: Sequence[MixedTensor]) -> Prepared | None:
+    from pallas_kernels.gpu import config, joined
+
+    try:
+        config.check_supported(devices.of_target(), jnp.dtype(jnp.bfloat16), 1, weights[0].group_size, None)
+    except NotImplementedError:
+        return None
+    return joined.join(weights) if joined.joinable(weights) else None
 
 
 def mixed_matmul(
@@ -138,7 +154,7 @@ def mixed_matmul(
     names = _names(implementation, math.prod(x.shape[:-1]))
     if config is not None and (len(names) != 1 or names[0] not in PLATFORM):
         raise ValueError(f"config is for one of {list(PLATFORM)}, implementation is {implementation!r}")
-    if isinstance(w, Prepared) and names[0] != "xla":
+    if isinstance(w, Prepared) and names[0] not in ("xla", w.implementation):
         parts = [mixed_matmul(x, one, implementation=names, config=config) for one in w.weights()]
         y = jnp.concatenate(parts, axis=-1)
     else:

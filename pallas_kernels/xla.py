@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import scales
 from pallas_kernels.layout import MixedTensor, vary_like
 from pallas_kernels.planes import WORD_BITS
-from pallas_kernels.prepared import Prepared, prepare
+from pallas_kernels.prepared import Prepared
+from pallas_kernels.steps import Steps, prepare
 
 # Above this many rows, unpacking once is cheaper than masking every word once per row.
 DECODE_ROWS = 8
@@ -37,8 +38,8 @@ CHAINS = 16
 
 def mixed_matmul(x: Float[Array, "M K"], w: MixedTensor | Prepared) -> Float[Array, "M N"]:
     """``x @ W``, accumulated in float32; see :func:`pallas_kernels.mixed_matmul`."""
-    if x.shape[0] <= DECODE_ROWS:
-        return decode(x, w if isinstance(w, Prepared) else prepare(w, in_place=True))
+    if x.shape[0] <= DECODE_ROWS and isinstance(w, Steps | MixedTensor):
+        return decode(x, w if isinstance(w, Steps) else prepare(w, in_place=True))
     if isinstance(w, Prepared):
         return jnp.concatenate([prefill(x, one) for one in w.weights()], axis=1)
     return prefill(x, w)
@@ -49,7 +50,7 @@ def prefill(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
     return jnp.dot(x.astype(w.dtype), w.dequantize(), preferred_element_type=jnp.float32)
 
 
-def decode(x: Float[Array, "M K"], w: Prepared) -> Float[Array, "M N"]:
+def decode(x: Float[Array, "M K"], w: Steps) -> Float[Array, "M N"]:
     """The product without a dense weight, in float32 whatever its dtype is."""
     one, (m, k) = w.tensors[0], x.shape
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, one.groups * one.group_size - k)))
@@ -59,7 +60,7 @@ def decode(x: Float[Array, "M K"], w: Prepared) -> Float[Array, "M N"]:
     return sum(y[1:], y[0])
 
 
-def _add_steps(x_MxGxg: jax.Array, w: Prepared, first: int, stride: int) -> jax.Array:
+def _add_steps(x_MxGxg: jax.Array, w: Steps, first: int, stride: int) -> jax.Array:
     """What every ``stride``-th step from the ``first`` on contributes to ``y[M, N]``."""
     layer = jnp.int32(0) if w.layer is None else w.layer
     m, width, g = x_MxGxg.shape[0], w.words.shape[1], w.tensors[0].group_size

@@ -23,6 +23,8 @@ UNCHECKED = (
     # gradients without a type), which the fields' annotations would refuse.
     "pallas_kernels.layout",
     "pallas_kernels.prepared",
+    "pallas_kernels.steps",
+    "pallas_kernels.gpu.joined",
     "slim_jax.model.cache",
     "slim_jax.model.sampling",
     # Tests describe devices that are not here by records that look like JAX's.

@@ -80,3 +80,13 @@ def test_gpu_with_less_shared_memory(m):
     record = aot_gpu.compile_for("l4", "bench.aot_gpu:matmul", SHAPE | {"m": m, "config": config})
     assert record["error"] is None
     assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0
+
+
+def test_gpu_decoder_launches_few_kernels():
+    """What reads one input is one product, and that two launches: x as the kernel wants it, and the kernel."""
+    record = aot_gpu.compile_for(
+        "h100", "bench.aot_decoder:decode_step", {"implementation": "mosaic_gpu", "layers": 2}
+    )
+    assert record["error"] is None
+    assert record["launches"] <= 15 + 2 * 16  # a block had 27
+    assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0

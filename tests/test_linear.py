@@ -1,6 +1,7 @@
 """In which dtype products are taken, and the products of one row in bfloat16."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import MixedTensor
+from pallas_kernels.devices import Device
 from slim_jax import SlimConfig, quantize
 from slim_jax.model import linear
 from slim_jax.model.config import DecoderConfig
@@ -32,13 +34,14 @@ CONFIG = DecoderConfig(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "expected"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
+    ("platform", "expected"), [("cpu", "float32"), ("cuda", "bfloat16"), ("tpu", "bfloat16")]
 )
-def test_a_model_in_memory_equals_the_same_model_loaded(backend, expected, tmp_path, monkeypatch):
+def test_a_model_in_memory_equals_the_same_model_loaded(platform, expected, tmp_path, monkeypatch):
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 40, (2, 8))
-    # Not for all of JAX: kernels for other back ends would not run here.
-    monkeypatch.setattr(linear, "default_backend", lambda: backend)
+    # Not for all: kernels for other back ends would not run here.
+    target = Device(name="a target", platform=platform)
+    monkeypatch.setattr(linear, "devices", SimpleNamespace(of_target=lambda: target))
     memory, _ = quantize(model, tokens, SlimConfig(bits=2, group_size=32, method="rtn"))
     checkpoint.save(memory, tmp_path / "model")
     loaded = checkpoint.load(tmp_path / "model")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x, slow
 
-from pallas_kernels.gpu import kernel
+from pallas_kernels.gpu import joined, kernel
 from pallas_kernels.gpu.kernel import Config
 from pallas_kernels.gpu.operands import fields, places
 from pallas_kernels.planes import pack_group, pieces
@@ -80,6 +80,30 @@ class TestMosaicGpu(MatmulCases):
         x = random_x(2, groups * 32) + 1.0  # sums that do not vanish
         config = Config(block_n=32, stages=1, groups_per_step=1, split_k=split_k)
         self.assert_close(self.matmul(x, w, config=config), x, dense)
+
+    @pytest.mark.parametrize(
+        ("config", "m"),
+        [
+            (Config(block_n=64, stages=2, groups_per_step=2), 3),
+            slow(Config(block_n=32, stages=2, groups_per_step=2, split_k=4), 1),
+            (Config(block_n=32, stages=1, groups_per_step=1, split_k=2), 3),
+            slow(Config(block_n=32, stages=1, groups_per_step=1, split_k=2, split_blocks=2), 20),
+        ],
+    )
+    def test_weights_side_by_side(self, config, m):
+        """Of other widths, orders and numbers of columns; one fills several tiles, blocks are narrower than
+        a tile, or would be wider."""
+        bits = [2] * 12 + [3] * 6, [2] * 9 + [3] * 8 + [4], [2] * 18
+        kinds = zip((128, 32, 64), bits, ((2, 3), (2, 3, 4), (2,)))
+        cases = [
+            random_weight(18 * 32, n, 32, own, i, widths=widths) for i, (n, own, widths) in enumerate(kinds)
+        ]
+        w = jax.jit(joined.join)([w for w, _ in cases])
+        assert (w.shape, w.tiles, w.widths) == ((18 * 32, 224), (4, 1, 2), (2, 3, 4))
+        x = random_x(m, 18 * 32, dtype=jnp.bfloat16) + 0.5
+        dense = np.concatenate([dense for _, dense in cases], axis=1)
+        self.assert_close(self.matmul(x, w, config=config), x, dense)
+        np.testing.assert_array_equal(w.dequantize(), np.float32(dense))
 
     def test_stacked_layers_share_one_program(self):
         allocations = [1, 2, 3], [2, 2, 2], [3, 2, 1]

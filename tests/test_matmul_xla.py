@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matmul_cases import ALLOCATIONS, SWEPT, MatmulCases, random_weight, random_x, swept_in_pairs
 
-from pallas_kernels import mixed_matmul, prepare, prepare_joined, prepared, use_implementation
+from pallas_kernels import mixed_matmul, prepare, prepare_joined, steps, use_implementation
 from pallas_kernels.gpu.config import Config
 
 
@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_together_are_not_joined():
 
 
 def test_columns_of_a_weight_in_tiles(monkeypatch):
-    monkeypatch.setattr(prepared, "TILE", 512)
+    monkeypatch.setattr(steps, "TILE", 512)
     w, dense = random_weight(96, 1536, 32, [1, 2, 3])
     ready = prepare(w, implementation="xla")
     assert ready.words.shape[1] == 512

@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import devices, pack, scales
+from pallas_kernels.gpu.joined import Joined
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator
 from slim_jax.model.loop import Tokens, write
 from slim_jax.model.params import make_decoder, split_params
+from slim_jax.model.ready import ready
 from slim_jax.model.sampling import Sampling
 
 SLOTS, G = 48, 32
@@ -98,6 +100,17 @@ def test_an_nvidia_gpu_scans_over_no_packed_blocks():
     """XLA would copy a layer's words there before the kernel reads them."""
     model = packed_model()
     assert (on_an_nvidia_gpu(model).stacked, Generator(model).stacked) == ([False], [True])
+
+
+def test_an_nvidia_gpu_multiplies_what_reads_one_input_in_one_launch():
+    with devices.target("h100"):
+        _, (blocks,), _ = ready(packed_model())
+    for block in blocks:
+        layers = block.attn.q, block.attn.o, block.mlp.gate, block.mlp.down
+        found = [layer.weight.get_value() for layer in layers]
+        assert all(isinstance(w, Joined) for w in found)
+        assert [len(w.sizes) for w in found] == [3, 1, 2, 1]
+        assert [layer.weight.get_value() for layer in (block.attn.k, block.mlp.up)] == [None, None]
 
 
 @pytest.mark.slow

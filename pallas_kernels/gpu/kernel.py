@@ -23,8 +23,7 @@ What is wrong with these numbers is put right elsewhere, where it costs little, 
 * the 128: a group's sum starts at ``-128 * sum(x')`` and not at 0 (``constant``).
 * scales multiply a group's finished sum, ``[block_m, block_n]``.
 * zero points: ``y -= (sum of x per group) @ (scale * zero)``, a product with one column per *group*, taken
-  by the same tensor cores after the loops, with both sides split into bfloat16 parts so that nothing is lost
-  (:func:`~pallas_kernels.gpu.operands.chunked`).
+  by the same tensor cores after the loops, with both sides split into bfloat16 parts so that nothing is lost.
 
 *Memory.* A word is used by one thread only (but by all ``block_m`` rows), so words and scales go straight
 from memory into registers, loaded one step ahead of their use; x is pipelined through shared memory. Every
@@ -39,6 +38,8 @@ its rounding error is that of float32 sums some 2**6 times larger than the resul
 For what interpret mode does not prove see :mod:`pallas_kernels.gpu.registers`.
 """
 
+import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -51,6 +52,7 @@ from pallas_kernels.gpu.config import Config as Config
 from pallas_kernels.gpu.config import check_supported, fitted
 from pallas_kernels.gpu.config import choose as choose
 from pallas_kernels.gpu.config import heuristic as heuristic
+from pallas_kernels.gpu.joined import Joined
 from pallas_kernels.gpu.operands import (
     WORD_ROWS,
     activations,
@@ -65,7 +67,7 @@ COLUMN_MULTIPLE = 8  # rows of scales then start on 16 bytes
 
 def mixed_matmul(
     x: jax.Array,
-    w: MixedTensor,
+    w: MixedTensor | Joined,
     *,
     bias: jax.Array | None = None,
     config: Config | None = None,
@@ -75,7 +77,7 @@ def mixed_matmul(
 
     Args:
       x: bfloat16 or float32 ``[M, K]``.
-      w: the packed weight ``[K, N]``.
+      w: the packed weight ``[K, N]``, or several side by side.
       bias: ``[N]``, added in float32.
       config: by :func:`choose` for the target if None, or what of it fits the target's shared memory.
       interpret: run by the Pallas interpreter, on any platform.
@@ -94,29 +96,42 @@ def mixed_matmul(
         config = fitted(config, device, w.group_size)
     check_supported(device, x.dtype, m, w.group_size, config)
     assert config is not None
+    if isinstance(w, Joined):
+        # Zero codes by pairs of groups. A block has columns of one tile.
+        config = dataclasses.replace(config, block_n=math.gcd(config.block_n, w.words.shape[1]))
+        bias = None if bias is None else bias.astype(jnp.float32)
+        return _product(x, w, [w.words, w.scale, _pairs(w.zero)], bias, config, interpret)[:m]
     # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower
     # than a tile, or with N no multiple of 8, is copied on every call: correct, not fast, and rare.
     columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
     half = halves(w.groups)[1][0] + WORD_ROWS  # at least as many rows as the product with zeros reads
     least = {"words": 0, "scale": half, "zero": half if zero_bits(w.widths) == 8 else WORD_ROWS}
-    arrays = ((getattr(w, name), rows) for name, rows in least.items())
-    padded = [jnp.pad(a, ((0, max(0, rows - a.shape[0])), (0, columns - n))) for a, rows in arrays]
+    padded = [_padded(getattr(w, name), rows, columns) for name, rows in least.items()]
     if bias is not None:
         bias = jnp.pad(bias.astype(jnp.float32), (0, columns - n))
     return _product(x, w, padded, bias, config, interpret)[:m, :n]
 
 
+def _pairs(a: jax.Array) -> jax.Array:
+    """``[G, n]`` by pairs of groups that follow each other."""
+    return a.reshape(-1, 2, a.shape[1])
+
+
+def _padded(a: jax.Array, rows: int, columns: int) -> jax.Array:
+    return jnp.pad(a, ((0, max(0, rows - a.shape[0])), (0, columns - a.shape[1])))
+
+
 @partial(jax.jit, static_argnames=("config", "interpret"))  # traced once for all layers of a shape
 def _product(
     x: jax.Array,
-    w: MixedTensor,
+    w: MixedTensor | Joined,
     padded: list[jax.Array],
     bias: jax.Array | None,
     config: Config,
     interpret: bool,
 ) -> jax.Array:
     """``float32[rows, n]``: whole tiles of rows, and columns as in ``padded``: words, scale, zero codes."""
-    n, parts = padded[0].shape[1], config.split_blocks
+    n, parts = w.shape[1] if isinstance(w, Joined) else padded[0].shape[1], config.split_blocks
     rows = -(-x.shape[0] // config.block_m) * config.block_m
     kernel = plgpu.kernel(
         partial(_body, w=w, config=config, n=n, interpret=interpret),
@@ -130,16 +145,18 @@ def _product(
     magic = jnp.full((1,), MAGIC, jnp.int32)
     operands = activations(x, w, rows, config.block_m, config.split_k)
     inside = [] if bias is None or parts > 1 else [bias]
-    y = kernel(magic, w.segments, *padded, *operands, *inside)
+    # Of a weight that is not prepared nobody asks the first.
+    first_rows, pairs = (w.first_rows[0], _pairs(w.scale)) if isinstance(w, Joined) else (magic, magic)
+    y = kernel(magic, w.segments, first_rows, *padded, pairs, *operands, *inside)
     if parts == 1:
         return y
     y = y.reshape(parts, rows, n).sum(axis=0)
     return y if bias is None else y + bias[None]
 
 
-def _body(*refs, w: MixedTensor, config: Config, n: int, interpret: bool) -> None:  # type: ignore[no-untyped-def]
+def _body(*refs, w: MixedTensor | Joined, config: Config, n: int, interpret: bool) -> None:  # type: ignore[no-untyped-def]
     """One block of threads: its tile of y, over all groups."""
-    tile = Tile(References(*refs[:8]), w, config, n, interpret)
+    tile = Tile(References(*refs[:10]), w, config, n, interpret)
     acc = tile.subtract_zeros(tile.add_segments(tile.nothing()))
-    *bias, out = refs[8:]
+    *bias, out = refs[10:]
     tile.store(acc, out, bias[0] if bias else None)

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.gpu.joined import DEPTH, Joined
 from pallas_kernels.layout import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 
 OFFSET = 128.0  # what is added to every code
 MANTISSA_BITS = 7  # of a bfloat16
 WORD_ROWS = 8  # of words, the halves of which are the 16 rows of a right operand
-DEPTH = 16  # rows of a tensor-core instruction's right operand: channels per instruction
 ROW_TILE = 16  # rows of x per instruction
 
 
@@ -56,36 +56,53 @@ def fields(n: int, shift: int, group_size: int, place: np.ndarray) -> list[Field
     return found
 
 
+def padded_groups(w: MixedTensor | Joined, split: int) -> int:
+    """``P``, the groups of x that a weight takes: all, those that shares read past the end, whole chunks."""
+    groups = w.groups + split - 1
+    return groups if isinstance(w, MixedTensor) else -(-groups // (DEPTH * split)) * DEPTH * split
+
+
 def activations(
-    x: jax.Array, w: MixedTensor, rows: int, block: int, split: int
+    x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, split: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x and its sums as the kernel wants them, for ``B = rows / block`` blocks of rows.
 
-    A block's groups follow each other in storage order, ``block`` rows each, so that one copy takes
-    several. ``split - 1`` more follow, of any values.
+    A block's groups follow each other in the storage order of every weight (of which there are ``W``),
+    ``block`` rows each, so that one copy takes several. After those of a weight come others, of any values:
+    :func:`padded_groups` in all.
 
     Returns:
-      ``bfloat16[B * G' * block, g]``, x divided by two to the :func:`places`; ``float32[B, G' * block]``,
-      what takes its sum off again :data:`OFFSET` times; and the sums times the steps of zeros,
-      :func:`chunked`.
+      ``bfloat16[B * W * P * block, g]``, x divided by two to the :func:`places`; ``float32[B, W * P *
+      block]``, what takes its sum off again :data:`OFFSET` times; and the sums times the steps of zeros as
+      left operands, ``float32[M / 16, C * 16, 16]`` for the ``C`` chunks of 16 groups of all weights.
     """
     (m, k), groups, g = x.shape, w.groups, w.group_size
+    padded = padded_groups(w, split)
+    if isinstance(w, MixedTensor):
+        orders, zero_steps, shape = w.order[None], w.zero_steps()[None], (1, 1, padded)
+    else:  # by chunks from the start, so that no sum has to be brought to another place
+        orders, zero_steps, shape = w.orders, w.zero_steps, (len(w.sizes), padded // DEPTH, DEPTH)
 
-    def by_group(a: jax.Array) -> jax.Array:  # [rows, G', ...] -> [B, G' * block, ...]
-        a = jnp.swapaxes(a.reshape(-1, block, *a.shape[1:]), 1, 2)
-        return a.reshape(a.shape[0], -1, *a.shape[3:])
+    def by_group(a: jax.Array) -> jax.Array:  # [rows, *shape, ...] -> [B, W * P * block, ...]
+        a = jnp.moveaxis(a.reshape(-1, block, *a.shape[1:]), 1, 4)
+        return a.reshape(a.shape[0], -1, *a.shape[5:])
+
+    def of_groups(a: jax.Array) -> jax.Array:  # [W, G] -> [*shape, 1]
+        return jnp.pad(a, ((0, 0), (0, padded - groups))).reshape(*shape, 1)
 
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, rows - m), (0, groups * g - k)))
     # Rows 2 i and 2 i + 1 of a right operand are the halves of word i, channels of the two halves of a group.
-    channel = np.arange(g).reshape(2, g // DEPTH, WORD_ROWS).transpose(1, 2, 0).reshape(1, g)
-    power = jnp.asarray(np.repeat(2.0 ** places(w.widths, g), DEPTH), jnp.float32)
-    order = jnp.pad(w.order, (0, split - 1))
-    x = x.at[:, order[:, None] * g + channel].get(mode="promise_in_bounds")
-    x = x / power.astype(jnp.bfloat16)[None, None]
+    channel = np.arange(g).reshape(2, g // DEPTH, WORD_ROWS).transpose(1, 2, 0).reshape(1, 1, 1, g)
+    power = jnp.asarray(np.repeat(2.0 ** places(w.widths, g), DEPTH), jnp.float32).reshape(1, 1, 1, g)
+    x = x.at[:, of_groups(orders) * g + channel].get(mode="promise_in_bounds")
+    x = x / power.astype(jnp.bfloat16)[None]
     # Factors are powers of two, so they may come before the sums, which then are all that a launch does.
     wide = x.astype(jnp.float32)
-    worth = -power[None] * jnp.pad(w.zero_steps(), (0, split - 1))[:, None]
-    sums = chunked((wide * worth[None]).sum(-1)[:, :groups], split)
+    sums = (wide * (-power * of_groups(zero_steps))[None]).sum(-1)
+    if isinstance(w, MixedTensor):
+        sums = chunked(sums[:, 0, 0, :groups], split)
+    sums = sums.reshape(-1, ROW_TILE, sums[0].size // DEPTH, DEPTH).swapaxes(1, 2)
+    sums = sums.reshape(len(sums), -1, DEPTH)
     return by_group(x).reshape(-1, g), by_group((wide * -OFFSET).sum(-1)), sums
 
 
@@ -101,7 +118,7 @@ def last_start(count: int) -> int:
 
 
 def chunked(sums: jax.Array, split: int) -> jax.Array:
-    """``float32[M, G]`` as left operands ``bfloat16[M / 16, 3, C * 16, 16]``: 3 parts whose sum is exact.
+    """``float32[M, G]`` as ``float32[M, C * 16]`` for zero codes of 4 bits, whose bytes have two groups.
 
     A chunk is 8 groups of each half, ``C`` a multiple of ``split``. The last chunks start 8 groups before
     the end of a half; where they share groups with the one before, or a half has none, they are zero.
@@ -115,15 +132,5 @@ def chunked(sums: jax.Array, split: int) -> jax.Array:
         valid.append((at >= regular) & (at < count))
         position.append(np.minimum(begin + at, groups - 1))
     # As with words, rows 2 i and 2 i + 1 of the right operand are the halves of word i.
-    index, keep = (np.stack(pair, -1).reshape(chunks, DEPTH) for pair in (position, valid))
-    rest = jnp.where(jnp.asarray(keep)[None], sums[:, index], 0)
-    rest = rest.reshape(-1, ROW_TILE, chunks, DEPTH).transpose(0, 2, 1, 3)
-    rest = rest.reshape(-1, chunks * ROW_TILE, DEPTH)
-    first = rest.astype(jnp.bfloat16)
-    rest = rest - first.astype(jnp.float32)
-    second = rest.astype(jnp.bfloat16)
-    third = (rest - second.astype(jnp.float32)).astype(jnp.bfloat16)
-    # Chosen by an index, not stacked: XLA makes one launch of it, with the products that it is made of.
-    part = jnp.arange(3)[None, :, None, None]
-    first, second, third = (a[:, None] for a in (first, second, third))
-    return jnp.where(part == 0, first, jnp.where(part == 1, second, third))
+    index, keep = (np.stack(pair, -1).reshape(-1) for pair in (position, valid))
+    return jnp.where(jnp.asarray(keep)[None], sums[:, index], 0)

@@ -1,19 +1,48 @@
 """One block of threads of the GPU kernel: its tile of ``y``, over all groups; see `kernel.py` for the how."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import scales
 from pallas_kernels.gpu.config import Config
-from pallas_kernels.gpu.operands import DEPTH, ROW_TILE, WORD_ROWS, fields, halves, last_start, places
+from pallas_kernels.gpu.joined import DEPTH, Joined
+from pallas_kernels.gpu.operands import (
+    ROW_TILE,
+    WORD_ROWS,
+    fields,
+    halves,
+    last_start,
+    padded_groups,
+    places,
+)
 from pallas_kernels.gpu.registers import Warps
 from pallas_kernels.layout import MixedTensor, zero_bits
 from pallas_kernels.planes import WORD_BITS, pieces
+
+
+class Place(NamedTuple):
+    """Where the weight of a block of columns lies, among those side by side.
+
+    Attributes:
+      columns: of the words and scales, the block's.
+      weight: which one.
+      row: of the words, its first; of one tile of it, where it has several.
+      position: of its first group, in the rows of scales.
+      segments: how many groups have each width, scalars in memory.
+    """
+
+    columns: Any
+    weight: Any
+    row: Any
+    position: Any
+    segments: Callable[[int], Any]
 
 
 class References(NamedTuple):
@@ -21,9 +50,11 @@ class References(NamedTuple):
 
     magic: Any
     segments: Any
+    first_rows: Any
     words: Any
     scale: Any
     zero_code: Any
+    scale_pairs: Any
     x: Any
     constant: Any
     sums: Any
@@ -36,17 +67,39 @@ class Tile:
     have all four unpack the same words. So everything with rows comes as a list of tiles of 16.
     """
 
-    def __init__(self, refs: References, w: MixedTensor, config: Config, n: int, interpret: bool) -> None:
+    def __init__(
+        self, refs: References, w: MixedTensor | Joined, config: Config, n: int, interpret: bool
+    ) -> None:
         self.refs, self.w, self.config, self.interpret = refs, w, config, interpret
         self.warps = Warps(config.split_k, interpret)
-        self.place = places(w.widths, w.group_size)
+        self.bits = places(w.widths, w.group_size)
         column = lax.min(lax.axis_index("n") * config.block_n, n - config.block_n)
-        self.columns = pl.ds(column, config.block_n)
+        self.out_columns = pl.ds(column, config.block_n)
+        self.place = self._place(w) if isinstance(w, Joined) else self._only_place()
+        self.weights = len(w.sizes) if isinstance(w, Joined) else 1
+        self.padded = padded_groups(w, config.split_k)
         self.tile_count = config.block_m // ROW_TILE
         self.row_block = lax.axis_index("m")
         self.part: Any = lax.axis_index("k") if config.split_blocks > 1 else 0
         self.row_tiles = [self.row_block * self.tile_count + r for r in range(self.tile_count)]
         self.magic = refs.magic[0].astype(jnp.uint32)
+
+    def _only_place(self) -> Place:
+        segments = self.refs.segments
+        return Place(self.out_columns, 0, 0, 0, lambda i: segments[i])
+
+    def _place(self, w: Joined) -> Place:
+        """By the tile of the block, of which no two weights share one."""
+        refs, block_n = self.refs, self.config.block_n
+        per_tile = refs.words.shape[1] // block_n
+        block = lax.axis_index("n")
+        tile, weight, first_tile = lax.div(block, per_tile), jnp.int32(0), jnp.int32(0)
+        for i, end in enumerate(np.cumsum(w.tiles[:-1]).tolist()):
+            beyond = tile >= end
+            weight, first_tile = jnp.where(beyond, i + 1, weight), jnp.where(beyond, end, first_tile)
+        row = refs.first_rows[weight, 0] + (tile - first_tile) * refs.first_rows[weight, 1]
+        columns = pl.ds(lax.rem(block, per_tile) * block_n, block_n)
+        return Place(columns, weight, row, tile * w.groups, lambda i: refs.segments[weight, i])
 
     def nothing(self) -> list[jax.Array]:
         """The sums to begin with, by tiles of 16 rows."""
@@ -58,12 +111,12 @@ class Tile:
         w, config = self.w, self.config
         split, per_step, parts = config.split_k, config.groups_per_step, config.split_blocks
         first: Any = 0
-        first_row: Any = 0
+        first_row: Any = self.place.row
         for i, b in enumerate(w.widths):
             rows = w.group_size * b // WORD_BITS
             if rows > self.refs.words.shape[0]:
                 continue  # not even one group of this width fits
-            whole = count = self.refs.segments[i]
+            whole = count = self.place.segments(i)
             begin, row, done = first, first_row, jnp.int32(0)
             if parts > 1:
                 most = lax.div(whole + (parts - 1), parts)
@@ -87,7 +140,7 @@ class Tile:
         g = w.group_size
         rows = g * b // WORD_BITS
         lanes = min(g, 64)
-        first = self.row_block * (w.groups + split - 1) + begin
+        first = (self.row_block * self.weights + self.place.weight) * self.padded + begin
         x_spec = plgpu.BlockSpec(
             (pl.Element(per_step * split * block_m), pl.Element(g)),
             lambda t: ((first + t * per_step * split) * block_m, 0),
@@ -135,7 +188,9 @@ class Tile:
             first = lax.min(row + share * rows, refs.words.shape[0] - rows)
             planes = [[self._load_plane(first, n, shift) for n, shift in piece] for piece in pieces(b)]
             scale = plgpu.load(
-                refs.scale.at[lax.min(position + share, w.groups - 1), self.columns],
+                refs.scale.at[
+                    self.place.position + lax.min(position + share, w.groups - 1), self.place.columns
+                ],
                 layout=warps.results(self.config.block_n).reduce(0),
                 optimized=False,
             )
@@ -147,9 +202,10 @@ class Tile:
             return planes, scale
 
         layout = warps.accumulator.reduce(1)
+        before = self.place.weight * self.padded
         starts = [
             plgpu.load(refs.constant.at[self.row_block, rows_16], layout=layout, optimized=False)
-            for rows_16 in self._rows_of(lax.min(position, w.groups - 1))
+            for rows_16 in self._rows_of(before + lax.min(position, w.groups - 1))
         ]
         return *warps.own(of_share), starts
 
@@ -157,12 +213,12 @@ class Tile:
         """The plane of ``n`` bits of the group that begins at row ``first`` of the words."""
         g = self.w.group_size
         rows = pl.ds(first + g * shift // WORD_BITS, g * n // WORD_BITS)
-        return self.warps.load_words(self.refs.words.at[rows, self.columns])
+        return self.warps.load_words(self.refs.words.at[rows, self.place.columns])
 
     def _operands(self, piece, planes):  # type: ignore[no-untyped-def]
         """The right operands of one piece of a group: ``128 + code``, two to a word."""
         warps = self.warps
-        plane_fields = [fields(n, shift, self.w.group_size, self.place) for n, shift in piece]
+        plane_fields = [fields(n, shift, self.w.group_size, self.bits) for n, shift in piece]
         planes = [warps.full_tiles(tiles, n) for (n, _), tiles in zip(piece, planes)]
         for same_channels in zip(*plane_fields):
             code = None
@@ -192,46 +248,63 @@ class Tile:
     def subtract_zeros(self, acc: list[jax.Array]) -> list[jax.Array]:
         """acc - (sums of x) @ (scale * zero), 16 groups per share at a time, in turn with other parts."""
         warps, sums, parts = self.warps, self.refs.sums, self.config.split_blocks
-        times: Any = sums.shape[2] // warps.rows
+        own = sums.shape[1] // (self.weights * warps.rows)
+        first = self.place.weight * own
+        # Chunks of joined weights past their last group count for nothing.
+        times: Any = own if isinstance(self.w, MixedTensor) else -(-self.w.groups // warps.rows)
         if parts > 1:
             times = lax.div(times - self.part + (parts - 1), parts)
 
         def some(i, acc):
             t = i * parts + self.part if parts > 1 else i
             products = warps.own(lambda share: self._scaled_zeros(t * self.config.split_k + share))
-            # Products of numbers of 8 bits have 16, and are sums of two bfloat16: cut off the top, twice.
-            rights, upper_half = [], jnp.uint32(0xFFFF0000)
-            for _ in range(2):
-                tops = [lax.bitcast_convert_type(p, jnp.uint32) & upper_half for p in products]
-                rights.append(warps.as_operand((tops[0] >> jnp.uint32(16)) | tops[1]))
-                products = [p - lax.bitcast_convert_type(top, jnp.float32) for p, top in zip(products, tops)]
+            # Products of numbers of 8 bits have 16, and are sums of two bfloat16.
+            rights = []
+            for lower, upper in zip(*(_cut(product, 2) for product in products)):
+                lower, upper = (lax.bitcast_convert_type(a, jnp.uint32) for a in (lower, upper))
+                rights.append(warps.as_operand((lower >> jnp.uint32(16)) | upper))
             for r, tile in enumerate(self.row_tiles):
-                for part in range(3):
-                    own_rows = pl.ds(t * warps.rows, warps.rows)
-                    left = plgpu.load(sums.at[tile, part, own_rows], layout=warps.left, optimized=False)
+                own_rows = pl.ds((first + t) * warps.rows, warps.rows)
+                left = plgpu.load(sums.at[tile, own_rows], layout=warps.left, optimized=False)
+                for part in _cut(left, 3):
                     for right in rights:
-                        acc[r] = warps.mma(acc[r], left, right)
+                        acc[r] = warps.mma(acc[r], part.astype(jnp.bfloat16), right)
             return acc
 
         return lax.fori_loop(0, times, some, acc)
 
     def _scaled_zeros(self, chunk):  # type: ignore[no-untyped-def]
-        """``scale * zero`` of 16 groups of each half of all of them."""
-        refs, w = self.refs, self.w
-        in_bytes = zero_bits(w.widths) == 8
+        """``scale * zero`` of a chunk of 16 groups: of 8, and of the 8 that stand beside them in a pair."""
+        load = self._pairs if isinstance(self.w, Joined) else self._halves
         layout = self.warps.words(self.config.block_n)
         products = []
-        for half, (begin, count) in enumerate(halves(w.groups)):
-            start = lax.min(chunk * WORD_ROWS, last_start(count))
-            codes, scale = (
-                plgpu.load(ref.at[pl.ds(at, WORD_ROWS), self.columns], layout=layout, optimized=False)
-                for ref, at in ((refs.zero_code, begin * in_bytes + start), (refs.scale, begin + start))
-            )
+        for which in range(2):
+            refs, upper = load(chunk, which)
+            codes, scale = (plgpu.load(ref, layout=layout, optimized=False) for ref in refs)
             codes = codes.astype(jnp.int32)
-            if not in_bytes:
-                codes = codes >> 4 if half else codes & 15
+            if upper is not None:
+                codes = codes >> 4 if upper else codes & 15
             products.append(scales.decoded(scale) * codes.astype(jnp.float32))
         return products
+
+    def _pairs(self, chunk, which):  # type: ignore[no-untyped-def]
+        """Zero codes and scales of every second group of the chunk."""
+        refs, place = self.refs, self.place
+        pair = lax.div(place.position, 2) + chunk * WORD_ROWS
+        rows = pl.ds(lax.min(pair, refs.scale_pairs.shape[0] - WORD_ROWS), WORD_ROWS)
+        return [ref.at[rows, which, place.columns] for ref in (refs.zero_code, refs.scale_pairs)], None
+
+    def _halves(self, chunk, which):  # type: ignore[no-untyped-def]
+        """Zero codes and scales of 8 groups of one half of all, and where bytes have two, which it is."""
+        refs, w, columns = self.refs, self.w, self.place.columns
+        in_bytes = zero_bits(w.widths) == 8
+        begin, count = halves(w.groups)[which]
+        start = lax.min(chunk * WORD_ROWS, last_start(count))
+        rows = begin * in_bytes + start, begin + start
+        found = [
+            ref.at[pl.ds(row, WORD_ROWS), columns] for ref, row in zip((refs.zero_code, refs.scale), rows)
+        ]
+        return found, None if in_bytes else bool(which)
 
     def store(self, acc: list[jax.Array], out, bias) -> None:  # type: ignore[no-untyped-def]
         """Writes the tile, ``bias`` added if there is one, once the warps' shares are added."""
@@ -240,11 +313,11 @@ class Tile:
         def write(r, y):
             if bias is not None:
                 layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(0)
-                row = plgpu.load(bias.at[self.columns], layout=layout, optimized=False)
+                row = plgpu.load(bias.at[self.out_columns], layout=layout, optimized=False)
                 y = y + lax.broadcast_in_dim(row, y.shape, [1])
             first = self.part * (out.shape[0] // self.config.split_blocks)
             rows = pl.ds(first + self.row_tiles[r] * ROW_TILE, ROW_TILE)
-            plgpu.store(out.at[rows, self.columns], y, optimized=False)
+            plgpu.store(out.at[rows, self.out_columns], y, optimized=False)
 
         def add_shares(shares):
             """The sum over the warps' shares, through shared memory."""
@@ -263,3 +336,13 @@ class Tile:
         else:
             for r, total in enumerate(acc):
                 write(r, warps.from_accumulator(total))
+
+
+def _cut(a: jax.Array, count: int) -> list[jax.Array]:
+    """Float32 as so many numbers that bfloat16 can hold, their top bits cut off in turn; three make it up."""
+    found = []
+    for _ in range(count):
+        bits = lax.bitcast_convert_type(a, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        found.append(lax.bitcast_convert_type(bits, jnp.float32))
+        a = a - found[-1]
+    return found

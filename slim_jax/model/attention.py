@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import devices
+
 QUERIES = 128
 """Queries that are scored at once; their later keys are never touched."""
 
@@ -42,7 +44,7 @@ def attention(
       softcap: scores ``s`` become ``softcap * tanh(s / softcap)``.
     """
     mask = _visible(positions, key_positions, window)
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = devices.of_target().platform == "cpu"
     if not on_cpu and softcap is None:  # JAX's function knows no soft cap
         k, v = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
         y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)

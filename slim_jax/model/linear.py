@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import default_backend, lax
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from pallas_kernels import MixedTensor, Prepared, mixed_matmul, sharded_matmul
+from pallas_kernels import MixedTensor, Prepared, devices, mixed_matmul, sharded_matmul
 from pallas_kernels.layout import vary_like
 
 COMPUTE_DTYPE = jnp.dtype(jnp.bfloat16)
@@ -31,7 +31,7 @@ def product_dtype() -> jnp.dtype:
 
     It holds for a model that was just quantized and for one that is loaded.
     """
-    return jnp.dtype(jnp.float32 if default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if devices.of_target().platform == "cpu" else jnp.bfloat16)
 
 
 def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> Float[Array, "*batch n"]:

@@ -65,8 +65,12 @@ def _stacked_blocks(blocks: Sequence[Block], alone: bool) -> Any:
 
 @jax.jit
 def _prepared_blocks(blocks: Sequence[Block]) -> list[Block]:
-    """Blocks that stay apart, each with its experts as one."""
+    """Blocks that stay apart: weights prepared, those that read one input as one, and a block's experts."""
     experts = [_experts_as_one([block]) for block in blocks]
+    for block, own in zip(blocks, experts):
+        groups = [names for names in linear_groups(block.config) if own is None or "experts" not in names[0]]
+        for names, weight in _joined([block], groups).items():
+            join([part_of(block, name) for name in names], weight)
     found = [_prepared(block) for block in blocks]
     for block, own in zip(found, experts):
         if own is not None:
@@ -96,21 +100,27 @@ def _experts_as_one(blocks: Sequence[Block], *, prepared: bool = True) -> MLP | 
     return _stacked(every, [("gate", "up")] if every[0].gate is not None else [], prepared)
 
 
-def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:
-    """Parts that are alike, on a leading axis; if ``ready``, their packed weights prepared, those of a group
-    as one."""
-    joined: dict[Sequence[str], Prepared] = {}
-    for names in groups if ready else ():
+def _joined(parts: Sequence[Any], groups: Groups) -> dict[Sequence[str], Prepared]:
+    """The groups whose packed weights become one product; the parts' layers are left without them."""
+    found: dict[Sequence[str], Prepared] = {}
+    for names in groups:
         layers = [[part_of(one, name) for name in names] for one in parts]
         if len(names) == 1 or not all(isinstance(layer, Linear) for layer in itertools.chain(*layers)):
             continue
         weights = [[layer.weight.get_value() for layer in same] for same in layers]
-        if all(isinstance(w, MixedTensor) for w in weights[0]):
-            found = prepare_joined(weights)
-            if found is not None:
-                joined[names] = found
+        if all(isinstance(w, MixedTensor) for w in itertools.chain(*weights)):
+            one = prepare_joined(weights)
+            if one is not None:
+                found[names] = one
                 for layer in itertools.chain(*layers):
                     layer.weight = Packed(None)
+    return found
+
+
+def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:
+    """Parts that are alike, on a leading axis; if ``ready``, their packed weights prepared, those of a group
+    as one."""
+    joined = _joined(parts, groups) if ready else {}
 
     def together(*leaves: Any) -> Any:
         if isinstance(leaves[0], MixedTensor):
@@ -126,4 +136,8 @@ def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:
 @jax.jit
 def _prepared(model: Any) -> Any:
     """Parts of a model whose packed weights are ready to be multiplied often."""
-    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, model, is_leaf=is_packed)
+
+    def ends(value: Any) -> bool:
+        return is_packed(value) or is_prepared(value)
+
+    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, model, is_leaf=ends)

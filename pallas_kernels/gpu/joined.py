@@ -1,0 +1,88 @@
+"""Weights made ready for the GPU kernel: one, or several that read one input, as one product.
+
+Each has widths and an order of groups of its own. Zero codes are a byte each, so that the rows of two groups
+that follow each other are a pair, as the tensor cores want them: then nothing needs to be put in another
+order between the sums of x and the kernel.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.layout import MixedTensor
+from pallas_kernels.planes import WORD_BITS
+from pallas_kernels.prepared import Prepared, fit_together, side_by_side
+
+DEPTH = 16
+"""Rows of a tensor-core instruction's right operand: channels per instruction, or groups in a chunk."""
+LEAST_TILE = 32
+"""Columns of a tile at least, and what its columns are a multiple of: a block of the kernel."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[*Prepared.ARRAYS, "segments", "orders", "zero_steps"],
+    meta_fields=[*Prepared.STATIC, "widths"],
+)
+@dataclasses.dataclass(frozen=True)
+class Joined(Prepared):
+    """Weights side by side for one launch: a block of columns belongs to one of them.
+
+    Rows of scales and zero codes at the end, after those of all groups, fill up a chunk of 16 groups.
+
+    Attributes:
+      segments: ``int32[weights, len(widths)]``, how many groups of a weight have which width.
+      orders: ``int32[weights, G]``, as a weight's ``order``.
+      zero_steps: ``float32[weights, G]``, what a unit of a group's zero code is worth, in storage order.
+      widths: that occur in any of the weights, ascending; static.
+    """
+
+    implementation: ClassVar[str] = "mosaic_gpu"
+
+    segments: jax.Array
+    orders: jax.Array
+    zero_steps: jax.Array
+    widths: tuple[int, ...]
+
+    @property
+    def groups(self) -> int:
+        """Of each weight."""
+        return self.tensors[0].groups
+
+    @property
+    def group_size(self) -> int:
+        """Input channels in a group."""
+        return self.tensors[0].group_size
+
+    @property
+    def mean_width(self) -> float:
+        """Bits of a code, averaged over the groups of all weights."""
+        bits = sum(rows * n for rows, n in zip(self.rows, self.sizes)) * WORD_BITS
+        return bits / (self.groups * self.group_size * sum(self.sizes))
+
+
+def joinable(weights: Sequence[MixedTensor]) -> bool:
+    """Whether weights that read one input can be one product."""
+    columns = math.gcd(*(w.shape[1] for w in weights))
+    return fit_together(weights) and columns % LEAST_TILE == 0 and weights[0].groups % 2 == 0
+
+
+def join(weights: Sequence[MixedTensor]) -> Joined:
+    """One product of weights that are :func:`joinable`."""
+    widths = tuple(sorted({b for w in weights for b in w.widths}))
+    counts = [[w.segments[w.widths.index(b)] if b in w.widths else 0 for b in widths] for w in weights]
+    common = side_by_side([weights], math.gcd(*(w.shape[1] for w in weights)))
+    for name in ("scale", "zero"):
+        common[name] = jnp.pad(common[name], ((0, -weights[0].groups % DEPTH), (0, 0)))
+    return Joined(
+        **common,
+        segments=jnp.stack([jnp.stack([jnp.int32(count) for count in own]) for own in counts]),
+        orders=jnp.stack([w.order for w in weights]),
+        zero_steps=jnp.stack([w.zero_steps() for w in weights]),
+        widths=widths,
+    )

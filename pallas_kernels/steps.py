@@ -1,0 +1,157 @@
+"""Packed weights prepared for the XLA back end: a table of the steps of the loop that multiplies."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.layout import MixedTensor, zero_step
+from pallas_kernels.planes import WORD_BITS, plane_widths, shifted_planes
+from pallas_kernels.prepared import Prepared, fit_together, side_by_side
+
+TILE = 4096
+"""Columns of a tile at most: what a step adds to stays in the nearest cache."""
+LEAST_TILE = 32
+"""Columns of a tile at least; with fewer, a step's own work would show."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[*Prepared.ARRAYS, "steps", "factors", "counts"],
+    meta_fields=[*Prepared.STATIC, "planes"],
+)
+@dataclasses.dataclass(frozen=True)
+class Steps(Prepared):
+    """Prepared weights with a table of steps: one plane of one group in one tile each.
+
+    Attributes:
+      steps: ``int32[L, S, 5]``: a step's plane (of ``planes``), group, first row, row of its scales, tile.
+      factors: ``float32[L, S, 2]``: what bit 0 of the plane is worth in the code, and a unit of the zero
+        code (0 except in the low plane, so that a group's zero point counts once).
+      counts: ``int32[L]``, how many of the steps there are.
+      planes: the widths of planes that occur; static.
+    """
+
+    implementation: ClassVar[str] = "xla"
+
+    steps: jax.Array
+    factors: jax.Array
+    counts: jax.Array
+    planes: tuple[int, ...]
+
+
+def joinable(weights: Sequence[MixedTensor]) -> bool:
+    """Whether weights that read one input can be one product."""
+    return fit_together(weights) and _tile([w.shape[1] for w in weights]) >= LEAST_TILE
+
+
+def prepare(*weights: MixedTensor, in_place: bool = False) -> Steps:
+    """Works out what does not depend on ``x``, of weights that read one input.
+
+    ``in_place``: words are left as they lie, for a single product with one weight.
+    """
+    return prepare_stack([weights], in_place=in_place)
+
+
+def prepare_stack(layers: Sequence[Sequence[MixedTensor]], *, in_place: bool = False) -> Steps:
+    """:func:`prepare` for layers that are alike but for the values of their leaves and the rows of words.
+
+    Args:
+      layers: of each, its weights.
+      in_place: see :func:`prepare`.
+    """
+    first = layers[0]
+    width = first[0].shape[1] if in_place else _tile([w.shape[1] for w in first])
+    common = side_by_side(layers, width)
+    tiles = np.array([w.shape[1] // width for w in first])
+    first_tiles = np.arange(len(layers))[:, None] * tiles.sum() + np.cumsum(tiles) - tiles
+    # A width whose group would need more words than there are does not occur.
+    widths = {
+        b for w, most in zip(first, common["rows"]) for b in w.widths if w.group_size * b <= most * WORD_BITS
+    }
+    planes = tuple(sorted({n for b in widths for n in plane_widths(b)}))
+    table = jax.vmap(partial(_table, planes=planes, tiles=tiles))
+    first_tiles = jnp.asarray(first_tiles, jnp.int32)
+    steps, factors, counts = table(common["tensors"], common["first_rows"], first_tiles)
+    return Steps(**common, steps=steps, factors=factors, counts=counts, planes=planes)
+
+
+def _tile(sizes: Sequence[int]) -> int:
+    """Columns of a tile: the greatest common divisor up to :data:`TILE` that is not small, or all."""
+    whole = math.gcd(*sizes)
+    divisors = [whole // i for i in range(1, whole + 1) if whole % i == 0 and whole // i <= TILE]
+    return divisors[0] if divisors[0] >= min(whole, 512) else whole
+
+
+def _table(
+    weights: Sequence[MixedTensor],
+    first_rows: jax.Array,
+    first_tiles: jax.Array,
+    *,
+    planes: tuple[int, ...],
+    tiles: np.ndarray,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``steps``, ``factors`` and ``counts`` of :class:`Prepared` for one layer."""
+    steps, factors, real = [], [], []
+    for i, w in enumerate(weights):
+        used = [k for k, n in enumerate(planes) if any(n in plane_widths(b) for b in w.widths)]
+        parts = [_steps(w, planes[k]) for k in used]
+        group, position, row = jnp.concatenate([found for found, _, _ in parts]).T
+        kind = jnp.concatenate([jnp.full(len(found), k, jnp.int32) for k, (found, _, _) in zip(used, parts)])
+        exists = jnp.concatenate([jnp.arange(len(found)) < count for found, _, count in parts])
+        for tile in range(int(tiles[i])):
+            first = first_rows[i, 0] + tile * first_rows[i, 1]
+            scales = (first_tiles[i] + tile) * w.groups
+            place = jnp.full_like(kind, int(tiles[:i].sum()) + tile)
+            steps.append(jnp.stack([kind, group, row + first, position + scales, place], axis=1))
+            factors.append(jnp.concatenate([values for _, values, _ in parts]))
+            real.append(exists)
+    exists = jnp.concatenate(real)
+    order = jnp.argsort(~exists, stable=True)
+    return jnp.concatenate(steps)[order], jnp.concatenate(factors)[order], exists.sum(dtype=jnp.int32)
+
+
+class _Run(NamedTuple):
+    """Planes that lie ``stride`` rows apart: the ``start``-th to the next run's, of all planes of a width."""
+
+    start: jax.Array  # scalars, int32
+    position: jax.Array  # of the first plane's group, in storage order
+    row: jax.Array  # of the first plane, in words
+    stride: int
+    factor: float  # what bit 0 of the plane is worth in the code
+    zero_step: float
+
+
+def _runs(w: MixedTensor, n: int) -> tuple[list[_Run], jax.Array]:
+    """The runs of planes of width ``n``, and the number of these planes."""
+    first_position, first_row = w.segment_starts()
+    runs, count = [], jnp.int32(0)
+    for i, b in enumerate(w.widths):
+        for plane, shift in shifted_planes(b):
+            if plane == n:
+                row = first_row[i] + w.group_size * shift // WORD_BITS
+                step = zero_step(b, w.widths) if shift == 0 else 0.0
+                stride = w.group_size * b // WORD_BITS
+                runs.append(_Run(count, first_position[i], row, stride, 2.0**shift, step))
+                count = count + w.segments[i]
+    return runs, count
+
+
+def _steps(w: MixedTensor, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Group, position and first row ``int32[S, 3]``, ``factors`` and the count of planes of width ``n``."""
+    runs, count = _runs(w, n)
+    most = w.groups * max(plane_widths(b).count(n) for b in w.widths)
+    t = jnp.arange(most, dtype=jnp.int32)
+    run = runs[0]
+    for later in runs[1:]:
+        run = jax.tree.map(partial(jnp.where, t >= later.start), later, run)
+    within = t - run.start
+    position = jnp.minimum(run.position + within, w.groups - 1)
+    steps = jnp.stack([w.order[position], position, run.row + within * run.stride], axis=1)
+    factors = [jnp.broadcast_to(jnp.float32(value), (most,)) for value in (run.factor, run.zero_step)]
+    return steps, jnp.stack(factors, axis=1), count
