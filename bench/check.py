@@ -10,6 +10,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.decode import random_packed
-from pallas_kernels import MixedTensor, devices, mixed_matmul
+from pallas_kernels import MixedTensor, devices, mixed_matmul, prepare_joined
 
 TOLERANCE = 0.01
 """Largest error, relative to the largest output. Rounding x or weights to bfloat16 makes some 0.001, one of
@@ -30,6 +31,7 @@ class Case:
 
     Attributes:
       split_k: forced upon the GPU kernel; None: as it chooses, on every platform.
+      joined: with the same weight, its columns moved by half, beside it, as one product where that gains.
     """
 
     k: int
@@ -38,6 +40,7 @@ class Case:
     group_size: int
     m: int
     split_k: int | None = None
+    joined: bool = False
 
     @property
     def weight(self) -> tuple[int, int, int, int]:
@@ -51,6 +54,8 @@ def _cases() -> Iterator[Case]:
             for split_k in (None, 1, 2, 4):
                 yield Case(k, n, 2, 128, m, split_k)
         yield Case(k, n, 2, 128, 2048)
+        for m in (1, 16, 64):
+            yield Case(k, n, 2, 128, m, joined=True)
         for m in (1, 16, 2048):
             yield Case(k, n, 3, 128, m)
     for m in (1, 16):  # a vocabulary that nothing divides, over an odd number of groups
@@ -151,6 +156,8 @@ class _Reference:
     def compare(self, case: Case, implementation: str | None) -> dict[str, Any]:
         """``ok``, ``error`` and ``reason`` of a case."""
         wanted = self.y[: case.m]
+        if case.joined:
+            wanted = np.concatenate([wanted, np.roll(wanted, case.n // 2, axis=1)], axis=1)
         try:
             found = np.asarray(jax.jit(_product(case, implementation))(self.x[: case.m], self.w), np.float64)
         except Exception as error:  # whatever a compiler or a driver raises is this case's result
@@ -165,6 +172,8 @@ class _Reference:
 
 
 def _product(case: Case, implementation: str | None) -> Callable[[jax.Array, MixedTensor], jax.Array]:
+    if case.joined:
+        return partial(_joined, implementation=implementation)
     if case.split_k is None:
         return lambda x, w: mixed_matmul(x, w, implementation=implementation)
     from pallas_kernels.gpu import kernel  # takes a second that others need not spend
@@ -175,9 +184,18 @@ def _product(case: Case, implementation: str | None) -> Callable[[jax.Array, Mix
     return lambda x, w: kernel.mixed_matmul(x, w, config=config)
 
 
+def _joined(x: jax.Array, w: MixedTensor, implementation: str | None) -> jax.Array:
+    moved = {name: jnp.roll(getattr(w, name), w.shape[1] // 2, axis=1) for name in ("words", "scale", "zero")}
+    weights = [w, dataclasses.replace(w, **moved)]
+    both = prepare_joined([weights], implementation=implementation)
+    product = partial(mixed_matmul, x, implementation=implementation)
+    return jnp.concatenate(list(map(product, weights)), axis=1) if both is None else product(both)
+
+
 def line(record: dict[str, Any]) -> str:
     """A record in words."""
     split = "" if record["split_k"] is None else f", split_k {record['split_k']}"
+    split += ", joined" * record["joined"]
     case = (
         f"K {record['k']:5d}, N {record['n']:4d}, mean bits {record['bits']}, g {record['group_size']:3d}, "
         f"M {record['m']:4d}{split}"

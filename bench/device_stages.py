@@ -120,6 +120,8 @@ def _likeliest(case: values.Case) -> bool:
     """Whether a case is among those that say most, for a compilation may take seconds."""
     if case.n < 1024:
         return case.m == 17
+    if case.joined:
+        return case.m == 16 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
     if case.split_k is not None:
         return case.m == 16 and case.bits == 2 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
     if case.bits == 3:

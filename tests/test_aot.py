@@ -83,7 +83,7 @@ def test_gpu_with_less_shared_memory(m):
 
 
 def test_gpu_decoder_launches_few_kernels():
-    """What reads one input is one product, and that two launches: x as the kernel wants it, and the kernel."""
+    """What reads one input is one product, and that two launches: x made ready, and the kernel."""
     record = aot_gpu.compile_for(
         "h100", "bench.aot_decoder:decode_step", {"implementation": "mosaic_gpu", "layers": 2}
     )

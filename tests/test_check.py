@@ -32,6 +32,12 @@ def test_right_values_pass():
     assert record["reason"] is None
 
 
+def test_weights_side_by_side_are_compared():
+    (record,) = check.check([dataclasses.replace(SMALL[0], n=64, joined=True)], implementation="xla")
+    assert record["ok"]
+    assert check.line(record).count("joined") == 1
+
+
 @pytest.mark.slow
 def test_processes_share_the_cases():
     cases = [*SMALL, check.Case(96, 40, 3, 32, 2)]
