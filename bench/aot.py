@@ -163,18 +163,19 @@ def decoder_row(target: str) -> Row:
     floor_us = 1e6 * whole["argument_bytes"] / bandwidth
     return row | {
         "launches": whole["launches"],
-        "launches_per_block": _decoder(target, layers=2)["launches"] - _decoder(target, layers=1)["launches"],
+        "launches_per_block": _decoder(target, layers=3)["launches"] - _decoder(target, layers=2)["launches"],
         "floor_us": floor_us,
         "token_us": floor_us + LAUNCH_US * whole["launches"],
     }
 
 
 def _decoder(target: str, **arguments: int) -> Row:
-    gpu = target in aot_gpu.targets()
-    wanted = {"implementation": "mosaic_gpu" if gpu else "mosaic_tpu", **arguments}
-    module: Any = aot_gpu if gpu else aot_tpu
-    record = module.compile_for(target, "bench.aot_decoder:decode_step", wanted, timeout=1800)
-    return record if gpu else dataclasses.asdict(record)
+    builder, timeout = "bench.aot_decoder:decode_step", 1800
+    if target in aot_gpu.targets():
+        wanted = {"implementation": "mosaic_gpu", **arguments}
+        return aot_gpu.compile_for(target, builder, wanted, timeout, kernels=False)
+    wanted = {"implementation": "mosaic_tpu", **arguments}
+    return dataclasses.asdict(aot_tpu.compile_for(target, builder, wanted, timeout))
 
 
 def _line(row: Row) -> str:

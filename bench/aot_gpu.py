@@ -53,25 +53,36 @@ def matmul(
     group_size: int = 128,
     bias: bool = False,
     config: dict[str, int] | None = None,
+    weights: int = 0,
 ) -> tuple[Callable, list]:
-    """``mixed_matmul`` of a weight of these widths, of three in quarters and a half, and its arguments."""
+    """``mixed_matmul`` of a weight of these widths, of three in quarters and a half, and its arguments.
+
+    ``weights``: so many of them, prepared as one product; 0 for one that is not prepared.
+    """
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.gpu import kernel
+    from pallas_kernels.gpu.joined import join
     from pallas_kernels.layout import abstract_tensor, group_count
 
     groups, widths = group_count(k, group_size), tuple(bits)
     outer = groups // 4 if len(widths) == 3 else 0  # at the least and at the most bits of three
     segments = (outer, groups - 2 * outer, outer) if outer else _even(groups, len(widths))
     weight = abstract_tensor((k, n), widths=widths, segments=segments, group_size=group_size)
+    if weights:
+        weight = jax.eval_shape(join, [weight] * weights)
     shape: Any = jax.ShapeDtypeStruct
     chosen = kernel.Config(**config) if config else None
 
     def product(x, w, *bias):
         return kernel.mixed_matmul(x, w, bias=bias[0] if bias else None, config=chosen)
 
-    return product, [shape((m, k), jnp.bfloat16), weight, *([shape((n,), jnp.float32)] if bias else [])]
+    return product, [
+        shape((m, k), jnp.bfloat16),
+        weight,
+        *([shape(weight.shape[1:], jnp.float32)] if bias else []),
+    ]
 
 
 def _even(groups: int, parts: int) -> tuple[int, ...]:
@@ -90,7 +101,9 @@ def device(target: str) -> Device:
     return found
 
 
-def compile_for(target: str, builder: str, arguments: dict | None = None, timeout: float = 900) -> Record:
+def compile_for(
+    target: str, builder: str, arguments: dict | None = None, timeout: float = 900, kernels: bool = True
+) -> Record:
     """Compiles ``builder(**arguments) -> (function, arguments)`` for a target, in a process of its own.
 
     Args:
@@ -98,6 +111,7 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
       builder: ``"module:function"``.
       arguments: of the builder.
       timeout: seconds.
+      kernels: whether to ask about each kernel, which takes most of the time of a program of many.
 
     Returns:
       A record that JSON can hold. ``error`` is one line, or None if it compiled; then ``kernels`` has what
@@ -115,6 +129,7 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
     record: Record = {"target": target, "builder": builder, "arguments": arguments or {}, "error": None}
     with tempfile.TemporaryDirectory(prefix="aot_gpu_") as directory:
         call = [sys.executable, "-m", "bench.aot_gpu", target, builder, json.dumps(arguments or {})]
+        call += [] if kernels else ["--no-kernels"]
         try:
             child = subprocess.run(
                 [*call, "--child", directory], capture_output=True, text=True, timeout=timeout
@@ -126,7 +141,7 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
             return record | {"error": _reason(child)}
         record |= json.loads(result.read_text())
         try:
-            record["kernels"] = _kernels(Path(directory))
+            record |= {"kernels": _kernels(Path(directory))} if kernels else {}
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             return record | {"error": str(error).splitlines()[0]}
     moved = record["argument_bytes"] + record["output_bytes"]
@@ -137,12 +152,13 @@ def compile_for(target: str, builder: str, arguments: dict | None = None, timeou
     }
 
 
-def _child(target: str, builder: str, arguments: dict, directory: str) -> None:
-    """Compiles; leaves ``result.json`` and all PTX in the directory."""
+def _child(target: str, builder: str, arguments: dict, directory: str, kernels: bool) -> None:
+    """Compiles; leaves ``result.json`` and, for ``kernels``, all PTX in the directory."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_dump_to={directory} --xla_dump_emitter_re=.*"
-    os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-    os.environ["MOSAIC_GPU_DUMP_TO"] = directory
+    if kernels:
+        os.environ["XLA_FLAGS"] = f"--xla_dump_to={directory} --xla_dump_emitter_re=.*"
+        os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+        os.environ["MOSAIC_GPU_DUMP_TO"] = directory
     import jax
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
@@ -322,13 +338,16 @@ def main() -> None:
     parser.add_argument("target", choices=targets())
     parser.add_argument("builder", help="module:function, returns a function and its abstract arguments")
     parser.add_argument("arguments", nargs="?", default="{}", help="of the builder, a JSON object")
+    parser.add_argument(
+        "--no-kernels", action="store_true", help="launches and bytes alone, nothing of each kernel"
+    )
     parser.add_argument("--child", metavar="DIRECTORY", help=argparse.SUPPRESS)
     args = parser.parse_args()
     arguments = json.loads(args.arguments)
     if args.child:
-        _child(args.target, args.builder, arguments, args.child)
+        _child(args.target, args.builder, arguments, args.child, not args.no_kernels)
         return
-    record = compile_for(args.target, args.builder, arguments)
+    record = compile_for(args.target, args.builder, arguments, kernels=not args.no_kernels)
     print(json.dumps(record, indent=1))
     sys.exit(record["error"] is not None)
 
