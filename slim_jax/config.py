@@ -50,7 +50,8 @@ class SlimConfig:
       asymmetric: how much of what quantized layers have cost its input, and the residual stream that it adds
         to, a layer's weights make up for, from 0 to 1 (`slim_jax.method.hessian.corrected`). By default 0.5,
         and 0 for "rtn" and where scales are not searched.
-      damping: fraction of the mean of the Hessian's diagonal that is added to it.
+      damping: fraction of the mean of the Hessian's diagonal that is added to it. By default 0.1, for text
+        that the calibration has not shown, and 0.01, as in GPTQ's code, where scales are not searched.
       refine: how often the scales, zero points and codes of a solved layer are gone over again
         (`slim_jax.method.refine`). By default 2, and 0 for "rtn" and where scales are not searched.
       search_tokens: calibration tokens, evenly spread, that the bit search looks at.
@@ -92,7 +93,7 @@ class SlimConfig:
     guide: bool = False
     sequential: bool | None = None
     asymmetric: float | None = None
-    damping: float = 0.01
+    damping: float | None = None
     refine: int | None = None
     search_tokens: int = 2048
     learn: str = "rounding"
@@ -133,8 +134,6 @@ class SlimConfig:
             size = getattr(self, name)
             if not isinstance(size, int) or size < 32 or size % 32:
                 raise ValueError(f"{name} is {size}, expected a positive multiple of 32")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping is {self.damping}, expected above 0 and at most 1")
         _one_of("learn", self.learn, LEARN)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 1e-2 if self.clips else 5e-3)
@@ -163,8 +162,12 @@ class SlimConfig:
         searches = self.sqc == "search" and self.method != "rtn"
         asymmetric = (0.5 if searches else 0.0) if self.asymmetric is None else self.asymmetric
         refine = (2 if searches else 0) if self.refine is None else self.refine
+        damping = (0.1 if searches else 0.01) if self.damping is None else self.damping
         object.__setattr__(self, "asymmetric", asymmetric)
         object.__setattr__(self, "refine", refine)
+        object.__setattr__(self, "damping", damping)
+        if not 0 < damping <= 1:
+            raise ValueError(f"damping is {damping}, expected above 0 and at most 1")
         if not 0 <= asymmetric <= 1:
             raise ValueError(f"asymmetric is {asymmetric}, expected 0 to 1")
         if refine < 0:

@@ -260,7 +260,7 @@ def test_an_expert_with_few_tokens_learns_from_those_of_all(layer, own, at_most)
     seen, unseen = expert[:own], np.asarray(expert[own:], np.float64)
     alone = Observation(gram(jnp.asarray(seen)), jnp.asarray(np.resize(seen, (64, k))), own)
     prior = Observation(gram(jnp.asarray(everyone)), jnp.asarray(everyone[:64]), len(everyone))
-    solver = LayerSolver(SlimConfig(bits=2, group_size=G, method="gptq", sqc="search"), None)
+    solver = LayerSolver(SlimConfig(bits=2, group_size=G, method="gptq", sqc="search", damping=0.01), None)
 
     def loss(seen: Observation) -> float:
         ((tensor, report),) = solver.solve(["expert"], [jnp.asarray(w, jnp.float32)], seen)

@@ -1,6 +1,7 @@
 """What fails under way: one clear message, no finished block is lost, and a resumed run ends the same."""
 
 import contextlib
+import dataclasses
 import resource
 
 import jax.numpy as jnp
@@ -88,9 +89,10 @@ def test_damping_is_raised_where_it_takes_that():
     gram = jnp.asarray(q * eigenvalues @ q.T, jnp.float32)
     seen = Observation(gram, jnp.asarray(rng.normal(size=(16, 32)), jnp.float32), 1)
     weight = jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)
+    solver = LayerSolver(dataclasses.replace(SLIM, damping=0.01), None)
     with pytest.warns(UserWarning, match="layer is positive definite only when damped by 0.1"):
-        ((tensor, report),) = LayerSolver(SLIM, None).solve(["layer"], [weight], seen)
+        ((tensor, report),) = solver.solve(["layer"], [weight], seen)
     assert report.damping == pytest.approx(0.1)
     assert np.isfinite(tensor.dequantize()).all()
     with pytest.raises(ValueError, match="the Hessian of layer is not positive definite, damped by 10"):
-        list(LayerSolver(SLIM, None).solve(["layer"], [weight], seen._replace(gram=-100 * gram)))
+        list(solver.solve(["layer"], [weight], seen._replace(gram=-100 * gram)))

@@ -174,7 +174,9 @@ class LayerSolver:
         self, of: Callable[..., Found], observation: Observation, names: list[str]
     ) -> tuple[Found, float]:
         """Damping is raised tenfold until the Hessian is positive definite."""
-        damping = self.config.damping
+        wanted = self.config.damping
+        assert wanted is not None
+        damping = wanted
         for _ in range(DAMPING_TRIES):
             found = of(
                 self.placement.whole(observation.gram),
@@ -183,7 +185,7 @@ class LayerSolver:
                 group_size=self.config.group_size,
             )
             if bool(jnp.all(jnp.isfinite(found.importance))):
-                if damping > self.config.damping:
+                if damping > wanted:
                     needed = f"is positive definite only when damped by {damping:g}"
                     warnings.warn(f"the Hessian of {', '.join(names)} {needed}", stacklevel=2)
                 return found, damping
