@@ -52,7 +52,8 @@ def decode_step(
     Returns:
       The step ``(outer, runs, state, tokens) -> (logits, state)`` and its abstract arguments.
     """
-    model = _packed_model(dataclasses.replace(LLAMA_2_7B, num_layers=layers or 32), bits, group_size)
+    config = dataclasses.replace(LLAMA_2_7B, num_layers=layers or LLAMA_2_7B.num_layers)
+    model = _packed_model(config, bits, group_size)
     with use_implementation(implementation):
         runs = [Run(run[0].config, len(run), stackable(run)) for run in model.runs()]
         outer, blocks = jax.eval_shape(lambda model: ready(model)[:2], model)

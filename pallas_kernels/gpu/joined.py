@@ -68,15 +68,19 @@ class Joined(Prepared):
 
 def joinable(weights: Sequence[MixedTensor]) -> bool:
     """Whether weights that read one input can be one product."""
-    columns = math.gcd(*(w.shape[1] for w in weights))
-    return fit_together(weights) and columns % LEAST_TILE == 0 and weights[0].groups % 2 == 0
+    return fit_together(weights) and _tile(weights) % LEAST_TILE == 0 and weights[0].groups % 2 == 0
+
+
+def _tile(weights: Sequence[MixedTensor]) -> int:
+    """Columns of a tile."""
+    return math.gcd(*(w.shape[1] for w in weights))
 
 
 def join(weights: Sequence[MixedTensor]) -> Joined:
     """One product of weights that are :func:`joinable`."""
     widths = tuple(sorted({b for w in weights for b in w.widths}))
     counts = [[w.segments[w.widths.index(b)] if b in w.widths else 0 for b in widths] for w in weights]
-    common = side_by_side([weights], math.gcd(*(w.shape[1] for w in weights)))
+    common = side_by_side([weights], _tile(weights))
     for name in ("scale", "zero"):
         common[name] = jnp.pad(common[name], ((0, -weights[0].groups % DEPTH), (0, 0)))
     return Joined(

@@ -54,10 +54,7 @@ def _stacked_blocks(blocks: Sequence[Block], alone: bool) -> Any:
             experts,
             is_leaf=is_prepared,
         )
-    groups = [
-        names for names in linear_groups(blocks[0].config) if experts is None or "experts" not in names[0]
-    ]
-    whole = _stacked(blocks, groups, alone)
+    whole = _stacked(blocks, _groups(blocks[0], experts), alone)
     if experts is not None:
         whole.moe.stacked = experts
     return whole
@@ -68,14 +65,18 @@ def _prepared_blocks(blocks: Sequence[Block]) -> list[Block]:
     """Blocks that stay apart: weights prepared, those that read one input as one, and a block's experts."""
     experts = [_experts_as_one([block]) for block in blocks]
     for block, own in zip(blocks, experts):
-        groups = [names for names in linear_groups(block.config) if own is None or "experts" not in names[0]]
-        for names, weight in _joined([block], groups).items():
+        for names, weight in _joined([block], _groups(block, own)).items():
             join([part_of(block, name) for name in names], weight)
     found = [_prepared(block) for block in blocks]
     for block, own in zip(found, experts):
         if own is not None:
             block.moe.stacked = own
     return found
+
+
+def _groups(block: Block, experts: MLP | None) -> Groups:
+    """The block's layers that read one input together, but for those of experts that are one already."""
+    return [names for names in linear_groups(block.config) if experts is None or "experts" not in names[0]]
 
 
 def with_experts_as_one(block: Block) -> Block:
