@@ -128,7 +128,7 @@ def test_the_gradient_is_that_of_finite_differences(models, monkeypatch):
     direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), learned)
     gradient = jax.jit(jax.grad(loss))(learned)
     slope = sum(float(jnp.sum(g * d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
-    step = 1e-2
+    step = 1e-3
     ahead, behind = (
         float(loss(jax.tree.map(lambda a, d, s=s: a + s * d, learned, direction))) for s in (step, -step)
     )
