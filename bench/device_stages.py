@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import attention, decode, machine, matmul, timing
 from bench import check as values
-from bench import decode, machine, matmul, timing
 from bench.quantize import RandomSource, peak_mib
 from convert import load_source
 from convert.errors import ConvertError, first_line
@@ -131,6 +131,9 @@ def _likeliest(case: values.Case) -> bool:
 
 def check(options: Options) -> Cases:
     """Values against float64, the cases that say most first."""
+    if devices.of_target().platform == "cuda" and not options.quick:
+        for case in attention.CASES:
+            yield str(case), partial(_attended, case)
     cases = list(values.CASES)
     if options.quick:
         cases = [case for case in cases if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
@@ -147,6 +150,12 @@ def check(options: Options) -> Cases:
                 str(case) if processes == 1 else f"a case in {processes} processes",
                 partial(_checked, records),
             )
+
+
+def _attended(case: attention.Case) -> Record:
+    record = attention.compare(case)
+    text = attention.line(record)
+    return record | {"text": text} | ({} if record["ok"] else {"failed": text})
 
 
 def _checked(records: Iterator[Record]) -> Record:

@@ -2,9 +2,11 @@
 
 On accelerators it is `jax.nn.dot_product_attention`. On CPUs that function writes all scores of all
 heads to memory several times; here one key-value head at a time keeps them in cache, which is three
-to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded).
+to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded). On NVIDIA GPUs one new token
+against the cache is one launch (`pallas_kernels.gpu.attend`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
+from slim_jax.model.cache import Int8Rows, KeyValues
 
 QUERIES = 128
 """Queries that are scored at once; their later keys are never touched."""
@@ -57,6 +60,51 @@ def attention(
     else:
         y = _head_by_head(attend, heads, k, v, mask)
     return y.transpose(0, 3, 1, 2, 4).reshape(b, t, h * d)
+
+
+def attend_cached(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b kv t d"],
+    v: Float[Array, "b kv t d"],
+    positions: Int[Array, "b t"],
+    cache: KeyValues,
+    *,
+    scale: float,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    one_launch: bool = False,
+) -> tuple[Float[Array, "b t hd"], KeyValues]:
+    """:func:`attention` over the cache that the tokens of ``q``, ``k`` and ``v`` join, and that cache.
+
+    ``one_launch``: whether a kernel may take it where the target has one, which knows of one device only.
+    """
+
+    def by_xla(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
+        cache = cache.write(k, v)
+        keys, values = cache.read()
+        places = positions, cache.positions
+        return attention(q, keys, values, *places, scale=scale, window=window, softcap=softcap), cache
+
+    if not one_launch or q.shape[1] > 1 or cache.layer is not None or isinstance(cache.keys, Int8Rows):
+        return by_xla(q, k, v, cache)
+    from pallas_kernels.gpu import attend  # takes a second that CPUs need not spend
+
+    device, (batch, heads, slots, width) = devices.of_target(), cache.keys.shape
+    if not attend.supported(device, width, cache.keys.dtype):
+        return by_xla(q, k, v, cache)
+
+    def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
+        assert isinstance(cache.keys, jax.Array) and isinstance(cache.values, jax.Array)
+        y, keys, values = attend.attend(
+            *(q[:, 0], k[:, :, 0], v[:, :, 0], cache.keys, cache.values),
+            *(positions[:, 0], cache.positions, cache.start),
+            jnp.int32(jnp.iinfo(jnp.int32).max if window is None else window),
+            scores=attend.Scores(scale, softcap),
+            parts=attend.parts_of(device, batch * heads, slots),
+        )
+        return y[:, None], dataclasses.replace(cache, keys=keys, values=values)
+
+    return lax.platform_dependent(q, k, v, cache, cuda=by_kernel, default=by_xla)
 
 
 def _visible(positions: jax.Array, key_positions: jax.Array, window: int | jax.Array | None) -> jax.Array:

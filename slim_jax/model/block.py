@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from slim_jax.model.attention import attention
+from pallas_kernels import Prepared
+from slim_jax.model.attention import attend_cached, attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear, outputs
@@ -83,17 +84,18 @@ class Attention(nnx.Module):
         if config.positions == "rotary":
             q, k = self._rotate(q, k, positions)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        key_positions = positions
-        if cache is not None:
-            cache = cache.write(k, v)
-            (k, v), key_positions = cache.read(), cache.positions
         window: int | jax.Array | None = config.sliding_window
         if self.local is not None and window is not None:
             window = jnp.where(self.local[...] > 0, window, jnp.iinfo(jnp.int32).max)
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         softcap = config.attn_softcap
-        y = attention(q, k, v, positions, key_positions, scale=scale, window=window, softcap=softcap)
-        return y, cache
+        if cache is None:
+            y = attention(q, k, v, positions, positions, scale=scale, window=window, softcap=softcap)
+            return y, None
+        # Prepared weights lie on one device.
+        alone = isinstance(self.q, Linear) and isinstance(self.q.weight.get_value(), Prepared)
+        how = {"scale": scale, "window": window, "softcap": softcap, "one_launch": alone}
+        return attend_cached(q, k, v, positions, cache, **how)
 
     def _rotate(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         config, scaling = self.config, self.config.rope_scaling

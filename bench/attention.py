@@ -1,0 +1,107 @@
+"""Values of the GPU's attention of one new token against float64, as models take it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import devices
+from pallas_kernels.gpu.attend import Scores, attend, parts_of
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
+"""Largest error, relative to the largest output, by the cache's dtype, to which all operands are rounded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """``heads`` query heads of ``width`` features that read ``kv`` key-value heads, in a cache of ``slots``.
+
+    Attributes:
+      start: slots in use before the new token.
+      padding: slots at the beginning of the first sample that hold no token.
+      window: positions that a query sees; all if None.
+      parts: programs a head; as for the target if None.
+    """
+
+    heads: int
+    kv: int
+    width: int
+    slots: int
+    start: int
+    batch: int = 1
+    padding: int = 0
+    window: int | None = None
+    softcap: float | None = None
+    dtype: str = "bfloat16"
+    parts: int | None = None
+
+
+CASES = (
+    Case(32, 32, 128, 4096, 4095),
+    Case(32, 8, 128, 4096, 1000, batch=4, padding=200),
+    Case(9, 3, 64, 1000, 700, window=512),  # slots that no block divides
+    Case(8, 4, 256, 2048, 2000, softcap=50.0, window=1024),
+    Case(32, 8, 128, 4096, 0),
+    Case(32, 8, 64, 1024, 65, dtype="float32", parts=8),
+)
+
+
+def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
+    """The fields of the case, ``ok``, and ``error``: the largest, relative to the largest output, or None
+    where values are not finite or other slots than the new token's were written."""
+    rng = np.random.default_rng(case.start)
+    dtype, shape = jnp.dtype(case.dtype), (case.batch, case.kv, case.slots, case.width)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(case.batch, n, case.width)), jnp.float32)
+        for n in (case.heads, case.kv, case.kv)
+    )
+    keys, values = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
+    slot = np.arange(case.slots)
+    first = np.zeros((case.batch, 1), int)
+    first[0] = min(case.padding, case.start)
+    places = np.where((slot >= first) & (slot <= case.start), slot - first, -1)
+    parts = case.parts or parts_of(devices.of_target(), case.batch * case.kv, case.slots)
+    scores = Scores(case.width**-0.5, case.softcap)
+    window = np.iinfo(np.int32).max if case.window is None else case.window
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return attend(*arrays, scores=scores, parts=parts, interpret=interpret)
+
+    at = (jnp.asarray(a, jnp.int32) for a in (places[:, case.start], places, case.start, window))
+    y, *written = jax.jit(run)(q, k, v, keys, values, *at)
+    wanted = [old.at[:, :, case.start].set(new.astype(dtype)) for old, new in ((keys, k), (values, v))]
+    right = all(bool(jnp.array_equal(a, b)) for a, b in zip(written, wanted))
+    exact = _exact(case, np.asarray(q, np.float64), *(np.asarray(a, np.float64) for a in wanted), places)
+    found = np.asarray(y, np.float64)
+    error = None
+    if right and np.isfinite(found).all():
+        error = float(np.max(np.abs(found - exact)) / np.max(np.abs(exact)))
+    ok = error is not None and error <= TOLERANCE[case.dtype]
+    return dataclasses.asdict(case) | {"ok": ok, "error": error}
+
+
+def _exact(case: Case, q: np.ndarray, keys: np.ndarray, values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """In float64, ``[batch, heads * width]``."""
+    q = q.reshape(case.batch, case.kv, -1, case.width)
+    score = np.einsum("bkrd,bksd->bkrs", q, keys) * case.width**-0.5
+    if case.softcap is not None:
+        score = case.softcap * np.tanh(score / case.softcap)
+    ago = places[:, [case.start]] - places
+    seen = (places >= 0) & (ago >= 0) & (ago < (case.window or case.slots))
+    score = np.where(seen[:, None, None], score, -np.inf)
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    y = np.einsum("bkrs,bksd->bkrd", weight / weight.sum(axis=-1, keepdims=True), values)
+    return y.reshape(case.batch, -1)
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record in words."""
+    case = (
+        f"attention of {record['heads']} heads of {record['width']} over {record['kv']}, "
+        f"{record['start']} of {record['slots']} slots before, batch {record['batch']}, {record['dtype']}"
+    )
+    if record["error"] is None:
+        return f"{case}: FAILED, values are not finite, or another slot was written"
+    return f"{case}: {'' if record['ok'] else 'FAILED, '}relative error {record['error']:.1e}"

@@ -1,0 +1,111 @@
+"""Attention of one new token by the GPU's kernel, in the interpreter, and when the model takes it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from bench.attention import Case, compare
+from pallas_kernels import devices
+from pallas_kernels.gpu import attend
+from slim_jax.model.attention import attend_cached
+from slim_jax.model.cache import Int8Rows, KeyValues
+
+CASES = [
+    Case(4, 4, 16, 192, 150, parts=1),
+    Case(4, 4, 16, 192, 150, parts=8, dtype="float32"),  # most parts have no block
+    Case(6, 2, 32, 100, 99, batch=2, padding=30, parts=2, dtype="float32"),  # slots that no block divides
+    Case(2, 1, 64, 128, 64, window=20, parts=2, dtype="float32"),  # alone in its block and part
+    Case(40, 2, 16, 64, 40, softcap=5.0, parts=1, dtype="float32"),  # more than 16 queries a head
+    Case(4, 2, 16, 128, 0, batch=3, parts=2),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_what_is_written(case):
+    record = compare(case, interpret=True)
+    assert record["ok"], record
+    if case.dtype == "float32":
+        assert record["error"] < 1e-5
+
+
+def test_a_token_that_is_padding_gives_numbers():
+    q, keys = jnp.ones((1, 2, 16)), jnp.ones((1, 2, 64, 16))
+    at = (jnp.full(1, -1), jnp.full((1, 64), -1), jnp.int32(5), jnp.int32(9))
+    scores = attend.Scores(1.0)
+    y, *_ = attend.attend(q, q, q, keys, keys, *at, scores=scores, parts=1, interpret=True)
+    assert np.isfinite(np.asarray(y)).all()
+
+
+def test_parts_fill_the_chip_and_no_more():
+    h100 = devices.describe("h100")
+    assert [attend.parts_of(h100, heads, 4096) for heads in (1, 8, 32, 64, 256)] == [8, 8, 4, 2, 1]
+    assert attend.parts_of(h100, 8, 128) == 2  # blocks of slots there are
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "dtype", "wanted"),
+    [
+        ("h100", 128, "bfloat16", True),
+        ("l4", 64, "float32", True),
+        ("h100", 96, "bfloat16", False),
+        ("h100", 512, "bfloat16", False),
+        ("h100", 128, "float16", False),
+        ("t4", 128, "bfloat16", False),
+        ("mi300x", 128, "bfloat16", False),
+        ("v6e", 128, "bfloat16", False),
+    ],
+)
+def test_what_is_supported(device, width, dtype, wanted):
+    assert attend.supported(devices.describe(device), width, jnp.dtype(dtype)) == wanted
+
+
+def random_cache(rng, dtype="float32") -> KeyValues:
+    shape = (2, 2, 70, 16)
+    keys, values = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
+    places = jnp.where(jnp.arange(70) <= 66, jnp.arange(70), -1)
+    return KeyValues(keys, values, jnp.stack([places, places]), jnp.int32(66))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Lets this machine run what an H100 would; returns how often it did."""
+    calls = []
+
+    def interpreted(*arrays, **how):
+        calls.append(how)
+        return run(*arrays, **how, interpret=True)
+
+    run = attend.attend
+    monkeypatch.setattr(attend, "attend", interpreted)
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+    with devices.target("h100"):
+        yield calls
+
+
+@pytest.mark.parametrize("how", [{}, {"window": 20}, {"window": jnp.int32(30), "softcap": 4.0}], ids=str)
+def test_the_model_gives_the_same_by_one_launch(kernel, how):
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 1, 4, 16)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 2, 1, 16)), jnp.float32) for _ in range(2))
+    positions, cache = jnp.full((2, 1), 66), random_cache(rng)
+    run = partial(attend_cached, q, k, v, positions, cache, scale=0.25, **how)
+    (found, after), (wanted, plain) = run(one_launch=True), run(one_launch=False)
+    assert len(kernel) == 1
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves(plain)))
+
+
+def test_what_the_kernel_does_not_know_xla_takes(kernel):
+    rng = np.random.default_rng(0)
+    q, k = jnp.ones((2, 2, 4, 16)), jnp.ones((2, 2, 2, 16))
+    positions = jnp.asarray([[65, 66]] * 2)
+    several, one = random_cache(rng), random_cache(rng)
+    int8 = KeyValues(Int8Rows.of(one.keys), Int8Rows.of(one.values), one.positions, one.start)
+    run = partial(attend_cached, scale=0.25, one_launch=True)
+    run(q, k, k, positions, several)
+    run(q[:, :1], k[:, :, :1], k[:, :, :1], positions[:, 1:], int8)
+    assert kernel == []
