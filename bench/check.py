@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.decode import random_packed
-from pallas_kernels import MixedTensor, devices, mixed_matmul, prepare_joined
+from pallas_kernels import InputNorm, MixedTensor, devices, mixed_matmul, prepare_joined
 
 TOLERANCE = 0.01
 """Largest error, relative to the largest output. Rounding x or weights to bfloat16 makes some 0.001, one of
@@ -31,7 +31,8 @@ class Case:
 
     Attributes:
       split_k: forced upon the GPU kernel; None: as it chooses, on every platform.
-      joined: with the same weight, its columns moved by half, beside it, as one product where that gains.
+      joined: behind a norm, with the same weight, its columns moved by half, beside it, as one product where
+        that gains.
     """
 
     k: int
@@ -65,6 +66,7 @@ def _cases() -> Iterator[Case]:
         yield Case(5 * group_size + 32, 200, bits, group_size, m)
 
 
+NORM_EPS = 1e-5
 SHARING = 3  # cases that share a reference in a process
 PATIENCE_SECONDS = 120.0  # until a process says something
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
@@ -158,6 +160,8 @@ class _Reference:
         wanted = self.y[: case.m]
         if case.joined:
             wanted = np.concatenate([wanted, np.roll(wanted, case.n // 2, axis=1)], axis=1)
+            wide = np.asarray(self.x[: case.m], np.float64)
+            wanted = wanted / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + NORM_EPS)
         try:
             found = np.asarray(jax.jit(_product(case, implementation))(self.x[: case.m], self.w), np.float64)
         except Exception as error:  # whatever a compiler or a driver raises is this case's result
@@ -187,9 +191,13 @@ def _product(case: Case, implementation: str | None) -> Callable[[jax.Array, Mix
 def _joined(x: jax.Array, w: MixedTensor, implementation: str | None) -> jax.Array:
     moved = {name: jnp.roll(getattr(w, name), w.shape[1] // 2, axis=1) for name in ("words", "scale", "zero")}
     weights = [w, dataclasses.replace(w, **moved)]
+    norm = InputNorm(jnp.ones(w.shape[0]), NORM_EPS)
     both = prepare_joined([weights], implementation=implementation)
-    product = partial(mixed_matmul, x, implementation=implementation)
-    return jnp.concatenate(list(map(product, weights)), axis=1) if both is None else product(both)
+    product = partial(mixed_matmul, implementation=implementation)
+    if both is None:
+        return jnp.concatenate([product(norm(x), one) for one in weights], axis=1)
+    behind = both.behind(norm)
+    return product(norm(x), both) if behind is None else product(x, behind)
 
 
 def line(record: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from pallas_kernels.api import prepare_joined as prepare_joined
 from pallas_kernels.api import use_implementation as use_implementation
 from pallas_kernels.layout import MixedTensor as MixedTensor
 from pallas_kernels.packing import pack as pack
+from pallas_kernels.prepared import InputNorm as InputNorm
 from pallas_kernels.prepared import Prepared as Prepared
 from pallas_kernels.ragged import mixed_ragged_dot as mixed_ragged_dot
 from pallas_kernels.sharding import part as part

@@ -155,6 +155,7 @@ def mixed_matmul(
     if config is not None and (len(names) != 1 or names[0] not in PLATFORM):
         raise ValueError(f"config is for one of {list(PLATFORM)}, implementation is {implementation!r}")
     if isinstance(w, Prepared) and names[0] not in ("xla", w.implementation):
+        x = x if w.norm is None else w.norm(x)
         parts = [mixed_matmul(x, one, implementation=names, config=config) for one in w.weights()]
         y = jnp.concatenate(parts, axis=-1)
     else:
@@ -216,6 +217,8 @@ def _matmul(names: tuple[str, ...], config: Any, x: jax.Array, w: MixedTensor | 
 
 
 def _forward(names: tuple[str, ...], config: Any, x: jax.Array, w: MixedTensor | Prepared):
+    if isinstance(w, Prepared) and w.norm is not None:
+        raise NotImplementedError("a product with a norm in it has no gradient: it is for generating")
     # A slice without elements hands x's dtype to the backward pass: residuals must be arrays.
     return _matmul(names, config, x, w), (x[:0], w)
 

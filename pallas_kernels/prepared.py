@@ -20,6 +20,21 @@ from jax.typing import DTypeLike
 from pallas_kernels.layout import MixedTensor, stack
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["scale"], meta_fields=["eps"])
+@dataclasses.dataclass(frozen=True)
+class InputNorm:
+    """RMSNorm before a product: ``x * rsqrt(mean(x**2) + eps) * scale``, with ``scale`` ``float32[K]``."""
+
+    scale: jax.Array
+    eps: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Of every row, in float32."""
+        x = x.astype(jnp.float32)
+        scale = self.scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """Packed weights ``[K, N_i]`` that read one input, or a stack of ``L`` layers of them, side by side.
@@ -72,6 +87,15 @@ class Prepared:
     def tiles(self) -> tuple[int, ...]:
         """Of each weight."""
         return tuple(n // self.words.shape[1] for n in self.sizes)
+
+    @property
+    def norm(self) -> InputNorm | None:
+        """What the product does to its input first."""
+        return None
+
+    def behind(self, norm: InputNorm) -> Self | None:
+        """With a norm as part of the product, or None if the back end gains nothing."""
+        return None
 
     def at(self, layer: jax.Array) -> Self:
         """One layer of the stack: nothing is sliced, products read its part where it lies."""

@@ -41,6 +41,7 @@ def mixed_matmul(x: Float[Array, "M K"], w: MixedTensor | Prepared) -> Float[Arr
     if x.shape[0] <= DECODE_ROWS and isinstance(w, Steps | MixedTensor):
         return decode(x, w if isinstance(w, Steps) else prepare(w, in_place=True))
     if isinstance(w, Prepared):
+        x = x if w.norm is None else w.norm(x)
         return jnp.concatenate([prefill(x, one) for one in w.weights()], axis=1)
     return prefill(x, w)
 

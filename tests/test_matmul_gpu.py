@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x, slow
 
+from pallas_kernels import InputNorm, mixed_matmul
 from pallas_kernels.gpu import joined, kernel
 from pallas_kernels.gpu.kernel import Config
 from pallas_kernels.gpu.operands import fields, places
@@ -104,6 +105,40 @@ class TestMosaicGpu(MatmulCases):
         dense = np.concatenate([dense for _, dense in cases], axis=1)
         self.assert_close(self.matmul(x, w, config=config), x, dense)
         np.testing.assert_array_equal(w.dequantize(), np.float32(dense))
+
+    @pytest.mark.parametrize(
+        ("config", "m"),
+        [
+            (Config(block_n=32, stages=2, groups_per_step=1, split_k=4), 1),
+            (Config(block_n=32, stages=1, groups_per_step=1, split_k=1), 20),
+            slow(Config(block_m=32, block_n=64, stages=2, groups_per_step=2), 40),
+        ],
+    )
+    def test_a_norm_before_weights_side_by_side(self, config, m):
+        """Rows of very different size, the last group short."""
+        k = 17 * 32 + 16
+        cases = [random_weight(k, 64, 32, [2] * 10 + [3] * 8, seed, widths=(2, 3)) for seed in range(2)]
+        size = 10.0 ** np.linspace(-2, 3, m)[:, None]
+        x = jnp.asarray(random_x(m, k) * size, jnp.float32)
+        norm = InputNorm(1 + random_x(k, seed=3) / 4, 1e-5)
+        w = joined.join([w for w, _ in cases]).behind(norm)
+        dense = np.concatenate([dense for _, dense in cases], axis=1)
+        bias = random_x(128, seed=4)
+        found = np.asarray(self.matmul(x, w, bias=bias, config=config) - bias[None], np.float64)
+        wide = np.asarray(x, np.float64)
+        factor = 1 / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + norm.eps)
+        rounded = np.asarray((x * norm.scale[None]).astype(jnp.bfloat16), np.float64) * factor
+        assert np.max(np.abs(found - rounded @ dense) / (np.abs(rounded) @ np.abs(dense))) < 2e-5
+        exact = wide * np.asarray(norm.scale, np.float64)[None] * factor
+        np.testing.assert_allclose(norm(x), exact, rtol=1e-5)
+        by_xla = mixed_matmul(x, w, implementation="xla")  # as where there are many rows
+        assert np.max(np.abs(by_xla - exact @ dense) / (np.abs(exact) @ np.abs(dense))) < 4e-3
+
+    def test_a_product_with_a_norm_in_it_has_no_gradient(self):
+        w, _ = random_weight(64, 32, 32, [2, 3], widths=(2, 3))
+        normed = joined.join([w]).behind(InputNorm(jnp.ones(64), 1e-5))
+        with pytest.raises(NotImplementedError, match="no gradient"):
+            jax.grad(lambda x: mixed_matmul(x, normed, implementation="xla").sum())(jnp.ones((1, 64)))
 
     def test_stacked_layers_share_one_program(self):
         allocations = [1, 2, 3], [2, 2, 2], [3, 2, 1]

@@ -10,7 +10,7 @@ from flax import nnx
 
 from pallas_kernels import devices, pack, scales
 from pallas_kernels.gpu.joined import Joined
-from slim_jax.model.block import linear_groups
+from slim_jax.model.block import Unchanged, linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.generate import Generator
@@ -111,6 +111,8 @@ def test_an_nvidia_gpu_multiplies_what_reads_one_input_in_one_launch():
         assert all(isinstance(w, Joined) for w in found)
         assert [len(w.sizes) for w in found] == [3, 1, 2, 1]
         assert [layer.weight.get_value() for layer in (block.attn.k, block.mlp.up)] == [None, None]
+        assert [w.norm is not None for w in found] == [True, False, True, False]
+        assert all(isinstance(norm, Unchanged) for norm in (block.attn_norm, block.mlp_norm))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.layout import MixedTensor
 from pallas_kernels.planes import WORD_BITS
-from pallas_kernels.prepared import Prepared, fit_together, side_by_side
+from pallas_kernels.prepared import InputNorm, Prepared, fit_together, side_by_side
 
 DEPTH = 16
 """Rows of a tensor-core instruction's right operand: channels per instruction, or groups in a chunk."""
@@ -26,7 +26,7 @@ LEAST_TILE = 32
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=[*Prepared.ARRAYS, "segments", "orders", "zero_steps"],
+    data_fields=[*Prepared.ARRAYS, "segments", "orders", "zero_steps", "input_norm"],
     meta_fields=[*Prepared.STATIC, "widths"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Joined(Prepared):
       segments: ``int32[weights, len(widths)]``, how many groups of a weight have which width.
       orders: ``int32[weights, G]``, as a weight's ``order``.
       zero_steps: ``float32[weights, G]``, what a unit of a group's zero code is worth, in storage order.
+      input_norm: what happens to the input first.
       widths: that occur in any of the weights, ascending; static.
     """
 
@@ -47,7 +48,15 @@ class Joined(Prepared):
     segments: jax.Array
     orders: jax.Array
     zero_steps: jax.Array
+    input_norm: InputNorm | None
     widths: tuple[int, ...]
+
+    @property
+    def norm(self) -> InputNorm | None:
+        return self.input_norm
+
+    def behind(self, norm: InputNorm) -> "Joined":
+        return dataclasses.replace(self, input_norm=norm)
 
     @property
     def groups(self) -> int:
@@ -88,5 +97,6 @@ def join(weights: Sequence[MixedTensor]) -> Joined:
         segments=jnp.stack([jnp.stack([jnp.int32(count) for count in own]) for own in counts]),
         orders=jnp.stack([w.order for w in weights]),
         zero_steps=jnp.stack([w.zero_steps() for w in weights]),
+        input_norm=None,
         widths=widths,
     )

@@ -73,7 +73,7 @@ def mixed_matmul(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """``x @ w (+ bias)``, x rounded to bfloat16, accumulated in float32.
+    """``x @ w (+ bias)``, x rounded to bfloat16, accumulated in float32; a prepared weight may norm x first.
 
     Args:
       x: bfloat16 or float32 ``[M, K]``.
@@ -143,10 +143,11 @@ def _product(
     )
     # The magic number comes from memory because as a literal it would be loaded again before every mask.
     magic = jnp.full((1,), MAGIC, jnp.int32)
-    operands = activations(x, w, rows, config.block_m, config.split_k)
+    *operands, squares = activations(x, w, rows, config.block_m, config.split_k)
     inside = [] if bias is None or parts > 1 else [bias]
-    # Of a weight that is not prepared nobody asks the first.
+    # Of a weight that is not prepared nobody asks the first, nor without a norm for squares.
     first_rows, pairs = (w.first_rows[0], _pairs(w.scale)) if isinstance(w, Joined) else (magic, magic)
+    operands.append(magic if squares is None else squares)
     y = kernel(magic, w.segments, first_rows, *padded, pairs, *operands, *inside)
     if parts == 1:
         return y
@@ -156,7 +157,7 @@ def _product(
 
 def _body(*refs, w: MixedTensor | Joined, config: Config, n: int, interpret: bool) -> None:  # type: ignore[no-untyped-def]
     """One block of threads: its tile of y, over all groups."""
-    tile = Tile(References(*refs[:10]), w, config, n, interpret)
+    tile = Tile(References(*refs[:11]), w, config, n, interpret)
     acc = tile.subtract_zeros(tile.add_segments(tile.nothing()))
-    *bias, out = refs[10:]
+    *bias, out = refs[11:]
     tile.store(acc, out, bias[0] if bias else None)

@@ -64,17 +64,19 @@ def padded_groups(w: MixedTensor | Joined, split: int) -> int:
 
 def activations(
     x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, split: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """x and its sums as the kernel wants them, for ``B = rows / block`` blocks of rows.
 
     A block's groups follow each other in the storage order of every weight (of which there are ``W``),
     ``block`` rows each, so that one copy takes several. After those of a weight come others, of any values:
-    :func:`padded_groups` in all.
+    :func:`padded_groups` in all. Of a norm before the product only the scale is applied here: what a row is
+    divided by, the kernel works out from its squares, for a launch more would be a sum of its own.
 
     Returns:
       ``bfloat16[B * W * P * block, g]``, x divided by two to the :func:`places`; ``float32[B, W * P *
-      block]``, what takes its sum off again :data:`OFFSET` times; and the sums times the steps of zeros as
-      left operands, ``float32[M / 16, C * 16, 16]`` for the ``C`` chunks of 16 groups of all weights.
+      block]``, what takes its sum off again :data:`OFFSET` times; the sums times the steps of zeros as
+      left operands, ``float32[M / 16, C * 16, 16]`` for the ``C`` chunks of 16 groups of all weights; and, if
+      there is a norm, the sums of squares of what it was given, like the second.
     """
     (m, k), groups, g = x.shape, w.groups, w.group_size
     padded = padded_groups(w, split)
@@ -90,11 +92,17 @@ def activations(
     def of_groups(a: jax.Array) -> jax.Array:  # [W, G] -> [*shape, 1]
         return jnp.pad(a, ((0, 0), (0, padded - groups))).reshape(*shape, 1)
 
-    x = jnp.pad(x.astype(jnp.bfloat16), ((0, rows - m), (0, groups * g - k)))
     # Rows 2 i and 2 i + 1 of a right operand are the halves of word i, channels of the two halves of a group.
     channel = np.arange(g).reshape(2, g // DEPTH, WORD_ROWS).transpose(1, 2, 0).reshape(1, 1, 1, g)
     power = jnp.asarray(np.repeat(2.0 ** places(w.widths, g), DEPTH), jnp.float32).reshape(1, 1, 1, g)
-    x = x.at[:, of_groups(orders) * g + channel].get(mode="promise_in_bounds")
+    place = of_groups(orders) * g + channel
+
+    def in_order(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, ((0, rows - m), (0, groups * g - k)))
+        return a.at[:, place].get(mode="promise_in_bounds")
+
+    norm, given = None if isinstance(w, MixedTensor) else w.norm, x
+    x = in_order((x if norm is None else x * norm.scale[None]).astype(jnp.bfloat16))
     x = x / power.astype(jnp.bfloat16)[None]
     # Factors are powers of two, so they may come before the sums, which then are all that a launch does.
     wide = x.astype(jnp.float32)
@@ -103,7 +111,8 @@ def activations(
         sums = chunked(sums[:, 0, 0, :groups], split)
     sums = sums.reshape(-1, ROW_TILE, sums[0].size // DEPTH, DEPTH).swapaxes(1, 2)
     sums = sums.reshape(len(sums), -1, DEPTH)
-    return by_group(x).reshape(-1, g), by_group((wide * -OFFSET).sum(-1)), sums
+    squares = None if norm is None else by_group(jnp.square(in_order(given.astype(jnp.float32))).sum(-1))
+    return by_group(x).reshape(-1, g), by_group((wide * -OFFSET).sum(-1)), sums, squares
 
 
 def halves(groups: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -58,6 +58,7 @@ class References(NamedTuple):
     x: Any
     constant: Any
     sums: Any
+    squares: Any
 
 
 class Tile:
@@ -306,11 +307,23 @@ class Tile:
         ]
         return found, None if in_bytes else bool(which)
 
+    def _norm_factor(self, r: int, eps: float) -> jax.Array:
+        """What the norm multiplies the rows of the ``r``-th tile with, ``float32[16]``."""
+        layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(1)
+        total: Any = 0.0
+        for group in range(self.w.groups):  # loads that do not wait for each other
+            first = (self.place.weight * self.padded + group) * self.config.block_m + r * ROW_TILE
+            rows = self.refs.squares.at[self.row_block, pl.ds(first, ROW_TILE)]
+            total = total + plgpu.load(rows, layout=layout, optimized=False)
+        return lax.rsqrt(total * (1 / self.w.shape[0]) + eps)
+
     def store(self, acc: list[jax.Array], out, bias) -> None:  # type: ignore[no-untyped-def]
         """Writes the tile, ``bias`` added if there is one, once the warps' shares are added."""
         warps, split = self.warps, self.config.split_k
 
         def write(r, y):
+            if isinstance(self.w, Joined) and self.w.norm is not None:
+                y = y * lax.broadcast_in_dim(self._norm_factor(r, self.w.norm.eps), y.shape, [0])
             if bias is not None:
                 layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(0)
                 row = plgpu.load(bias.at[self.out_columns], layout=layout, optimized=False)

@@ -94,7 +94,8 @@ def attend_cached(
         return by_xla(q, k, v, cache)
 
     def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
-        assert isinstance(cache.keys, jax.Array) and isinstance(cache.values, jax.Array)
+        assert isinstance(cache.keys, jax.Array)
+        assert isinstance(cache.values, jax.Array)
         y, keys, values = attend.attend(
             *(q[:, 0], k[:, :, 0], v[:, :, 0], cache.keys, cache.values),
             *(positions[:, 0], cache.positions, cache.start),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Prepared
+from pallas_kernels import InputNorm, Prepared
 from slim_jax.model.attention import attend_cached, attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
@@ -45,6 +45,19 @@ class Norm(nnx.Module):
         if self.bias is None:
             return y
         return y + self.bias[...].astype(jnp.float32).reshape(along_last)
+
+    def before_product(self) -> InputNorm | None:
+        """The same as a prepared product takes it; None for LayerNorm, which none takes."""
+        if self.bias is not None:
+            return None
+        return InputNorm(self.scale[...].astype(jnp.float32) + self.offset, self.eps)
+
+
+class Unchanged(nnx.Module):
+    """In the place of a norm that a prepared product takes."""
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        return x
 
 
 class Attention(nnx.Module):
@@ -115,10 +128,10 @@ class Block(nnx.Module):
     """One transformer block, with an ``mlp`` or, in its place, a ``moe``."""
 
     def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
-        self.attn_norm = Norm(config.hidden_size, config)
+        self.attn_norm: Norm | Unchanged = Norm(config.hidden_size, config)
         self.attn = Attention(config, index, rngs=rngs)
         self.attn_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
-        self.mlp_norm = Norm(config.hidden_size, config)
+        self.mlp_norm: Norm | Unchanged = Norm(config.hidden_size, config)
         self.mlp = None if config.num_experts else MLP(config, rngs=rngs)
         self.moe = MoE(config, rngs=rngs) if config.num_experts else None
         self.mlp_out_norm = Norm(config.hidden_size, config) if config.output_norms else None

@@ -14,7 +14,7 @@ from flax import nnx
 
 from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
 from pallas_kernels.layout import stack
-from slim_jax.model.block import Block, linear_groups
+from slim_jax.model.block import Block, Norm, Unchanged, linear_groups
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed, join
 from slim_jax.model.mlp import MLP
@@ -66,11 +66,27 @@ def _prepared_blocks(blocks: Sequence[Block]) -> list[Block]:
     experts = [_experts_as_one([block]) for block in blocks]
     for block, own in zip(blocks, experts):
         for names, weight in _joined([block], _groups(block, own)).items():
-            join([part_of(block, name) for name in names], weight)
+            join([part_of(block, name) for name in names], _behind_norm(block, names[0], weight))
     found = [_prepared(block) for block in blocks]
     for block, own in zip(found, experts):
         if own is not None:
             block.moe.stacked = own
+    return found
+
+
+NORMS = {"attn.q": "attn_norm", "mlp.gate": "mlp_norm"}
+"""By the first of layers that read one input, the norm before them, in blocks that have it there."""
+
+
+def _behind_norm(block: Block, first: str, weight: Prepared) -> Prepared:
+    """The one weight of layers that read one input, with the norm of that input where the back end takes it,
+    of which the block is then left without."""
+    norm = getattr(block, NORMS[first]) if block.pre_norm and first in NORMS else None
+    before = norm.before_product() if isinstance(norm, Norm) else None
+    found = None if before is None else weight.behind(before)
+    if found is None:
+        return weight
+    setattr(block, NORMS[first], Unchanged())
     return found
 
 
