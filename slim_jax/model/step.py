@@ -2,8 +2,8 @@
 
 Blocks of one kind that follow one another and are packed alike are stacked and scanned over, which compiles
 one body; their products read a layer's part of a prepared weight where it lies. Dense blocks run unrolled,
-because XLA copies each slice of a weight that it scans over, and on NVIDIA GPUs packed ones too, whose
-weights are not prepared.
+because XLA copies each slice of a weight that it scans over, and on NVIDIA GPUs packed ones too, of which it
+would copy a layer's words.
 """
 
 import dataclasses
