@@ -155,8 +155,8 @@ def _body(  # type: ignore[no-untyped-def]
         score = _dot(q, block_of(old_keys, k, at, slot).T) * scores.scale
         if scores.softcap is not None:
             score = scores.softcap * jnp.tanh(score / scores.softcap)
-        place = slot_positions.at[sample, pl.ds(at, BLOCK)]
-        ago = position - (place := triton.load(place, mask=slot < slots, other=-1))
+        place = triton.load(slot_positions.at[sample, pl.ds(at, BLOCK)], mask=slot < slots, other=-1)
+        ago = position - place
         seen = ((place >= 0) & (ago >= 0) & (ago < visible_for))[None]
         score = jnp.where(seen, score, LOWEST)
         now = jnp.maximum(highest, jnp.max(score, axis=1))
