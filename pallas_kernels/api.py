@@ -24,20 +24,28 @@ from pallas_kernels.steps import joinable, prepare_stack
 Kernel = Callable[..., jax.Array]
 
 
-def _mosaic_tpu(x: jax.Array, w: MixedTensor, **config: Any) -> jax.Array:
+def _xla(x: jax.Array, w: MixedTensor | Prepared, residual: jax.Array | None) -> jax.Array:
+    return _plus(residual, xla.mixed_matmul(x, w))
+
+
+def _mosaic_tpu(x: jax.Array, w: MixedTensor, residual: jax.Array | None, **config: Any) -> jax.Array:
     from pallas_kernels.tpu.decode import mixed_matmul  # takes a second that CPUs need not spend
 
-    return mixed_matmul(x, w, **config)
+    return _plus(residual, mixed_matmul(x, w, **config))
 
 
-def _mosaic_gpu(x: jax.Array, w: MixedTensor, **config: Any) -> jax.Array:
+def _mosaic_gpu(x: jax.Array, w: Any, residual: jax.Array | None, **config: Any) -> jax.Array:
     from pallas_kernels.gpu.kernel import mixed_matmul
 
-    return mixed_matmul(x, w, **config)
+    return mixed_matmul(x, w, residual=residual, **config)
+
+
+def _plus(residual: jax.Array | None, y: jax.Array) -> jax.Array:
+    return y if residual is None else residual + y
 
 
 IMPLEMENTATIONS: dict[str, Kernel] = {
-    "xla": xla.mixed_matmul,
+    "xla": _xla,
     "mosaic_gpu": _mosaic_gpu,
     "mosaic_tpu": _mosaic_tpu,
 }
@@ -122,20 +130,23 @@ def mixed_matmul(
     w: MixedTensor | Prepared,
     *,
     bias: Float[Array, "N"] | None = None,
+    residual: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
     config: Any = None,
     preferred_element_type: DTypeLike = jnp.float32,
 ) -> Float[Array, "*batch N"]:
-    """``x @ w.dequantize() + bias``, accumulated in float32.
+    """``x @ w.dequantize() + bias + residual``, accumulated in float32.
 
-    Differentiable in ``x`` and ``bias``; ``w`` is a constant. With more than a few rows of ``x`` the
-    result is that of a dense product in ``w.dtype``; with few, products are taken in float32.
+    Differentiable in ``x``, ``bias`` and ``residual``; ``w`` is a constant. With more than a few rows of
+    ``x`` the result is that of a dense product in ``w.dtype``; with few, products are taken in float32.
 
     Args:
       x: bfloat16 or float32 ``[..., K]``.
       w: the packed weight ``[K, N]``, or what :func:`prepare` made of it; index or scan over stacked
         leaves first.
       bias: ``[N]``, added in float32.
+      residual: ``[*batch, N]``, such as the residual stream that the product belongs to, added in float32; on
+        NVIDIA GPUs one row of it by the kernel, where it would be a launch beside it.
       implementation: ``"xla"``, ``"mosaic_gpu"``, ``"mosaic_tpu"``, or several to try in order;
         by platform if None.
       config: how the one kernel that is named cuts the product (`pallas_kernels.gpu.config.Config`,
@@ -150,18 +161,22 @@ def mixed_matmul(
         one kernel named.
       NotImplementedError: none of the implementations asked for can do this product.
     """
-    _check(x, w, bias)
+    _check(x, w, bias, residual)
     names = _names(implementation, math.prod(x.shape[:-1]))
     if config is not None and (len(names) != 1 or names[0] not in PLATFORM):
         raise ValueError(f"config is for one of {list(PLATFORM)}, implementation is {implementation!r}")
     if isinstance(w, Prepared) and names[0] not in ("xla", w.implementation):
         x = x if w.norm is None else w.norm(x)
         parts = [mixed_matmul(x, one, implementation=names, config=config) for one in w.weights()]
-        y = jnp.concatenate(parts, axis=-1)
+        y = _plus(residual, jnp.concatenate(parts, axis=-1))
     else:
-        batch = x.shape[:-1]
+        rows = math.prod(x.shape[:-1])
         x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
-        y = _matmul(names, config, x.reshape(math.prod(batch), w.shape[0]), w).reshape(*batch, w.shape[1])
+        added = residual
+        if residual is not None:
+            added = vary_like(residual.reshape(rows, w.shape[1]).astype(jnp.float32), (x, w))
+        y = _matmul(names, config, x.reshape(rows, w.shape[0]), w, added)
+        y = y.reshape(*x.shape[:-1], w.shape[1])
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y.astype(preferred_element_type)
@@ -185,7 +200,9 @@ def _names(implementation: str | Sequence[str] | None, rows: int = 1) -> tuple[s
     return names
 
 
-def _check(x: jax.Array, w: MixedTensor | Prepared, bias: jax.Array | None) -> None:
+def _check(
+    x: jax.Array, w: MixedTensor | Prepared, bias: jax.Array | None, residual: jax.Array | None
+) -> None:
     k, n = w.shape
     stacked = isinstance(w, Prepared) and w.stacked and w.layer is None
     if x.ndim == 0 or x.shape[-1] != k:
@@ -198,37 +215,53 @@ def _check(x: jax.Array, w: MixedTensor | Prepared, bias: jax.Array | None) -> N
         )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")
+    if residual is not None and residual.shape != (*x.shape[:-1], n):
+        raise ValueError(f"residual has shape {residual.shape}, expected {(*x.shape[:-1], n)}")
+
+
+Operands = tuple[jax.Array, MixedTensor | Prepared, jax.Array | None]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(names: tuple[str, ...], config: Any, x: jax.Array, w: MixedTensor | Prepared) -> jax.Array:
-    """``x[M, K] @ w`` by the first named back end that can, on the platform it is lowered for."""
+def _matmul(
+    names: tuple[str, ...],
+    config: Any,
+    x: jax.Array,
+    w: MixedTensor | Prepared,
+    residual: jax.Array | None,
+) -> jax.Array:
+    """``x[M, K] @ w (+ residual)`` by the first named back end that can on the platform."""
     name, rest = names[0], names[1:]
     run = IMPLEMENTATIONS[name] if config is None else partial(IMPLEMENTATIONS[name], config=config)
     if not rest:
-        return run(x, w)
+        return run(x, w, residual)
     try:
         if name not in PLATFORM:
-            return run(x, w)
+            return run(x, w, residual)
         kernel = {PLATFORM[name]: run}
-        return lax.platform_dependent(x, w, default=partial(_matmul, rest, None), **kernel)
+        return lax.platform_dependent(x, w, residual, default=partial(_matmul, rest, None), **kernel)
     except NotImplementedError:
-        return _matmul(rest, None, x, w)
+        return _matmul(rest, None, x, w, residual)
 
 
-def _forward(names: tuple[str, ...], config: Any, x: jax.Array, w: MixedTensor | Prepared):
+def _forward(
+    names: tuple[str, ...],
+    config: Any,
+    x: jax.Array,
+    w: MixedTensor | Prepared,
+    residual: jax.Array | None,
+) -> tuple[jax.Array, Operands]:
     if isinstance(w, Prepared) and w.norm is not None:
         raise NotImplementedError("a product with a norm in it has no gradient: it is for generating")
-    # A slice without elements hands x's dtype to the backward pass: residuals must be arrays.
-    return _matmul(names, config, x, w), (x[:0], w)
+    # Slices without elements hand dtypes to the backward pass: what is kept must be arrays.
+    kept = x[:0], w, None if residual is None else residual[:0]
+    return _matmul(names, config, x, w, residual), kept
 
 
-def _backward(
-    names: tuple[str, ...], config: Any, residuals: tuple[jax.Array, MixedTensor | Prepared], dy: jax.Array
-):
-    x, w = residuals
+def _backward(names: tuple[str, ...], config: Any, kept: Operands, dy: jax.Array) -> tuple[Any, ...]:
+    x, w, residual = kept
     dx = jnp.dot(dy, w.dequantize().T, preferred_element_type=jnp.float32).astype(x.dtype)
-    return dx, jax.tree.map(no_gradient, w)
+    return dx, jax.tree.map(no_gradient, w), None if residual is None else dy
 
 
 def no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:

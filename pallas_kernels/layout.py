@@ -222,6 +222,10 @@ class MixedTensor:
         return some.dequantize(dtype).T.reshape(*index.shape, self.shape[0])
 
 
+FEW_COLUMNS = 8
+"""Up to which a GPU works out anew for every column where its elements lie."""
+
+
 def _dequantize_groups(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
     """Group by group, a loop for each width: whole rows of words are unpacked, as CPUs and TPUs like it."""
     g, n = w.group_size, w.shape[1]
@@ -276,10 +280,11 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
     zero_rows = w.zero.shape[0]
     zero_down = (z * (position // zero_rows)).astype(jnp.uint8)
     step = w.zero_steps()[position]
-    # Else XLA would work all this out again for every element.
-    position, rows, downs, masks, ups, zero_down, step = lax.optimization_barrier(
-        (position, rows, downs, masks, ups, zero_down, step)
-    )
+    if w.shape[1] > FEW_COLUMNS:  # else it is one launch, where it would be several
+        # XLA would work all this out again for every element.
+        position, rows, downs, masks, ups, zero_down, step = lax.optimization_barrier(
+            (position, rows, downs, masks, ups, zero_down, step)
+        )
     code = jnp.uint32(0)
     for row, down, mask, up in zip(rows, downs, masks, ups):
         word = w.words.at[row].get(mode="promise_in_bounds")

@@ -13,6 +13,7 @@ from pallas_kernels import devices
 from pallas_kernels.gpu import attend
 from slim_jax.model.attention import attend_cached
 from slim_jax.model.cache import Int8Rows, KeyValues
+from slim_jax.model.rotary import Rotation, frequencies
 
 CASES = [
     Case(4, 4, 16, 192, 150, parts=1),
@@ -33,10 +34,10 @@ def test_values_and_what_is_written(case):
 
 
 def test_a_token_that_is_padding_gives_numbers():
-    q, keys = jnp.ones((1, 2, 16)), jnp.ones((1, 2, 64, 16))
+    token, keys = jnp.ones((1, 6 * 16)), jnp.ones((1, 2, 64, 16))
     at = (jnp.full(1, -1), jnp.full((1, 64), -1), jnp.int32(5), jnp.int32(9))
     scores = attend.Scores(1.0)
-    y, *_ = attend.attend(q, q, q, keys, keys, *at, scores=scores, parts=1, interpret=True)
+    y, *_ = attend.attend(token, None, keys, keys, *at, scores=scores, parts=1, interpret=True)
     assert np.isfinite(np.asarray(y)).all()
 
 
@@ -86,17 +87,26 @@ def kernel(monkeypatch):
         yield calls
 
 
-@pytest.mark.parametrize("how", [{}, {"window": 20}, {"window": jnp.int32(30), "softcap": 4.0}], ids=str)
+ROTATION = Rotation(frequencies(16, 1e4), 1.1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"window": 20}, {"window": jnp.int32(30), "softcap": 4.0}, {"rotation": ROTATION}],
+    ids=["", "window", "softcap", "rotation"],
+)
 def test_the_model_gives_the_same_by_one_launch(kernel, how):
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(2, 1, 4, 16)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(2, 2, 1, 16)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 1, 2, 16)), jnp.float32) for _ in range(2))
     positions, cache = jnp.full((2, 1), 66), random_cache(rng)
+    how = {"rotation": None} | how
     run = partial(attend_cached, q, k, v, positions, cache, scale=0.25, **how)
     (found, after), (wanted, plain) = run(one_launch=True), run(one_launch=False)
     assert len(kernel) == 1
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves(plain)))
+    for own, other in zip(jax.tree.leaves(after), jax.tree.leaves(plain)):
+        np.testing.assert_allclose(own, other, atol=1e-6 if how["rotation"] else 0)
 
 
 def test_what_the_kernel_does_not_know_xla_takes(kernel):
@@ -105,7 +115,7 @@ def test_what_the_kernel_does_not_know_xla_takes(kernel):
     positions = jnp.asarray([[65, 66]] * 2)
     several, one = random_cache(rng), random_cache(rng)
     int8 = KeyValues(Int8Rows.of(one.keys), Int8Rows.of(one.values), one.positions, one.start)
-    run = partial(attend_cached, scale=0.25, one_launch=True)
+    run = partial(attend_cached, rotation=None, scale=0.25, one_launch=True)
     run(q, k, k, positions, several)
-    run(q[:, :1], k[:, :, :1], k[:, :, :1], positions[:, 1:], int8)
+    run(q[:, :1], k[:, :1], k[:, :1], positions[:, 1:], int8)
     assert kernel == []

@@ -68,7 +68,7 @@ def made(monkeypatch, exact):
 
 
 def test_cases_share_a_reference(monkeypatch, exact, made):
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", lambda x, w: jnp.asarray(exact.y)[: x.shape[0]])
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", lambda x, w, residual: jnp.asarray(exact.y)[: x.shape[0]])
     assert [(r["m"], r["ok"]) for r in check.check(SMALL, implementation="xla")] == [(9, True), (17, True)]
     assert made == [17]
 
@@ -83,7 +83,9 @@ def test_cases_share_a_reference(monkeypatch, exact, made):
     ],
 )
 def test_wrong_values_fail(monkeypatch, capsys, exact, made, wrong, reason):
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", lambda x, w: wrong(jnp.asarray(exact.y[: x.shape[0]])))
+    monkeypatch.setitem(
+        api.IMPLEMENTATIONS, "xla", lambda x, w, residual: wrong(jnp.asarray(exact.y[: x.shape[0]]))
+    )
     (record,) = check.check(SMALL[:1], implementation="xla")
     assert record["ok"] is False
     assert reason in record["reason"]

@@ -54,6 +54,17 @@ class TestMosaicGpu(MatmulCases):
         self.assert_close(found - bias[None], x, dense)
 
     @pytest.mark.parametrize(
+        ("m", "split_k", "split_blocks"), [(1, 1, 1), (1, 2, 1), slow(1, 4, 1), slow(1, 2, 2), (3, 2, 1)]
+    )
+    def test_what_a_product_is_added_to(self, m, split_k, split_blocks):
+        """Of one row the kernel adds it, and writes one."""
+        w, dense = random_weight(7 * 32, 64, 32, [1, 2, 2, 2, 2, 3, 3])
+        x, bias, residual = random_x(m, 7 * 32), random_x(64, seed=2), random_x(m, 64, seed=3)
+        config = Config(block_n=32, stages=2, groups_per_step=2, split_k=split_k, split_blocks=split_blocks)
+        found = self.matmul(x, w, bias=bias, residual=residual, config=config)
+        self.assert_close(found - bias[None] - residual, x, dense)
+
+    @pytest.mark.parametrize(
         "config",
         [
             Config(block_m=64, block_n=128, stages=2, groups_per_step=1),

@@ -41,6 +41,16 @@ class TestXla(MatmulCases):
         np.testing.assert_allclose(found, np.asarray(x) @ dense + np.asarray(bias), rtol=1e-4, atol=1e-5)
         assert found.shape == (*shape[:-1], 6)
 
+    @pytest.mark.parametrize("shape", [(96,), (2, 3, 96)])
+    def test_what_a_product_is_added_to(self, shape):
+        w, _ = random_weight(96, 6, 32, [1, 2, 3])
+        x, residual = random_x(*shape), random_x(*shape[:-1], 6, seed=1)
+        both = jax.grad(lambda x, h: jnp.sum(jnp.sin(self.matmul(x, w, residual=h))), argnums=(0, 1))
+        apart = jax.grad(lambda x, h: jnp.sum(jnp.sin(h + self.matmul(x, w))), argnums=(0, 1))
+        np.testing.assert_array_equal(self.matmul(x, w, residual=residual), residual + self.matmul(x, w))
+        for found, expected in zip(both(x, residual), apart(x, residual)):
+            np.testing.assert_array_equal(found, expected)
+
     @pytest.mark.parametrize("m", [2, 20])
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
     def test_gradient_is_the_dense_one(self, m, dtype):
@@ -153,6 +163,7 @@ def test_export_and_import():
     [
         ((3, 95), {}, r"x has shape \(3, 95\), expected \[\.\.\., 96\]"),
         ((3, 96), {"bias": jnp.zeros(5)}, "bias has shape"),
+        ((3, 96), {"residual": jnp.zeros((2, 6))}, r"residual has shape \(2, 6\), expected \(3, 6\)"),
         ((3, 96), {"implementation": "triton"}, "implementation is 'triton'"),
         ((3, 96), {"implementation": ("xla", "cuda")}, "expected one or more of"),
         ((3, 96), {"implementation": ()}, "expected one or more of"),

@@ -58,9 +58,8 @@ def parts_of(device: Device, heads: int, slots: int) -> int:
 
 
 def attend(
-    q: Float[Array, "b h d"],
-    k: Float[Array, "b kv d"],
-    v: Float[Array, "b kv d"],
+    token: Float[Array, "b qkv"],
+    rotation: Float[Array, "b 2 d"] | None,
     keys: Float[Array, "b kv s d"],
     values: Float[Array, "b kv s d"],
     positions: Int[Array, "b"],
@@ -77,9 +76,10 @@ def attend(
     Operands of products are in the cache's dtype, sums in float32.
 
     Args:
-      q: the new token's queries; head ``i`` reads key-value head ``i // (h // kv)``.
-      k: its keys.
-      v: its values.
+      token: queries of all ``h`` heads of the new token, its keys and its values, side by side, as one
+        product gives them; head ``i`` reads key-value head ``i // (h // kv)``.
+      rotation: by what each feature of its queries and keys is multiplied, and the one half a head away,
+        which is then added: `slim_jax.model.rotary.Rotation.by_feature`. None where they are as they should.
       keys: of all slots.
       values: of all slots.
       positions: of the new token; -1 for padding, whose output means nothing.
@@ -94,15 +94,16 @@ def attend(
       What the heads give side by side, in float32; keys; and values. These two are the arguments' own
       memory, in which one slot has been written.
     """
-    (batch, heads, d), kv = q.shape, k.shape[1]
+    batch, kv, _, d = keys.shape
+    heads = token.shape[1] // d - 2 * kv
     share = heads // kv
     rows = max(LEAST_ROWS, pl.next_power_of_2(share))
-    queries = jnp.pad(q.reshape(batch, kv, share, d), ((0, 0), (0, 0), (0, rows - share), (0, 0)))
-    token = jnp.concatenate([queries, k[:, :, None], v[:, :, None]], axis=2)  # one launch for all three
-    like = (token, keys, values)
+    if rotation is None:
+        rotation = jnp.stack([jnp.ones((batch, d)), jnp.zeros((batch, d))], axis=1)
+    like = (token, rotation, keys, values)
     sums = (batch, kv, parts, rows)
     one, top, total, keys, values = pl.pallas_call(
-        partial(_body, scores=scores, parts=parts, rows=rows),
+        partial(_body, scores=scores, parts=parts, share=share, rows=rows),
         out_shape=[
             result_type((*sums, d), like),
             result_type(sums, like),
@@ -111,11 +112,11 @@ def attend(
             jax.typeof(values),
         ],
         grid=(batch, kv, parts),
-        input_output_aliases={5: 3, 6: 4},
+        input_output_aliases={6: 3, 7: 4},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         name="attend",
         interpret=interpret,
-    )(start[None], window[None], positions, slot_positions, token, keys, values)
+    )(start[None], window[None], positions, slot_positions, token, rotation, keys, values)
     return _together(one, top, total)[:, :, :share].reshape(batch, heads * d), keys, values
 
 
@@ -134,19 +135,18 @@ def _together(one: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def _body(  # type: ignore[no-untyped-def]
-    start, window, positions, slot_positions, token, old_keys, old_values, one, top, total, keys, values, *,
-    scores: Scores, parts: int, rows: int,
+    start, window, positions, slot_positions, token, rotation, old_keys, old_values, one, top, total, keys,
+    values, *, scores: Scores, parts: int, share: int, rows: int,
 ) -> None:  # fmt: skip
     """One part of the slots of one head: writes what falls into it, and sums."""
     sample, head, part = (pl.program_id(axis) for axis in range(3))
     new, slots, width = start[0], old_keys.shape[2], old_keys.shape[3]
     dtype, position, visible_for = old_keys.dtype, positions[sample], window[0]
-    q = token[sample, head, pl.ds(0, rows)].astype(dtype)
-    k, v = (token[sample, head, rows + i].astype(dtype) for i in range(2))
+    q, k, v = _new(token, rotation, old_keys, share, rows)
 
     def block_of(ref, own, at, slot):
         found = triton.load(ref.at[sample, head, pl.ds(at, BLOCK)], mask=(slot < slots)[:, None], other=0)
-        return jnp.where((slot == new)[:, None], own[None], found)  # nobody waits for what is written
+        return jnp.where((slot == new)[:, None], own, found)  # nobody waits for what is written
 
     def add(i, sums):
         acc, highest, count = sums
@@ -170,9 +170,27 @@ def _body(  # type: ignore[no-untyped-def]
     times = lax.div(last - part + parts, parts)  # blocks up to the last that fall to this part
     acc, highest, count = lax.fori_loop(0, times, add, nothing)
     one[sample, head, part], top[sample, head, part], total[sample, head, part] = acc, highest, count
-    own = jnp.full((width,), lax.rem(last, parts) == part)
+    own = jnp.full((1, width), lax.rem(last, parts) == part)
     for ref, row in ((keys, k), (values, v)):
-        triton.store(ref.at[sample, head, new], row, mask=own)
+        triton.store(ref.at[sample, head, pl.ds(new, 1)], row, mask=own)
+
+
+def _new(token, rotation, keys, share, rows):  # type: ignore[no-untyped-def]
+    """Queries ``[rows, d]`` of the new token that read the program's head, its key and value ``[1, d]``."""
+    (sample, head), (_, kv, _, width), dtype = map(pl.program_id, range(2)), keys.shape, keys.dtype
+    feature, row = jnp.arange(width)[None], jnp.arange(rows)[:, None]
+    away = jnp.where(feature < width // 2, feature + width // 2, feature - width // 2)
+    cos, sin = (rotation[sample, pl.ds(i, 1)] for i in range(2))
+
+    def turned(first, **mask):
+        own = triton.load(token.at[sample, first + feature], **mask)
+        return own * cos + triton.load(token.at[sample, first + away], **mask) * sin
+
+    in_use = jnp.broadcast_to(row < share, (rows, width))
+    own = kv * share + head  # where the head's key is
+    q = turned((head * share + row) * width, mask=in_use, other=0)
+    v = triton.load(token.at[sample, (own + kv) * width + feature])
+    return tuple(a.astype(dtype) for a in (q, turned(own * width), v))
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

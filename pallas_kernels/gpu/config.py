@@ -91,7 +91,7 @@ def shared_bytes(config: Config, group_size: int) -> int:
     """Shared memory of a block: the pipeline of x and its barriers; after it, the shares' sums."""
     step = config.split_k * config.block_m * group_size * 2  # of one group per share, bfloat16
     barriers = config.stages + max(config.stages, config.groups_per_step)
-    shares = config.split_k * config.block_m * config.block_n * 4 if config.split_k > 1 else 0
+    shares = config.split_k * config.block_m * config.block_n * 4 if config.block_m == ROW_TILE else 0
     return max(config.stages * config.groups_per_step * step, shares) + 8 * barriers
 
 

@@ -53,11 +53,7 @@ from pallas_kernels.gpu.config import check_supported, fitted
 from pallas_kernels.gpu.config import choose as choose
 from pallas_kernels.gpu.config import heuristic as heuristic
 from pallas_kernels.gpu.joined import Joined
-from pallas_kernels.gpu.operands import (
-    WORD_ROWS,
-    activations,
-    halves,
-)
+from pallas_kernels.gpu.operands import ROW_TILE, WORD_ROWS, activations, halves
 from pallas_kernels.gpu.tile import References, Tile
 from pallas_kernels.layout import MixedTensor, result_type, zero_bits
 
@@ -70,15 +66,18 @@ def mixed_matmul(
     w: MixedTensor | Joined,
     *,
     bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """``x @ w (+ bias)``, x rounded to bfloat16, accumulated in float32; a prepared weight may norm x first.
+    """``x @ w (+ bias) (+ residual)``, x rounded to bfloat16, accumulated in float32; a prepared weight may
+    norm x first.
 
     Args:
       x: bfloat16 or float32 ``[M, K]``.
       w: the packed weight ``[K, N]``, or several side by side.
       bias: ``[N]``, added in float32.
+      residual: ``[M, N]``, added in float32; where M is 1, by the kernel.
       config: by :func:`choose` for the target if None, or what of it fits the target's shared memory.
       interpret: run by the Pallas interpreter, on any platform.
 
@@ -96,6 +95,10 @@ def mixed_matmul(
         config = fitted(config, device, w.group_size)
     check_supported(device, x.dtype, m, w.group_size, config)
     assert config is not None
+    if residual is not None and (m > 1 or config.split_blocks > 1):
+        return residual + mixed_matmul(x, w, bias=bias, config=config, interpret=interpret)
+    if residual is not None:
+        bias = residual[0] if bias is None else residual[0] + bias
     if isinstance(w, Joined):
         # Zero codes by pairs of groups. A block has columns of one tile.
         config = dataclasses.replace(config, block_n=math.gcd(config.block_n, w.words.shape[1]))
@@ -130,12 +133,15 @@ def _product(
     config: Config,
     interpret: bool,
 ) -> jax.Array:
-    """``float32[rows, n]``: whole tiles of rows, and columns as in ``padded``: words, scale, zero codes."""
+    """``float32[rows, n]``: whole tiles of rows, or one, and columns as in ``padded``: words, scale, zero
+    codes."""
     n, parts = w.shape[1] if isinstance(w, Joined) else padded[0].shape[1], config.split_blocks
     rows = -(-x.shape[0] // config.block_m) * config.block_m
+    # One row is all that is written of one: nobody has to cut it out, which is a launch before a kernel.
+    out_rows = 1 if len(x) == 1 and config.block_m == ROW_TILE else rows
     kernel = plgpu.kernel(
         partial(_body, w=w, config=config, n=n, interpret=interpret),
-        out_type=result_type((parts * rows, n), (x, w)),
+        out_type=result_type((parts * out_rows, n), (x, w)),
         grid=(rows // config.block_m, -(-n // config.block_n), *([parts] if parts > 1 else [])),
         grid_names=("m", "n", "k") if parts > 1 else ("m", "n"),
         kernel_name="mixed_matmul",
@@ -151,7 +157,7 @@ def _product(
     y = kernel(magic, w.segments, first_rows, *padded, pairs, *operands, *inside)
     if parts == 1:
         return y
-    y = y.reshape(parts, rows, n).sum(axis=0)
+    y = y.reshape(parts, out_rows, n).sum(axis=0)
     return y if bias is None else y + bias[None]
 
 

@@ -307,29 +307,35 @@ class Tile:
         ]
         return found, None if in_bytes else bool(which)
 
-    def _norm_factor(self, r: int, eps: float) -> jax.Array:
-        """What the norm multiplies the rows of the ``r``-th tile with, ``float32[16]``."""
+    def _norm_factor(self, r: int, eps: float, one_row: bool) -> jax.Array:
+        """What the norm multiplies the rows of the ``r``-th tile with, ``float32[16]``, or its first."""
         layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(1)
         total: Any = 0.0
         for group in range(self.w.groups):  # loads that do not wait for each other
             first = (self.place.weight * self.padded + group) * self.config.block_m + r * ROW_TILE
+            if one_row:
+                total = total + self.refs.squares[self.row_block, first]
+                continue
             rows = self.refs.squares.at[self.row_block, pl.ds(first, ROW_TILE)]
             total = total + plgpu.load(rows, layout=layout, optimized=False)
         return lax.rsqrt(total * (1 / self.w.shape[0]) + eps)
 
     def store(self, acc: list[jax.Array], out, bias) -> None:  # type: ignore[no-untyped-def]
-        """Writes the tile, ``bias`` added if there is one, once the warps' shares are added."""
+        """Writes the tile, or of one that is all ``out`` has its first row, ``bias`` added if there is one,
+        once the warps' shares are added."""
         warps, split = self.warps, self.config.split_k
+        first_row = self.part * (out.shape[0] // self.config.split_blocks)
+        one_row = out.shape[0] == self.config.split_blocks
+        stored = Warps(1, self.interpret).stored(self.config.block_n)
 
         def write(r, y):
             if isinstance(self.w, Joined) and self.w.norm is not None:
-                y = y * lax.broadcast_in_dim(self._norm_factor(r, self.w.norm.eps), y.shape, [0])
+                factor = self._norm_factor(r, self.w.norm.eps, one_row)
+                y = y * lax.broadcast_in_dim(factor, y.shape, [] if one_row else [0])
             if bias is not None:
-                layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(0)
-                row = plgpu.load(bias.at[self.out_columns], layout=layout, optimized=False)
-                y = y + lax.broadcast_in_dim(row, y.shape, [1])
-            first = self.part * (out.shape[0] // self.config.split_blocks)
-            rows = pl.ds(first + self.row_tiles[r] * ROW_TILE, ROW_TILE)
+                row = plgpu.load(bias.at[self.out_columns], layout=stored.reduce(0), optimized=False)
+                y = y + (row if one_row else lax.broadcast_in_dim(row, y.shape, [1]))
+            rows = first_row if one_row else pl.ds(first_row + self.row_tiles[r] * ROW_TILE, ROW_TILE)
             plgpu.store(out.at[rows, self.out_columns], y, optimized=False)
 
         def add_shares(shares):
@@ -338,12 +344,13 @@ class Tile:
             for r, total in enumerate(acc):
                 plgpu.store(shares.at[r], warps.from_accumulator(total), optimized=False)
             warps.barrier()
-            layout = Warps(1, self.interpret).stored(self.config.block_n)
+            layout = stored.reduce(0) if one_row else stored
             for r in range(self.tile_count):
-                rows = [shares.at[r, pl.ds(s * ROW_TILE, ROW_TILE)] for s in range(split)]
+                begins = range(0, warps.rows, ROW_TILE)
+                rows = [shares.at[r, begin if one_row else pl.ds(begin, ROW_TILE)] for begin in begins]
                 write(r, sum(plgpu.load(row, layout=layout, optimized=False) for row in rows))
 
-        if split > 1:
+        if split > 1 or one_row:
             shape = (self.tile_count, warps.rows, self.config.block_n)
             pl.run_scoped(add_shares, plgpu.SMEM(shape, jnp.float32))
         else:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices
 from slim_jax.model.cache import Int8Rows, KeyValues
+from slim_jax.model.rotary import Rotation
 
 QUERIES = 128
 """Queries that are scored at once; their later keys are never touched."""
@@ -64,11 +65,12 @@ def attention(
 
 def attend_cached(
     q: Float[Array, "b t h d"],
-    k: Float[Array, "b kv t d"],
-    v: Float[Array, "b kv t d"],
+    k: Float[Array, "b t kv d"],
+    v: Float[Array, "b t kv d"],
     positions: Int[Array, "b t"],
     cache: KeyValues,
     *,
+    rotation: Rotation | None,
     scale: float,
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
@@ -76,11 +78,14 @@ def attend_cached(
 ) -> tuple[Float[Array, "b t hd"], KeyValues]:
     """:func:`attention` over the cache that the tokens of ``q``, ``k`` and ``v`` join, and that cache.
 
-    ``one_launch``: whether a kernel may take it where the target has one, which knows of one device only.
+    ``rotation`` is still to be done to queries and keys, if to any. ``one_launch``: whether a kernel may take
+    it all where the target has one, which knows of one device only.
     """
 
     def by_xla(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
-        cache = cache.write(k, v)
+        if rotation is not None:
+            q, k = rotation(q, positions), rotation(k, positions)
+        cache = cache.write(k.swapaxes(1, 2), v.swapaxes(1, 2))
         keys, values = cache.read()
         places = positions, cache.positions
         return attention(q, keys, values, *places, scale=scale, window=window, softcap=softcap), cache
@@ -96,9 +101,12 @@ def attend_cached(
     def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
         assert isinstance(cache.keys, jax.Array)
         assert isinstance(cache.values, jax.Array)
+        # As one product gave them, which XLA sees if they are put together as they were cut.
+        token = jnp.concatenate([a.reshape(batch, 1, -1) for a in (q, k, v)], axis=2)
         y, keys, values = attend.attend(
-            *(q[:, 0], k[:, :, 0], v[:, :, 0], cache.keys, cache.values),
-            *(positions[:, 0], cache.positions, cache.start),
+            token[:, 0],
+            None if rotation is None else rotation.by_feature(positions[:, 0]),
+            *(cache.keys, cache.values, positions[:, 0], cache.positions, cache.start),
             jnp.int32(jnp.iinfo(jnp.int32).max if window is None else window),
             scores=attend.Scores(scale, softcap),
             parts=attend.parts_of(device, batch * heads, slots),

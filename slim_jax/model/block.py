@@ -7,7 +7,9 @@ model itself here, calibration in `slim_jax.run.activations`. What differs from 
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,9 @@ from pallas_kernels import InputNorm, Prepared
 from slim_jax.model.attention import attend_cached, attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import Linear, outputs
+from slim_jax.model.linear import Linear, outputs, plus_output
 from slim_jax.model.mlp import MLP, MoE
-from slim_jax.model.rotary import frequencies, rotate
+from slim_jax.model.rotary import Rotation, frequencies
 from slim_jax.model.stage import Stage, Stream, part_of, passed
 
 
@@ -92,32 +94,32 @@ class Attention(nnx.Module):
         positions = sequence_positions(x) if positions is None else positions
         batch, time, _ = x.shape
         q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in outputs(x, self.q, self.k, self.v))
+        rotation = self._rotation(positions) if config.positions == "rotary" else None
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if config.positions == "rotary":
-            q, k = self._rotate(q, k, positions)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if rotation is not None and (cache is None or self.q_norm is not None):  # else cached ones are, later
+            q, k, rotation = rotation(q, positions), rotation(k, positions), None
         window: int | jax.Array | None = config.sliding_window
         if self.local is not None and window is not None:
             window = jnp.where(self.local[...] > 0, window, jnp.iinfo(jnp.int32).max)
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         softcap = config.attn_softcap
         if cache is None:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             y = attention(q, k, v, positions, positions, scale=scale, window=window, softcap=softcap)
             return y, None
         # Prepared weights lie on one device.
         alone = isinstance(self.q, Linear) and isinstance(self.q.weight.get_value(), Prepared)
         how = {"scale": scale, "window": window, "softcap": softcap, "one_launch": alone}
-        return attend_cached(q, k, v, positions, cache, **how)
+        return attend_cached(q, k, v, positions, cache, rotation=rotation, **how)
 
-    def _rotate(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _rotation(self, positions: jax.Array) -> Rotation:
         config, scaling = self.config, self.config.rope_scaling
         frequency = frequencies(config.head_dim, config.rope_theta, scaling, jnp.max(positions) + 1)
         if config.sliding_window is not None and config.local_rope_theta is not None:
             local = frequencies(config.head_dim, config.local_rope_theta)
             frequency = local if self.local is None else jnp.where(self.local[...] > 0, local, frequency)
-        factor = 1.0 if scaling is None else scaling.attention_factor
-        return rotate(q, positions, frequency, factor), rotate(k, positions, frequency, factor)
+        return Rotation(frequency, 1.0 if scaling is None else scaling.attention_factor)
 
 
 def is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
@@ -158,14 +160,18 @@ class Block(nnx.Module):
 
     def after_attn(self, h: Float[Array, "b t d"], x: Float[Array, "b t hd"]) -> Float[Array, "b t d"]:
         """The residual stream after attention; ``x`` is the input of o."""
-        y = self.attn.o(x)
-        h = h + (y if self.attn_out_norm is None else self.attn_out_norm(y))
+        h = _plus(h, x, self.attn.o, self.attn_out_norm)
         return h if self.pre_norm else self.attn_norm(h)
 
-    def after_mlp(self, h: Float[Array, "b t d"], y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """The residual stream after the block; ``y`` is what down, or all experts together, gave."""
-        h = h + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
+    def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t i"]) -> Float[Array, "b t d"]:
+        """The residual stream after the block; ``x`` is the input of down, or what all experts gave."""
+        h = _plus(h, x, self.mlp.down if self.mlp is not None else lambda y: y, self.mlp_out_norm)
         return h if self.pre_norm else self.mlp_norm(h)
+
+
+def _plus(h: jax.Array, x: jax.Array, layer: Callable[[jax.Array], jax.Array], norm: Any) -> jax.Array:
+    """The residual stream with what a layer gives, behind a norm if there is one."""
+    return plus_output(h, x, layer) if norm is None else h + norm(layer(x))
 
 
 def _attn_input(block: Block, h: jax.Array) -> tuple[jax.Array]:
@@ -186,8 +192,7 @@ def _hidden(mlp: MLP, x: jax.Array) -> tuple[jax.Array]:
 
 
 def _output(block: Block, h: jax.Array, hidden: jax.Array) -> tuple[jax.Array]:
-    assert block.mlp is not None
-    return (block.after_mlp(h, block.mlp.down(hidden)),)
+    return (block.after_mlp(h, hidden),)
 
 
 def _route(moe: MoE, x: jax.Array) -> tuple[jax.Array]:

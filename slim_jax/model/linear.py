@@ -167,6 +167,17 @@ def outputs(x: Float[Array, "... k"], *layers: Callable[[jax.Array], jax.Array])
     return [layer._with_bias(y) for layer, y in zip(layers, parts) if isinstance(layer, Linear)]
 
 
+def plus_output(
+    h: Float[Array, "... n"], x: Float[Array, "... k"], layer: Callable[[jax.Array], jax.Array]
+) -> Float[Array, "... n"]:
+    """``h + layer(x)``, by the product itself where the layer's weight is prepared."""
+    if isinstance(layer, Linear) and layer.bias is None and layer.axis is None:
+        weight = layer.weight.get_value()
+        if isinstance(weight, Prepared):
+            return mixed_matmul(x, weight, residual=h)
+    return h + layer(x)
+
+
 def join(layers: Sequence[Linear], weight: Prepared) -> None:
     """Gives layers that read one input the one weight that :func:`outputs` multiplies with."""
     for i, layer in enumerate(layers):

@@ -41,7 +41,7 @@ def ready(model: Decoder) -> tuple[Decoder, list[Any], list[bool]]:
         _stacked_blocks(run, alone) if whole else _prepared_blocks(run) if alone else run
         for run, whole in zip(runs, stacked)
     ]
-    return _prepared(outer) if alone else outer, found, stacked
+    return _head_behind_norm(_prepared(outer)) if alone else outer, found, stacked
 
 
 @partial(jax.jit, static_argnames="alone")
@@ -66,7 +66,8 @@ def _prepared_blocks(blocks: Sequence[Block]) -> list[Block]:
     experts = [_experts_as_one([block]) for block in blocks]
     for block, own in zip(blocks, experts):
         for names, weight in _joined([block], _groups(block, own)).items():
-            join([part_of(block, name) for name in names], _behind_norm(block, names[0], weight))
+            norm = NORMS.get(names[0]) if block.pre_norm else None
+            join([part_of(block, name) for name in names], _behind_norm(block, norm, weight))
     found = [_prepared(block) for block in blocks]
     for block, own in zip(found, experts):
         if own is not None:
@@ -78,16 +79,24 @@ NORMS = {"attn.q": "attn_norm", "mlp.gate": "mlp_norm"}
 """By the first of layers that read one input, the norm before them, in blocks that have it there."""
 
 
-def _behind_norm(block: Block, first: str, weight: Prepared) -> Prepared:
-    """The one weight of layers that read one input, with the norm of that input where the back end takes it,
-    of which the block is then left without."""
-    norm = getattr(block, NORMS[first]) if block.pre_norm and first in NORMS else None
+def _behind_norm(owner: Any, name: str | None, weight: Prepared) -> Prepared:
+    """A weight with the norm of its input where the back end takes it; who owns the norm is then left
+    without."""
+    norm = getattr(owner, name) if name is not None else None
     before = norm.before_product() if isinstance(norm, Norm) else None
     found = None if before is None else weight.behind(before)
-    if found is None:
+    if found is None or name is None:
         return weight
-    setattr(block, NORMS[first], Unchanged())
+    setattr(owner, name, Unchanged())
     return found
+
+
+def _head_behind_norm(outer: Decoder) -> Decoder:
+    """What stands outside the blocks, with the last norm as part of the product with the head."""
+    table = outer.embed if outer.head is None else outer.head.weight
+    if isinstance(weight := table.get_value(), Prepared) and outer.project_out is None:
+        table.set_value(_behind_norm(outer, "norm", weight))
+    return outer
 
 
 def _groups(block: Block, experts: MLP | None) -> Groups:

@@ -54,17 +54,27 @@ def frequencies(
     return frequency * (keep + (1 - keep) / scaling.factor)
 
 
-def rotate(
-    x: Float[Array, "b t h d"],
-    positions: Int[Array, "b t"],
-    frequency: Float[Array, " half"],
-    factor: float = 1.0,
-) -> Float[Array, "b t h d"]:
-    """Rotary position embedding, times ``factor``.
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Rotary position embedding by angles of ``frequency`` radians per position, times ``factor``.
 
     Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints.
     """
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
-    x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+    frequency: Float[Array, " half"]
+    factor: float = 1.0
+
+    def __call__(self, x: Float[Array, "b t h d"], positions: Int[Array, "b t"]) -> Float[Array, "b t h d"]:
+        """Queries or keys, rotated."""
+        cos, sin = self._of(positions[:, :, None, None])
+        x1, x2 = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+    def by_feature(self, positions: Int[Array, " b"]) -> Float[Array, "b 2 d"]:
+        """The same as what a feature, and the one half a head away, is multiplied by before they add up."""
+        cos, sin = self._of(positions[:, None])
+        return jnp.stack([jnp.concatenate(pair, axis=-1) for pair in ((cos, cos), (-sin, sin))], axis=1)
+
+    def _of(self, positions: Array) -> tuple[Array, Array]:
+        angle = positions.astype(jnp.float32) * self.frequency.reshape((1,) * (positions.ndim - 1) + (-1,))
+        return jnp.cos(angle) * self.factor, jnp.sin(angle) * self.factor
