@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import attention, decode, machine, matmul, timing
+from bench import attention, decode, gated, machine, matmul, timing
 from bench import check as values
 from bench.quantize import RandomSource, peak_mib
 from convert import load_source
@@ -133,7 +134,9 @@ def check(options: Options) -> Cases:
     """Values against float64, the cases that say most first."""
     if devices.of_target().platform == "cuda" and not options.quick:
         for case in attention.CASES:
-            yield str(case), partial(_attended, case)
+            yield str(case), partial(_compared, attention, case)
+        for mlp in gated.CASES:
+            yield str(mlp), partial(_compared, gated, mlp)
     cases = list(values.CASES)
     if options.quick:
         cases = [case for case in cases if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
@@ -152,9 +155,9 @@ def check(options: Options) -> Cases:
             )
 
 
-def _attended(case: attention.Case) -> Record:
-    record = attention.compare(case)
-    text = attention.line(record)
+def _compared(kernel: ModuleType, case: Any) -> Record:
+    record = kernel.compare(case)
+    text = kernel.line(record)
     return record | {"text": text} | ({} if record["ok"] else {"failed": text})
 
 

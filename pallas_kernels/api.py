@@ -96,12 +96,17 @@ def prepare(
 
 
 def prepare_joined(
-    layers: Sequence[Sequence[MixedTensor]], *, implementation: str | Sequence[str] | None = None
+    layers: Sequence[Sequence[MixedTensor]],
+    *,
+    feeds: int = 0,
+    implementation: str | Sequence[str] | None = None,
 ) -> Prepared | None:
     """Weights that read one input as one product whose result has theirs side by side, of stacked layers.
 
     Args:
       layers: of each layer, its weights; layers are alike as for :func:`prepare`.
+      feeds: the group size of the one product that will take all that these give, such as an MLP's last, if
+        it divides every ``N``: a back end may then make the two one (`pallas_kernels.mlp`).
       implementation: as for :func:`mixed_matmul`.
 
     Returns:
@@ -109,20 +114,20 @@ def prepare_joined(
     """
     name = _names(implementation)[0]
     if name == "mosaic_gpu" and len(layers) == 1:
-        return _joined_on_gpu(layers[0])
+        return _joined_on_gpu(layers[0], feeds)
     if name != "xla" or not joinable(layers[0]):
         return None
     return prepare_stack(layers)
 
 
-def _joined_on_gpu(weights: Sequence[MixedTensor]) -> Prepared | None:
+def _joined_on_gpu(weights: Sequence[MixedTensor], feeds: int = 0) -> Prepared | None:
     from pallas_kernels.gpu import config, joined
 
     try:
         config.check_supported(devices.of_target(), jnp.dtype(jnp.bfloat16), 1, weights[0].group_size, None)
     except NotImplementedError:
         return None
-    return joined.join(weights) if joined.joinable(weights) else None
+    return joined.join(weights, feeds=feeds) if joined.joinable(weights) else None
 
 
 def mixed_matmul(
@@ -180,6 +185,11 @@ def mixed_matmul(
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y.astype(preferred_element_type)
+
+
+def first_tried(rows: int) -> str:
+    """What a product with so many rows of ``x`` tries first, on the target and inside what is traced."""
+    return _names(None, rows)[0]
 
 
 def tried(rows: int) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def test_only_turns_with_rows_are_taken(monkeypatch):
     """Twelve rows of two experts among 64, four a turn: three turns, in one program."""
     taken = []
 
-    def product(x, w):
+    def product(x, w, residual):
         jax.debug.callback(lambda: taken.append(len(x)))
         return api.xla.mixed_matmul(x, w)
 
@@ -90,7 +90,11 @@ def test_kernels(name, monkeypatch):
     else:
         from pallas_kernels.tpu.decode import mixed_matmul
     interpret = True if name == "mosaic_gpu" else pltpu.InterpretParams(uninitialized_memory="nan")
-    monkeypatch.setitem(api.IMPLEMENTATIONS, name, partial(mixed_matmul, interpret=interpret))
+
+    def product(x, w, residual):
+        return mixed_matmul(x, w, interpret=interpret)
+
+    monkeypatch.setitem(api.IMPLEMENTATIONS, name, product)
     bits = [[1, 3], [2, 2], [3, 3]]
     made = [random_weight(256, 128, 128, bits[i], seed=i, widths=(1, 2, 3)) for i in range(3)]
     w, sizes = stack([w for w, _ in made]), [5, 0, 6]

@@ -53,7 +53,7 @@ from pallas_kernels.gpu.config import check_supported, fitted
 from pallas_kernels.gpu.config import choose as choose
 from pallas_kernels.gpu.config import heuristic as heuristic
 from pallas_kernels.gpu.joined import Joined
-from pallas_kernels.gpu.operands import ROW_TILE, WORD_ROWS, activations, halves
+from pallas_kernels.gpu.operands import ROW_TILE, WORD_ROWS, Operands, activations, halves
 from pallas_kernels.gpu.tile import References, Tile
 from pallas_kernels.layout import MixedTensor, result_type, zero_bits
 
@@ -88,22 +88,14 @@ def mixed_matmul(
       NotImplementedError: the product or the target is not one for this kernel; see
         :func:`~pallas_kernels.gpu.config.check_supported`.
     """
-    (m, k), n = x.shape, w.shape[1]
-    device = devices.of_target()
-    if config is None and m:
-        config = choose(device.name, m, k, n, w.mean_width, w.group_size)
-        config = fitted(config, device, w.group_size)
-    check_supported(device, x.dtype, m, w.group_size, config)
-    assert config is not None
-    if residual is not None and (m > 1 or config.split_blocks > 1):
+    (m, _), n = x.shape, w.shape[1]
+    config = configured(m, x.dtype, w, config)
+    if residual is not None and not takes_residual(m, config):
         return residual + mixed_matmul(x, w, bias=bias, config=config, interpret=interpret)
     if residual is not None:
         bias = residual[0] if bias is None else residual[0] + bias
     if isinstance(w, Joined):
-        # Zero codes by pairs of groups. A block has columns of one tile.
-        config = dataclasses.replace(config, block_n=math.gcd(config.block_n, w.words.shape[1]))
-        bias = None if bias is None else bias.astype(jnp.float32)
-        return _product(x, w, [w.words, w.scale, _pairs(w.zero)], bias, config, interpret)[:m]
+        return w.in_order(_product(x, w, arrays(w), bias, config, interpret)[:m])
     # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower
     # than a tile, or with N no multiple of 8, is copied on every call: correct, not fast, and rare.
     columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
@@ -111,8 +103,31 @@ def mixed_matmul(
     least = {"words": 0, "scale": half, "zero": half if zero_bits(w.widths) == 8 else WORD_ROWS}
     padded = [_padded(getattr(w, name), rows, columns) for name, rows in least.items()]
     if bias is not None:
-        bias = jnp.pad(bias.astype(jnp.float32), (0, columns - n))
+        bias = jnp.pad(bias, (0, columns - n))
     return _product(x, w, padded, bias, config, interpret)[:m, :n]
+
+
+def configured(m: int, dtype: jnp.dtype, w: MixedTensor | Joined, config: Config | None) -> Config:
+    """How a product of so many rows of x is cut; raises as :func:`mixed_matmul`."""
+    device = devices.of_target()
+    if config is None and m:
+        config = choose(device.name, m, *w.shape, w.mean_width, w.group_size)
+        config = fitted(config, device, w.group_size)
+    check_supported(device, dtype, m, w.group_size, config)
+    assert config is not None
+    if isinstance(w, Joined):  # a block has columns of one tile
+        config = dataclasses.replace(config, block_n=math.gcd(config.block_n, w.words.shape[1]))
+    return config
+
+
+def takes_residual(m: int, config: Config) -> bool:
+    """Whether the kernel itself adds a residual to the product, and writes one row where x has one."""
+    return m == 1 and config.block_m == ROW_TILE and config.split_blocks == 1
+
+
+def arrays(w: Joined) -> list[jax.Array]:
+    """Words, scale and zero codes, these by pairs of groups."""
+    return [w.words, w.scale, _pairs(w.zero)]
 
 
 def _pairs(a: jax.Array) -> jax.Array:
@@ -135,35 +150,59 @@ def _product(
 ) -> jax.Array:
     """``float32[rows, n]``: whole tiles of rows, or one, and columns as in ``padded``: words, scale, zero
     codes."""
-    n, parts = w.shape[1] if isinstance(w, Joined) else padded[0].shape[1], config.split_blocks
     rows = -(-x.shape[0] // config.block_m) * config.block_m
+    operands = activations(x, w, rows, config.block_m, config.split_k)
+    return multiply(operands, x.shape[0], w, padded, bias, config, interpret)
+
+
+def multiply(
+    operands: Operands,
+    m: int,
+    w: MixedTensor | Joined,
+    padded: list[jax.Array],
+    bias: jax.Array | None,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    """:func:`_product` of ``m`` rows of x that are ready."""
+    n, parts = w.shape[1] if isinstance(w, Joined) else padded[0].shape[1], config.split_blocks
+    rows = -(-m // config.block_m) * config.block_m
     # One row is all that is written of one: nobody has to cut it out, which is a launch before a kernel.
-    out_rows = 1 if len(x) == 1 and config.block_m == ROW_TILE else rows
+    out_rows = 1 if m == 1 and config.block_m == ROW_TILE else rows
     kernel = plgpu.kernel(
-        partial(_body, w=w, config=config, n=n, interpret=interpret),
-        out_type=result_type((parts * out_rows, n), (x, w)),
+        partial(_body, w=w, config=config, n=n, sum_parts=operands.parts, interpret=interpret),
+        out_type=result_type((parts * out_rows, n), (operands.x, w)),
         grid=(rows // config.block_m, -(-n // config.block_n), *([parts] if parts > 1 else [])),
         grid_names=("m", "n", "k") if parts > 1 else ("m", "n"),
         kernel_name="mixed_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    # The magic number comes from memory because as a literal it would be loaded again before every mask.
-    magic = jnp.full((1,), MAGIC, jnp.int32)
-    *operands, squares = activations(x, w, rows, config.block_m, config.split_k)
+    bias = None if bias is None else bias.astype(jnp.float32)
     inside = [] if bias is None or parts > 1 else [bias]
-    # Of a weight that is not prepared nobody asks the first, nor without a norm for squares.
-    first_rows, pairs = (w.first_rows[0], _pairs(w.scale)) if isinstance(w, Joined) else (magic, magic)
-    operands.append(magic if squares is None else squares)
-    y = kernel(magic, w.segments, first_rows, *padded, pairs, *operands, *inside)
+    y = kernel(*references(operands, w, padded), *inside)
     if parts == 1:
         return y
     y = y.reshape(parts, out_rows, n).sum(axis=0)
     return y if bias is None else y + bias[None]
 
 
-def _body(*refs, w: MixedTensor | Joined, config: Config, n: int, interpret: bool) -> None:  # type: ignore[no-untyped-def]
+def references(operands: Operands, w: MixedTensor | Joined, padded: list[jax.Array]) -> References:
+    """What the kernel reads."""
+    # The magic number comes from memory because as a literal it would be loaded again before every mask.
+    magic = jnp.full((1,), MAGIC, jnp.int32)
+    # Of a weight that is not prepared nobody asks the first, nor without a norm for squares.
+    first_rows, pairs = (w.first_rows[0], _pairs(w.scale)) if isinstance(w, Joined) else (magic, magic)
+    squares = magic if operands.squares is None else operands.squares
+    ready = operands.x, operands.constant, operands.sums, squares
+    words, scale, zero_codes = padded
+    return References(magic, w.segments, first_rows, words, scale, zero_codes, pairs, *ready)
+
+
+def _body(  # type: ignore[no-untyped-def]
+    *refs, w: MixedTensor | Joined, config: Config, n: int, sum_parts: int, interpret: bool
+) -> None:
     """One block of threads: its tile of y, over all groups."""
-    tile = Tile(References(*refs[:11]), w, config, n, interpret)
+    tile = Tile(References(*refs[:11]), w, config, n, interpret, sum_parts)
     acc = tile.subtract_zeros(tile.add_segments(tile.nothing()))
     *bias, out = refs[11:]
     tile.store(acc, out, bias[0] if bias else None)

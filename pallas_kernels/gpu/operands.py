@@ -4,12 +4,13 @@ Plain arrays in, plain arrays out: nothing here knows Pallas. :mod:`pallas_kerne
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.gpu.joined import DEPTH, Joined
+from pallas_kernels.gpu.joined import DEPTH, Joined, channels_of_slots
 from pallas_kernels.layout import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 
@@ -62,21 +63,37 @@ def padded_groups(w: MixedTensor | Joined, split: int) -> int:
     return groups if isinstance(w, MixedTensor) else -(-groups // (DEPTH * split)) * DEPTH * split
 
 
-def activations(
-    x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, split: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """x and its sums as the kernel wants them, for ``B = rows / block`` blocks of rows.
+def powers(w: MixedTensor | Joined) -> np.ndarray:
+    """By what a group's channels are divided, in storage order, ``float32[g]``."""
+    return np.repeat(2.0 ** places(w.widths, w.group_size), DEPTH).astype(np.float32)
+
+
+class Operands(NamedTuple):
+    """x as the kernel wants it, for ``B`` blocks of rows; sums may come in ``Q`` parts that are to be added.
+
+    Attributes:
+      x: ``bfloat16[B * W * P * block, g]``, divided by two to the :func:`places`.
+      constant: ``float32[B * Q, W * P * block]``, what takes its sum off again :data:`OFFSET` times.
+      sums: ``float32[M / 16 * Q, C * 16, 16]``, the sums times the steps of zeros as left operands, for the
+        ``C`` chunks of 16 groups of all weights.
+      squares: if there is a norm, the sums of squares of what it was given, ``float32[B, W * P * block]``.
+      parts: ``Q``.
+    """
+
+    x: jax.Array
+    constant: jax.Array
+    sums: jax.Array
+    squares: jax.Array | None
+    parts: int = 1
+
+
+def activations(x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, split: int) -> Operands:
+    """x and its sums as the kernel wants them, for ``rows / block`` blocks of rows.
 
     A block's groups follow each other in the storage order of every weight (of which there are ``W``),
     ``block`` rows each, so that one copy takes several. After those of a weight come others, of any values:
     :func:`padded_groups` in all. Of a norm before the product only the scale is applied here: what a row is
     divided by, the kernel works out from its squares, for a launch more would be a sum of its own.
-
-    Returns:
-      ``bfloat16[B * W * P * block, g]``, x divided by two to the :func:`places`; ``float32[B, W * P *
-      block]``, what takes its sum off again :data:`OFFSET` times; the sums times the steps of zeros as
-      left operands, ``float32[M / 16, C * 16, 16]`` for the ``C`` chunks of 16 groups of all weights; and, if
-      there is a norm, the sums of squares of what it was given, like the second.
     """
     (m, k), groups, g = x.shape, w.groups, w.group_size
     padded = padded_groups(w, split)
@@ -92,9 +109,8 @@ def activations(
     def of_groups(a: jax.Array) -> jax.Array:  # [W, G] -> [*shape, 1]
         return jnp.pad(a, ((0, 0), (0, padded - groups))).reshape(*shape, 1)
 
-    # Rows 2 i and 2 i + 1 of a right operand are the halves of word i, channels of the two halves of a group.
-    channel = np.arange(g).reshape(2, g // DEPTH, WORD_ROWS).transpose(1, 2, 0).reshape(1, 1, 1, g)
-    power = jnp.asarray(np.repeat(2.0 ** places(w.widths, g), DEPTH), jnp.float32).reshape(1, 1, 1, g)
+    channel = channels_of_slots(g).reshape(1, 1, 1, g)
+    power = jnp.asarray(powers(w)).reshape(1, 1, 1, g)
     place = of_groups(orders) * g + channel
 
     def in_order(a: jax.Array) -> jax.Array:
@@ -112,7 +128,7 @@ def activations(
     sums = sums.reshape(-1, ROW_TILE, sums[0].size // DEPTH, DEPTH).swapaxes(1, 2)
     sums = sums.reshape(len(sums), -1, DEPTH)
     squares = None if norm is None else by_group(jnp.square(in_order(given.astype(jnp.float32))).sum(-1))
-    return by_group(x).reshape(-1, g), by_group((wide * -OFFSET).sum(-1)), sums, squares
+    return Operands(by_group(x).reshape(-1, g), by_group((wide * -OFFSET).sum(-1)), sums, squares)
 
 
 def halves(groups: int) -> tuple[tuple[int, int], tuple[int, int]]:

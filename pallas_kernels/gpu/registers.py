@@ -85,18 +85,18 @@ class Warps:
         columns, tile = self.columns * v, 8 * v
         match rows:
             case 8 | 4:
-                return _tiled(((rows, columns), (4, tile), (v,)), (repeat(self.split), -4), (-2, -3))
+                return tiled(((rows, columns), (4, tile), (v,)), (repeat(self.split), -4), (-2, -3))
             case 2:
-                return _tiled(((2, columns), (2, tile), (v,)), (repeat(self.split), -4), (-2, repeat(2), -3))
+                return tiled(((2, columns), (2, tile), (v,)), (repeat(self.split), -4), (-2, repeat(2), -3))
             case 1:
-                return _tiled(((1, columns), (tile,), (v,)), (repeat(self.split), -3), (-2, repeat(4)))
+                return tiled(((1, columns), (tile,), (v,)), (repeat(self.split), -3), (-2, repeat(4)))
         raise ValueError(f"{rows} word rows, expected 1, 2, 4 or 8")
 
     def results(self, n: int) -> Any:
         """Layout of ``[rows, n]`` results, adjacent columns in one thread; ``.reduce(0)`` is one row."""
         v = self.adjacent(n)
         tiling = (self.rows, self.columns * v), (ROW_TILE, 8 * v), (8, 8 * v), (2 * v,)
-        return _tiled(tiling, (-7, -6), (-3, -2))
+        return tiled(tiling, (-7, -6), (-3, -2))
 
     def stored(self, n: int) -> Any:
         """Layout of ``float32[rows, n]`` results as they are stored: :meth:`results` in shorter vectors."""
@@ -104,7 +104,7 @@ class Warps:
         if 2 * v <= most:
             return self.results(n)
         tiling = (self.rows, self.columns * v), (ROW_TILE, 8 * v), (8, 8 * v), (2 * v,), (most,)
-        return _tiled(tiling, (-8, -7), (-4, -3))
+        return tiled(tiling, (-8, -7), (-4, -3))
 
     def share(self) -> Any:
         """Which share the thread's warp belongs to, a scalar that differs between warps."""
@@ -247,7 +247,7 @@ class Warps:
         inline()
 
 
-def _tiled(tiling: Any, warps: Any, lanes: Any) -> Any:
+def tiled(tiling: Any, warps: Any, lanes: Any) -> Any:
     """A layout from tiles that may divide nothing, as those do that all warps would share out among them."""
     from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout
 

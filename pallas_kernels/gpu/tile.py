@@ -69,14 +69,23 @@ class Tile:
     """
 
     def __init__(
-        self, refs: References, w: MixedTensor | Joined, config: Config, n: int, interpret: bool
+        self,
+        refs: References,
+        w: MixedTensor | Joined,
+        config: Config,
+        n: int,
+        interpret: bool,
+        sum_parts: int = 1,
+        block: Any = None,
     ) -> None:
         self.refs, self.w, self.config, self.interpret = refs, w, config, interpret
         self.warps = Warps(config.split_k, interpret)
         self.bits = places(w.widths, w.group_size)
-        column = lax.min(lax.axis_index("n") * config.block_n, n - config.block_n)
+        self.sum_parts = range(sum_parts)
+        block = lax.axis_index("n") if block is None else block
+        column = lax.min(block * config.block_n, n - config.block_n)
         self.out_columns = pl.ds(column, config.block_n)
-        self.place = self._place(w) if isinstance(w, Joined) else self._only_place()
+        self.place = self._place(w, block) if isinstance(w, Joined) else self._only_place()
         self.weights = len(w.sizes) if isinstance(w, Joined) else 1
         self.padded = padded_groups(w, config.split_k)
         self.tile_count = config.block_m // ROW_TILE
@@ -89,11 +98,10 @@ class Tile:
         segments = self.refs.segments
         return Place(self.out_columns, 0, 0, 0, lambda i: segments[i])
 
-    def _place(self, w: Joined) -> Place:
+    def _place(self, w: Joined, block: Any) -> Place:
         """By the tile of the block, of which no two weights share one."""
         refs, block_n = self.refs, self.config.block_n
         per_tile = refs.words.shape[1] // block_n
-        block = lax.axis_index("n")
         tile, weight, first_tile = lax.div(block, per_tile), jnp.int32(0), jnp.int32(0)
         for i, end in enumerate(np.cumsum(w.tiles[:-1]).tolist()):
             beyond = tile >= end
@@ -205,10 +213,15 @@ class Tile:
         layout = warps.accumulator.reduce(1)
         before = self.place.weight * self.padded
         starts = [
-            plgpu.load(refs.constant.at[self.row_block, rows_16], layout=layout, optimized=False)
+            self._summed(refs.constant, self.row_block, rows_16, layout)
             for rows_16 in self._rows_of(before + lax.min(position, w.groups - 1))
         ]
         return *warps.own(of_share), starts
+
+    def _summed(self, ref, tile, rows, layout):  # type: ignore[no-untyped-def]
+        """Sums of x, whose parts follow each other."""
+        first, parts = tile * len(self.sum_parts), self.sum_parts
+        return sum(plgpu.load(ref.at[first + i, rows], layout=layout, optimized=False) for i in parts)
 
     def _load_plane(self, first, n: int, shift: int):  # type: ignore[no-untyped-def]
         """The plane of ``n`` bits of the group that begins at row ``first`` of the words."""
@@ -266,7 +279,7 @@ class Tile:
                 rights.append(warps.as_operand((lower >> jnp.uint32(16)) | upper))
             for r, tile in enumerate(self.row_tiles):
                 own_rows = pl.ds((first + t) * warps.rows, warps.rows)
-                left = plgpu.load(sums.at[tile, own_rows], layout=warps.left, optimized=False)
+                left = self._summed(sums, tile, own_rows, warps.left)
                 for part in _cut(left, 3):
                     for right in rights:
                         acc[r] = warps.mma(acc[r], part.astype(jnp.bfloat16), right)
@@ -307,13 +320,13 @@ class Tile:
         ]
         return found, None if in_bytes else bool(which)
 
-    def _norm_factor(self, r: int, eps: float, one_row: bool) -> jax.Array:
-        """What the norm multiplies the rows of the ``r``-th tile with, ``float32[16]``, or its first."""
-        layout = Warps(1, self.interpret).stored(self.config.block_n).reduce(1)
+    def norm_factor(self, r: int, eps: float, layout: Any) -> jax.Array:
+        """What the norm multiplies the rows of the ``r``-th tile with, ``float32[16]``, or without a layout
+        its first row."""
         total: Any = 0.0
         for group in range(self.w.groups):  # loads that do not wait for each other
             first = (self.place.weight * self.padded + group) * self.config.block_m + r * ROW_TILE
-            if one_row:
+            if layout is None:
                 total = total + self.refs.squares[self.row_block, first]
                 continue
             rows = self.refs.squares.at[self.row_block, pl.ds(first, ROW_TILE)]
@@ -330,7 +343,7 @@ class Tile:
 
         def write(r, y):
             if isinstance(self.w, Joined) and self.w.norm is not None:
-                factor = self._norm_factor(r, self.w.norm.eps, one_row)
+                factor = self.norm_factor(r, self.w.norm.eps, None if one_row else stored.reduce(1))
                 y = y * lax.broadcast_in_dim(factor, y.shape, [] if one_row else [0])
             if bias is not None:
                 row = plgpu.load(bias.at[self.out_columns], layout=stored.reduce(0), optimized=False)

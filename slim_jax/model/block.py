@@ -8,7 +8,7 @@ model itself here, calibration in `slim_jax.run.activations`. What differs from 
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from slim_jax.model.attention import attend_cached, attention
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear, outputs, plus_output
-from slim_jax.model.mlp import MLP, MoE
+from slim_jax.model.mlp import MLP, Later, MoE
 from slim_jax.model.rotary import Rotation, frequencies
 from slim_jax.model.stage import Stage, Stream, part_of, passed
 
@@ -160,18 +160,20 @@ class Block(nnx.Module):
 
     def after_attn(self, h: Float[Array, "b t d"], x: Float[Array, "b t hd"]) -> Float[Array, "b t d"]:
         """The residual stream after attention; ``x`` is the input of o."""
-        h = _plus(h, x, self.attn.o, self.attn_out_norm)
+        h = _plus(h, partial(plus_output, x=x, layer=self.attn.o), self.attn_out_norm)
         return h if self.pre_norm else self.attn_norm(h)
 
-    def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t i"]) -> Float[Array, "b t d"]:
+    def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t i"] | Later) -> Float[Array, "b t d"]:
         """The residual stream after the block; ``x`` is the input of down, or what all experts gave."""
-        h = _plus(h, x, self.mlp.down if self.mlp is not None else lambda y: y, self.mlp_out_norm)
+        down = self.mlp.down if self.mlp is not None else lambda y: y
+        give = x.plus_output if isinstance(x, Later) else partial(plus_output, x=x, layer=down)
+        h = _plus(h, give, self.mlp_out_norm)
         return h if self.pre_norm else self.mlp_norm(h)
 
 
-def _plus(h: jax.Array, x: jax.Array, layer: Callable[[jax.Array], jax.Array], norm: Any) -> jax.Array:
+def _plus(h: jax.Array, give: Callable[[jax.Array | None], jax.Array], norm: Any) -> jax.Array:
     """The residual stream with what a layer gives, behind a norm if there is one."""
-    return plus_output(h, x, layer) if norm is None else h + norm(layer(x))
+    return give(h) if norm is None else h + norm(give(None))
 
 
 def _attn_input(block: Block, h: jax.Array) -> tuple[jax.Array]:
@@ -187,11 +189,11 @@ def _mlp_input(block: Block, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax
     return h, block.mlp_norm(h) if block.pre_norm else h
 
 
-def _hidden(mlp: MLP, x: jax.Array) -> tuple[jax.Array]:
-    return (mlp.hidden(x),)
+def _hidden(mlp: MLP, x: jax.Array) -> tuple[jax.Array | Later]:
+    return (mlp.later(x) or mlp.hidden(x),)
 
 
-def _output(block: Block, h: jax.Array, hidden: jax.Array) -> tuple[jax.Array]:
+def _output(block: Block, h: jax.Array, hidden: jax.Array | Later) -> tuple[jax.Array]:
     return (block.after_mlp(h, hidden),)
 
 

@@ -168,14 +168,21 @@ def outputs(x: Float[Array, "... k"], *layers: Callable[[jax.Array], jax.Array])
 
 
 def plus_output(
-    h: Float[Array, "... n"], x: Float[Array, "... k"], layer: Callable[[jax.Array], jax.Array]
+    h: Float[Array, "... n"] | None, x: Float[Array, "... k"], layer: Callable[[jax.Array], jax.Array]
 ) -> Float[Array, "... n"]:
-    """``h + layer(x)``, by the product itself where the layer's weight is prepared."""
-    if isinstance(layer, Linear) and layer.bias is None and layer.axis is None:
-        weight = layer.weight.get_value()
-        if isinstance(weight, Prepared):
-            return mixed_matmul(x, weight, residual=h)
-    return h + layer(x)
+    """``h + layer(x)``, by the product itself where the weight is prepared; without ``h``, that alone."""
+    weight = prepared_alone(layer)
+    if weight is not None:
+        return mixed_matmul(x, weight, residual=h)
+    return layer(x) if h is None else h + layer(x)
+
+
+def prepared_alone(layer: Any) -> Prepared | None:
+    """The layer's weight, if it is prepared and all that there is to the layer."""
+    if not isinstance(layer, Linear) or layer.bias is not None or layer.axis is not None:
+        return None
+    weight = layer.weight.get_value()
+    return weight if isinstance(weight, Prepared) else None
 
 
 def join(layers: Sequence[Linear], weight: Prepared) -> None:

@@ -5,6 +5,7 @@ Experts are modules of their own, as they are calibrated and stored. For generat
 experts that it chose and no others.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,9 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import Prepared
+from pallas_kernels.mlp import few_launches
 from pallas_kernels.ragged import by_turns, rows_of_turn
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import Linear, outputs
+from slim_jax.model.linear import Linear, outputs, plus_output, prepared_alone
 
 FEW_TOKENS = 8
 """Up to so many, stacked experts take no more rows in a turn than there are on average."""
@@ -48,6 +50,31 @@ class MLP(nnx.Module):
             return activate(self.up(x))
         gate, up = outputs(x, self.gate, self.up)
         return activate(gate) * up
+
+    def later(self, x: Float[Array, "... d"]) -> "Later | None":
+        """:meth:`hidden` that is not made apart from the product that takes it, where a back end has that."""
+        gate, down = prepared_alone(self.gate), prepared_alone(self.down)
+        if gate is None or down is None or self.up.bias is not None:
+            return None
+        run = few_launches(x, gate, down, self.activation)
+        return None if run is None else Later(self, x, run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """The input of an MLP's last product, still to be made from ``x``: by ``run``, that product and all."""
+
+    mlp: MLP
+    x: jax.Array
+    run: Callable[[jax.Array, jax.Array | None], jax.Array]
+
+    def plus_output(self, h: jax.Array | None) -> jax.Array:
+        """What the MLP gives, and ``h`` if there is any."""
+
+        def by_xla(x: jax.Array, h: jax.Array | None) -> jax.Array:
+            return plus_output(h, self.mlp.hidden(x), self.mlp.down)
+
+        return lax.platform_dependent(self.x, h, cuda=self.run, default=by_xla)
 
 
 class MoE(nnx.Module):

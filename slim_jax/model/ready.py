@@ -135,12 +135,21 @@ def _joined(parts: Sequence[Any], groups: Groups) -> dict[Sequence[str], Prepare
             continue
         weights = [[layer.weight.get_value() for layer in same] for same in layers]
         if all(isinstance(w, MixedTensor) for w in itertools.chain(*weights)):
-            one = prepare_joined(weights)
+            one = prepare_joined(weights, feeds=_fed(parts[0], names[0]))
             if one is not None:
                 found[names] = one
                 for layer in itertools.chain(*layers):
                     layer.weight = Packed(None)
     return found
+
+
+def _fed(part: Any, first: str) -> int:
+    """The group size of the product that takes all that layers give, whose ``first`` is named; or 0."""
+    down = part_of(part, "mlp.down") if first == "mlp.gate" else None
+    weight = down.weight.get_value() if isinstance(down, Linear) else None
+    if not isinstance(weight, MixedTensor) or weight.shape[0] % weight.group_size:
+        return 0
+    return weight.group_size
 
 
 def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:

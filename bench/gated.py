@@ -1,0 +1,78 @@
+"""Values of an MLP in few launches on a GPU against float64, as models take it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.decode import random_packed
+from pallas_kernels import InputNorm, MixedTensor
+from pallas_kernels.gpu import gated, joined
+
+TOLERANCE = 0.01
+"""Largest error, relative to the largest output: both inputs are rounded to bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """``rows`` of ``k`` channels through ``inner`` to ``n``, weights of 2 bits on average, behind a norm and
+    added to a residual."""
+
+    rows: int
+    k: int
+    inner: int
+    n: int
+    group_size: int
+    activation: str = "silu"
+
+
+CASES = (
+    Case(1, 4096, 11008, 4096, 128),
+    Case(4, 4096, 11008, 4096, 128),
+    Case(16, 2048, 8192, 2048, 64, "gelu_tanh"),
+    Case(1, 576, 1536, 576, 32),
+)
+
+
+def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
+    """The fields of the case, ``ok``, and ``error``: the largest, relative to the largest output, or None
+    where values are not finite."""
+    rng = np.random.default_rng(case.inner)
+    shapes = (case.k, case.inner), (case.k, case.inner), (case.inner, case.n)
+    gate, up, down = (random_packed(shape, 2, case.group_size, rng) for shape in shapes)
+    x, residual = (jnp.asarray(rng.normal(size=(case.rows, size)), jnp.float32) for size in (case.k, case.n))
+    norm = InputNorm(jnp.asarray(rng.uniform(0.01, 0.02, case.k), jnp.float32), 1e-5)
+    w, last = joined.join([gate, up], feeds=case.group_size).behind(norm), joined.join([down])
+    plan = gated.plan(case.rows, x.dtype, w, last, case.activation)
+    assert plan is not None, case
+    run = jax.jit(lambda *a: gated.mlp(*a, activation=case.activation, plan=plan, interpret=interpret))
+    found = np.asarray(run(x, w, last, residual), np.float64)
+    first, second, third = (
+        np.asarray(jax.jit(MixedTensor.dequantize)(one), np.float64) for one in (gate, up, down)
+    )
+    wide = np.asarray(norm(x), np.float64)
+    hidden = _activated(wide @ first, case.activation) * (wide @ second)
+    wanted = hidden @ third + np.asarray(residual, np.float64)
+    error = (
+        float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted))) if np.isfinite(found).all() else None
+    )
+    return dataclasses.asdict(case) | {"ok": error is not None and error <= TOLERANCE, "error": error}
+
+
+def _activated(a: np.ndarray, activation: str) -> np.ndarray:
+    if activation == "silu":
+        return a / (1 + np.exp(-a))
+    return a / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (a + 0.044715 * a**3)))
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record in words."""
+    case = (
+        f"MLP of {record['k']}, {record['inner']}, {record['n']}, {record['activation']}, "
+        f"g {record['group_size']}, M {record['rows']}"
+    )
+    if record["error"] is None:
+        return f"{case}: FAILED, values are not finite"
+    return f"{case}: {'' if record['ok'] else 'FAILED, '}relative error {record['error']:.1e}"

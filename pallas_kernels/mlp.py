@@ -1,0 +1,47 @@
+"""An MLP of prepared weights as one function, where a back end has more than its products one by one."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.api import first_tried
+from pallas_kernels.prepared import Prepared
+
+
+def few_launches(
+    x: Float[Array, "*batch K"], w: Prepared, down: Prepared, activation: str
+) -> Callable[[jax.Array, jax.Array | None], jax.Array] | None:
+    """``(x, residual) -> down(act(gate(x)) * up(x)) (+ residual)`` on NVIDIA GPUs, float32 ``[..., N]``.
+
+    Args:
+      x: what it will be called with.
+      w: gate and up, prepared as what feeds ``down`` (`prepare_joined`).
+      down: the last product.
+      activation: "silu" or "gelu_tanh".
+
+    Returns:
+      None where products one by one are all there is: on other targets, for more than 16 rows, for other
+      activations, shapes or weights.
+    """
+    rows = math.prod(x.shape[:-1])
+    if first_tried(max(rows, 1)) != "mosaic_gpu":
+        return None
+    from pallas_kernels.gpu import gated
+    from pallas_kernels.gpu.joined import Joined
+
+    if not isinstance(w, Joined) or not isinstance(down, Joined):
+        return None
+    plan = gated.plan(rows, x.dtype, w, down, activation)
+    if plan is None:
+        return None
+    run = partial(gated.mlp, activation=activation, plan=plan)
+
+    def all_rows(x: jax.Array, residual: jax.Array | None) -> jax.Array:
+        added = None if residual is None else residual.reshape(rows, -1)
+        y = run(x.reshape(rows, -1), w, down, added)
+        return y.reshape(*x.shape[:-1], down.shape[1])
+
+    return all_rows
