@@ -175,7 +175,7 @@ def _decoder(target: str, **arguments: int) -> Row:
         wanted = {"implementation": "mosaic_gpu", **arguments}
         return aot_gpu.compile_for(target, builder, wanted, timeout, kernels=False)
     wanted = {"implementation": "mosaic_tpu", **arguments}
-    return dataclasses.asdict(aot_tpu.compile_for(target, builder, wanted, timeout))
+    return dataclasses.asdict(aot_tpu.compile_for(target, builder, wanted, timeout, estimate=False))
 
 
 def _line(row: Row) -> str:

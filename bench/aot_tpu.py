@@ -104,7 +104,12 @@ class Record:
 
 
 def compile_for(
-    target: str, builder: str, arguments: dict[str, Any] | None = None, timeout: float = 600.0
+    target: str,
+    builder: str,
+    arguments: dict[str, Any] | None = None,
+    timeout: float = 600.0,
+    *,
+    estimate: bool = True,
 ) -> Record:
     """Compiles ``builder(**arguments)`` for ``target`` and reads what the compiler reports.
 
@@ -113,6 +118,8 @@ def compile_for(
       builder: ``"module:name"``, returns ``(function, arguments of it)``; see the module's docstring.
       arguments: of the builder; what JSON can say.
       timeout: seconds.
+      estimate: whether to have cycles estimated, too, which takes a compilation more, and more of VMEM: a
+        whole model may not fit with it.
 
     Raises:
       ValueError: no such target.
@@ -122,7 +129,7 @@ def compile_for(
     request = {"target": target, "builder": builder, "arguments": arguments or {}}
     error = "libtpu left no report"
     estimated: Record | None = None
-    for estimate in (True, False) if TARGETS[target].estimates else (False,):
+    for estimating in (True, False) if estimate and TARGETS[target].estimates else (False,):
         with tempfile.TemporaryDirectory(prefix="aot_tpu_") as dump:
             try:
                 child = subprocess.run(
@@ -130,7 +137,7 @@ def compile_for(
                     capture_output=True,
                     text=True,
                     timeout=timeout,
-                    env=_environment(dump, estimate),
+                    env=_environment(dump, estimating),
                 )
             except subprocess.TimeoutExpired:
                 return Record(target, error=f"the compiler took more than {timeout:.0f} s")
@@ -138,7 +145,7 @@ def compile_for(
                 record = _record(target, json.loads(found[1]), _kernels(dump))
                 if estimated is not None:  # compiled for an estimate, libtpu leaves kernels out of its bytes
                     return dataclasses.replace(estimated, bytes=record.bytes)
-                if not estimate:
+                if not estimating:
                     return record
                 estimated = record
                 continue

@@ -28,7 +28,7 @@ def _xla(x: jax.Array, w: MixedTensor | Prepared, residual: jax.Array | None) ->
     return _plus(residual, xla.mixed_matmul(x, w))
 
 
-def _mosaic_tpu(x: jax.Array, w: MixedTensor, residual: jax.Array | None, **config: Any) -> jax.Array:
+def _mosaic_tpu(x: jax.Array, w: Any, residual: jax.Array | None, **config: Any) -> jax.Array:
     from pallas_kernels.tpu.decode import mixed_matmul  # takes a second that CPUs need not spend
 
     return _plus(residual, mixed_matmul(x, w, **config))
@@ -87,12 +87,15 @@ def prepare(
         gains nothing; else choose one by ``at(layer)``, which slices nothing.
       implementation: as for :func:`mixed_matmul`.
     """
-    name = _names(implementation)[0]
-    if isinstance(w, MixedTensor):
-        if name == "mosaic_gpu":
-            return _joined_on_gpu([w]) or w
-        return prepare_stack([[w]]) if name == "xla" else w
-    return prepare_stack([[one] for one in w]) if name == "xla" else stack(w)
+    name, alone = _names(implementation)[0], isinstance(w, MixedTensor)
+    layers: Sequence[MixedTensor] = [w] if isinstance(w, MixedTensor) else w
+    if name == "xla":
+        return prepare_stack([[one] for one in layers])
+    if name == "mosaic_tpu" and (found := _layers_on_tpu(layers, stacked=not alone)) is not None:
+        return found
+    if name == "mosaic_gpu" and alone and (joined := _joined_on_gpu(layers)) is not None:
+        return joined
+    return w if isinstance(w, MixedTensor) else stack(layers)
 
 
 def prepare_joined(
@@ -118,6 +121,14 @@ def prepare_joined(
     if name != "xla" or not joinable(layers[0]):
         return None
     return prepare_stack(layers)
+
+
+def _layers_on_tpu(layers: Sequence[MixedTensor], *, stacked: bool) -> Prepared | None:
+    from pallas_kernels.tpu import config
+    from pallas_kernels.tpu.layers import prepare
+
+    supported = layers[0].group_size in config.GROUP_SIZES
+    return prepare(layers, stacked=stacked) if supported else None
 
 
 def _joined_on_gpu(weights: Sequence[MixedTensor], feeds: int = 0) -> Prepared | None:
@@ -214,12 +225,12 @@ def _check(
     x: jax.Array, w: MixedTensor | Prepared, bias: jax.Array | None, residual: jax.Array | None
 ) -> None:
     k, n = w.shape
-    stacked = isinstance(w, Prepared) and w.stacked and w.layer is None
+    stacked = w.stacked and w.layer is None if isinstance(w, Prepared) else w.words.ndim != 2
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {x.shape}, expected [..., {k}] for a weight of shape {w.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}, expected a floating type")
-    if w.words.ndim != 2 or stacked:
+    if stacked:
         raise ValueError(
             f"w.words has shape {w.words.shape}, expected [rows, {n}]: scan over stacked weights"
         )

@@ -95,14 +95,14 @@ ROTATION = Rotation(frequencies(16, 1e4), 1.1)
     [{}, {"window": 20}, {"window": jnp.int32(30), "softcap": 4.0}, {"rotation": ROTATION}],
     ids=["", "window", "softcap", "rotation"],
 )
-def test_the_model_gives_the_same_by_one_launch(kernel, how):
+def test_the_model_gives_the_same_by_one_device(kernel, how):
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(2, 1, 4, 16)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, 1, 2, 16)), jnp.float32) for _ in range(2))
     positions, cache = jnp.full((2, 1), 66), random_cache(rng)
     how = {"rotation": None} | how
     run = partial(attend_cached, q, k, v, positions, cache, scale=0.25, **how)
-    (found, after), (wanted, plain) = run(one_launch=True), run(one_launch=False)
+    (found, after), (wanted, plain) = run(one_device=True), run(one_device=False)
     assert len(kernel) == 1
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     for own, other in zip(jax.tree.leaves(after), jax.tree.leaves(plain)):
@@ -115,7 +115,7 @@ def test_what_the_kernel_does_not_know_xla_takes(kernel):
     positions = jnp.asarray([[65, 66]] * 2)
     several, one = random_cache(rng), random_cache(rng)
     int8 = KeyValues(Int8Rows.of(one.keys), Int8Rows.of(one.values), one.positions, one.start)
-    run = partial(attend_cached, rotation=None, scale=0.25, one_launch=True)
+    run = partial(attend_cached, rotation=None, scale=0.25, one_device=True)
     run(q, k, k, positions, several)
     run(q[:, :1], k[:, :1], k[:, :1], positions[:, 1:], int8)
     assert kernel == []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_step import CONFIG, packed_model
 
+from pallas_kernels.tpu.slot import write_slot
 from slim_jax.model.cache import Int8Rows
 from slim_jax.model.generate import Generator
 from slim_jax.model.loop import next_logits, read
@@ -21,6 +22,16 @@ def test_rows_are_their_codes_under_a_scale():
     assert np.all(np.abs(found.decode() - rows) <= found.scale / 2 * 1.0001)
     np.testing.assert_allclose(np.abs(found.decode()).max(-1), np.abs(rows).max(-1), rtol=1e-6)
     assert not np.any(found.decode()[1, 2])
+
+
+@pytest.mark.parametrize(("dtype", "start"), [("bfloat16", 37), ("float32", 16), ("float32", 7)])
+def test_a_slot_is_written_by_a_kernel(dtype, start):
+    rng = np.random.default_rng(0)
+    keys, values = (jnp.asarray(rng.normal(size=(3, 2, 4, 40, 16)), dtype) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 4, 1, 16)), jnp.float32) for _ in range(2))
+    found = write_slot(keys, values, k, v, jnp.int32(1), jnp.int32(start), interpret=True)
+    for after, before, new in zip(found, (keys, values), (k, v)):
+        np.testing.assert_array_equal(after, before.at[1, :, :, start].set(new[:, :, 0].astype(dtype)))
 
 
 def after_reading(generator: Generator) -> tuple[jax.Array, int]:

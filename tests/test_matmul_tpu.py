@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x, slow
 
 from pallas_kernels.tpu import decode as kernel
+from pallas_kernels.tpu import layers
 from pallas_kernels.tpu.decode import Config, heuristic
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
@@ -248,3 +249,24 @@ def test_heuristic(kind, unpack, cores):
         for n in (100, 128, 4096, 11008):
             config = heuristic(kind, m, 4096, n)
             assert (config.unpack, config.cores) == (unpack, cores)
+
+
+@pytest.mark.parametrize("m", [2, 40])
+def test_layers_are_read_where_they_lie(m):
+    """Of other segments, orders and rows of words, and columns that fill no register."""
+    bits = [1, 2, 3, 3], [2, 2, 2, 2], [3, 2, 1, 1]
+    made = [random_weight(4 * 128, 200, 128, own, i, widths=(1, 2, 3)) for i, own in enumerate(bits)]
+    w = layers.prepare([one for one, _ in made], stacked=True)
+    x, config = random_x(m, 4 * 128), Config(strips=2, groups=2, join=2)
+    run = jax.jit(lambda w, i: kernel.mixed_matmul(x, w.at(i), config=config, interpret=INTERPRET))
+    for i, (one, dense) in enumerate(made):
+        bound = (4e-3 if m > kernel.DECODE_ROWS else 5e-5) * (np.abs(x) @ np.abs(dense))
+        assert np.all(np.abs(run(w, jnp.int32(i)) - np.asarray(x, np.float64) @ dense) <= bound)
+        np.testing.assert_array_equal(w.at(jnp.int32(i)).dequantize(), one.dequantize())
+
+
+def test_a_prepared_table_is_looked_up():
+    w, dense = random_weight(256, 200, 64, [2, 3, 4, 2])
+    index = jnp.asarray([[0, 199], [7, 128]])
+    found = layers.prepare([w], stacked=False).columns(index, jnp.float32)
+    np.testing.assert_array_equal(found, np.float32(dense).T[np.asarray(index)])

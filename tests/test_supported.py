@@ -159,7 +159,7 @@ def test_one_jitted_function_takes_each_implementation(monkeypatch):
     traced = []
 
     def fake(value):
-        def kernel(x, w):
+        def kernel(x, w, residual):
             traced.append(value)
             return jnp.full((x.shape[0], w.shape[1]), value)
 

@@ -59,6 +59,7 @@ from pallas_kernels.tpu.config import NAME as NAME
 from pallas_kernels.tpu.config import Config as Config
 from pallas_kernels.tpu.config import choose as choose
 from pallas_kernels.tpu.config import heuristic as heuristic
+from pallas_kernels.tpu.layers import Layers, padded
 from pallas_kernels.tpu.operands import (
     Segment,
     blocks_of,
@@ -175,7 +176,7 @@ def _value(digits) -> jax.Array:
 
 def mixed_matmul(
     x: jax.Array,
-    w: MixedTensor,
+    w: MixedTensor | Layers,
     *,
     bias: jax.Array | None = None,
     config: Config | None = None,
@@ -185,7 +186,7 @@ def mixed_matmul(
 
     Args:
       x: bfloat16 or float32 ``[M, K]``; what it is rounded to is in the module's docstring.
-      w: the packed weight ``[K, N]``.
+      w: the packed weight ``[K, N]``, or layers of it, of which the kernel reads one.
       bias: ``[N]``, added in float32.
       config: by :func:`choose` for the target if None.
       interpret: as in ``pl.pallas_call``.
@@ -203,15 +204,27 @@ def mixed_matmul(
     check_supported(device, x.dtype, m, w.group_size, config)
     bias = None if bias is None else bias.astype(jnp.float32)[None]
     if m > DECODE_ROWS:
-        return prefill(x, w, bias, config, interpret)
+        return prefill(x, w if isinstance(w, MixedTensor) else w.weights()[0], bias, config, interpret)
     return _decode(x, w, bias, config, interpret)
 
 
-def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> jax.Array:
+def _layers(w: MixedTensor | Layers) -> tuple[MixedTensor, list[jax.Array]]:
+    """What is static of a weight; and its layer, and segments, order, words, scales and zeros of all layers.
+
+    Copies in the kernel are whole registers: what is not prepared is padded here, at every call.
+    """
+    if isinstance(w, Layers):
+        one, layer = w.tensors[0], jnp.int32(0) if w.layer is None else w.layer
+        return one, [layer[None], one.segments, one.order, w.words, w.scale, w.zero]
+    found = padded(w.words, SUBLANES, LANES), padded(w.scale, 1, LANES), padded(w.zero, 1, LANES)
+    return w, [jnp.zeros(1, jnp.int32), *(jnp.asarray(a)[None] for a in (w.segments, w.order, *found))]
+
+
+def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, interpret) -> jax.Array:
+    w, (layer, segments, order, *arrays) = _layers(weight)
     m, (k, n), g, u = x.shape[0], w.shape, w.group_size, config.groups
-    # Copies in the kernel are whole registers; nothing to do here for balanced allocations and usual N.
-    words = _pad(w.words, SUBLANES, LANES)
-    x = _pad(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
+    words = jax.typeof(arrays[0]).update(shape=arrays[0].shape[1:])
+    x = padded(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
     if g % LANES:  # groups begin within registers
         x = x.reshape(x.shape[0], w.groups, g).swapaxes(0, 1)
     rows = x.shape[-2]
@@ -233,21 +246,22 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
 
     # Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
     trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
-    columns_of = [_pad(a, 1, LANES) for a in (w.scale, w.zero, *([] if bias is None else [bias]))]
-    arguments = [w.segments, w.order, x, words, *columns_of]
-    scratch = _scratch(x, words, columns_of, w, config, buffer_rows)
+    biases = [] if bias is None else [padded(bias, 1, LANES)]
+    arguments = [segments, order, x, *arrays, *biases]
+    heights = [(a.shape[-2], a.dtype) for a in (*arrays[1:], *biases)]
+    scratch = _scratch(x, words.shape[0], heights, w, config, buffer_rows)
     held = sum(_padded_bytes(a) for a in scratch if a.memory_space == pltpu.VMEM)
     if held + 2 * rows * columns * 4 > WORD_BYTES + OTHER_BYTES:  # the result has two buffers
         raise NotImplementedError(f"{m} rows of {k} channels do not fit into VMEM")
     return pl.pallas_call(
         partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None),
         name="mixed_matmul_decode",
-        out_shape=result_type((m, n), (x, w)),
+        out_shape=result_type((m, n), (x, weight)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=0,
+            num_scalar_prefetch=1,
             grid=(cores, steps),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arguments),
-            out_specs=pl.BlockSpec((m, columns), lambda core, i: (0, core * steps + i)),
+            out_specs=pl.BlockSpec((m, columns), lambda core, i, layer: (0, core * steps + i)),
             scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
@@ -256,23 +270,23 @@ def _decode(x: jax.Array, w: MixedTensor, bias, config: Config, interpret) -> ja
             disable_bounds_checks=True,
             disable_semaphore_checks=True,
         ),
-        cost_estimate=_cost(m, w, arguments),
+        cost_estimate=_cost(m, w, arguments, layers=arrays[0].shape[0]),
         interpret=interpret,
-    )(*arguments)
+    )(layer, *arguments)
 
 
-def _scratch(x: jax.Array, words: jax.Array, columns_of, w: MixedTensor, config: Config, buffer_rows: int):
+def _scratch(x: jax.Array, word_rows: int, heights, w: MixedTensor, config: Config, buffer_rows: int):
     """What :func:`_kernel` works in: sizes, order and x; the columns' operands twice, and so on."""
     rows, columns, g = x.shape[-2], config.strips * LANES, w.group_size
     exact = jnp.int8 if config.unpack == "int8" else jnp.bfloat16
     digits = config.digits if config.unpack == "int8" else 1
     return [
-        pltpu.SMEM(w.segments.shape, jnp.int32),
-        pltpu.SMEM(w.order.shape, jnp.int32),
+        pltpu.SMEM((len(w.widths),), jnp.int32),
+        pltpu.SMEM((w.groups,), jnp.int32),
         pltpu.VMEM(x.shape, x.dtype),
-        *(pltpu.VMEM((2, a.shape[0], columns), a.dtype) for a in columns_of),
+        *(pltpu.VMEM((2, height, columns), dtype) for height, dtype in heights),
         pltpu.SemaphoreType.DMA((3,)),
-        pltpu.SemaphoreType.DMA((2, len(blocks_of(words.shape[0])) + 1)),
+        pltpu.SemaphoreType.DMA((2, len(blocks_of(word_rows)) + 1)),
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((w.groups, LANES), jnp.float32),
         pltpu.VMEM((g, g), exact),
@@ -292,14 +306,8 @@ def _padded_bytes(scratch) -> int:
     return math.prod(whole) * scratch.dtype.itemsize
 
 
-def _pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Zeros up to multiples of ``rows`` and ``columns``."""
-    missing = [(0, -size % multiple) for size, multiple in zip(a.shape, (rows, columns))]
-    return jnp.pad(a, missing) if any(after for _, after in missing) else a
-
-
-def _cost(m: int, w: MixedTensor, arguments) -> pl.CostEstimate:
-    """Every argument is read once, and the result written once."""
-    read = sum(a.size * a.dtype.itemsize for a in arguments)
+def _cost(m: int, w: MixedTensor, arguments, layers: int) -> pl.CostEstimate:
+    """Every argument is read once, of layers one, and the result written once."""
+    read = sum(a.size * a.dtype.itemsize for a in arguments) // layers
     k, n = w.shape
     return pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=read + m * n * 4)

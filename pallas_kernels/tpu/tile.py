@@ -53,10 +53,13 @@ class Memory(NamedTuple):
 
     @classmethod
     def of(cls, refs: tuple, columns: int) -> "Memory":
-        """With ``columns`` operands that have a few rows for each column."""
-        operands, (out, *scratch) = refs[: 4 + columns], refs[4 + columns :]
+        """With ``columns`` operands that have a few rows for each column. What comes first is the layer: of
+        the weight's operands, its part."""
+        layer, operands, (out, *scratch) = refs[0][0], refs[1 : 5 + columns], refs[5 + columns :]
+        sizes, order, words, scale, zero = (operands[i].at[layer] for i in (0, 1, 3, 4, 5))
         copies, rest = tuple(scratch[3 : 3 + columns]), scratch[3 + columns :]
-        return cls(*operands[:4], operands[4:], out, *scratch[:3], copies, *rest)  # type: ignore[call-arg]
+        of_columns = (scale, zero, *operands[6:])
+        return cls(sizes, order, operands[2], words, of_columns, out, *scratch[:3], copies, *rest)  # type: ignore[call-arg]
 
 
 class Tile:

@@ -1,9 +1,9 @@
 """Causal attention over grouped key-value heads.
 
-On accelerators it is `jax.nn.dot_product_attention`. On CPUs that function writes all scores of all
-heads to memory several times; here one key-value head at a time keeps them in cache, which is three
-to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded). On NVIDIA GPUs one new token
-against the cache is one launch (`pallas_kernels.gpu.attend`).
+On accelerators it is `jax.nn.dot_product_attention` for several tokens. On CPUs that function writes all
+scores of all heads to memory several times; here one key-value head at a time keeps them in cache, which is
+three to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded). On NVIDIA GPUs one new
+token against the cache is one launch (`pallas_kernels.gpu.attend`).
 """
 
 import dataclasses
@@ -49,13 +49,15 @@ def attention(
     """
     mask = _visible(positions, key_positions, window)
     on_cpu = devices.of_target().platform == "cpu"
-    if not on_cpu and softcap is None:  # JAX's function knows no soft cap
+    # JAX's function knows no soft cap, and wants axes in another order, for which XLA would turn round all of
+    # a cache for one token.
+    if not on_cpu and softcap is None and q.shape[1] > 1:
         k, v = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
         y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)
         return y.reshape(*q.shape[:2], -1)
     b, t, h, d = q.shape
     heads = q.reshape(b, t, k.shape[1], -1, d).transpose(0, 2, 3, 1, 4)  # [b, kv, h / kv, t, d]
-    attend = partial(_attend, scale=scale, softcap=softcap)
+    attend = partial(_attend, scale=scale, softcap=softcap, dtype=q.dtype if on_cpu else k.dtype)
     if t == 1 or not on_cpu:
         y = attend(heads, k, v, mask[:, None, None])
     else:
@@ -74,23 +76,23 @@ def attend_cached(
     scale: float,
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
-    one_launch: bool = False,
+    one_device: bool = False,
 ) -> tuple[Float[Array, "b t hd"], KeyValues]:
     """:func:`attention` over the cache that the tokens of ``q``, ``k`` and ``v`` join, and that cache.
 
-    ``rotation`` is still to be done to queries and keys, if to any. ``one_launch``: whether a kernel may take
-    it all where the target has one, which knows of one device only.
+    ``rotation`` is still to be done to queries and keys, if to any. ``one_device``: whether all lies on one:
+    then kernels may take it where the target has them.
     """
 
     def by_xla(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
         if rotation is not None:
             q, k = rotation(q, positions), rotation(k, positions)
-        cache = cache.write(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        cache = cache.write(k.swapaxes(1, 2), v.swapaxes(1, 2), one_device=one_device)
         keys, values = cache.read()
         places = positions, cache.positions
         return attention(q, keys, values, *places, scale=scale, window=window, softcap=softcap), cache
 
-    if not one_launch or q.shape[1] > 1 or cache.layer is not None or isinstance(cache.keys, Int8Rows):
+    if not one_device or q.shape[1] > 1 or cache.layer is not None or isinstance(cache.keys, Int8Rows):
         return by_xla(q, k, v, cache)
     from pallas_kernels.gpu import attend  # takes a second that CPUs need not spend
 
@@ -124,15 +126,26 @@ def _visible(positions: jax.Array, key_positions: jax.Array, window: int | jax.A
 
 
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    dtype: jnp.dtype,
 ) -> jax.Array:
-    """Queries ``[..., r, t, d]`` against the keys ``[..., s, d]`` of their head."""
-    scores = jnp.einsum("...rtd,...sd->...rts", q, k.astype(q.dtype)) * scale
+    """Queries ``[..., r, t, d]`` against the keys ``[..., s, d]`` of their head, products in ``dtype``."""
+
+    def product(terms: str, *operands: jax.Array) -> jax.Array:
+        return jnp.einsum(terms, *(a.astype(dtype) for a in operands), preferred_element_type=jnp.float32)
+
+    scores = product("...rtd,...sd->...rts", q, k) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    y = jnp.einsum("...rts,...sd->...rtd", weights, v.astype(q.dtype))
+    y = product("...rts,...sd->...rtd", weights, v)
     return y / jnp.sum(weights, axis=-1, keepdims=True)
 
 

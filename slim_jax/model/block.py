@@ -110,7 +110,7 @@ class Attention(nnx.Module):
             return y, None
         # Prepared weights lie on one device.
         alone = isinstance(self.q, Linear) and isinstance(self.q.weight.get_value(), Prepared)
-        how = {"scale": scale, "window": window, "softcap": softcap, "one_launch": alone}
+        how = {"scale": scale, "window": window, "softcap": softcap, "one_device": alone}
         return attend_cached(q, k, v, positions, cache, rotation=rotation, **how)
 
     def _rotation(self, positions: jax.Array) -> Rotation:

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import devices
 from slim_jax.model.config import DecoderConfig
 
 
@@ -65,8 +66,13 @@ class KeyValues:
     start: jax.Array
     layer: jax.Array | None = None
 
-    def write(self, k: jax.Array, v: jax.Array) -> "KeyValues":
-        """With the next tokens' ``[B, num_kv_heads, T, head_dim]``; nothing else is written."""
+    def write(self, k: jax.Array, v: jax.Array, *, one_device: bool = False) -> "KeyValues":
+        """With the next tokens' ``[B, num_kv_heads, T, head_dim]``; nothing else is written.
+
+        ``one_device``: whether all lies on one, for what a kernel knows how to write.
+        """
+        if one_device and self._by_kernel(k):
+            return self._with_slot(k, v)
 
         def put(a: jax.Array, new: jax.Array) -> jax.Array:
             new = new.astype(a.dtype)
@@ -80,6 +86,25 @@ class KeyValues:
             return jax.tree.map(put, all_rows, encoded)
 
         return dataclasses.replace(self, keys=put_rows(self.keys, k), values=put_rows(self.values, v))
+
+    def _by_kernel(self, k: jax.Array) -> bool:
+        """Whether a TPU has a kernel for these tokens."""
+        if self.layer is None or k.shape[2] > 1 or devices.of_target().platform != "tpu":
+            return False
+        return isinstance(self.keys, jax.Array) and self.keys.dtype in (jnp.bfloat16, jnp.float32)
+
+    def _with_slot(self, k: jax.Array, v: jax.Array) -> "KeyValues":
+        """:meth:`write` of one token, by the kernel."""
+        from pallas_kernels.tpu.slot import write_slot  # takes a second that CPUs need not spend
+
+        def by_xla(keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, *at: jax.Array):
+            after = self.write(k, v)
+            return after.keys, after.values
+
+        keys, values = lax.platform_dependent(
+            *(self.keys, self.values, k, v, self.layer, self.start), tpu=write_slot, default=by_xla
+        )
+        return dataclasses.replace(self, keys=keys, values=values)
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """The layer's keys and values, ``[B, num_kv_heads, S, head_dim]``."""
