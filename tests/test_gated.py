@@ -65,7 +65,8 @@ def test_values(m, g, splits, activation, normed):
     first, second = (rounded(wide) * factor @ own for own in dense[:2])
     hidden = rounded(EXACT[activation](first) * second)
     error = np.abs(np.asarray(found - residual, np.float64) - hidden @ dense[2])
-    assert np.max(error / (np.abs(hidden) @ np.abs(dense[2]))) < 1e-4
+    # An input of down near the middle of two bfloat16 may be rounded the other way.
+    assert np.max(error / (np.abs(hidden) @ np.abs(dense[2]))) < 5e-4
 
 
 def test_what_a_device_is_asked():
