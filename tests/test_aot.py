@@ -33,11 +33,10 @@ def test_tpu_decode_with_segment_sizes_as_data(target):
     assert record.error is None
 
 
-@pytest.mark.parametrize("target", ["v5e", "v6e"])
-def test_tpu_decoder_copies_neither_words_nor_cache(target):
+def test_tpu_decoder_copies_neither_words_nor_cache():
     """Scanned layers are read, and slots written, where they lie: a cache has 64 MiB a layer."""
     arguments = {"implementation": "mosaic_tpu", "layers": 2}
-    record = aot_tpu.compile_for(target, "bench.aot_decoder:decode_step", arguments, estimate=False)
+    record = aot_tpu.compile_for("v5e", "bench.aot_decoder:decode_step", arguments, estimate=False)
     assert record.error is None
     assert record.temp_bytes <= 4 * 2**20
 
