@@ -5,23 +5,19 @@ Raising fails it too. Cases are begun only while there is time.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import attention, decode, gated, machine, matmul, timing
-from bench import check as values
+from bench import decode, device_values, machine, matmul, timing
 from bench.quantize import RandomSource, peak_mib
 from convert import load_source
 from convert.errors import ConvertError, first_line
@@ -40,7 +36,6 @@ from slim_jax.run.source import read_decoder
 Record = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Record]]]
 
-MOST_PROCESSES = 8
 TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
 
 
@@ -117,53 +112,9 @@ def _implementation(m: int, group_size: int) -> Record:
     return {"failed": "; ".join(refused), "text": f"M {m}: no implementation"}
 
 
-def _likeliest(case: values.Case) -> bool:
-    """Whether a case is among those that say most, for a compilation may take seconds."""
-    if case.n < 1024:
-        return case.m == 17
-    if case.joined:
-        return case.m == 16 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
-    if case.split_k is not None:
-        return case.m == 16 and case.bits == 2 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
-    if case.bits == 3:
-        return case.m in (16, 2048) and (case.k, case.n) == (4096, 4096)
-    return case.m in (1, 16, 33, 2048)
-
-
 def check(options: Options) -> Cases:
-    """Values against float64, the cases that say most first."""
-    if devices.of_target().platform == "cuda" and not options.quick:
-        for case in attention.CASES:
-            yield str(case), partial(_compared, attention, case)
-        for mlp in gated.CASES:
-            yield str(mlp), partial(_compared, gated, mlp)
-    cases = list(values.CASES)
-    if options.quick:
-        cases = [case for case in cases if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
-    elif devices.of_target().platform != "cuda":
-        cases = [case for case in cases if case.split_k is None]
-    cases.sort(key=lambda case: not _likeliest(case))
-    # A TPU is one process's. On a GPU compiling a case takes much longer than running it.
-    alone = options.quick or devices.of_target().platform != "cuda"
-    processes = 1 if alone else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
-    records = values.check(cases) if processes == 1 else values.check_in_processes(cases, processes)
-    with contextlib.closing(records):
-        for case in cases:
-            yield (
-                str(case) if processes == 1 else f"a case in {processes} processes",
-                partial(_checked, records),
-            )
-
-
-def _compared(kernel: ModuleType, case: Any) -> Record:
-    record = kernel.compare(case)
-    text = kernel.line(record)
-    return record | {"text": text} | ({} if record["ok"] else {"failed": text})
-
-
-def _checked(records: Iterator[Record]) -> Record:
-    record = next(records)
-    return record | {"text": values.line(record)} | ({} if record["ok"] else {"failed": record["reason"]})
+    """Values against float64."""
+    return device_values.cases(options.quick)
 
 
 def table(options: Options) -> Cases:

@@ -24,17 +24,17 @@ from pallas_kernels.steps import joinable, prepare_stack
 Kernel = Callable[..., jax.Array]
 
 
-def _xla(x: jax.Array, w: MixedTensor | Prepared, residual: jax.Array | None) -> jax.Array:
+def _xla(x: jax.Array, w: MixedTensor | Prepared, residual: jax.Array | None = None) -> jax.Array:
     return _plus(residual, xla.mixed_matmul(x, w))
 
 
-def _mosaic_tpu(x: jax.Array, w: Any, residual: jax.Array | None, **config: Any) -> jax.Array:
+def _mosaic_tpu(x: jax.Array, w: Any, residual: jax.Array | None = None, **config: Any) -> jax.Array:
     from pallas_kernels.tpu.decode import mixed_matmul  # takes a second that CPUs need not spend
 
     return _plus(residual, mixed_matmul(x, w, **config))
 
 
-def _mosaic_gpu(x: jax.Array, w: Any, residual: jax.Array | None, **config: Any) -> jax.Array:
+def _mosaic_gpu(x: jax.Array, w: Any, residual: jax.Array | None = None, **config: Any) -> jax.Array:
     from pallas_kernels.gpu.kernel import mixed_matmul
 
     return mixed_matmul(x, w, residual=residual, **config)

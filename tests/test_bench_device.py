@@ -1,6 +1,7 @@
 """The one command for whoever has a device: all of it at tiny shapes, and what it does when things fail."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import device, device_stages, machine, timing
+from bench import attention, device, device_stages, device_values, gated, machine, timing
 from bench.limits import Limit
+from pallas_kernels import devices
 
 
 def read(folder: Path) -> tuple[dict, str]:
@@ -61,8 +63,24 @@ def test_the_stages_are_those_that_are_offered():
     assert sum(seconds for _, seconds in device_stages.STAGES.values()) <= 8 * 60
 
 
+def test_every_kernel_is_asked_on_a_gpu(monkeypatch):
+    """Attention and MLPs before products; what a case gives is what its module says of it."""
+    with devices.target("h100"):
+        labels = [label for label, _ in itertools.islice(device_values.cases(quick=False), 12)]
+        monkeypatch.setattr(attention, "compare", lambda case: {"ok": False})
+        monkeypatch.setattr(attention, "line", lambda record: "wrong")
+        _, run = next(device_values.cases(quick=False))
+        assert run() == {"ok": False, "text": "wrong", "failed": "wrong"}
+    assert labels[:10] == [*map(str, attention.CASES), *map(str, gated.CASES)]
+
+
+def test_what_a_target_takes_is_asked_as_it_is_called():
+    record = device_stages._implementation(1, 128)
+    assert (record["implementation"], record["refused"]) == ("xla", [])
+
+
 def test_a_failing_check_stops_the_next_stages(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(device_stages.values, "mixed_matmul", lambda x, w, **_: x @ w.dequantize() * jnp.nan)
+    monkeypatch.setattr(device_values.values, "mixed_matmul", lambda x, w, **_: x @ w.dequantize() * jnp.nan)
     stages = "check,matmul"
     assert main(monkeypatch, "--quick", "--allow-cpu", "--out", str(tmp_path), "--stages", stages) == 1
     document, page = read(tmp_path)

@@ -10,16 +10,11 @@ from jax import lax
 from matmul_cases import random_weight, random_x, slow
 from test_matmul_gpu import QUICK
 
-from bench.gated import Case, compare, line
+from bench.gated import EXACT, Case, compare, line
 from pallas_kernels import InputNorm, devices, mixed_matmul, prepare, prepare_joined
 from pallas_kernels.gpu import gated, joined
 from pallas_kernels.gpu.config import Config
 from pallas_kernels.mlp import few_launches
-
-EXACT = {
-    "silu": lambda a: a / (1 + np.exp(-a)),
-    "gelu_tanh": lambda a: a / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (a + 0.044715 * a**3))),
-}
 
 
 def rounded(a: np.ndarray) -> np.ndarray:

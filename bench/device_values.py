@@ -1,0 +1,65 @@
+"""The stage of `bench.device` that compares values with float64: attention, MLPs and products."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from bench import attention, gated
+from bench import check as values
+from pallas_kernels import devices
+
+Record = dict[str, Any]
+
+MOST_PROCESSES = 8
+
+
+def _likeliest(case: values.Case) -> bool:
+    """Whether a case is among those that say most, for a compilation may take seconds."""
+    if case.n < 1024:
+        return case.m == 17
+    if case.joined:
+        return case.m == 16 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
+    if case.split_k is not None:
+        return case.m == 16 and case.bits == 2 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
+    if case.bits == 3:
+        return case.m in (16, 2048) and (case.k, case.n) == (4096, 4096)
+    return case.m in (1, 16, 33, 2048)
+
+
+def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
+    """A stage, the cases that say most first; ``quick`` takes a few tiny ones."""
+    if devices.of_target().platform == "cuda" and not quick:
+        for case in attention.CASES:
+            yield str(case), partial(_compared, attention, case)
+        for mlp in gated.CASES:
+            yield str(mlp), partial(_compared, gated, mlp)
+    wanted = list(values.CASES)
+    if quick:
+        wanted = [case for case in wanted if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
+    elif devices.of_target().platform != "cuda":
+        wanted = [case for case in wanted if case.split_k is None]
+    wanted.sort(key=lambda case: not _likeliest(case))
+    # A TPU is one process's. On a GPU compiling a case takes much longer than running it.
+    alone = quick or devices.of_target().platform != "cuda"
+    processes = 1 if alone else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+    records = values.check(wanted) if processes == 1 else values.check_in_processes(wanted, processes)
+    with contextlib.closing(records):
+        for case in wanted:
+            yield (
+                str(case) if processes == 1 else f"a case in {processes} processes",
+                partial(_checked, records),
+            )
+
+
+def _compared(kernel: ModuleType, case: Any) -> Record:
+    record = kernel.compare(case)
+    text = kernel.line(record)
+    return record | {"text": text} | ({} if record["ok"] else {"failed": text})
+
+
+def _checked(records: Iterator[Record]) -> Record:
+    record = next(records)
+    return record | {"text": values.line(record)} | ({} if record["ok"] else {"failed": record["reason"]})
