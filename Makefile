@@ -35,7 +35,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 test-aot: .venv-aot/.installed
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot tests/test_aot.py
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -m aot tests/test_aot.py
 
 .venv-aot/.installed: pyproject.toml
 	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot

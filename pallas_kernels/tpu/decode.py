@@ -75,9 +75,9 @@ from pallas_kernels.tpu.unpack import unpack
 WORD_BYTES, OTHER_BYTES = 40 << 20, 16 << 20  # of VMEM, at most
 
 
-def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool):  # type: ignore[no-untyped-def]
+def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool, layers: bool):  # type: ignore[no-untyped-def]
     """One tile of columns; see the module's docstring."""
-    tile = Tile(Memory.of(refs, 2 + has_bias), w, config)
+    tile = Tile(Memory.of(refs, 2 + has_bias, layers), w, config)
     memory, field = tile.memory, tile.field
 
     @pl.when(tile.step == 0)
@@ -208,20 +208,22 @@ def mixed_matmul(
     return _decode(x, w, bias, config, interpret)
 
 
-def _layers(w: MixedTensor | Layers) -> tuple[MixedTensor, list[jax.Array]]:
-    """What is static of a weight; and its layer, and segments, order, words, scales and zeros of all layers.
+def _layers(w: MixedTensor | Layers) -> tuple[MixedTensor, list[jax.Array], list[jax.Array]]:
+    """What is static of a weight; which of several layers; segments, order, words, scales and zeros of all.
 
     Copies in the kernel are whole registers: what is not prepared is padded here, at every call.
     """
     if isinstance(w, Layers):
         one, layer = w.tensors[0], jnp.int32(0) if w.layer is None else w.layer
-        return one, [layer[None], one.segments, one.order, w.words, w.scale, w.zero]
+        # A number costs a copy that all others wait for.
+        number = [layer[None]] if w.words.shape[0] > 1 else []
+        return one, number, [one.segments, one.order, w.words, w.scale, w.zero]
     found = padded(w.words, SUBLANES, LANES), padded(w.scale, 1, LANES), padded(w.zero, 1, LANES)
-    return w, [jnp.zeros(1, jnp.int32), *(jnp.asarray(a)[None] for a in (w.segments, w.order, *found))]
+    return w, [], [jnp.asarray(a)[None] for a in (w.segments, w.order, *found)]
 
 
 def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, interpret) -> jax.Array:
-    w, (layer, segments, order, *arrays) = _layers(weight)
+    w, number, (segments, order, *arrays) = _layers(weight)
     m, (k, n), g, u = x.shape[0], w.shape, w.group_size, config.groups
     words = jax.typeof(arrays[0]).update(shape=arrays[0].shape[1:])
     x = padded(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
@@ -254,14 +256,14 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
     if held + 2 * rows * columns * 4 > WORD_BYTES + OTHER_BYTES:  # the result has two buffers
         raise NotImplementedError(f"{m} rows of {k} channels do not fit into VMEM")
     return pl.pallas_call(
-        partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None),
+        partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None, layers=bool(number)),
         name="mixed_matmul_decode",
         out_shape=result_type((m, n), (x, weight)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=len(number),
             grid=(cores, steps),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arguments),
-            out_specs=pl.BlockSpec((m, columns), lambda core, i, layer: (0, core * steps + i)),
+            out_specs=pl.BlockSpec((m, columns), lambda core, i, *number: (0, core * steps + i)),
             scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
@@ -272,7 +274,7 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
         ),
         cost_estimate=_cost(m, w, arguments, layers=arrays[0].shape[0]),
         interpret=interpret,
-    )(layer, *arguments)
+    )(*number, *arguments)
 
 
 def _scratch(x: jax.Array, word_rows: int, heights, w: MixedTensor, config: Config, buffer_rows: int):

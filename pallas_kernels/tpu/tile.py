@@ -52,11 +52,14 @@ class Memory(NamedTuple):
     buffer: Any
 
     @classmethod
-    def of(cls, refs: tuple, columns: int) -> "Memory":
-        """With ``columns`` operands that have a few rows for each column. What comes first is the layer: of
-        the weight's operands, its part."""
-        layer, operands, (out, *scratch) = refs[0][0], refs[1 : 5 + columns], refs[5 + columns :]
-        sizes, order, words, scale, zero = (operands[i].at[layer] for i in (0, 1, 3, 4, 5))
+    def of(cls, refs: tuple, columns: int, layers: bool) -> "Memory":
+        """With ``columns`` operands that have a few rows for each column.
+
+        ``layers``: whether the weight's operands are of several, and which to read comes first.
+        """
+        number, refs = (refs[0][0], refs[1:]) if layers else (0, refs)
+        operands, (out, *scratch) = refs[: 4 + columns], refs[4 + columns :]
+        sizes, order, words, scale, zero = (operands[i].at[number] for i in (0, 1, 3, 4, 5))
         copies, rest = tuple(scratch[3 : 3 + columns]), scratch[3 + columns :]
         of_columns = (scale, zero, *operands[6:])
         return cls(sizes, order, operands[2], words, of_columns, out, *scratch[:3], copies, *rest)  # type: ignore[call-arg]
