@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -299,11 +300,14 @@ def packed(
     widths: tuple[int, ...] = (1, 2, 3),
     segments: tuple[int, ...] = (8, 16, 8),
     constant: bool = False,
+    weights: int = 1,
+    layers: int = 1,
     **config,
 ):
-    """Builder: the TPU kernels on an abstract packed weight.
+    """Builder: the TPU kernels on an abstract packed weight, or so many that read one input, prepared.
 
-    ``constant`` makes segment sizes constants of the kernel: loops over data cannot be estimated.
+    ``constant`` makes segment sizes constants of the kernel: loops over data cannot be estimated. Of several
+    ``layers`` one is read where it lies.
     """
     import jax
     import jax.numpy as jnp
@@ -311,21 +315,28 @@ def packed(
     from pallas_kernels.devices import of_target
     from pallas_kernels.layout import abstract_tensor
     from pallas_kernels.tpu import decode as kernel
+    from pallas_kernels.tpu.layers import prepare as prepare_layers
 
     w = abstract_tensor(
         (k, n), widths=tuple(widths), segments=tuple(segments), group_size=group_size, dtype=jnp.bfloat16
     )
+    if weights > 1 or layers > 1:
+        prepare = partial(prepare_layers, stacked=layers > 1)
+        w = jax.eval_shape(prepare, [[w] * weights] * layers)
 
-    def product(x, w):
+    def product(x, w, layer):
         chosen = None
         if config:
             start = kernel.choose(of_target().name, m, k, n, w.mean_width, group_size)
             chosen = dataclasses.replace(start, **config)
         if constant:
-            w = dataclasses.replace(w, segments=np.array(segments, np.int32))
+            w = dataclasses.replace(w, segments=np.resize(np.array(segments, np.int32), w.segments.shape))
+        if layers > 1:
+            w = w.at(layer)
         return kernel.mixed_matmul(x, w, config=chosen)
 
-    return product, (jax.ShapeDtypeStruct((m, k), jnp.bfloat16), w)
+    shape = jax.ShapeDtypeStruct
+    return product, (shape((m, k), jnp.bfloat16), w, shape((), jnp.int32))
 
 
 def sharded(mesh: Any, m: int, k: int, n: int):

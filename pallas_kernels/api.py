@@ -91,7 +91,7 @@ def prepare(
     layers: Sequence[MixedTensor] = [w] if isinstance(w, MixedTensor) else w
     if name == "xla":
         return prepare_stack([[one] for one in layers])
-    if name == "mosaic_tpu" and (found := _layers_on_tpu(layers, stacked=not alone)) is not None:
+    if name == "mosaic_tpu" and (found := _layers_on_tpu([[one] for one in layers], not alone)) is not None:
         return found
     if name == "mosaic_gpu" and alone and (joined := _joined_on_gpu(layers)) is not None:
         return joined
@@ -118,16 +118,18 @@ def prepare_joined(
     name = _names(implementation)[0]
     if name == "mosaic_gpu" and len(layers) == 1:
         return _joined_on_gpu(layers[0], feeds)
+    if name == "mosaic_tpu":
+        return _layers_on_tpu(layers, len(layers) > 1)
     if name != "xla" or not joinable(layers[0]):
         return None
     return prepare_stack(layers)
 
 
-def _layers_on_tpu(layers: Sequence[MixedTensor], *, stacked: bool) -> Prepared | None:
+def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool) -> Prepared | None:
     from pallas_kernels.tpu import config
-    from pallas_kernels.tpu.layers import prepare
+    from pallas_kernels.tpu.layers import joinable, prepare
 
-    supported = layers[0].group_size in config.GROUP_SIZES
+    supported = layers[0][0].group_size in config.GROUP_SIZES and joinable(layers[0])
     return prepare(layers, stacked=stacked) if supported else None
 
 

@@ -199,6 +199,22 @@ def test_no_races(cases, m, cores):
     assert not interpret_pallas_call.races.races_found
 
 
+@TWO_CPUS
+@pytest.mark.parametrize("cores", [1, slow(2)])
+def test_no_races_side_by_side(cores):
+    """A core's first tile may be any of a weight's, and x is made ready again for the next weight."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    made, dense = side_by_side(n=(256, 128, 128))
+    x, config = random_x(3, 4 * 128), Config(1, 2, cores=cores)
+    w = layers.prepare(made[:1], stacked=False)
+    found = jax.jit(lambda w: kernel.mixed_matmul(x, w, config=config, interpret=RACES))(w)
+    assert np.all(
+        np.abs(found - np.asarray(x, np.float64) @ dense[0]) <= 5e-5 * (np.abs(x) @ np.abs(dense[0]))
+    )
+    assert not interpret_pallas_call.races.races_found
+
+
 @pytest.mark.slow
 class TestInt8(Int8):
     pass
@@ -256,7 +272,7 @@ def test_layers_are_read_where_they_lie(m):
     """Of other segments, orders and rows of words, and columns that fill no register."""
     bits = [1, 2, 3, 3], [2, 2, 2, 2], [3, 2, 1, 1]
     made = [random_weight(4 * 128, 200, 128, own, i, widths=(1, 2, 3)) for i, own in enumerate(bits)]
-    w = layers.prepare([one for one, _ in made], stacked=True)
+    w = layers.prepare([[one] for one, _ in made], stacked=True)
     x, config = random_x(m, 4 * 128), Config(strips=2, groups=2, join=2)
     run = jax.jit(lambda w, i: kernel.mixed_matmul(x, w.at(i), config=config, interpret=INTERPRET))
     for i, (one, dense) in enumerate(made):
@@ -265,8 +281,34 @@ def test_layers_are_read_where_they_lie(m):
         np.testing.assert_array_equal(w.at(jnp.int32(i)).dequantize(), one.dequantize())
 
 
+def side_by_side(n=(200, 384, 130)):
+    """Two layers of three weights that share nothing but their input; and the weights in float64."""
+    bits = [([1, 2, 3, 3], [2, 2, 2, 2], [3, 4, 4, 4]), ([3, 3, 1, 1], [3, 2, 1, 2], [4, 4, 4, 3])]
+    widths = (1, 2, 3), (1, 2, 3), (3, 4)
+    made = [
+        [random_weight(4 * 128, *one, i, widths=own) for one, own in zip(zip(n, [128] * 3, layer), widths)]
+        for i, layer in enumerate(bits)
+    ]
+    return [[w for w, _ in layer] for layer in made], [np.hstack([d for _, d in layer]) for layer in made]
+
+
+@pytest.mark.parametrize(
+    ("m", "config"), [(2, Config(2, 2, join=2)), slow(17, Config(1, 1)), (40, Config(2, 2))]
+)
+def test_weights_that_read_one_input_are_one_product(m, config):
+    """Of other widths, segments, orders, rows of words, and columns that fill no tile or register."""
+    made, dense = side_by_side()
+    w, x = layers.prepare(made, stacked=True), random_x(m, 4 * 128)
+    run = jax.jit(lambda w, i: kernel.mixed_matmul(x, w.at(i), config=config, interpret=INTERPRET))
+    for i in range(2):
+        bound = (4e-3 if m > kernel.DECODE_ROWS else 5e-5) * (np.abs(x) @ np.abs(dense[i]))
+        assert np.all(np.abs(run(w, jnp.int32(i)) - np.asarray(x, np.float64) @ dense[i]) <= bound)
+        alone = jnp.concatenate([one.dequantize() for one in made[i]], axis=1)
+        np.testing.assert_array_equal(w.at(jnp.int32(i)).dequantize(), alone)
+
+
 def test_a_prepared_table_is_looked_up():
     w, dense = random_weight(256, 200, 64, [2, 3, 4, 2])
     index = jnp.asarray([[0, 199], [7, 128]])
-    found = layers.prepare([w], stacked=False).columns(index, jnp.float32)
+    found = layers.prepare([[w]], stacked=False).columns(index, jnp.float32)
     np.testing.assert_array_equal(found, np.float32(dense).T[np.asarray(index)])

@@ -41,6 +41,7 @@ on an earlier result, which bounds how far it goes.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -59,10 +60,10 @@ from pallas_kernels.tpu.config import NAME as NAME
 from pallas_kernels.tpu.config import Config as Config
 from pallas_kernels.tpu.config import choose as choose
 from pallas_kernels.tpu.config import heuristic as heuristic
-from pallas_kernels.tpu.layers import Layers, padded
+from pallas_kernels.tpu.cut import Cut, strips_for
+from pallas_kernels.tpu.layers import Layers, padded, whole
 from pallas_kernels.tpu.operands import (
     Segment,
-    blocks_of,
     concatenate,
     dot,
     prepare,
@@ -75,9 +76,9 @@ from pallas_kernels.tpu.unpack import unpack
 WORD_BYTES, OTHER_BYTES = 40 << 20, 16 << 20  # of VMEM, at most
 
 
-def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool, layers: bool):  # type: ignore[no-untyped-def]
+def _kernel(*refs, w: MixedTensor, config: Config, cut: Cut, trips, has_bias: bool, layers: bool):  # type: ignore[no-untyped-def]
     """One tile of columns; see the module's docstring."""
-    tile = Tile(Memory.of(refs, 2 + has_bias, layers), w, config)
+    tile = Tile(Memory.of(refs, 2 + has_bias, layers), w, config, cut)
     memory, field = tile.memory, tile.field
 
     @pl.when(tile.step == 0)
@@ -88,14 +89,17 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool, layers
     def following():
         tile.start(tile.step + 1, 1 - tile.half)
 
-    segments = segments_of(memory.sizes if trips is None else trips, w, config.groups)
+    if tile.several:
+        pl.when(tile.begins & (tile.step > 0))(tile.measure_groups)
+
+    segments = segments_of(tile.sizes if trips is None else trips, w, config.groups)
     # The compiler moves nothing over a wait; so these keep x from filling all registers.
     tile.copy_columns(tile.step, tile.half, "wait")
 
-    @pl.when(tile.step == 0)
+    @pl.when(tile.begins)
     def second():
         m = memory
-        prepare(m.order, m.x, m.middle, m.unit, m.move, m.x_groups, m.sums, segments, w, config)
+        prepare(tile.order, m.x, m.middle, m.unit, m.move, m.x_groups, m.sums, segments, w, config)
 
     have = tile.wait(0, 1)
     tile.begin_with_zeros()
@@ -108,7 +112,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, trips, has_bias: bool, layers
             return have
 
         have = lax.fori_loop(0, s.chunks, chunk, jnp.int32(have))
-    tile.wait(have, memory.words.shape[0])
+    tile.wait(have, max(cut.rows))
     for j in range(config.strips):
         lanes = slice(j * LANES, (j + 1) * LANES)
         y = memory.acc[:, lanes] * memory.middle[...] if field == 8 else memory.acc[:, lanes]
@@ -186,7 +190,8 @@ def mixed_matmul(
 
     Args:
       x: bfloat16 or float32 ``[M, K]``; what it is rounded to is in the module's docstring.
-      w: the packed weight ``[K, N]``, or layers of it, of which the kernel reads one.
+      w: the packed weight ``[K, N]``, or layers of it, of which the kernel reads one; or several weights that
+        read one input.
       bias: ``[N]``, added in float32.
       config: by :func:`choose` for the target if None.
       interpret: as in ``pl.pallas_call``.
@@ -200,11 +205,15 @@ def mixed_matmul(
     """
     m, (k, n) = x.shape[0], w.shape
     device = devices.of_target()
-    config = config or choose(device.name, m, k, n, w.mean_width, w.group_size)
+    sizes = w.sizes if isinstance(w, Layers) else (n,)
+    config = config or choose(device.name, m, k, max(sizes), w.mean_width, w.group_size)
     check_supported(device, x.dtype, m, w.group_size, config)
     bias = None if bias is None else bias.astype(jnp.float32)[None]
     if m > DECODE_ROWS:
-        return prefill(x, w if isinstance(w, MixedTensor) else w.weights()[0], bias, config, interpret)
+        weights = [w] if isinstance(w, MixedTensor) else w.weights()
+        biases = [bias] * len(weights) if bias is None else split(bias, sizes)
+        found = [prefill(x, *pair, config, interpret) for pair in zip(weights, biases)]
+        return concatenate(found, axis=1)
     return _decode(x, w, bias, config, interpret)
 
 
@@ -217,15 +226,27 @@ def _layers(w: MixedTensor | Layers) -> tuple[MixedTensor, list[jax.Array], list
         one, layer = w.tensors[0], jnp.int32(0) if w.layer is None else w.layer
         # A number costs a copy that all others wait for.
         number = [layer[None]] if w.words.shape[0] > 1 else []
-        return one, number, [one.segments, one.order, w.words, w.scale, w.zero]
+        return (
+            dataclasses.replace(one, widths=w.widths),
+            number,
+            [w.segments, w.orders, w.words, w.scale, w.zero],
+        )
     found = padded(w.words, SUBLANES, LANES), padded(w.scale, 1, LANES), padded(w.zero, 1, LANES)
-    return w, [], [jnp.asarray(a)[None] for a in (w.segments, w.order, *found)]
+    return w, [], [a[None] for a in (w.segments, w.order, *found)]
+
+
+def _cut(weight: MixedTensor | Layers, strips: int, join: int) -> Cut:
+    """The tiles of a weight, or of several, of at most so many strips."""
+    if isinstance(weight, MixedTensor):
+        return Cut((weight.shape[1],), (whole(weight.words.shape[0], SUBLANES),), strips)
+    rows = tuple(whole(rows, SUBLANES) for rows in weight.rows)
+    alone = len(weight.sizes) == 1
+    return Cut(weight.sizes, rows, strips if alone else strips_for(weight.sizes, strips, join))
 
 
 def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, interpret) -> jax.Array:
     w, number, (segments, order, *arrays) = _layers(weight)
-    m, (k, n), g, u = x.shape[0], w.shape, w.group_size, config.groups
-    words = jax.typeof(arrays[0]).update(shape=arrays[0].shape[1:])
+    m, g, u = x.shape[0], w.group_size, config.groups
     x = padded(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
     if g % LANES:  # groups begin within registers
         x = x.reshape(x.shape[0], w.groups, g).swapaxes(0, 1)
@@ -234,34 +255,40 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
         x = x.astype(jnp.float32)  # registers of bfloat16 have 16 rows
 
     # A chunk may go on past the end of its segment, and a load of 8 rows begin before its group.
-    buffer_rows = words.shape[0] + u * g * max(w.widths) // WORD_BITS + 2 * SUBLANES
-    strips = config.strips
+    strips, cut = config.strips, _cut(weight, config.strips, config.join)
+    buffer_rows = max(cut.rows) + u * g * max(w.widths) // WORD_BITS + 2 * SUBLANES
     while strips > config.join and 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
         strips = max(config.join, strips // 2 // config.join * config.join)
     if 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
-        raise NotImplementedError(f"{config.join * LANES} columns of {k} channels do not fit into VMEM")
-    config = dataclasses.replace(config, strips=strips)
-    columns = strips * LANES
-    tiles = pl.cdiv(n, columns)
-    cores = config.cores if tiles % config.cores == 0 else 1
-    steps = tiles // cores
+        raise NotImplementedError(
+            f"{config.join * LANES} columns of {w.shape[0]} channels do not fit into VMEM"
+        )
+    cut = _cut(weight, strips, config.join)
+    config = dataclasses.replace(config, strips=cut.strips)
+    columns = cut.strips * LANES
+    cores = config.cores if cut.tiles % config.cores == 0 else 1
 
-    # Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates.
-    trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
-    biases = [] if bias is None else [padded(bias, 1, LANES)]
+    # Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates. Of
+    # several weights, those of the first count for all.
+    known = segments[0, : len(w.widths)] if isinstance(segments, np.ndarray) else None
+    trips = None if known is None else tuple(map(int, known))
+    biases = [] if bias is None else [concatenate([padded(b, 1, LANES) for b in split(bias, cut.sizes)], 1)]
     arguments = [segments, order, x, *arrays, *biases]
     heights = [(a.shape[-2], a.dtype) for a in (*arrays[1:], *biases)]
-    scratch = _scratch(x, words.shape[0], heights, w, config, buffer_rows)
+    scratch = _scratch(x, cut, heights, w, config, buffer_rows)
     held = sum(_padded_bytes(a) for a in scratch if a.memory_space == pltpu.VMEM)
     if held + 2 * rows * columns * 4 > WORD_BYTES + OTHER_BYTES:  # the result has two buffers
-        raise NotImplementedError(f"{m} rows of {k} channels do not fit into VMEM")
-    return pl.pallas_call(
-        partial(_kernel, w=w, config=config, trips=trips, has_bias=bias is not None, layers=bool(number)),
+        raise NotImplementedError(f"{m} rows of {w.shape[0]} channels do not fit into VMEM")
+    alone = len(cut.sizes) == 1
+    y = pl.pallas_call(
+        partial(
+            _kernel, w=w, config=config, cut=cut, trips=trips, has_bias=bool(biases), layers=bool(number)
+        ),
         name="mixed_matmul_decode",
-        out_shape=result_type((m, n), (x, weight)),
+        out_shape=result_type((m, cut.sizes[0] if alone else cut.tiles * columns), (x, weight)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(number),
-            grid=(cores, steps),
+            grid=(cores, steps := cut.tiles // cores),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arguments),
             out_specs=pl.BlockSpec((m, columns), lambda core, i, *number: (0, core * steps + i)),
             scratch_shapes=scratch,
@@ -272,23 +299,24 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
             disable_bounds_checks=True,
             disable_semaphore_checks=True,
         ),
-        cost_estimate=_cost(m, w, arguments, layers=arrays[0].shape[0]),
+        cost_estimate=_cost(m, weight.shape, arguments, layers=arrays[0].shape[0]),
         interpret=interpret,
     )(*number, *arguments)
+    return y if alone else jnp.concatenate(cut.results(y), axis=1)
 
 
-def _scratch(x: jax.Array, word_rows: int, heights, w: MixedTensor, config: Config, buffer_rows: int):
+def _scratch(x: jax.Array, cut: Cut, heights, w: MixedTensor, config: Config, buffer_rows: int):
     """What :func:`_kernel` works in: sizes, order and x; the columns' operands twice, and so on."""
-    rows, columns, g = x.shape[-2], config.strips * LANES, w.group_size
+    rows, columns, g, weights = x.shape[-2], cut.strips * LANES, w.group_size, len(cut.sizes)
     exact = jnp.int8 if config.unpack == "int8" else jnp.bfloat16
     digits = config.digits if config.unpack == "int8" else 1
     return [
-        pltpu.SMEM((len(w.widths),), jnp.int32),
-        pltpu.SMEM((w.groups,), jnp.int32),
+        pltpu.SMEM((weights * len(w.widths),), jnp.int32),
+        pltpu.SMEM((weights * w.groups,), jnp.int32),
         pltpu.VMEM(x.shape, x.dtype),
         *(pltpu.VMEM((2, height, columns), dtype) for height, dtype in heights),
         pltpu.SemaphoreType.DMA((3,)),
-        pltpu.SemaphoreType.DMA((2, len(blocks_of(word_rows)) + 1)),
+        pltpu.SemaphoreType.DMA((2, len(cut.blocks) + 1)),
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((w.groups, LANES), jnp.float32),
         pltpu.VMEM((g, g), exact),
@@ -300,6 +328,11 @@ def _scratch(x: jax.Array, word_rows: int, heights, w: MixedTensor, config: Conf
     ]
 
 
+def split(bias: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Of each weight, from ``[1, N]`` of all."""
+    return jnp.split(bias, np.cumsum(sizes[:-1]).tolist(), axis=1)
+
+
 def _padded_bytes(scratch) -> int:
     """Bytes of an array in VMEM, where its last two axes fill whole registers."""
     *outer, rows, columns = scratch.shape
@@ -308,8 +341,8 @@ def _padded_bytes(scratch) -> int:
     return math.prod(whole) * scratch.dtype.itemsize
 
 
-def _cost(m: int, w: MixedTensor, arguments, layers: int) -> pl.CostEstimate:
+def _cost(m: int, shape: tuple[int, int], arguments, layers: int) -> pl.CostEstimate:
     """Every argument is read once, of layers one, and the result written once."""
     read = sum(a.size * a.dtype.itemsize for a in arguments) // layers
-    k, n = w.shape
+    k, n = shape
     return pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=read + m * n * 4)

@@ -10,25 +10,40 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.layout import MixedTensor, stack
+from pallas_kernels.layout import MixedTensor, stack, zero_bits
 from pallas_kernels.planes import WORD_BITS
-from pallas_kernels.prepared import Prepared
+from pallas_kernels.prepared import Prepared, fit_together
 from pallas_kernels.tpu.config import LANES, SUBLANES
 
+REGISTER_ROWS = 32
+"""Of a register of bytes."""
 
-@partial(jax.tree_util.register_dataclass, data_fields=Prepared.ARRAYS, meta_fields=Prepared.STATIC)
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[*Prepared.ARRAYS, "segments", "orders"],
+    meta_fields=[*Prepared.STATIC, "widths"],
+)
 @dataclasses.dataclass(frozen=True)
 class Layers(Prepared):
-    """A weight of ``L`` layers as they are packed, padded to whole registers.
+    """A weight of ``L`` layers, or several that read one input, as packed and padded to whole registers.
 
     Attributes:
-      words: ``uint32[L, R, n]``.
-      scale: ``[L, G, n]``.
-      zero: ``uint8[L, rows, n]``.
+      words: ``uint32[L, R, n]``; of several weights ``[L, rows, 128]``, strips of 128 columns one under the
+        other, of each weight.
+      scale: ``[L, rows, n]``, weights side by side; rows at the end fill registers.
+      zero: ``uint8[L, rows, n]``, as scales.
       first_rows: empty.
+      segments: ``int32[L, weights * len(widths)]``, how many groups of a weight have which width.
+      orders: ``int32[L, weights * G]``.
+      widths: that occur in any of the weights, ascending; static.
     """
 
     implementation: ClassVar[str] = "mosaic_tpu"
+
+    segments: jax.Array
+    orders: jax.Array
+    widths: tuple[int, ...]
 
     @property
     def group_size(self) -> int:
@@ -37,42 +52,84 @@ class Layers(Prepared):
 
     @property
     def mean_width(self) -> float:
-        """Bits of a code, averaged over the groups."""
-        return WORD_BITS * self.rows[0] / (self.tensors[0].groups * self.group_size)
+        """Bits of a code, averaged over the groups of all weights."""
+        bits = sum(rows * n for rows, n in zip(self.rows, self.sizes)) * WORD_BITS
+        return bits / (self.tensors[0].groups * self.group_size * sum(self.sizes))
 
     def weights(self) -> list[MixedTensor]:
         layer = jnp.int32(0) if self.layer is None else self.layer
-        w, n = self.tensors[0], self.shape[1]
-        leaves = {name: getattr(self, name) for name in ("words", "scale", "zero")}
-        leaves |= {name: getattr(w, name) for name in ("order", "segments")}
-        own = {name: lax.dynamic_index_in_dim(a, layer, keepdims=False) for name, a in leaves.items()}
-        own |= {"words": own["words"][: self.rows[0], :n]}
-        own |= {name: own[name][:, :n] for name in ("scale", "zero")}
-        return [dataclasses.replace(w, **own)]
+        one = partial(lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        words, scale, zero, found = one(self.words), one(self.scale), one(self.zero), []
+        first_row = first = 0
+        for w, rows in zip(self.tensors, self.rows):
+            n, height, strips = w.shape[1], whole(rows, SUBLANES), whole(w.shape[1], LANES) // LANES
+            own = words
+            if len(self.tensors) > 1:
+                own = words[first_row : first_row + strips * height]
+                own = own.reshape(strips, height, LANES).swapaxes(0, 1).reshape(height, -1)
+            leaves = {"words": own[:rows, :n], "order": one(w.order), "segments": one(w.segments)}
+            for name, a in (("scale", scale), ("zero", zero)):
+                leaves[name] = a[: getattr(w, name).shape[1], first : first + n]
+            found.append(dataclasses.replace(w, **leaves))
+            first_row, first = first_row + strips * height, first + strips * LANES
+        return found
 
     def columns(self, index: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        parts = {name: getattr(self, name)[0] for name in ("words", "scale", "zero")}
-        own = {name: getattr(self.tensors[0], name)[0] for name in ("order", "segments")}
-        return dataclasses.replace(self.tensors[0], **parts, **own).columns(index, dtype)
+        (w,) = self.weights()
+        return w.columns(index, dtype)
 
 
-def prepare(layers: Sequence[MixedTensor], *, stacked: bool) -> Layers:
+def joinable(weights: Sequence[MixedTensor]) -> bool:
+    """Whether weights that read one input can be one product."""
+    return fit_together(weights) and len({zero_bits(w.widths) for w in weights}) == 1
+
+
+def prepare(layers: Sequence[Sequence[MixedTensor]], *, stacked: bool) -> Layers:
     """Of layers that are alike but for the values of their leaves and the rows of words.
 
-    ``stacked``: whether one is chosen before it is multiplied with.
+    Args:
+      layers: of each, its weights, which are :func:`joinable`.
+      stacked: whether one is chosen before it is multiplied with.
     """
-    w = stack(layers)
-    bare = dataclasses.replace(w, words=w.words[:, :0], scale=w.scale[:, :0], zero=w.zero[:, :0])
+    weights = [stack(same) for same in zip(*layers)]
+    words = [padded(w.words, SUBLANES, LANES) for w in weights]
+    if len(words) > 1:
+        words = [a.reshape(*a.shape[:2], -1, LANES).swapaxes(1, 2).reshape(len(a), -1, LANES) for a in words]
+    widths = tuple(sorted({b for w in weights for b in w.widths}))
+    none = jnp.zeros(len(layers), jnp.int32)
+    segments = [w.segments[:, w.widths.index(b)] if b in w.widths else none for w in weights for b in widths]
     return Layers(
-        words=padded(w.words, SUBLANES, LANES),
-        scale=padded(w.scale, 1, LANES),
-        zero=padded(w.zero, 1, LANES),
+        words=_joined(words, axis=1),
+        scale=_joined([_filled(w.scale) for w in weights], axis=2),
+        zero=_joined([_filled(w.zero) for w in weights], axis=2),
         first_rows=jnp.zeros((0,), jnp.int32),
-        tensors=(bare,),
+        tensors=tuple(
+            dataclasses.replace(w, words=w.words[:, :0], scale=w.scale[..., :0], zero=w.zero[..., :0])
+            for w in weights
+        ),
         layer=None,
-        rows=(w.words.shape[1],),
+        rows=tuple(w.words.shape[1] for w in weights),
         stacked=stacked,
+        segments=jnp.stack(segments, axis=1),
+        orders=_joined([w.order for w in weights], axis=1),
+        widths=widths,
     )
+
+
+def _filled(a: jax.Array) -> jax.Array:
+    """Rows up to a power of two, or whole registers; of others XLA has another idea than a kernel of where
+    they lie, and copies them, of all layers, for every product."""
+    rows = a.shape[-2]
+    return padded(a, REGISTER_ROWS if rows > REGISTER_ROWS else 1 << (rows - 1).bit_length(), LANES)
+
+
+def _joined(parts: list[jax.Array], axis: int) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+
+
+def whole(size: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
 
 
 def padded(a: jax.Array, rows: int, columns: int) -> jax.Array:

@@ -1,7 +1,6 @@
 """The other operands of the TPU kernel in decode: where groups lie, x as codes come out, scales and zeros."""
 
 import dataclasses
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +38,6 @@ def segments_of(sizes, w: MixedTensor, groups: int) -> list[Segment]:
 def lift_of(bits: int, deep: bool) -> float:
     """What ``x . (128 + codes)`` of all planes counts too much, in units of the sum of x; see `unpack`."""
     return 128.0 * sum(16**i * (len(piece) if deep else 1) for i, piece in enumerate(pieces(bits)))
-
-
-def blocks_of(rows: int) -> list[slice]:
-    """The blocks that words are copied in; the first are smaller, so that work begins early."""
-    ends = [0, *(-(-rows * part // (16 * SUBLANES)) * SUBLANES for part in (3, 6, 10)), rows]
-    return [slice(start, end) for start, end in pairwise(ends) if start < end]
 
 
 def measure_rows(x_ref, middle_ref, w: MixedTensor, config: Config) -> None:
@@ -195,6 +188,11 @@ def _digits(x, count: int) -> jax.Array:
         found.insert(0, x)
         x = (x + 128) >> 8
     return jnp.concatenate(found)
+
+
+def zero_rows(w: MixedTensor) -> int:
+    """Rows in which zero codes are stored."""
+    return w.groups if zero_bits(w.widths) == 8 else -(-w.groups // 2)
 
 
 def zero_codes(stored, w: MixedTensor) -> jax.Array:

@@ -1,5 +1,6 @@
 """A step of the decode kernel's grid: where its operands lie, their copies, and what its sums begin with."""
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import scales
 from pallas_kernels.layout import MixedTensor
 from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, Config
+from pallas_kernels.tpu.cut import Cut, chosen
 from pallas_kernels.tpu.operands import (
-    blocks_of,
     correct,
     measure_groups,
     measure_rows,
     permutation,
     truncate,
     zero_codes,
+    zero_rows,
 )
 
 
@@ -66,55 +68,98 @@ class Memory(NamedTuple):
 
 
 class Tile:
-    """A step of the grid: its operands' copies, and what its sums begin with."""
+    """A step of the grid: its operands' copies, and what its sums begin with.
 
-    def __init__(self, memory: Memory, w: MixedTensor, config: Config) -> None:
-        self.memory, self.w, self.config = memory, w, config
+    Attributes:
+      begins: whether x is still as the last weight wants it, if there was one.
+      which: the weight that it is of.
+    """
+
+    def __init__(self, memory: Memory, w: MixedTensor, config: Config, cut: Cut) -> None:
+        self.memory, self.w, self.config, self.cut = memory, w, config, cut
         self.field = UNPACKS[config.unpack]
-        self.last = memory.words.shape[1] // LANES - 1
+        self.several = len(cut.sizes) > 1
         self.step, self.steps = pl.program_id(1), pl.num_programs(1)
         self.half = self.step % 2
-        self.blocks = blocks_of(memory.words.shape[0])
+        tile = self.number(self.step)
+        self.which = cut.weight(tile)[0]
+        self.begins = (self.step == 0) | cut.begins(tile) if self.several else self.step == 0
+
+    def number(self, step):  # type: ignore[no-untyped-def]
+        """Of the tile that a step of this core computes."""
+        return pl.program_id(0) * self.steps + step
+
+    @property
+    def sizes(self) -> Any:
+        """The weight's segments, in groups."""
+        return self.own(self.memory.sizes, len(self.w.widths))
+
+    @property
+    def order(self) -> Any:
+        """Of the weight's groups."""
+        return self.own(self.memory.order, self.w.groups)
+
+    def own(self, table, count: int):  # type: ignore[no-untyped-def]
+        """The weight's part of a table."""
+        return table.at[pl.ds(self.which * count, count)] if self.several else table
 
     def copy_columns(self, step, half, do: str) -> None:  # type: ignore[no-untyped-def]
         """ "start" or "wait": copies of one tile's scales, zeros and bias."""
-        memory, strips, last = self.memory, self.config.strips, self.last
-        tile, tiles = pl.program_id(0) * self.steps + step, pl.num_programs(0) * self.steps
-        widths = [(tile == tiles - 1, last % strips + 1)]  # in strips
-        if last >= strips:
-            widths.append((tile < tiles - 1, strips))
-        for mine, width in widths:
-            lanes = pl.ds(pl.multiple_of(tile * strips * LANES, LANES), width * LANES)
+        memory, tile = self.memory, self.number(step)
+        first = self.cut.first_strip(tile)
+        for mine, width in self.cut.widths(tile):
+            lanes = pl.ds(pl.multiple_of(first * LANES, LANES), width * LANES)
             for there, copy in zip(memory.columns, memory.column_copies, strict=True):
                 here = copy.at[half, :, pl.ds(0, width * LANES)]
-                arrived = memory.arrived.at[half, len(self.blocks)]
+                arrived = memory.arrived.at[half, len(self.cut.blocks)]
                 copying = pltpu.make_async_copy(there.at[:, lanes], here, arrived)
                 pl.when(mine)(getattr(copying, do))
 
     def start(self, step, half) -> None:  # type: ignore[no-untyped-def]
         """Copies of one tile's operands to half of the buffers, in the order of their use."""
         self.copy_columns(step, half, "start")
-        memory, strips = self.memory, self.config.strips
-        for r, rows in enumerate(self.blocks):
+        memory, strips, tile = self.memory, self.config.strips, self.number(step)
+        for r, rows in enumerate(self.cut.blocks):
 
             def strip(j, _, r=r, rows=rows):
-                first = (pl.program_id(0) * self.steps + step) * strips
-                at = jnp.minimum(first + j, self.last) * LANES
                 pltpu.make_async_copy(
-                    memory.words.at[rows, pl.ds(pl.multiple_of(at, LANES), LANES)],
+                    self._words(tile, j, rows),
                     memory.buffer.at[half, j, pl.ds(SUBLANES + rows.start, rows.stop - rows.start)],
                     memory.arrived.at[half, r],
                 ).start()
 
-            # The first is a loop lest the compiler move the copy of x behind all these.
-            lax.fori_loop(0, strips, strip, None, unroll=strips if r else min(strips, 8))
+            def all_strips(r=r, strip=strip):
+                # The first is a loop lest the compiler move the copy of x behind all these.
+                lax.fori_loop(0, strips, strip, None, unroll=strips if r else min(strips, 8))
+
+            pl.when(self._has(rows, tile))(all_strips)
+
+    def _words(self, tile, j, rows: slice):  # type: ignore[no-untyped-def]
+        """A block of a strip's words; one past the end is the last.
+
+        Of several weights, strips of words lie one under the other.
+        """
+        (which, place), cut, words = self.cut.weight(tile), self.cut, self.memory.words
+        strip = jnp.minimum(place * cut.strips + j, chosen(which, cut.strips_of) - 1)
+        if not self.several:
+            return words.at[rows, pl.ds(pl.multiple_of(strip * LANES, LANES), LANES)]
+        firsts = accumulate((n * rows for n, rows in zip(cut.strips_of[:-1], cut.rows)), initial=0)
+        first = chosen(which, list(firsts)) + strip * chosen(which, cut.rows) + rows.start
+        return words.at[pl.ds(pl.multiple_of(first, SUBLANES), rows.stop - rows.start)]
+
+    def _has(self, rows: slice, tile):  # type: ignore[no-untyped-def]
+        """Whether a tile's weight has these rows of words."""
+        have = [rows.start < own for own in self.cut.rows]
+        return True if all(have) else chosen(self.cut.weight(tile)[0], [jnp.bool_(one) for one in have])
 
     def wait(self, have, need):  # type: ignore[no-untyped-def]
         """For blocks of rows that begin from row ``have`` to before row ``need``."""
-        for r, rows in enumerate(self.blocks):
+        for r, rows in enumerate(self.cut.blocks):
             place = pl.ds(SUBLANES + rows.start, rows.stop - rows.start)
             there = self.memory.buffer.at[self.half, :, place]
             wanted = (rows.start >= have) & (rows.start < need)
+            if (has := self._has(rows, self.number(self.step))) is not True:
+                wanted = wanted & has
             arrived = self.memory.arrived.at[self.half, r]
             pl.when(wanted)(pltpu.make_async_copy(there, there, arrived).wait)
         return jnp.maximum(have, need)
@@ -133,8 +178,13 @@ class Tile:
             measure_rows(m.x, m.middle, w, config)
         copies[1].wait()
         copies[2].wait()
+        self.measure_groups()
+
+    def measure_groups(self) -> None:
+        """Of what size x is in each of the weight's groups."""
+        m = self.memory
         if self.field == 8:
-            measure_groups(m.order, m.x, m.middle, m.unit, w, config)
+            measure_groups(self.order, m.x, m.middle, m.unit, self.w, self.config)
 
     def begin_with_zeros(self) -> None:
         """What zero points, and the 128 of 16-bit fields, take away; scales are laid out by strips."""
@@ -142,11 +192,11 @@ class Tile:
         lifted, sums = m.sums[0], m.sums[1]
         for j in range(0, config.strips, config.join):
             lanes = slice(j * LANES, (j + config.join) * LANES)
-            scale = scales.decoded(m.column_copies[0][self.half, :, lanes])  # [G, join * 128]
+            scale = scales.decoded(m.column_copies[0][self.half, : self.w.groups, lanes])  # [G, join * 128]
             for i in range(config.join):
                 part = scale[:, i * LANES : (i + 1) * LANES]
                 m.scale_rows[j + i] = part * m.unit[...] if self.field == 8 else part
-            zero = zero_codes(m.column_copies[1][self.half, :, lanes], self.w)
+            zero = zero_codes(m.column_copies[1][self.half, : zero_rows(self.w), lanes], self.w)
             offset = scale * zero.astype(jnp.float32)
             high = truncate(offset)  # scales have 8 bits and zero codes up to 8: the rest fits bfloat16, too
             past = correct(sums, [high, high, offset - high])
