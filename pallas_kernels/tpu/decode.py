@@ -247,10 +247,11 @@ def _cut(weight: MixedTensor | Layers, strips: int, join: int) -> Cut:
 def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, interpret) -> jax.Array:
     w, number, (segments, order, *arrays) = _layers(weight)
     m, g, u = x.shape[0], w.group_size, config.groups
-    x = padded(x, SUBLANES if m <= SUBLANES else 16, w.groups * g)
+    # A row alone, of whole registers, is taken as it is: padding it would be a launch.
+    x = padded(x, 1 if m == 1 else SUBLANES if m <= SUBLANES else 16, w.groups * g)
     if g % LANES:  # groups begin within registers
         x = x.reshape(x.shape[0], w.groups, g).swapaxes(0, 1)
-    rows = x.shape[-2]
+    rows = max(x.shape[-2], SUBLANES)
     if x.dtype != jnp.float32 and rows == SUBLANES:
         x = x.astype(jnp.float32)  # registers of bfloat16 have 16 rows
 
@@ -273,9 +274,11 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
     known = segments[0, : len(w.widths)] if isinstance(segments, np.ndarray) else None
     trips = None if known is None else tuple(map(int, known))
     biases = [] if bias is None else [concatenate([padded(b, 1, LANES) for b in split(bias, cut.sizes)], 1)]
+    if not interpret:
+        arrays = [stay(a) for a in arrays]
     arguments = [segments, order, x, *arrays, *biases]
     heights = [(a.shape[-2], a.dtype) for a in (*arrays[1:], *biases)]
-    scratch = _scratch(x, cut, heights, w, config, buffer_rows)
+    scratch = _scratch(x, rows, cut, heights, w, config, buffer_rows)
     held = sum(_padded_bytes(a) for a in scratch if a.memory_space == pltpu.VMEM)
     if held + 2 * rows * columns * 4 > WORD_BYTES + OTHER_BYTES:  # the result has two buffers
         raise NotImplementedError(f"{m} rows of {w.shape[0]} channels do not fit into VMEM")
@@ -305,9 +308,9 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
     return y if alone else jnp.concatenate(cut.results(y), axis=1)
 
 
-def _scratch(x: jax.Array, cut: Cut, heights, w: MixedTensor, config: Config, buffer_rows: int):
+def _scratch(x: jax.Array, rows: int, cut: Cut, heights, w: MixedTensor, config: Config, buffer_rows: int):
     """What :func:`_kernel` works in: sizes, order and x; the columns' operands twice, and so on."""
-    rows, columns, g, weights = x.shape[-2], cut.strips * LANES, w.group_size, len(cut.sizes)
+    columns, g, weights = cut.strips * LANES, w.group_size, len(cut.sizes)
     exact = jnp.int8 if config.unpack == "int8" else jnp.bfloat16
     digits = config.digits if config.unpack == "int8" else 1
     return [
@@ -331,6 +334,14 @@ def _scratch(x: jax.Array, cut: Cut, heights, w: MixedTensor, config: Config, bu
 def split(bias: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """Of each weight, from ``[1, N]`` of all."""
     return jnp.split(bias, np.cumsum(sizes[:-1]).tolist(), axis=1)
+
+
+def stay(a: jax.Array) -> jax.Array:
+    """An operand that XLA leaves in the device's memory.
+
+    Left to itself it brings what fits into VMEM before a kernel starts: scales of all layers for that of one.
+    """
+    return pltpu.with_memory_space_constraint(a, pltpu.HBM)
 
 
 def _padded_bytes(scratch) -> int:

@@ -154,10 +154,13 @@ def prepare(
 
 
 def _load(x_ref, group, group_size: int) -> jax.Array:
-    """float32 ``[rows, g]``."""
+    """float32 ``[rows, g]``; of a single row 8 that are alike."""
     if len(x_ref.shape) == 3:
-        return x_ref[group].astype(jnp.float32)
-    return x_ref[:, pl.ds(pl.multiple_of(group * group_size, LANES), group_size)].astype(jnp.float32)
+        x = x_ref[group]
+    else:
+        x = x_ref[:, pl.ds(pl.multiple_of(group * group_size, LANES), group_size)]
+    x = x.astype(jnp.float32)
+    return x if x.shape[0] > 1 else jnp.broadcast_to(x, (SUBLANES, group_size))
 
 
 def _across(x, lanes: int) -> jax.Array:
