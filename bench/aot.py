@@ -18,7 +18,7 @@ import dataclasses
 import json
 from typing import Any
 
-from bench import aot_gpu, aot_tpu
+from bench import aot_gpu, aot_token, aot_tpu
 from bench.shapes import SHAPES
 from pallas_kernels.devices import BY_SHORT_NAME, Device
 from pallas_kernels.layout import group_count
@@ -150,14 +150,17 @@ def decoder_row(target: str) -> Row:
     """A whole decode step: whether it compiles, and the memory that it needs.
 
     On a GPU also what each block adds to the launches, and what a token takes if every byte is read once at
-    the datasheet's bandwidth and a launch costs :data:`LAUNCH_US` beside that: an estimate, and no time.
+    the datasheet's bandwidth and a launch costs :data:`LAUNCH_US` beside that; on a TPU what it takes by
+    `bench.aot_token`: estimates, and no times.
     """
     gpu = target in aot_gpu.targets()
     whole = _decoder(target)
     sizes = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
     row = {"target": target, "error": whole["error"], **{size: whole.get(size) for size in sizes}}
-    if not gpu or whole["error"]:
+    if whole["error"]:
         return row
+    if not gpu:
+        return row | (aot_token.as_row(target, whole) if aot_tpu.TARGETS[target].estimates else {})
     bandwidth = aot_gpu.device(target).bandwidth
     assert bandwidth is not None
     floor_us = 1e6 * whole["argument_bytes"] / bandwidth
@@ -200,8 +203,11 @@ def _line(row: Row) -> str:
 def _decoder_line(row: Row) -> str:
     sizes = [f"{key} {row[key] / 2**30:.2f} GiB" for key in row if key.endswith("bytes") and row[key]]
     if "launches" in row:
-        ratio = row["token_us"] / row["floor_us"]
         sizes.append(f"{row['launches']} launches, {row['launches_per_block']} a block")
+    if "parts_us" in row:
+        sizes.append(", ".join(f"{name} {us:.0f} us" for name, us in row["parts_us"].items()))
+    if "token_us" in row:
+        ratio = row["token_us"] / row["floor_us"]
         sizes.append(f"{row['token_us']:.0f} us a token by estimate, {ratio:.2f} x the floor")
     return ", ".join(sizes)
 

@@ -68,6 +68,26 @@ def decode_step(
     return jax.jit(step, donate_argnums=2), (outer, blocks, state, tokens)  # the cache is written in place
 
 
+def tpu_products(bits: int = 2, group_size: int = 128) -> dict[str, tuple[int, dict[str, Any]]]:
+    """What multiplies in :func:`decode_step` on a TPU: how often, and arguments of `bench.aot_tpu.packed`."""
+    c = LLAMA_2_7B
+    shapes = {
+        "qkv": (c.hidden_size, c.hidden_size, 3),
+        "o": (c.hidden_size, c.hidden_size, 1),
+        "gate, up": (c.hidden_size, c.intermediate_size, 2),
+        "down": (c.intermediate_size, c.hidden_size, 1),
+    }
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    for name, (k, n, weights) in shapes.items():
+        mixed = _mixed((k, n), bits, group_size)
+        sizes = {"widths": mixed.widths, "segments": _segments(k, group_size), "weights": weights}
+        found[name] = c.num_layers, {"k": k, "n": n, "layers": c.num_layers, **sizes}
+    head = {"widths": (bits + TABLE_BITS,), "segments": (group_count(c.hidden_size, group_size),)}
+    found["head"] = 1, {"k": c.hidden_size, "n": c.vocab_size, **head}
+    common = {"m": 1, "group_size": group_size, "constant": True}
+    return {name: (count, common | arguments) for name, (count, arguments) in found.items()}
+
+
 def _packed_model(config: DecoderConfig, bits: int, group_size: int) -> Decoder:
     """The decoder as it is loaded, of shapes alone."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -91,12 +111,16 @@ def _packed_model(config: DecoderConfig, bits: int, group_size: int) -> Decoder:
 
 
 def _mixed(shape: tuple[int, int], bits: int, group_size: int) -> MixedTensor:
-    groups = group_count(shape[0], group_size)
-    quarter = groups // 4
     return abstract_tensor(
         shape,
         widths=(bits - 1, bits, bits + 1),
-        segments=(quarter, groups - 2 * quarter, quarter),
+        segments=_segments(shape[0], group_size),
         group_size=group_size,
         dtype=jnp.bfloat16,
     )
+
+
+def _segments(k: int, group_size: int) -> tuple[int, int, int]:
+    groups = group_count(k, group_size)
+    quarter = groups // 4
+    return quarter, groups - 2 * quarter, quarter

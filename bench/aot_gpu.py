@@ -16,7 +16,6 @@ import argparse
 import collections
 import importlib
 import json
-import math
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.hlo import kernels_of
 from pallas_kernels import devices
 from pallas_kernels.devices import Device, find
 
@@ -190,31 +190,6 @@ def _child(target: str, builder: str, arguments: dict, directory: str, kernels: 
         "written_bytes": written,
     }
     Path(directory, "result.json").write_text(json.dumps(result))
-
-
-def kernels_of(hlo: str) -> tuple[int, int, int]:
-    """How many kernels an optimized HLO program launches, and what bytes they read and write.
-
-    Every operand of each is counted once. XLA's ``cost_analysis`` says nothing for a device that is not
-    there. This count takes intermediates as memory traffic although most stay in the L2 cache, and a loop
-    for one kernel.
-    """
-    entry = hlo[hlo.index("ENTRY") :]
-    entry = entry[: entry.index("\n}")]
-    size: dict[str, int] = {}
-    launches = read = written = 0
-    for name, shape, opcode, operands in re.findall(
-        r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", entry, re.MULTILINE
-    ):
-        size[name] = sum(
-            math.prod(int(d) for d in dims.split(",") if d) * (int(re.sub(r"\D", "", kind) or 8) // 8)
-            for kind, dims in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", shape)
-        )
-        if opcode not in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element"):
-            launches += not opcode.endswith("-done")  # the end of what a "-start" began
-            read += sum(size.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
-            written += size[name]
-    return launches, read, written
 
 
 def grids(jaxpr: Any) -> dict[str, list[list[int]]]:

@@ -13,9 +13,7 @@ Estimates are static: they rank variants well, but are too optimistic about memo
 """
 
 import argparse
-import collections
 import dataclasses
-import glob
 import importlib
 import json
 import os
@@ -28,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.aot_gpu import kernels_of
+from bench import llo
+from bench.hlo import brought_bytes, kernels_of, looped
 from pallas_kernels.devices import BY_SHORT_NAME
 from pallas_kernels.devices import target as target_of_program
 
@@ -77,6 +76,8 @@ class Record:
       temp_bytes: HBM that the program needs beside them.
       alias_bytes: results that lie where donated arguments were.
       launches: operations of the program, Pallas kernels among them, of which a loop counts as one.
+      brought_bytes: copied to VMEM by XLA ahead of their use, of a loop in one round.
+      looped: names of the operations in loops.
       vmem_bytes: the most that one kernel takes.
       spills: register spills, all kernels.
       bundles: instruction bundles, all kernels; a bundle in a loop counts once.
@@ -95,6 +96,8 @@ class Record:
     temp_bytes: int | None = None
     alias_bytes: int | None = None
     launches: int | None = None
+    brought_bytes: int | None = None
+    looped: list[str] | None = None
     vmem_bytes: int | None = None
     spills: int | None = None
     bundles: int | None = None
@@ -131,29 +134,46 @@ def compile_for(
     error = "libtpu left no report"
     estimated: Record | None = None
     for estimating in (True, False) if estimate and TARGETS[target].estimates else (False,):
-        with tempfile.TemporaryDirectory(prefix="aot_tpu_") as dump:
-            try:
-                child = subprocess.run(
-                    [sys.executable, "-m", "bench.aot_tpu", "--child", json.dumps(request)],
-                    capture_output=True,
-                    text=True,
-                    timeout=timeout,
-                    env=_environment(dump, estimating),
-                )
-            except subprocess.TimeoutExpired:
-                return Record(target, error=f"the compiler took more than {timeout:.0f} s")
-            if found := re.search(r"^@@(.*)$", child.stdout, re.M):
-                record = _record(target, json.loads(found[1]), _kernels(dump))
-                if estimated is not None:  # compiled for an estimate, libtpu leaves kernels out of its bytes
-                    return dataclasses.replace(estimated, bytes=record.bytes)
-                if not estimating:
-                    return record
-                estimated = record
-                continue
-            error = _reason(child.stderr)
+        try:
+            child, kernels = _compiled(request, timeout, estimating)
+        except subprocess.TimeoutExpired:
+            return Record(target, error=f"the compiler took more than {timeout:.0f} s")
+        if found := re.search(r"^@@(.*)$", child.stdout, re.M):
+            record = _record(target, json.loads(found[1]), kernels)
+            if estimated is not None:  # compiled for an estimate, libtpu leaves kernels out of its bytes
+                return dataclasses.replace(estimated, bytes=record.bytes)
+            if not estimating:
+                return record
+            estimated = record
+            continue
+        error = _reason(child.stderr)
         if child.returncode >= 0:  # an exception, no abort: it would come again
             break
     return estimated or Record(target, error=error)
+
+
+def operations(
+    target: str, builder: str, arguments: dict[str, Any], timeout: float = 1800.0
+) -> dict[str, int]:
+    """Estimated cycles of a program's operations, also where it lacks room for what estimating wants."""
+    request = {"target": target, "builder": builder, "arguments": arguments}
+    found = {
+        name: kernel["estimated_cycles"] for name, kernel in _compiled(request, timeout, True)[1].items()
+    }
+    return {name: cycles for name, cycles in found.items() if cycles is not None}
+
+
+def _compiled(request: dict[str, Any], timeout: float, estimating: bool):  # type: ignore[no-untyped-def]
+    """A process that compiled, and what libtpu reports of the kernels."""
+    with tempfile.TemporaryDirectory(prefix="aot_tpu_") as dump:
+        child = subprocess.run(
+            [sys.executable, "-m", "bench.aot_tpu", "--child", json.dumps(request)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=_environment(dump, estimating),
+        )
+        return child, llo.kernels(dump)
 
 
 def _environment(dump: str, estimate: bool) -> dict[str, str]:
@@ -215,51 +235,10 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "launches": kernels_of(hlo)[0],
+        "brought_bytes": brought_bytes(hlo),
+        "looped": looped(hlo),
         "vmem_bytes": max(map(int, vmem), default=None),
     }
-
-
-def _kernels(dump: str) -> dict[str, dict[str, Any]]:
-    """Bundles, operations by unit, spills and estimated cycles of every kernel, from libtpu's reports."""
-    kernels: dict[str, dict[str, Any]] = {}
-    for path in sorted(glob.glob(f"{dump}/*final_hlo-static-per-bundle-utilization.txt")):
-        name = re.sub(r"-\d+-final_hlo.*", "", os.path.basename(path).split("-", 1)[1])
-        if name.startswith(("<late", "TLP")):  # the program around the kernels
-            continue
-        with open(path) as file:
-            text = file.read()
-        header = re.search(r"MXU, .*", text)
-        assert header is not None, f"libtpu changed the format of {path}"
-        units = [unit.strip() for unit in header[0].split(",")]
-        table = text.split("== UTILIZATION:")[1].split("\n")
-        rows = [list(map(int, line.split())) for line in table if re.fullmatch(r"[\d ]+", line)]
-        used = {unit: sum(row[i] for row in rows) for i, unit in enumerate(units)}
-        kernels[name] = {
-            "bundles": len(rows),
-            "bundles_by_loop_depth": _depths(dump, name),
-            "operations": {unit: count for unit, count in used.items() if count},
-            "spills": used.get("VSTORE:SPILL", 0),
-            "estimated_cycles": None,
-        }
-    for path in glob.glob(f"{dump}/profile/*.textproto"):
-        with open(path) as file:
-            text = file.read()
-        for name, cycles in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
-            kernels.setdefault(name, {})["estimated_cycles"] = int(cycles)
-    return kernels
-
-
-def _depths(dump: str, kernel: str) -> dict[str, int]:
-    """Bundles by loop depth; depth 1 is the grid."""
-    depth: collections.Counter[str] = collections.Counter()
-    for path in glob.glob(f"{dump}/*-{glob.escape(kernel)}-*final_bundles.txt"):
-        if "schedule" in path or "gap" in path:
-            continue
-        with open(path) as file:
-            for line in file:
-                if found := re.match(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*((?:> ?)*)\{", line):
-                    depth[str(found[1].count(">"))] += 1
-    return dict(sorted(depth.items()))
 
 
 def _record(target: str, said: dict[str, Any], kernels: dict[str, dict[str, Any]]) -> Record:

@@ -14,6 +14,7 @@ from pallas_kernels.layout import MixedTensor, stack, zero_bits
 from pallas_kernels.planes import WORD_BITS
 from pallas_kernels.prepared import Prepared, fit_together
 from pallas_kernels.tpu.config import LANES, SUBLANES
+from pallas_kernels.tpu.lookup import MOST, columns_of
 
 REGISTER_ROWS = 32
 """Of a register of bytes."""
@@ -75,8 +76,21 @@ class Layers(Prepared):
         return found
 
     def columns(self, index: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        (w,) = self.weights()
-        return w.columns(index, dtype)
+        (w,), flat = self.weights(), index.reshape(-1)
+        if flat.size > MOST:
+            return w.columns(index, dtype)
+        whole = lax.dynamic_index_in_dim(self.words, 0 if self.layer is None else self.layer, keepdims=False)
+        words = lax.platform_dependent(
+            whole, flat, tpu=columns_of, default=lambda words, index: words[:, index]
+        )
+        some = dataclasses.replace(
+            w,
+            words=words[: self.rows[0]],
+            scale=w.scale[:, flat],
+            zero=w.zero[:, flat],
+            shape=(w.shape[0], flat.size),
+        )
+        return some.dequantize(dtype).T.reshape(*index.shape, w.shape[0])
 
 
 def joinable(weights: Sequence[MixedTensor]) -> bool:

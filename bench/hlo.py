@@ -1,0 +1,59 @@
+"""What an optimized HLO program, as XLA prints it, says of what it will do."""
+
+import math
+import re
+
+OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", re.MULTILINE)
+FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
+"""Operations that do nothing."""
+
+
+def kernels_of(hlo: str) -> tuple[int, int, int]:
+    """How many kernels a program launches, and what bytes they read and write.
+
+    Every operand of each is counted once. XLA's ``cost_analysis`` says nothing for a device that is not
+    there. This count takes intermediates as memory traffic although most stay in the L2 cache, and a loop
+    for one kernel.
+    """
+    entry = hlo[hlo.index("ENTRY") :]
+    entry = entry[: entry.index("\n}")]
+    size: dict[str, int] = {}
+    launches = read = written = 0
+    for name, shape, opcode, operands in OPERATION.findall(entry):
+        size[name] = bytes_of(shape)
+        if opcode not in FREE:
+            launches += not opcode.endswith("-done")  # the end of what a "-start" began
+            read += sum(size.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
+            written += size[name]
+    return launches, read, written
+
+
+def bytes_of(shape: str) -> int:
+    """Of all arrays in a shape."""
+    return sum(
+        math.prod(int(d) for d in dims.split(",") if d) * (int(re.sub(r"\D", "", kind) or 8) // 8)
+        for kind, dims in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", shape)
+    )
+
+
+def looped(hlo: str) -> list[str]:
+    """Names of the operations in the bodies of a program's loops."""
+    bodies = re.findall(r"body=%?([\w.-]+)", hlo)
+    return [
+        name
+        for body in bodies
+        for name, _, opcode, _ in OPERATION.findall(_computation(hlo, body))
+        if opcode not in FREE
+    ]
+
+
+def brought_bytes(hlo: str) -> int:
+    """What a TPU's program copies from memory to VMEM ahead of its use, of a loop one round."""
+    done = [row for row in OPERATION.findall(hlo) if row[2] in ("copy-done", "slice-done")]
+    return sum(bytes_of(shape) for _, shape, _, _ in done if "S(1)}" in shape)
+
+
+def _computation(hlo: str, name: str) -> str:
+    start = re.search(rf"^%?{re.escape(name)} \(", hlo, re.MULTILINE)
+    assert start is not None, f"the program has no computation {name}"
+    return hlo[start.start() : hlo.index("\n}", start.start())]
