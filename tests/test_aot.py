@@ -33,12 +33,24 @@ def test_tpu_decode_with_segment_sizes_as_data(target):
     assert record.error is None
 
 
+def test_tpu_weights_side_by_side():
+    """Alone, each takes 9,436: their product's beginning and end, and a number of the layer to wait for."""
+    arguments = {**SHAPE, "m": 1, "weights": 3, "layers": 2, "constant": True}
+    record = aot_tpu.compile_for("v6e", "bench.aot_tpu:packed", arguments)
+    assert record.error is None
+    assert record.kernels["mixed_matmul_decode.1"]["estimated_cycles"] <= 25_200
+
+
 def test_tpu_decoder_copies_neither_words_nor_cache():
-    """Scanned layers are read, and slots written, where they lie: a cache has 64 MiB a layer."""
+    """Scanned layers are read, and slots written, where they lie.
+
+    A cache has 64 MiB a layer, the embedding 64, and both layers' scales and zeros 4.
+    """
     arguments = {"implementation": "mosaic_tpu", "layers": 2}
     record = aot_tpu.compile_for("v5e", "bench.aot_decoder:decode_step", arguments, estimate=False)
     assert record.error is None
     assert record.temp_bytes <= 4 * 2**20
+    assert record.brought_bytes <= 3 * 2**20
 
 
 def test_tpu_over_four_devices():
