@@ -75,7 +75,7 @@ class SlimConfig:
       tune_epochs: of tuning, passes over its samples.
       tune_batch_size: samples of one of its steps.
       tune_rate: learning rate of tuning, of the logarithms of scales and gains. By default 2e-3 below 3
-        bits, and a quarter of it with every further one, by measurement at 2, 3 and 4 (docs/quality.md).
+        bits, and a quarter of it with every further one, by measurement at 2, 3 and 4 (docs/tried.md).
       rules: what holds for some layers of the blocks instead, ``(pattern, options)`` each, see
         `slim_jax.rules.Rule`, such as ``[("blocks.0.*", "skip"), ("*.mlp.down", {"bits": 3})]``. The first
         that matches a layer's name holds, alone. ``bits`` above is then the mean of the layers to which no
@@ -231,7 +231,7 @@ class SlimConfig:
         """The bit widths that a layer may hold.
 
         Over the whole model a whole mean is every group's width, and a fraction is met by its whole part
-        and wider ones: groups below it cost more than is foretold (docs/quality.md).
+        and wider ones: groups below it cost more than is foretold (docs/tried.md).
         """
         if self.over_model:
             lowest, highest = math.floor(self.bits), math.ceil(self.bits) + 2

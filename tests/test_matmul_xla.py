@@ -136,8 +136,19 @@ def test_weights_that_do_not_fit_together_are_not_joined():
     other, _ = random_weight(64, 64, 32, [1, 2])
     for second in (narrow, other):
         assert prepare_joined([[w, second]], implementation="xla") is None
-    assert prepare_joined([[w, w]], implementation=("mosaic_tpu", "xla")) is None
-    assert prepare_joined([[w, w]], implementation="xla").shape == (96, 128)
+    assert prepare_joined([[w, other]], implementation="mosaic_tpu") is None
+    for name in ("xla", "mosaic_tpu"):
+        assert prepare_joined([[w, w]], implementation=name).shape == (96, 128)
+
+
+def test_weights_joined_for_a_tpu_are_multiplied_elsewhere():
+    """A program that was prepared for a TPU runs on a CPU, and its gradient too."""
+    made = [random_weight(96, n, 32, bits, n) for n, bits in ((64, [1, 2, 3]), (40, [3, 2, 2]))]
+    dense, x = np.concatenate([dense for _, dense in made], axis=1), random_x(3, 96)
+    w = prepare_joined([[w for w, _ in made]], implementation="mosaic_tpu")
+    product = jax.jit(lambda x: mixed_matmul(x, w, implementation=("mosaic_tpu", "xla")))
+    TestXla().assert_close(product(x), x, dense)
+    TestXla().assert_close(jax.grad(lambda x: product(x).sum())(x), jnp.ones((3, 104)), dense.T)
 
 
 def test_columns_of_a_weight_in_tiles(monkeypatch):

@@ -71,7 +71,7 @@ class Tile:
     """A step of the grid: its operands' copies, and what its sums begin with.
 
     Attributes:
-      begins: whether x is still as the last weight wants it, if there was one.
+      begins: whether x is not yet in the order of its weight.
       which: the weight that it is of.
     """
 
@@ -143,7 +143,7 @@ class Tile:
         strip = jnp.minimum(place * cut.strips + j, chosen(which, cut.strips_of) - 1)
         if not self.several:
             return words.at[rows, pl.ds(pl.multiple_of(strip * LANES, LANES), LANES)]
-        firsts = accumulate((n * rows for n, rows in zip(cut.strips_of[:-1], cut.rows)), initial=0)
+        firsts = accumulate((n * height for n, height in zip(cut.strips_of[:-1], cut.rows)), initial=0)
         first = chosen(which, list(firsts)) + strip * chosen(which, cut.rows) + rows.start
         return words.at[pl.ds(pl.multiple_of(first, SUBLANES), rows.stop - rows.start)]
 

@@ -26,7 +26,7 @@ TUNING = 6.0
 """Operations for each weight and token of a step: forward, and twice on the way back."""
 
 LEARNING = 5.0
-"""The same of an epoch of "slim-plus", by its time beside the full-precision gradient's (docs/quality.md)."""
+"""The same of an epoch of "slim-plus", by its time beside the full-precision gradient's (docs/tried.md)."""
 
 LARGEST = 2048
 """Rows and columns of the matrix whose product is timed, at most."""

@@ -42,7 +42,7 @@ def default_optimizer(config: SlimConfig, steps: int) -> optax.GradientTransform
     """AdamW without weight decay; rates fall along a cosine to a twentieth over ``steps``.
 
     Clipping learns at a constant rate, as in the paper's code. ``learning_rate`` is that of clipping
-    parameters; codes, logarithms of scales and zero points move at 0.8, 0.6 and 0.5 of it (docs/quality.md).
+    parameters; codes, logarithms of scales and zero points move at 0.8, 0.6 and 0.5 of it (docs/tried.md).
     Equal arguments give the same object, so that steps compiled with it serve again.
     """
     rate = config.learning_rate
