@@ -25,6 +25,7 @@ UNCHECKED = (
     "pallas_kernels.prepared",
     "pallas_kernels.steps",
     "pallas_kernels.gpu.joined",
+    "pallas_kernels.tpu.layers",
     "slim_jax.model.cache",
     "slim_jax.model.sampling",
     # Tests describe devices that are not here by records that look like JAX's.
