@@ -235,18 +235,32 @@ def _layers(w: MixedTensor | Layers) -> tuple[MixedTensor, list[jax.Array], list
     return w, [], [a[None] for a in (w.segments, w.order, *found)]
 
 
-def _cut(weight: MixedTensor | Layers, strips: int, join: int) -> Cut:
-    """The tiles of a weight, or of several, of at most so many strips."""
-    if isinstance(weight, MixedTensor):
-        return Cut((weight.shape[1],), (whole(weight.words.shape[0], SUBLANES),), strips)
-    rows = tuple(whole(rows, SUBLANES) for rows in weight.rows)
-    alone = len(weight.sizes) == 1
-    return Cut(weight.sizes, rows, strips if alone else strips_for(weight.sizes, strips, join))
+def _fitting(weight: MixedTensor | Layers, w: MixedTensor, config: Config) -> tuple[Cut, int]:
+    """Tiles of a weight, or of several, whose words fit into VMEM twice; and rows of a strip's words there.
+
+    Raises:
+      NotImplementedError: even the narrowest do not fit.
+    """
+    rows = (weight.words.shape[0],) if isinstance(weight, MixedTensor) else weight.rows
+    rows = tuple(whole(height, SUBLANES) for height in rows)
+    sizes = weight.sizes if isinstance(weight, Layers) else (weight.shape[1],)
+    # A chunk may go on past the end of its segment, and a load of 8 rows begin before its group.
+    buffer_rows = max(rows) + config.groups * w.group_size * max(w.widths) // WORD_BITS + 2 * SUBLANES
+    strips = config.strips
+    while strips > config.join and 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
+        strips = max(config.join, strips // 2 // config.join * config.join)
+    if 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
+        raise NotImplementedError(
+            f"{config.join * LANES} columns of {w.shape[0]} channels do not fit into VMEM"
+        )
+    return Cut(
+        sizes, rows, strips if len(sizes) == 1 else strips_for(sizes, strips, config.join)
+    ), buffer_rows
 
 
 def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, interpret) -> jax.Array:
     w, number, (segments, order, *arrays) = _layers(weight)
-    m, g, u = x.shape[0], w.group_size, config.groups
+    m, g = x.shape[0], w.group_size
     # A row alone, of whole registers, is taken as it is: padding it would be a launch.
     x = padded(x, 1 if m == 1 else SUBLANES if m <= SUBLANES else 16, w.groups * g)
     if g % LANES:  # groups begin within registers
@@ -255,16 +269,7 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
     if x.dtype != jnp.float32 and rows == SUBLANES:
         x = x.astype(jnp.float32)  # registers of bfloat16 have 16 rows
 
-    # A chunk may go on past the end of its segment, and a load of 8 rows begin before its group.
-    strips, cut = config.strips, _cut(weight, config.strips, config.join)
-    buffer_rows = max(cut.rows) + u * g * max(w.widths) // WORD_BITS + 2 * SUBLANES
-    while strips > config.join and 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
-        strips = max(config.join, strips // 2 // config.join * config.join)
-    if 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
-        raise NotImplementedError(
-            f"{config.join * LANES} columns of {w.shape[0]} channels do not fit into VMEM"
-        )
-    cut = _cut(weight, strips, config.join)
+    cut, buffer_rows = _fitting(weight, w, config)
     config = dataclasses.replace(config, strips=cut.strips)
     columns = cut.strips * LANES
     cores = config.cores if cut.tiles % config.cores == 0 else 1

@@ -79,9 +79,9 @@ class Layers(Prepared):
         (w,), flat = self.weights(), index.reshape(-1)
         if flat.size > MOST:
             return w.columns(index, dtype)
-        whole = lax.dynamic_index_in_dim(self.words, 0 if self.layer is None else self.layer, keepdims=False)
+        table = lax.dynamic_index_in_dim(self.words, 0 if self.layer is None else self.layer, keepdims=False)
         words = lax.platform_dependent(
-            whole, flat, tpu=columns_of, default=lambda words, index: words[:, index]
+            table, flat, tpu=columns_of, default=lambda words, index: words[:, index]
         )
         some = dataclasses.replace(
             w,
