@@ -34,7 +34,7 @@ def test_tpu_decode_with_segment_sizes_as_data(target):
 
 
 def test_tpu_weights_side_by_side():
-    """Alone, each takes 9,436: their product's beginning and end, and a number of the layer to wait for."""
+    """Alone, each takes 8,918: their product's beginning and end, and a number of the layer to wait for."""
     arguments = {**SHAPE, "m": 1, "weights": 3, "layers": 2, "constant": True}
     record = aot_tpu.compile_for("v6e", "bench.aot_tpu:packed", arguments)
     assert record.error is None

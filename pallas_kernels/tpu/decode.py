@@ -279,8 +279,6 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
     known = segments[0, : len(w.widths)] if isinstance(segments, np.ndarray) else None
     trips = None if known is None else tuple(map(int, known))
     biases = [] if bias is None else [concatenate([padded(b, 1, LANES) for b in split(bias, cut.sizes)], 1)]
-    if not interpret:
-        arrays = [stay(a) for a in arrays]
     arguments = [segments, order, x, *arrays, *biases]
     heights = [(a.shape[-2], a.dtype) for a in (*arrays[1:], *biases)]
     scratch = _scratch(x, rows, cut, heights, w, config, buffer_rows)
@@ -309,7 +307,7 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
         ),
         cost_estimate=_cost(m, weight.shape, arguments, layers=arrays[0].shape[0]),
         interpret=interpret,
-    )(*number, *arguments)
+    )(*number, *(arguments if interpret else map(stay, arguments)))
     return y if alone else jnp.concatenate(cut.results(y), axis=1)
 
 
