@@ -193,11 +193,6 @@ def _digits(x, count: int) -> jax.Array:
     return jnp.concatenate(found)
 
 
-def zero_rows(w: MixedTensor) -> int:
-    """Rows in which zero codes are stored."""
-    return w.groups if zero_bits(w.widths) == 8 else -(-w.groups // 2)
-
-
 def zero_codes(stored, w: MixedTensor) -> jax.Array:
     """int32 ``[G, columns]`` of columns of ``w.zero``, in registers."""
     zero = stored.astype(jnp.int32)

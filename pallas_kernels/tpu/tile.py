@@ -19,7 +19,6 @@ from pallas_kernels.tpu.operands import (
     permutation,
     truncate,
     zero_codes,
-    zero_rows,
 )
 
 
@@ -196,7 +195,7 @@ class Tile:
             for i in range(config.join):
                 part = scale[:, i * LANES : (i + 1) * LANES]
                 m.scale_rows[j + i] = part * m.unit[...] if self.field == 8 else part
-            zero = zero_codes(m.column_copies[1][self.half, : zero_rows(self.w), lanes], self.w)
+            zero = zero_codes(m.column_copies[1][self.half, : self.w.zero.shape[-2], lanes], self.w)
             offset = scale * zero.astype(jnp.float32)
             high = truncate(offset)  # scales have 8 bits and zero codes up to 8: the rest fits bfloat16, too
             past = correct(sums, [high, high, offset - high])
