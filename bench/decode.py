@@ -82,10 +82,8 @@ def random_table(name: str, value: Any, bits: int, rng: np.random.Generator) -> 
     if name not in ("embed", "head.weight"):
         return value
     k, n = value.shape[::-1] if name == "embed" else value.shape
-    settings = SlimConfig(bits=bits)
+    settings = SlimConfig(bits=bits).resolved()
     width, group_size = settings.embedding_bits, settings.embedding_group_size
-    assert width is not None
-    assert group_size is not None
     bits_of_groups = np.full(-(-k // group_size), width)
     packed = random_codes((k, n), bits_of_groups, group_size, rng, widths=(width,))
     return dataclasses.replace(packed, dtype=product_dtype())

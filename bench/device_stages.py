@@ -260,7 +260,7 @@ def _quantize(options: Options) -> Record:
             raise _OutOfTime
 
     start = time.monotonic()
-    config = SlimConfig(bits=2, group_size=group_size, method="rtn" if options.quick else "slim")
+    config = SlimConfig(bits=2, group_size=group_size, method="rtn" if options.quick else "slim", tune=False)
     model = None
     try:
         windows = draw_windows(tokens[:half], samples, length, 0)

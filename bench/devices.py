@@ -51,7 +51,7 @@ def work(blocks: int, out: Path, processes: int, index: int, port: int) -> None:
         mesh = jax.make_mesh((processes,), ("devices",))
     source = _FirstBlocks(blocks)
     tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (64, 512))
-    quantize_to_checkpoint(source, tokens, SlimConfig(group_size=64), out, mesh=mesh)
+    quantize_to_checkpoint(source, tokens, SlimConfig(group_size=64, tune=False), out, mesh=mesh)
     if mesh is not None:
         jax.distributed.shutdown()
 

@@ -54,7 +54,9 @@ def main() -> None:
     for bits in map(int, arguments.bits.split(",")):
         for group_size in map(int, arguments.group_sizes.split(",")):
             for damping in map(float, arguments.dampings.split(",")):
-                settings = SlimConfig(embedding_bits=bits, embedding_group_size=group_size, damping=damping)
+                settings = SlimConfig(
+                    embedding_bits=bits, embedding_group_size=group_size, damping=damping
+                ).resolved()
                 start, solver, tables, stored = time.process_time(), TableSolver(settings, ONE_DEVICE), {}, []
                 for name in {"embed", "head.weight"} & outer.keys():
                     read = name == "head.weight" or source.config.tied_head

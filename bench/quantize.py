@@ -75,11 +75,12 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]
 def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
     """An epoch of "slim-plus" over one block against the block's full-precision gradient, same samples."""
     config, dense = source.config, dict(source.block(0))
-    params, _ = BlockQuantizer(source, tokens, SlimConfig(group_size=64, method="rtn"), None).quantize(0)
+    rtn = SlimConfig(group_size=64, method="rtn").resolved()
+    params, _ = BlockQuantizer(source, tokens, rtn, None).quantize(0)
     packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
     x = jnp.concatenate(list(Activations.of(source, tokens).batches))
     samples = Samples(x, x, x)  # for time any target will do
-    settings = SlimConfig(group_size=64, method="slim-plus")
+    settings = SlimConfig(group_size=64, method="slim-plus").resolved()
     learner = BlockLearner(config, settings, len(tokens))
     learned, layers, rest = learner.start(dense, packed)
     plus = learner.kinds[0]
@@ -171,7 +172,9 @@ def _quantize_random(layers: int) -> None:
     source = _small(layers)
     tokens = np.random.default_rng(0).integers(0, 256, (16, 128))
     with tempfile.TemporaryDirectory() as folder:
-        quantize_to_checkpoint(source, tokens, SlimConfig(bits=2, group_size=64), Path(folder) / "out")
+        quantize_to_checkpoint(
+            source, tokens, SlimConfig(bits=2, group_size=64, tune=False), Path(folder) / "out"
+        )
     print(peak_mib())
 
 
@@ -194,8 +197,8 @@ def _settings(name: str, bits: float, arguments: argparse.Namespace) -> SlimConf
     method, _, variant = name.partition(":")
     part = "learn" if method == "slim-plus" else "sqc"
     choice = {part: variant} if variant else {}
-    choice |= dict(arguments.set)
-    return SlimConfig(bits=bits, group_size=arguments.group_size, method=method, **choice)
+    settings: dict[str, Any] = {"tune": method == "slim-plus", **choice, **dict(arguments.set)}
+    return SlimConfig(bits=bits, group_size=arguments.group_size, method=method, **settings)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -88,7 +88,7 @@ def main() -> None:
     report = quantize_to_checkpoint(
         convert.load_source(dense),
         tokens,
-        SlimConfig(bits=2, method=arguments.method),
+        SlimConfig(bits=2, method=arguments.method, tune=arguments.method == "slim-plus"),
         out,
         resume=True,
         offload=True,

@@ -6,28 +6,36 @@ from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels.layout import zero_bits
-from slim_jax.rules import Rule, first_match
+from slim_jax.rules import Rule, first_match, whole
 
-METHODS = ("slim", "slim-plus", "gptq", "rtn")
+MIXED = ("slim", "slim-plus")
+METHODS = (*MIXED, "gptq", "rtn")
 SQC = ("search", "paper", "minmax")
 CRITERIA = ("model", "kl", "error", "paper")
 WIDE = 3.5
 """Mean width up to which codes of more than 4 bits, for which all zero points take 8, do not pay."""
 
-LEARN = ("clip", "clip-gptq", "grid", "rounding")
+CLIP = "clip"
+LEARN = (CLIP, "clip-gptq", "grid", "rounding")
+
+SAMPLES, LENGTH = 128, 512
+"""Windows of calibration text, and their tokens, by default. On a CPU tuning takes long, and at 2048 tokens
+four times as long."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "slim", "tune": False},
-    "good": {"method": "slim", "tune": True},
+    "fast": {"tune": False},
+    "good": {"tune": True},
     "best": {"method": "slim-plus", "tune": True},
 }
-"""The ways to quantize that most want: nothing is learned; scales and norms are tuned end to end; before that
-blocks learn, one by one."""
+"""The ways to quantize that most want: nothing is learned; scales and norms are tuned end to end, as
+``SlimConfig()`` does; before that blocks learn, one by one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SlimConfig:
-    """Settings of a quantization. ``None`` stands for the choice that goes with the other settings.
+    """Settings of a quantization, as they are asked for.
+
+    ``None`` stands for the choice that goes with the other settings; :meth:`resolved` makes all of them.
 
     Attributes:
       bits: the mean width ``N`` of the codes. For uniform bits a whole number from 1 to 8; where they are
@@ -67,19 +75,20 @@ class SlimConfig:
       embedding_group_size: their input channels that share scale and zero point; by default 64, and 32 where
         their codes have 4 bits or less.
       tune: whether scales and norms of the whole model are tuned in the end, by the divergence of its logits
-        from the full-precision model's (`slim_jax.run.tuning`). By default where the method is "slim-plus"
-        and ``sqc`` not "paper".
+        from the full-precision model's (`slim_jax.run.tuning`). By default where the method is "slim" or
+        "slim-plus" and ``sqc`` not "paper".
       tune_samples: how many of the calibration samples, the last, are left to tuning; no layer is solved on
         them. On samples that layers were solved on, less than half shows of what was lost. By default half
-        (:meth:`samples_to_tune`); with 0 tuning looks at those that the layers were solved on.
+        (:meth:`Settings.samples_to_tune`); with 0 tuning looks at those that the layers were solved on.
       tune_epochs: of tuning, passes over its samples.
       tune_batch_size: samples of one of its steps.
       tune_rate: learning rate of tuning, of the logarithms of scales and gains. By default 2e-3 below 3
         bits, and a quarter of it with every further one, by measurement at 2, 3 and 4 (docs/tried.md).
       rules: what holds for some layers of the blocks instead, ``(pattern, options)`` each, see
         `slim_jax.rules.Rule`, such as ``[("blocks.0.*", "skip"), ("*.mlp.down", {"bits": 3})]``. The first
-        that matches a layer's name holds, alone. ``bits`` above is then the mean of the layers to which no
-        rule gives bits of their own, and that none skips.
+        that matches a layer's name holds, alone: the layer is quantized as all would be if what is asked for
+        here had the rule's options instead. ``bits`` above is then the mean of the layers to which no rule
+        gives bits of their own, and that none skips.
 
     Raises:
       ValueError: a setting is out of its range.
@@ -111,100 +120,143 @@ class SlimConfig:
     rules: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        if self.sqc is None:
-            object.__setattr__(self, "sqc", "search" if self.mixed else "minmax")
-        _one_of("sqc", self.sqc, SQC)
-        if self.criterion is None:
-            within = "paper" if self.sqc == "paper" else "kl"
-            object.__setattr__(self, "criterion", "model" if self.mixed and within == "kl" else within)
-        _one_of("criterion", self.criterion, CRITERIA)
-        if self.sequential is None:
-            object.__setattr__(self, "sequential", self.sqc != "paper")
-        self._check_solving()
-        self._check_bits()
-        if self.embedding_bits is None:
-            object.__setattr__(self, "embedding_bits", default_embedding_bits(self.bits, self.sqc))
-        if self.embedding_bits not in (*range(2, 9), 16):
-            raise ValueError(f"embedding_bits is {self.embedding_bits}, expected 2 to 8, or 16 for none")
-        if self.embedding_group_size is None:
-            size = 32 if self.embedding_bits is not None and self.embedding_bits <= 4 else 64
-            object.__setattr__(self, "embedding_group_size", size)
-        for name in ("group_size", "embedding_group_size"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 32 or size % 32:
-                raise ValueError(f"{name} is {size}, expected a positive multiple of 32")
-        _one_of("learn", self.learn, LEARN)
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 1e-2 if self.clips else 5e-3)
-        if self.tune is None:
-            object.__setattr__(self, "tune", self.method == "slim-plus" and self.sqc != "paper")
-        if self.tune_rate is None:
-            object.__setattr__(self, "tune_rate", 2e-3 * 4.0 ** (2 - max(2, int(self.bits))))
-        for name in ("learning_rate", "tune_rate"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and at most 1")
-        if self.augmented < 0:
-            raise ValueError(f"augmented is {self.augmented}, expected 0 or more")
-        for name in ("search_tokens", "epochs", "batch_size", "tune_epochs", "tune_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.tune_samples is not None and self.tune_samples < 0:
-            raise ValueError(f"tune_samples is {self.tune_samples}, expected 0 or more")
-        object.__setattr__(self, "rules", tuple(map(Rule.of, self.rules)))
-        for rule in self.rules:
-            try:
-                self._under(rule)
-            except ValueError as error:
-                raise rule.error(str(error)) from None
+        self.resolved()  # for its errors
 
-    def _check_solving(self) -> None:
-        searches = self.sqc == "search" and self.method != "rtn"
-        asymmetric = (0.5 if searches else 0.0) if self.asymmetric is None else self.asymmetric
-        refine = (2 if searches else 0) if self.refine is None else self.refine
-        damping = (0.1 if searches else 0.01) if self.damping is None else self.damping
-        object.__setattr__(self, "asymmetric", asymmetric)
-        object.__setattr__(self, "refine", refine)
-        object.__setattr__(self, "damping", damping)
-        if not 0 < damping <= 1:
-            raise ValueError(f"damping is {damping}, expected above 0 and at most 1")
-        if not 0 <= asymmetric <= 1:
-            raise ValueError(f"asymmetric is {asymmetric}, expected 0 to 1")
-        if refine < 0:
-            raise ValueError(f"refine is {refine}, expected 0 or more")
+    def resolved(self, *, decoder: bool = True) -> "Settings":
+        """All settings, those that were not asked for as they go with the others.
 
-    def _check_bits(self) -> None:
-        low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)
-        if self.bits == int(self.bits):
-            object.__setattr__(self, "bits", int(self.bits))
-        elif not self.over_model:
-            raise ValueError(f"bits is {self.bits}, expected a whole number unless criterion is 'model'")
-        if not low <= self.bits <= high:
-            raise ValueError(f"bits is {self.bits}, expected {low} to {high} for method {self.method}")
+        Args:
+          decoder: whether there is a decoder, by whose loss bits are spent over the model; else criterion
+            "model" stands for "kl".
 
-    @classmethod
-    def preset(cls, name: str = "good", **settings: Any) -> "SlimConfig":
+        Raises:
+          ValueError: a setting is out of its range.
+        """
+        if not math.isfinite(self.bits):
+            raise ValueError(f"bits is {self.bits}, expected a number")
+        asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(SlimConfig)}
+        given = {name: value for name, value in asked.items() if value is not None}
+        mixed = self.method in MIXED
+        sqc = given.get("sqc", "search" if mixed else "minmax")
+        searches = sqc == "search" and self.method != "rtn"
+        values: dict[str, Any] = {
+            "sqc": sqc,
+            "criterion": "paper" if sqc == "paper" else "model" if mixed else "kl",
+            "sequential": sqc != "paper",
+            "asymmetric": 0.5 if searches else 0.0,
+            "damping": 0.1 if searches else 0.01,
+            "refine": 2 if searches else 0,
+            "learning_rate": 1e-2 if self.learn.startswith(CLIP) else 5e-3,
+            "embedding_bits": default_embedding_bits(self.bits, sqc),
+            "tune": mixed and sqc != "paper",
+            "tune_rate": 2e-3 * 4.0 ** (2 - max(2, int(self.bits))),
+            **given,
+            "bits": whole(self.bits),
+            "rules": tuple(map(Rule.of, self.rules)),
+        }
+        if values["criterion"] == "model" and not decoder:
+            values["criterion"] = "kl"
+        values.setdefault("embedding_group_size", 32 if values["embedding_bits"] <= 4 else 64)
+        under = tuple(self._under(rule, decoder) for rule in values["rules"])
+        return Settings(**values, under=under, asked=self)
+
+    def _under(self, rule: Rule, decoder: bool) -> "Settings | None":
+        """The settings for the layers of a rule; None where they stay in full precision."""
+        if rule.skip:
+            return None
+        try:
+            return dataclasses.replace(self, rules=(), **rule.changes).resolved(decoder=decoder)
+        except ValueError as error:
+            raise rule.error(str(error)) from None
+
+    @staticmethod
+    def preset(name: str, **settings: Any) -> "SlimConfig":
         """The settings of a name in :data:`PRESETS`, and others beside or instead of them.
 
         Raises:
           ValueError: there is no such preset, or a setting is out of its range.
         """
         _one_of("preset", name, tuple(PRESETS))
-        return cls(**{**PRESETS[name], **settings})
+        return SlimConfig(**{**PRESETS[name], **settings})
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(SlimConfig)}
+        return fields | {"rules": [Rule.of(rule).to_json() for rule in self.rules]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(SlimConfig):
+    """A value for every setting, as `SlimConfig.resolved` makes them; ``tune_samples`` alone may be None.
+
+    Attributes:
+      rules: as records.
+      under: what holds for the layers of each rule, None where they stay in full precision.
+      asked: what they were made of.
+    """
+
+    sqc: str
+    criterion: str
+    sequential: bool
+    asymmetric: float
+    damping: float
+    refine: int
+    learning_rate: float
+    embedding_bits: int
+    embedding_group_size: int
+    tune: bool
+    tune_rate: float
+    rules: tuple[Rule, ...]
+    under: tuple["Settings | None", ...]
+    asked: SlimConfig = dataclasses.field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("sqc", self.sqc, SQC)
+        _one_of("criterion", self.criterion, CRITERIA)
+        _one_of("learn", self.learn, LEARN)
+        self._check_bits()
+        if self.embedding_bits not in (*range(2, 9), 16):
+            raise ValueError(f"embedding_bits is {self.embedding_bits}, expected 2 to 8, or 16 for none")
+        for name in ("group_size", "embedding_group_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 32 or size % 32:
+                raise ValueError(f"{name} is {size}, expected a positive multiple of 32")
+        for name in ("damping", "learning_rate", "tune_rate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and at most 1")
+        if not 0 <= self.asymmetric <= 1:
+            raise ValueError(f"asymmetric is {self.asymmetric}, expected 0 to 1")
+        for name in ("refine", "augmented", "tune_samples"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("search_tokens", "epochs", "batch_size", "tune_epochs", "tune_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    def _check_bits(self) -> None:
+        low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)
+        if not (self.over_model or isinstance(self.bits, int)):
+            raise ValueError(f"bits is {self.bits}, expected a whole number unless criterion is 'model'")
+        if not low <= self.bits <= high:
+            raise ValueError(f"bits is {self.bits}, expected {low} to {high} for method {self.method}")
+
+    def resolved(self, *, decoder: bool = True) -> "Settings":
+        """The same, or as they are for another kind of model."""
+        return self.asked.resolved(decoder=decoder)
 
     def rule(self, name: str) -> Rule | None:
         """The rule that holds for a layer, such as ``"blocks.3.mlp.down"``."""
         return first_match(self.rules, name)
 
-    def of_layer(self, name: str) -> "SlimConfig | None":
+    def of_layer(self, name: str) -> "Settings | None":
         """The settings for one layer, rules applied; None where it stays in full precision."""
-        rule = self.rule(name)
-        return None if rule is not None and rule.skip else self._under(rule)
+        return next((own for rule, own in zip(self.rules, self.under) if rule.matches(name)), self)
 
-    def _under(self, rule: Rule | None) -> "SlimConfig":
-        if not self.rules:
-            return self
-        return dataclasses.replace(self, rules=(), **({} if rule is None else rule.changes))
+    @property
+    def corrects(self) -> bool:
+        """Whether any layer makes up for what those before it have cost."""
+        return bool(self.asymmetric) or any(own is not None and own.corrects for own in self.under)
 
     @property
     def over_model(self) -> bool:
@@ -219,12 +271,12 @@ class SlimConfig:
     @property
     def mixed(self) -> bool:
         """Whether bits are allocated by salience."""
-        return self.method in ("slim", "slim-plus")
+        return self.method in MIXED
 
     @property
     def clips(self) -> bool:
         """Whether clipping is what "slim-plus" learns."""
-        return self.learn.startswith("clip")
+        return self.learn.startswith(CLIP)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -267,8 +319,17 @@ class SlimConfig:
         return self.tune_samples
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""
-        return {**dataclasses.asdict(self), "rules": [rule.to_json() for rule in self.rules]}
+        """The values as JSON, and what rules change of them; no inverse, that is :attr:`asked`'s."""
+        values = super().to_json()
+        if not self.rules:
+            return values
+        others = [None if own is None else own.to_json() for own in self.under]
+        changed = [
+            other
+            and {name: value for name, value in other.items() if name != "rules" and value != values[name]}
+            for other in others
+        ]
+        return values | {"rules_resolved": changed}
 
 
 def default_embedding_bits(bits: float, sqc: str | None) -> int:

@@ -54,8 +54,6 @@ class Rule:
     damping: float | None = None
 
     def __post_init__(self) -> None:
-        if self.bits is not None and self.bits == int(self.bits):
-            object.__setattr__(self, "bits", int(self.bits))
         if self.method is not None and self.method not in METHODS:
             raise self.error(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.skip == bool(self.changes):
@@ -100,6 +98,7 @@ class Rule:
     def changes(self) -> dict[str, Any]:
         """The options that the rule gives, but for ``skip``: fields of the config."""
         given = {name: getattr(self, name) for name in KINDS if name != "skip"}
+        given["bits"] = None if self.bits is None else whole(self.bits)
         return {name: value for name, value in given.items() if value is not None}
 
     def matches(self, name: str) -> bool:
@@ -119,6 +118,11 @@ class Rule:
     def __str__(self) -> str:
         told = "skip" if self.skip else ", ".join(f"{name}={value}" for name, value in self.changes.items())
         return f"{self.pattern}: {told}"
+
+
+def whole(number: float) -> float:
+    """The number, as an integer if it is one."""
+    return int(number) if float(number).is_integer() else number
 
 
 def first_match(rules: Sequence[Rule], name: str) -> Rule | None:

@@ -28,7 +28,7 @@ CONFIG = DecoderConfig(
     head_dim=16,
     max_positions=64,
 )
-SLIM = SlimConfig(bits=2.25, group_size=32)
+SLIM = SlimConfig(bits=2.25, group_size=32, tune=False)
 TOKENS = np.random.default_rng(0).integers(0, 64, (16, 32))
 
 

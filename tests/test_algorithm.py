@@ -226,7 +226,7 @@ def test_the_reported_error_is_that_of_the_outputs(layer, method):
     x, w, _ = layer
     x32, w32 = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
     seen = Observation(gram(x32), x32, len(x))
-    solver = LayerSolver(SlimConfig(bits=2, group_size=G, method=method), None)
+    solver = LayerSolver(SlimConfig(bits=2, group_size=G, method=method).resolved(), None)
     ((tensor, report),) = solver.solve(["layer"], [w32], seen)
     miss = x @ (w - np.asarray(tensor.dequantize(), np.float64))
     expected = np.sum(miss**2) / np.sum((x @ w) ** 2)
@@ -260,7 +260,9 @@ def test_an_expert_with_few_tokens_learns_from_those_of_all(layer, own, at_most)
     seen, unseen = expert[:own], np.asarray(expert[own:], np.float64)
     alone = Observation(gram(jnp.asarray(seen)), jnp.asarray(np.resize(seen, (64, k))), own)
     prior = Observation(gram(jnp.asarray(everyone)), jnp.asarray(everyone[:64]), len(everyone))
-    solver = LayerSolver(SlimConfig(bits=2, group_size=G, method="gptq", sqc="search", damping=0.01), None)
+    solver = LayerSolver(
+        SlimConfig(bits=2, group_size=G, method="gptq", sqc="search", damping=0.01).resolved(), None
+    )
 
     def loss(seen: Observation) -> float:
         ((tensor, report),) = solver.solve(["expert"], [jnp.asarray(w, jnp.float32)], seen)

@@ -81,7 +81,7 @@ def test_a_head_makes_up_for_what_it_reads():
     seen = Observation(
         *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x[:8])), len(x), drift=jnp.asarray(x.T @ (full - x))
     )
-    config = dataclasses.replace(UNIFORM, embedding_bits=8, asymmetric=1.0, damping=0.01)
+    config = dataclasses.replace(UNIFORM, embedding_bits=8, asymmetric=1.0, damping=0.01).resolved()
     packed, _ = TableSolver(config, Placement()).solve("head.weight", w.astype(np.float32), seen)
     best = w + (1 - 64 / 4096) * (np.linalg.lstsq(x, full @ w, rcond=None)[0] - w)
     assert np.abs(packed.dequantize() - best).max() < 0.1

@@ -105,7 +105,7 @@ def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
     """Against central differences: each output of a layer at a token moved a little, the whole loss taken."""
     monkeypatch.setattr(activations, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
     tokens = TOKENS[:2]
-    found = sweep.Sweep(DecoderSource(model), tokens, SlimConfig(group_size=32, guide=True))
+    found = sweep.Sweep(DecoderSource(model), tokens, SlimConfig(group_size=32, guide=True).resolved())
     inputs = found._inputs()
     gradients = found._loss_gradients(inputs.pop())
     raw = {}
@@ -150,19 +150,20 @@ def test_limited():
 
 def test_without_a_choice_nothing_is_weighed(model):
     config = SlimConfig(bits=2, group_size=32, rules=[("*.attn.k", "skip"), ("*.attn.v", {"group_size": 64})])
+    config = config.resolved()
     found = sweep.without_choice(model.config, config)
     assert found == sweep.Sweep(DecoderSource(model), TOKENS, config).run().allocation
-    assert sweep.without_choice(model.config, SlimConfig(bits=2.25, group_size=32)) is None
+    assert sweep.without_choice(model.config, SlimConfig(bits=2.25, group_size=32).resolved()) is None
     other = SlimConfig(bits=2, group_size=32, rules=[("blocks.1.attn.q", {"bits": 3})])
-    assert set(sweep.without_choice(model.config, other)["blocks.1.attn.q"]) == {3}
+    assert set(sweep.without_choice(model.config, other.resolved())["blocks.1.attn.q"]) == {3}
     one_may_choose = SlimConfig(bits=2, group_size=32, rules=[("blocks.1.attn.q", {"bits": 2.5})])
-    assert sweep.without_choice(model.config, one_may_choose) is None
+    assert sweep.without_choice(model.config, one_may_choose.resolved()) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", [False, True])
 def test_model_budget_quantizes_and_generates(model, guide):
-    config = SlimConfig(bits=2.25, group_size=32, criterion="model", guide=guide)
+    config = SlimConfig(bits=2.25, group_size=32, criterion="model", guide=guide, tune=False)
     packed, report = quantize(model, TOKENS, config)
     sizes = [(sum(bits), len(bits)) for bits in report.allocation.values()]
     assert len({total / groups for total, groups in sizes}) > 1  # layers differ

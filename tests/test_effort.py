@@ -11,7 +11,7 @@ from test_pipeline import CONFIG
 from slim_jax.config import SlimConfig
 from slim_jax.run import effort
 
-PLAIN = SlimConfig(bits=2, group_size=32, criterion="kl", asymmetric=0.0, embedding_bits=16)
+PLAIN = SlimConfig(bits=2, group_size=32, criterion="kl", asymmetric=0.0, embedding_bits=16, tune=False)
 
 
 def test_operations_by_hand():
@@ -34,7 +34,7 @@ def test_operations_by_hand():
     [
         {"tune": True, "tune_samples": 0},
         {"criterion": "model", "bits": 2.5},
-        {"method": "slim-plus", "tune": False},
+        {"method": "slim-plus"},
     ],
 )
 def test_whatever_is_done_beside_takes_longer(more):
@@ -44,7 +44,7 @@ def test_whatever_is_done_beside_takes_longer(more):
     assert longer > 1.2 * plain
 
 
-FIELDS = {"bits": 2, "group_size": 32, "criterion": "kl", "asymmetric": 0.0}
+FIELDS = {"bits": 2, "group_size": 32, "criterion": "kl", "asymmetric": 0.0, "tune": False}
 
 
 def test_a_token_passes_few_experts():

@@ -25,7 +25,9 @@ from slim_jax.model.perplexity import perplexity
 from slim_jax.run import checkpoint, ends, pipeline, plan, quantizer
 from slim_jax.run.source import DecoderSource
 
-ENDS = SlimConfig(bits=2, group_size=32, criterion="kl", embedding_bits=4, embedding_group_size=32)
+ENDS = SlimConfig(
+    bits=2, group_size=32, criterion="kl", embedding_bits=4, embedding_group_size=32, tune=False
+)
 SMALL = dataclasses.replace(CONFIG, num_layers=1)
 
 
@@ -174,7 +176,7 @@ def test_a_head_is_rounded_for_its_inputs():
     weight = rng.normal(size=(64, 67)).astype(np.float32)
     errors = {}
     for method in ("rtn", "gptq"):
-        config = SlimConfig(method=method, embedding_bits=3, embedding_group_size=32)
+        config = SlimConfig(method=method, embedding_bits=3, embedding_group_size=32).resolved()
         tensor, report = ends.TableSolver(config, ends.Placement()).solve("head.weight", weight, seen)
         off = x @ (np.asarray(tensor.dequantize(), np.float64) - weight)
         errors[method] = np.sum(off**2) / np.sum((x @ weight) ** 2)
@@ -239,7 +241,7 @@ def test_four_devices_pack_a_table_alike(vocab):
     x = jnp.asarray(rng.normal(size=(200, 64)), jnp.float32)
     seen, weight = Observation(x.T @ x, x[:8], 200), rng.normal(size=(64, vocab)).astype(np.float32)
     one, four = (
-        ends.TableSolver(ENDS, ends.Placement(over)).solve("head.weight", weight, seen)[0]
+        ends.TableSolver(ENDS.resolved(), ends.Placement(over)).solve("head.weight", weight, seen)[0]
         for over in (None, mesh)
     )
     assert len({shard.index for shard in four.words.addressable_shards}) == (4 if vocab == 64 else 1)

@@ -89,7 +89,7 @@ def test_damping_is_raised_where_it_takes_that():
     gram = jnp.asarray(q * eigenvalues @ q.T, jnp.float32)
     seen = Observation(gram, jnp.asarray(rng.normal(size=(16, 32)), jnp.float32), 1)
     weight = jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)
-    solver = LayerSolver(dataclasses.replace(SLIM, damping=0.01), None)
+    solver = LayerSolver(dataclasses.replace(SLIM, damping=0.01).resolved(), None)
     with pytest.warns(UserWarning, match="layer is positive definite only when damped by 0.1"):
         ((tensor, report),) = solver.solve(["layer"], [weight], seen)
     assert report.damping == pytest.approx(0.1)

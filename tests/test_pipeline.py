@@ -30,7 +30,7 @@ CONFIG = DecoderConfig(
     head_dim=16,
     max_positions=64,
 )
-SLIM = SlimConfig(bits=2, group_size=32, criterion="kl")
+SLIM = SlimConfig(bits=2, group_size=32, criterion="kl", tune=False)
 TOKENS = np.random.default_rng(0).integers(0, 64, (8, 32))
 
 
@@ -137,7 +137,7 @@ def test_each_step_compiles_once_per_model(config):
     [
         pytest.param(SLIM, marks=pytest.mark.slow),
         pytest.param(SlimConfig(bits=3, group_size=32, sqc="paper"), marks=pytest.mark.slow),
-        SlimConfig(bits=2.5, group_size=32, criterion="model", guide=True),
+        SlimConfig(bits=2.5, group_size=32, criterion="model", guide=True, tune=False),
     ],
     ids=["search", "paper", "model"],
 )
@@ -182,7 +182,7 @@ def test_resume_refuses_other_settings(model, tmp_path):
     before = (tmp_path / "q/slim.json").read_bytes()
     with pytest.raises(ValueError, match="bits was 2, is 3"):
         pipeline.quantize_to_checkpoint(
-            source, TOKENS, SlimConfig(bits=3, group_size=32), tmp_path / "q", resume=True
+            source, TOKENS, dataclasses.replace(SLIM, bits=3), tmp_path / "q", resume=True
         )
     with pytest.raises(ValueError, match="calibration"):
         pipeline.quantize_to_checkpoint(source, TOKENS[:4], SLIM, tmp_path / "q", resume=True)

@@ -212,7 +212,7 @@ def test_what_is_stored_is_what_the_loss_saw(model, monkeypatch):
 
     monkeypatch.setattr(learning, "pack_learned", packing)
     source = DecoderSource(model)
-    blocks = quantizer.BlockQuantizer(source, TOKENS, PLUS, None)
+    blocks = quantizer.BlockQuantizer(source, TOKENS, PLUS.resolved(), None)
     _, report = blocks.quantize(0)
     assert report.learning.kept_epoch > 0
     assert len(seen) == 4

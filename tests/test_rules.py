@@ -1,6 +1,7 @@
 """Rules: which layer they are for, what they change, and that all others are treated as ever."""
 
 import dataclasses
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from slim_jax.run import checkpoint, manifest, pipeline, plan
 from slim_jax.run.source import DecoderSource
 
 SQUARE = dataclasses.replace(CONFIG, num_layers=2, intermediate_size=64, num_kv_heads=4)  # little to compile
-SLIM = SlimConfig(bits=2, group_size=32, sqc="minmax", embedding_bits=16)
+SLIM = SlimConfig(bits=2, group_size=32, sqc="minmax", embedding_bits=16, tune=False)
 RULES = [
     ("blocks.1.attn.k", "skip"),
     ("blocks.1.mlp.gate", {"group_size": 64}),
@@ -48,17 +49,19 @@ def quantized(model, tmp_path_factory):
 
 def test_the_first_that_matches_holds_alone():
     config = dataclasses.replace(SLIM, rules=[("*.k", {"bits": 3}), ("blocks.0.*", {"group_size": 64})])
-    found = {name: config.of_layer(f"blocks.0.{name}") for name in ("attn.k", "attn.q")}
+    found = {name: config.resolved().of_layer(f"blocks.0.{name}") for name in ("attn.k", "attn.q")}
     assert (found["attn.k"].bits, found["attn.k"].group_size) == (3, 32)
     assert (found["attn.q"].bits, found["attn.q"].group_size) == (2, 64)
-    assert config.of_layer("blocks.1.attn.q") == SLIM
-    assert dataclasses.replace(SLIM, rules=[("*", "skip")]).of_layer("any") is None
+    assert config.resolved().of_layer("blocks.1.attn.q") == config.resolved()
+    assert dataclasses.replace(SLIM, rules=[("*", "skip")]).resolved().of_layer("any") is None
 
 
 def test_settings_with_rules_go_through_json():
     config = dataclasses.replace(SLIM, rules=RULES)
-    assert SlimConfig(**json.loads(json.dumps(config.to_json()))) == config
-    assert hash(config) != hash(SLIM)
+    again = SlimConfig(**json.loads(json.dumps(config.to_json())))
+    assert again.to_json() == config.to_json()
+    assert again.resolved() == config.resolved()
+    assert hash(config.resolved()) != hash(SLIM.resolved())
     assert str(Rule.of(RULES[3])) == "blocks.1.attn.*: bits=6, method=gptq, damping=0.02"
     assert Rule.of(("a", {"bits": 3.0})) == Rule.of(("a", {"bits": 3}))
 
@@ -104,7 +107,7 @@ def test_rules_that_say_nothing_sensible(rule, says):
 def test_rules_for_no_layer(model, patterns, says):
     config = SlimConfig(rules=[(pattern, "skip") for pattern in patterns])
     with pytest.raises(ValueError, match=says):
-        check_rules(config.rules, NAMES)
+        check_rules(config.resolved().rules, NAMES)
     with pytest.raises(ValueError, match=says):
         pipeline.quantize(model, TOKENS, config)
     with pytest.raises(ValueError, match=says):
@@ -148,6 +151,22 @@ def test_layers_that_no_rule_is_for_are_solved_as_ever(model):
         for leaf in manifest.LEAVES:
             np.testing.assert_array_equal(getattr(one[name], leaf), getattr(other[name], leaf))
     assert not any(isinstance(w, MixedTensor) for w in split_params(models[1])[1][1].values())
+
+
+def test_a_rules_layer_is_solved_as_in_a_model_of_its_settings(model):
+    """GPTQ beside rounding to nearest is GPTQ by its own defaults; "slim" beside it spends a budget."""
+    plain = SlimConfig(method="rtn", group_size=32, embedding_bits=16)
+    change = {"method": "gptq"}
+    rules = [("blocks.0.attn.[qk]", change), ("blocks.1.attn.q", {"method": "slim", "bits": 2.5})]
+    some, report = pipeline.quantize(model, TOKENS, dataclasses.replace(plain, rules=rules))
+    whole, _ = pipeline.quantize(model, TOKENS, dataclasses.replace(plain, **change))
+    mine, theirs = (split_params(m)[1][0] for m in (some, whole))
+    for name, leaf in itertools.product(("attn.q.weight", "attn.k.weight"), manifest.LEAVES):
+        np.testing.assert_array_equal(getattr(mine[name], leaf), getattr(theirs[name], leaf))
+    layer = next(layer for layer in report.layers if layer.name == "blocks.1.attn.q")
+    assert np.mean(report.allocation[layer.name]) == 2.5
+    assert layer.rise > 0
+    assert layer.damping == SlimConfig().resolved().damping
 
 
 def assert_same_model(packed: Decoder) -> None:

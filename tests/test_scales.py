@@ -85,7 +85,7 @@ def test_weights_far_off_are_quantized_as_others(method, power):
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(256, 96)), (0.1 * rng.normal(size=(96, 8))).astype(np.float32)
     seen = Observation(*(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x[:64])), len(x))
-    solver = LayerSolver(SlimConfig(bits=2, group_size=32, method=method), None)
+    solver = LayerSolver(SlimConfig(bits=2, group_size=32, method=method).resolved(), None)
     ((near, report),) = solver.solve(["layer"], [w], seen)
     ((far, other),) = solver.solve(["layer"], [w * np.float32(2.0**power)], seen)
     assert (near.scale.dtype, far.scale.dtype) == (jnp.uint8, jnp.bfloat16)

@@ -45,9 +45,10 @@ def test_presets_in_python_and_on_the_command_line():
         assert make_settings(name, ["damping=0.02"], bits=2.5) == SlimConfig.preset(
             name, damping=0.02, bits=2.5
         )
-    assert make_settings(None, []) == SlimConfig.preset() == SlimConfig(method="slim", tune=True)
-    assert SlimConfig.preset("best") == SlimConfig(method="slim-plus")
-    assert SlimConfig.preset("fast") == SlimConfig()
+    assert make_settings(None, []) == SlimConfig()
+    assert SlimConfig().resolved() == SlimConfig.preset("good").resolved()
+    assert SlimConfig.preset("best").resolved() == SlimConfig(method="slim-plus").resolved()
+    assert SlimConfig.preset("fast") == SlimConfig(tune=False)
     with pytest.raises(ValueError, match="preset is 'slow'"):
         SlimConfig.preset("slow")
 
@@ -55,7 +56,45 @@ def test_presets_in_python_and_on_the_command_line():
 def test_a_method_that_is_named_is_not_tuned_by_the_default_preset():
     assert make_settings(None, ["method=gptq"]) == SlimConfig(method="gptq")
     assert make_settings(None, ["sqc=paper"]) == SlimConfig(sqc="paper")
+    assert not SlimConfig(method="gptq").resolved().tune
     assert make_settings("good", ["method=gptq"]) == SlimConfig(method="gptq", tune=True)
+
+
+def test_settings_are_what_was_asked_for():
+    config = SlimConfig(bits=3.0, method="gptq", rules=[("a", {"bits": 4.0})])
+    others = {"bits", "method", "rules"}
+    plain = SlimConfig()
+    assert all(value == getattr(plain, name) for name, value in vars(config).items() if name not in others)
+    assert dataclasses.replace(config, method="slim").resolved().damping == plain.resolved().damping
+    none = [name for name, value in vars(config.resolved()).items() if value is None]
+    assert none == ["tune_samples"]
+
+
+@pytest.mark.parametrize("whole", [{}, {"method": "rtn"}, {"method": "gptq", "damping": 0.02, "bits": 4}])
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "gptq"}, {"method": "rtn", "bits": 3}, {"method": "slim"}, {"sqc": "paper"}, {"bits": 5}],
+)
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_rule_gives_layers_what_it_would_give_a_model(whole, change, decoder):
+    ruled = SlimConfig(**whole, rules=[("a", change)]).resolved(decoder=decoder)
+    wanted = SlimConfig(**{**whole, **change}).resolved(decoder=decoder)
+    assert ruled.of_layer("a") == wanted
+    assert ruled.corrects == (SlimConfig(**whole).resolved().asymmetric + wanted.asymmetric > 0)
+    assert ruled.of_layer("b") is ruled
+
+
+def test_runs_have_settings_in_common_by_what_they_come_to():
+    rules = [("a", {"sqc": "search"}), ("b", "skip")]
+    one = SlimConfig(method="gptq", rules=rules)
+    explicit = SlimConfig(method="gptq", damping=0.01, rules=rules)  # the default, but not where a rule holds
+    assert SlimConfig(method="gptq").resolved() == SlimConfig(method="gptq", damping=0.01).resolved()
+    assert one.resolved().to_json() != explicit.resolved().to_json()
+    found, skipped = one.resolved().to_json()["rules_resolved"]
+    assert found == {"sqc": "search", "asymmetric": 0.5, "damping": 0.1, "refine": 2}
+    assert skipped is None
+    fields = {field.name for field in dataclasses.fields(SlimConfig)}
+    assert SlimConfig().resolved().to_json().keys() == fields  # as ever: begun runs without rules go on
 
 
 def test_the_table_in_the_docs_names_every_setting():
@@ -133,11 +172,11 @@ def test_the_docs_name_every_option_of_a_rule():
     ],
 )
 def test_widths_begin_at_the_mean(bits, widths, mean):
-    config = SlimConfig(bits=bits, group_size=64)
+    config = SlimConfig(bits=bits, group_size=64).resolved()
     assert (config.widths, config.mean_width) == (widths, mean)
 
 
 def test_the_rate_of_tuning_goes_with_the_bits():
-    rates = {bits: SlimConfig(bits=bits).tune_rate for bits in (1.5, 2, 2.5, 3, 3.125, 4.5)}
+    rates = {bits: SlimConfig(bits=bits).resolved().tune_rate for bits in (1.5, 2, 2.5, 3, 3.125, 4.5)}
     assert rates == {1.5: 2e-3, 2: 2e-3, 2.5: 2e-3, 3: 5e-4, 3.125: 5e-4, 4.5: 1.25e-4}
-    assert SlimConfig(bits=4, tune_rate=0.01).tune_rate == 0.01
+    assert SlimConfig(bits=4, tune_rate=0.01).resolved().tune_rate == 0.01

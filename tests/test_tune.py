@@ -175,11 +175,11 @@ def test_layers_are_not_solved_on_what_tuning_looks_at():
 
 
 def test_how_many_samples_tuning_has():
-    config = SlimConfig(tune=True)
+    config = SlimConfig().resolved()
     assert [config.samples_to_tune(n) for n in (1, 2, 7, 128)] == [0, 1, 3, 64]
     assert config.samples_to_tune(12, devices=4) == 4
-    assert SlimConfig(tune=False, tune_samples=8).samples_to_tune(4) == 0
-    given = dataclasses.replace(config, tune_samples=4)
+    assert SlimConfig(tune=False, tune_samples=8).resolved().samples_to_tune(4) == 0
+    given = SlimConfig(tune_samples=4).resolved()
     assert given.samples_to_tune(12) == 4
     with pytest.raises(ValueError, match="tune_samples is 4 of 4 samples, expected fewer"):
         given.samples_to_tune(4)
@@ -271,9 +271,10 @@ def test_several_devices_share_the_samples(models):
 
 
 def test_defaults():
-    assert SlimConfig(method="slim-plus").tune
-    assert not SlimConfig(method="slim").tune
-    assert not SlimConfig(method="slim-plus", sqc="paper").tune
+    assert SlimConfig(method="slim-plus").resolved().tune
+    assert SlimConfig().resolved().tune
+    assert not SlimConfig(method="gptq").resolved().tune
+    assert not SlimConfig(method="slim-plus", sqc="paper").resolved().tune
     with pytest.raises(ValueError, match="tune_rate is 0, expected above 0"):
         SlimConfig(tune_rate=0)
     with pytest.raises(ValueError, match="tune_epochs is 0, expected at least 1"):

@@ -169,7 +169,7 @@ def _opened(source: str, config: "SlimConfig") -> "Source":
     from slim_jax.rules import check_rules
 
     model = open_source(source)
-    check_rules(config.rules, linear_names(model.config))
+    check_rules(config.resolved().rules, linear_names(model.config))
     return model
 
 
@@ -237,7 +237,7 @@ def _mesh(devices: int, samples: int, config: "SlimConfig") -> "jax.sharding.Mes
     mesh = devices_mesh(devices)
     if samples % devices:
         raise ValueError(f"there are {samples} samples, expected a multiple of the {devices} devices")
-    config.samples_to_tune(samples, devices)  # for its errors, before the model is read
+    config.resolved().samples_to_tune(samples, devices)  # for its errors, before the model is read
     return mesh
 
 

@@ -21,8 +21,7 @@ def make_settings(preset: str | None, given: Sequence[str], **options: Any) -> "
     """What ``--preset``, ``--set`` and options ask for together.
 
     Args:
-      preset: a name of `slim_jax.config.PRESETS`. None is "good", unless ``given`` names a method or the
-        paper's choices, which then say all.
+      preset: a name of `slim_jax.config.PRESETS`; None for the defaults of `SlimConfig`.
       given: ``name=value`` each.
       options: fields of the settings that have an option; None where it was not given.
 
@@ -37,9 +36,7 @@ def make_settings(preset: str | None, given: Sequence[str], **options: Any) -> "
         if name in fields:
             raise ValueError(f"--set {item}: {name} is given twice, expected once")
         fields[name] = value
-    if preset is None and ("method" in fields or fields.get("sqc") == "paper"):
-        return SlimConfig(**fields)
-    return SlimConfig.preset(preset or "good", **fields)
+    return SlimConfig(**fields) if preset is None else SlimConfig.preset(preset, **fields)
 
 
 def check_size(bits: float | None, target_size: str | None) -> None:

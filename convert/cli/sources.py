@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from convert.display import say
 
-LENGTH = 512
-"""Tokens of a calibration window, by default: on a CPU tuning takes long, and four times as long at 2048."""
-
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -102,5 +99,7 @@ def require_positions(name: str, tokens: int, source: "Source") -> None:
 
 
 def window_length(length: int | None, config: "DecoderConfig") -> int:
-    """Tokens of a calibration window: those asked for, else :data:`LENGTH` or all that there are."""
+    """Tokens of a calibration window: those asked for, else the default or all that there are."""
+    from slim_jax.config import LENGTH
+
     return min(LENGTH, config.max_positions) if length is None else length

@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels import MixedTensor, pack, scales
 from pallas_kernels.layout import zero_bits
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.budget import group_errors
 from slim_jax.method.gptq import Solution, solve
@@ -61,7 +61,7 @@ class LayerSolver:
 
     def __init__(
         self,
-        config: SlimConfig,
+        config: Settings,
         bits: Allocation | None,
         placement: Placement = ONE_DEVICE,
         widths: tuple[int, ...] | None = None,
@@ -87,7 +87,7 @@ class LayerSolver:
                 widths=self.config.widths,
                 group_size=self.config.group_size,
                 zero_bits=self.zero_bits,
-                sqc=str(sqc),
+                sqc=sqc,
                 placement=self.placement,
             )
             errors[name] = self.placement.fetch(by_width) / np.float32(unit**2)
@@ -144,7 +144,7 @@ class LayerSolver:
 
     def exponent(self, weights: Sequence[jax.Array | np.ndarray]) -> int:
         """By which power of two the weights are multiplied: see `pallas_kernels.scales.exponent`."""
-        if scale_dtype(str(self.config.sqc)) != jnp.uint8:
+        if scale_dtype(self.config.sqc) != jnp.uint8:
             return 0
         return scales.exponent(max(max(float(w.max()), -float(w.min())) for w in weights))
 
@@ -174,9 +174,7 @@ class LayerSolver:
         self, of: Callable[..., Found], observation: Observation, names: list[str]
     ) -> tuple[Found, float]:
         """Damping is raised tenfold until the Hessian is positive definite."""
-        wanted = self.config.damping
-        assert wanted is not None
-        damping = wanted
+        damping = wanted = self.config.damping
         for _ in range(DAMPING_TRIES):
             found = of(
                 self.placement.whole(observation.gram),
@@ -210,7 +208,7 @@ class LayerSolver:
             width,
             group_size=config.group_size,
             zero_bits=self.zero_bits,
-            sqc=config.sqc or "search",
+            sqc=config.sqc,
             feedback=config.method != "rtn",
             grids=grids,
             placement=self.placement,
@@ -251,8 +249,8 @@ class LayerSolver:
             bits=int(config.bits),
             group_size=config.group_size,
             zero_bits=self.zero_bits,
-            sqc="minmax" if config.criterion == "paper" else config.sqc or "search",
-            criterion=str(config.criterion),
+            sqc="minmax" if config.criterion == "paper" else config.sqc,
+            criterion=config.criterion,
             placement=self.placement,
         )
         candidates = np.asarray(score)
@@ -289,7 +287,7 @@ class LayerSolvers:
 
     def __init__(
         self,
-        config: SlimConfig,
+        config: Settings,
         bits: Allocation | None,
         *,
         given: bool = False,
@@ -298,18 +296,18 @@ class LayerSolvers:
         self.config, self.bits, self.given, self.placement = config, bits, given, placement
         occurring = {width for layer in (bits or {}).values() for width in layer}
         self.widths = tuple(sorted(occurring)) if given else None
-        self._solvers: dict[SlimConfig, LayerSolver] = {}
+        self._solvers: dict[Settings, LayerSolver] = {}
 
     def of(self, names: Sequence[str]) -> list[tuple[LayerSolver, list[str]]]:
         """The names by who solves them, in order; those that a rule skips are left out."""
-        found: dict[SlimConfig, list[str]] = {}
+        found: dict[Settings, list[str]] = {}
         for name in names:
             config = self.config.of_layer(name)
             if config is not None:
                 found.setdefault(config, []).append(name)
         return [(self._solver(config), same) for config, same in found.items()]
 
-    def _solver(self, config: SlimConfig) -> LayerSolver:
+    def _solver(self, config: Settings) -> LayerSolver:
         if config not in self._solvers:
             bits = self.bits if self.given or config.over_model else None
             self._solvers[config] = LayerSolver(config, bits, self.placement, self.widths)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings, SlimConfig
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import COMPUTE_DTYPE
@@ -37,6 +37,7 @@ REACHED = 0.75
 
 def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length: int) -> float:
     """Floating-point operations of quantizing a model on ``samples`` windows of ``length`` tokens."""
+    settings = settings.resolved()
     tuned = settings.samples_to_tune(samples) * length
     solved = samples * length - tuned
     weights = sum(_weights(kind) for kind in config.blocks())
@@ -46,10 +47,10 @@ def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length
     count = 0.0
     if settings.method != "rtn":
         count += solved * sum(_observed(kind, settings) for kind in config.blocks())
-    count += solved * forward * (2 if settings.asymmetric or settings.method == "slim-plus" else 1)
+    count += solved * forward * (2 if settings.corrects or settings.method == "slim-plus" else 1)
     if settings.method == "slim-plus":
         count += solved * (forward + settings.epochs * LEARNING * (weights + attended))
-    if settings.guide or (settings.over_model and without_choice(config, settings) is None):
+    if settings.guide or without_choice(config, settings) is None:
         swept = samples * length if settings.guide else min(BUDGET_TOKENS, samples * length)
         count += swept * (4 * forward + 3 * head)
     if settings.tune:
@@ -67,14 +68,14 @@ def _weights(kind: DecoderConfig) -> float:
     return count
 
 
-def _observed(kind: DecoderConfig, settings: SlimConfig) -> float:
+def _observed(kind: DecoderConfig, settings: Settings) -> float:
     """Operations for each token of what is summed about the inputs of a block's layers."""
     shapes, count = block_params(kind), 0.0
     for group in linear_groups(kind):
         k, n = shapes[f"{group[0]}.weight"].shape
         expert = ".experts." in group[0]
         count += 1.5 * k * k
-        if settings.asymmetric and not expert:
+        if settings.corrects and not expert:
             count += 2.0 * k * k + (2.0 * k * n if group[0].endswith((".o", ".down")) else 0.0)
     return count
 

@@ -5,7 +5,6 @@ any layer. All channels of an embedding count alike, and its errors meet no sum:
 Tables are long, so they are solved some thousand tokens at a time.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from pallas_kernels import MixedTensor, pack, side_by_side
 from pallas_kernels.layout import zero_bits
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings, SlimConfig
 from slim_jax.devices import PANEL, Placement
 from slim_jax.method.gptq import Solution, solve
 from slim_jax.method.hessian import Observation, Statistics
@@ -36,7 +35,7 @@ CHUNK = 64 * PANEL
 
 def quantize_ends(
     source: Source,
-    config: SlimConfig,
+    config: Settings,
     activations: Activations,
     reference: Activations | None,
     stride: int,
@@ -110,16 +109,15 @@ def observe_head(
 class TableSolver:
     """Quantizes tables at the one width that ``config`` gives embedding and head."""
 
-    def __init__(self, config: SlimConfig, placement: Placement) -> None:
-        assert config.embedding_bits is not None
-        assert config.embedding_group_size is not None
-        self.config = dataclasses.replace(
-            config,
+    def __init__(self, config: Settings, placement: Placement) -> None:
+        self.config = SlimConfig(
             method="rtn" if config.method == "rtn" else "gptq",
             sqc="search",
             bits=config.embedding_bits,
             group_size=config.embedding_group_size,
-        )
+            damping=config.damping,
+            asymmetric=config.asymmetric,
+        ).resolved()
         self.placement = placement
         self.zero_bits = zero_bits(self.config.widths)
 

@@ -11,7 +11,7 @@ import optax
 
 from pallas_kernels import MixedTensor
 from pallas_kernels.layout import zero_bits
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.plus import Layer, Learned, Samples, SlimPlus, clip_start, pack_learned, solved_start
 from slim_jax.model.config import DecoderConfig
@@ -38,7 +38,7 @@ def held_out(samples: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def default_optimizer(config: SlimConfig, steps: int) -> optax.GradientTransformation:
+def default_optimizer(config: Settings, steps: int) -> optax.GradientTransformation:
     """AdamW without weight decay; rates fall along a cosine to a twentieth over ``steps``.
 
     Clipping learns at a constant rate, as in the paper's code. ``learning_rate`` is that of clipping
@@ -46,7 +46,6 @@ def default_optimizer(config: SlimConfig, steps: int) -> optax.GradientTransform
     Equal arguments give the same object, so that steps compiled with it serve again.
     """
     rate = config.learning_rate
-    assert rate is not None
 
     def adam(part: float) -> optax.GradientTransformation:
         falling = optax.cosine_decay_schedule(part * rate, steps, alpha=0.05)
@@ -120,7 +119,7 @@ class BlockLearner:
     def __init__(
         self,
         decoder: DecoderConfig,
-        config: SlimConfig,
+        config: Settings,
         samples: int,
         optimizer: optax.GradientTransformation | None = None,
         placement: Placement = ONE_DEVICE,

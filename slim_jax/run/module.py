@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels import MixedTensor, mixed_matmul
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings, SlimConfig
 from slim_jax.method.layer import LayerSolvers
 from slim_jax.model.linear import Packed
 from slim_jax.report import LayerReport, LearningReport
@@ -150,18 +150,17 @@ def quantize_module(
     return _packed(full, tensors), ModuleReport(reports, skipped, unmatched, learning)
 
 
-def _for_module(config: SlimConfig) -> SlimConfig:
+def _for_module(config: SlimConfig) -> Settings:
     """The settings as they hold where there is no decoder."""
-    if config.guide or config.bits != int(config.bits):
+    if config.guide or not float(config.bits).is_integer():
         raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
     if config.method == "slim-plus" and config.learn == "clip-gptq":
         raise ValueError("learn is 'clip-gptq', expected rounding, grid or clip for a module")
-    # There is no model's loss to spend bits by.
-    return dataclasses.replace(config, criterion="kl") if config.over_model else config
+    return config.resolved(decoder=False)
 
 
 def _choose(
-    layers: dict[str, Layer], select: Sequence[str] | None, config: SlimConfig
+    layers: dict[str, Layer], select: Sequence[str] | None, config: Settings
 ) -> tuple[dict[str, Layer], dict[str, str], list[str]]:
     """The layers to quantize, why others that are selected stay, and the patterns that match none."""
     patterns = ["*"] if select is None else list(select)
@@ -188,9 +187,7 @@ def _refusal(layer: Layer) -> str | None:
     return None
 
 
-def _settings(
-    module: Any, chosen: dict[str, Layer], batches: list[Any], config: SlimConfig
-) -> dict[str, Any]:
+def _settings(module: Any, chosen: dict[str, Layer], batches: list[Any], config: Settings) -> dict[str, Any]:
     """What the parts of a resumed run have in common."""
     return {
         "settings": config.to_json(),
@@ -200,7 +197,7 @@ def _settings(
     }
 
 
-def _quantize_layers(layers: dict[str, Layer], x: list[jax.Array], config: SlimConfig) -> Finished:
+def _quantize_layers(layers: dict[str, Layer], x: list[jax.Array], config: Settings) -> Finished:
     """Quantizes layers that read one input."""
     found: Finished = {}
     tokens = sum(len(rows) for rows in x)

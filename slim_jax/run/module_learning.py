@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from pallas_kernels import MixedTensor
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings
 from slim_jax.method.plus import Layer, Learned, dense_weights, pack_learned
 from slim_jax.report import LearningReport
 from slim_jax.run.calls import Forward, layers_of
@@ -26,7 +26,7 @@ def improve(
     packed: Mapping[str, MixedTensor],
     batches: Sequence[Any],
     run: Forward,
-    config: SlimConfig,
+    config: Settings,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[dict[str, MixedTensor], LearningReport]:
     """Better packed weights, or the given ones where learning gave none.

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings, SlimConfig
 from slim_jax.devices import Placement
 from slim_jax.method.sba import Allocation
 from slim_jax.method.tune import apply
@@ -38,7 +38,7 @@ from slim_jax.run.tuning import OnStep, tune
 OnBlock = Callable[[BlockReport], None]
 
 
-def _check(source: Source, tokens: np.ndarray, config: SlimConfig, devices: int) -> np.ndarray:
+def _check(source: Source, tokens: np.ndarray, config: Settings, devices: int) -> np.ndarray:
     check_rules(config.rules, linear_names(source.config))
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
@@ -59,7 +59,7 @@ def _check(source: Source, tokens: np.ndarray, config: SlimConfig, devices: int)
     return tokens
 
 
-def _parts(tokens: np.ndarray, config: SlimConfig, devices: int) -> tuple[np.ndarray, np.ndarray]:
+def _parts(tokens: np.ndarray, config: Settings, devices: int) -> tuple[np.ndarray, np.ndarray]:
     """The samples that layers are solved on, and those that the whole is tuned on."""
     own = config.samples_to_tune(len(tokens), devices)
     return (tokens[:-own], tokens[-own:]) if own else (tokens, tokens)
@@ -101,7 +101,7 @@ def quantize(
       ValueError: the tokens, the allocation or the rules do not fit the model.
     """
     source = DecoderSource(model) if isinstance(model, Decoder) else model
-    placement = Placement(mesh)
+    placement, config = Placement(mesh), config.resolved()
     tokens = _check(source, tokens, config, placement.devices)
     solving, tuning_on = _parts(tokens, config, placement.devices)
     quantizer = BlockQuantizer(source, solving, config, allocation, optimizer, None, placement, on_sweep)
@@ -155,7 +155,7 @@ def quantize_to_checkpoint(
     Raises:
       ValueError: as :func:`quantize`; or ``path`` holds something else, or a run with other settings.
     """
-    placement = Placement(mesh)
+    placement, config = Placement(mesh), config.resolved()
     tokens = _check(source, tokens, config, placement.devices)
     solving, tuning_on = _parts(tokens, config, placement.devices)
     settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
@@ -165,7 +165,7 @@ def quantize_to_checkpoint(
         source.origin,
         settings,
         resume=resume,
-        drafts=bool(config.tune),
+        drafts=config.tune,
         placement=placement,
     )
     if writer.complete:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pallas_kernels.devices import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
-from slim_jax.config import SlimConfig
+from slim_jax.config import LENGTH, SAMPLES, Settings, SlimConfig
 from slim_jax.model.block import linear_groups, linear_names
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_params, outer_params
@@ -92,8 +92,8 @@ def make_plan(
     *,
     batch: int = 1,
     context: int = 4096,
-    samples: int = 128,
-    length: int = 2048,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
 ) -> Plan:
     """Plans the quantization of a model and its run.
 
@@ -110,6 +110,7 @@ def make_plan(
     Raises:
       ValueError: a rule of the settings holds for no layer, or tuning leaves no window to the layers.
     """
+    settings = settings.resolved()
     outer, blocks = outer_params(config), _Blocks.of(config, settings)
     ends = _ends(outer, settings)
     outputs = blocks.outputs | dict.fromkeys(ends, config.vocab_size)
@@ -181,7 +182,7 @@ class _Blocks:
         return sum(self.sizes)
 
     @classmethod
-    def of(cls, config: DecoderConfig, settings: SlimConfig) -> "_Blocks":
+    def of(cls, config: DecoderConfig, settings: Settings) -> "_Blocks":
         """A model's.
 
         Raises:
@@ -214,39 +215,34 @@ def _cache_bytes(kind: DecoderConfig, devices: int) -> int:
 def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConfig:
     """The settings with the mean width at which the whole model takes at most ``size`` bytes, as stored.
 
-    Embedding and head keep a width that was chosen for them, and tuning its rate; else they get the defaults
-    beside the mean width.
+    Embedding and head have the width that was asked for, else the default beside the whole part of the mean.
 
     Raises:
       ValueError: the smallest mean width takes more, or one budget over the model is not what is asked for.
     """
-    if not settings.over_model:
+    if not settings.resolved().over_model:
         raise ValueError("a target size needs criterion 'model', which gives any mean width")
-    bytes_per_bit = _Blocks.of(config, settings).in_budget / 8
+    bytes_per_bit = _Blocks.of(config, settings.resolved()).in_budget / 8
     if not bytes_per_bit:
         raise ValueError(
             "a target size needs layers that share a budget, but rules give bits to all layers, or skip them"
         )
-    defaults: dict[str, Any] = dict.fromkeys(("embedding_bits", "embedding_group_size", "tune_rate"))
-    plain = dataclasses.replace(settings, **defaults)
-    free: dict[str, Any] = {
-        name: None for name in defaults if getattr(settings, name) == getattr(plain, name)
-    }
 
     def stored(given: SlimConfig) -> int:
         return make_plan(config, given, next(iter(DEVICES)), samples=0).packed_bytes
 
     smallest = 0
     for whole in range(6, 0, -1):
-        uniform = dataclasses.replace(settings, bits=whole, **free)
+        uniform = dataclasses.replace(settings, bits=whole)
         smallest = stored(uniform)
         if smallest > size:
             continue
-        left = size - stored(dataclasses.replace(uniform, bits=whole + 0.001))  # it says too where groups lie
+        mixed = dataclasses.replace(settings, embedding_bits=uniform.resolved().embedding_bits)
+        left = size - stored(dataclasses.replace(mixed, bits=whole + 0.001))  # it says too where groups lie
         if left < 0:
             return uniform
         thousandths = min(1 + math.floor(1000 * left / bytes_per_bit), 999)
-        return dataclasses.replace(uniform, bits=whole + thousandths / 1000)
+        return dataclasses.replace(mixed, bits=whole + thousandths / 1000)
     raise ValueError(f"target size is {size:,} bytes, but at 1 bit the model takes {smallest:,}")
 
 
@@ -270,7 +266,7 @@ def _label(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _ends(outer: Mapping[str, Any], settings: SlimConfig) -> dict[str, int]:
+def _ends(outer: Mapping[str, Any], settings: Settings) -> dict[str, int]:
     """Bytes of embedding and head, where they are packed."""
     if not settings.packs_ends:
         return {}
@@ -278,8 +274,6 @@ def _ends(outer: Mapping[str, Any], settings: SlimConfig) -> dict[str, int]:
     if "head.weight" in outer:
         tables["head"] = outer["head.weight"].shape
     bits, g = settings.embedding_bits, settings.embedding_group_size
-    assert bits is not None
-    assert g is not None
     return {
         name: abstract_tensor(
             shape, widths=(bits,), segments=(group_count(shape[0], g),), group_size=g
@@ -293,7 +287,7 @@ def _in_block(name: str) -> str:
     return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
-def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:
+def _packed_bytes(shape: tuple[int, int], settings: Settings) -> int:
     """At the mean width, between those of the whole widths beside it: one layer has more, another less."""
     groups, mean = group_count(shape[0], settings.group_size), settings.mean_width
 
@@ -307,19 +301,19 @@ def _packed_bytes(shape: tuple[int, int], settings: SlimConfig) -> int:
     return at(low) if low == mean else round(at(low) + (mean - low) * (at(low + 1) - at(low)))
 
 
-def _calibration_bytes(config: DecoderConfig, settings: SlimConfig, block: int, tokens: int) -> int:
+def _calibration_bytes(config: DecoderConfig, settings: Settings, block: int, tokens: int) -> int:
     """Residual stream in float32, in front of the block and inside (with the full-precision one, if layers
     make up for what is lost, and for "slim-plus" two targets too), two stages' inputs in bfloat16, a block
     twice in float32, and the widest Hessian with its inverse and factor."""
     widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
-    beside = 2 if settings.asymmetric else 1
+    beside = 2 if settings.corrects else 1
     streams = beside + (4 if settings.method == "slim-plus" else beside)
     of_token = 4 * streams * config.hidden_size + 2 * beside * (config.hidden_size + widest)
     return tokens * of_token + 2 * 4 * block + 3 * 4 * widest**2
 
 
 def _tuning_bytes(
-    config: DecoderConfig, settings: SlimConfig, blocks: "_Blocks", tables: int, length: int
+    config: DecoderConfig, settings: Settings, blocks: "_Blocks", tables: int, length: int
 ) -> int:
     """Packed weights; what is learned of their scales in float32 five times (as it is, the best, two moments,
     the gradient); of one step's samples what every product gives; the logits of one sample four times; and

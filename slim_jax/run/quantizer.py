@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from pallas_kernels import MixedTensor
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.hessian import Observation
 from slim_jax.method.layer import LayerSolvers
@@ -36,7 +36,7 @@ class BlockQuantizer:
         self,
         source: Source,
         tokens: np.ndarray,
-        config: SlimConfig,
+        config: Settings,
         bits: Allocation | None,
         optimizer: optax.GradientTransformation | None = None,
         offload: Path | None = None,
@@ -47,9 +47,9 @@ class BlockQuantizer:
         self.source, self.config, self.placement = source, config, placement
         self.guide: Guide | None = None
         given = bits is not None
-        if config.over_model and bits is None:
+        if bits is None:
             bits = without_choice(source.config, config)
-        prices = config.over_model and bits is None
+        prices = bits is None
         if config.guide or prices:
             if sweep_file is not None and sweep_file.exists():  # of the run that is resumed
                 self.guide = Guide.load(sweep_file)
@@ -63,7 +63,7 @@ class BlockQuantizer:
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
         self.reference: Activations | None = None  # behind full-precision blocks
-        if config.asymmetric or config.method == "slim-plus":
+        if config.corrects or config.method == "slim-plus":
             self.reference = Activations.of(source, tokens, offload, placement)
         if config.method == "slim-plus":
             self.learner = BlockLearner(source.config, config, len(tokens), optimizer, placement)
@@ -118,7 +118,7 @@ class BlockQuantizer:
         """
         current = dict(dense)
         passing, beside = self.activations.through(index, current), None
-        if self.config.asymmetric and self.reference is not None:
+        if self.config.corrects and self.reference is not None:
             beside = self.reference.through(index, dense)
         tensors: dict[str, MixedTensor] = {}
         layers: list[LayerReport] = []

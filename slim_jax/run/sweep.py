@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import vary_like
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.budget import LayerCosts, expected_rise, spend
 from slim_jax.method.layer import LayerSolvers
@@ -203,7 +203,7 @@ class Sweep:
         self,
         source: Source,
         tokens: np.ndarray,
-        config: SlimConfig,
+        config: Settings,
         offload: Path | None = None,
         placement: Placement = ONE_DEVICE,
         *,
@@ -212,7 +212,7 @@ class Sweep:
         if not config.guide:  # then only sums over tokens are asked for
             tokens = some_samples(tokens, placement.devices)
         self.source, self.tokens, self.config, self.placement = source, tokens, config, placement
-        self.prices = prices and config.over_model
+        self.prices = prices
         self.start = Activations.of(source, tokens, offload, placement)
         self.solvers = LayerSolvers(config, None, placement=placement)
         self.names = [tuple(itertools.chain(*linear_groups(block))) for block in source.config.blocks()]
@@ -295,7 +295,7 @@ class Sweep:
                     self.costs[full] = LayerCosts(rise, group)
 
 
-def spend_all(costs: Mapping[str, LayerCosts], config: SlimConfig) -> tuple[Allocation, dict[str, float]]:
+def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Allocation, dict[str, float]]:
     """Widths of every group, and by how much each layer is then expected to raise the loss.
 
     Layers share one budget, but those whose bits a rule gives: each of these spends its own.
@@ -320,7 +320,7 @@ def spend_all(costs: Mapping[str, LayerCosts], config: SlimConfig) -> tuple[Allo
     return {name: allocation[name] for name in costs}, {name: rises[name] for name in costs}
 
 
-def without_choice(model: DecoderConfig, config: SlimConfig) -> Allocation | None:
+def without_choice(model: DecoderConfig, config: Settings) -> Allocation | None:
     """Widths of all groups where no layer may have more than one; None where there is a choice."""
     allocation: Allocation = {}
     for index, kind in enumerate(model.blocks()):

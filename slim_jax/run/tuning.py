@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from slim_jax.config import SlimConfig
+from slim_jax.config import Settings
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.tune import Batch, Fixed, Learned, Tuner, no_change, stacked
 from slim_jax.model.config import DecoderConfig
@@ -44,7 +44,7 @@ def default_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
 def tune(
     source: Source,
     tokens: np.ndarray,
-    config: SlimConfig,
+    config: Settings,
     outer: Params,
     blocks: Sequence[Params],
     placement: Placement = ONE_DEVICE,
@@ -93,7 +93,7 @@ class Tuning:
     def __init__(
         self,
         decoder: DecoderConfig,
-        config: SlimConfig,
+        config: Settings,
         tokens: np.ndarray,
         targets: np.ndarray,
         optimizer: optax.GradientTransformation | None = None,
@@ -108,7 +108,6 @@ class Tuning:
         order = np.concatenate([rng.permutation(learners) for _ in range(config.tune_epochs)])
         self.order = order[: len(order) // batch * batch].reshape(-1, batch)
         self.judge_batch = math.gcd(len(self.judges), batch)
-        assert config.tune_rate is not None
         optimizer = optimizer or default_optimizer(config.tune_rate, len(self.order))
         self.tuner = Tuner(decoder, optimizer, placement)
 
