@@ -227,7 +227,7 @@ def quality(arguments: argparse.Namespace, name: str, bits: float) -> dict[str, 
     }
     if report.blocks[0].learning is not None:
         learned = [block.learning for block in report.blocks]
-        row["block_losses"] = [(one.losses[0], one.losses[one.kept_epoch]) for one in learned]
+        row["block_losses"] = [(one.losses[0], one.losses[one.kept_epoch]) for one in learned if one.losses]
     if arguments.text:
         result = perplexity(model, tokens_of(source, arguments.text), 2048, arguments.max_windows)
         row.update(dataclasses.asdict(result))

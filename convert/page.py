@@ -200,11 +200,11 @@ def _errors(manifest: dict[str, Any]) -> str:
 
 def _losses(manifest: dict[str, Any]) -> str:
     """Where blocks were learned: two bars for each, before and after."""
-    reports = [(block["report"] or {}).get("learning") for block in manifest["blocks"]]
-    if not any(reports):
+    reports = [(block["report"] or {}).get("learning") or {} for block in manifest["blocks"]]
+    if not any(found.get("losses") for found in reports):
         return ""
-    before = [found["losses"][0] if found else 0.0 for found in reports]
-    after = [found["losses"][found["kept_epoch"]] if found else 0.0 for found in reports]
+    before = [found["losses"][0] if found.get("losses") else 0.0 for found in reports]
+    after = [found["losses"][found["kept_epoch"]] if found.get("losses") else 0.0 for found in reports]
     told = [f"block {i}: {a:.4g} to {b:.4g}" for i, (a, b) in enumerate(zip(before, after))]
     colors = {"before": "#8c8c8c", "after": "#66c2a5"}
     note = f"On samples that learning did not see. Highest: {max(before + after):.4g}. {_key(colors)}"

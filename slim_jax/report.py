@@ -66,7 +66,7 @@ class LearningReport:
 
     Attributes:
       losses: on the held-out samples: before the first epoch, after each, and last with codes by GPTQ
-        where that follows.
+        where that follows. Empty where the first is not finite.
       kept_epoch: whose parameters were kept, an index into ``losses``; 0 is the start.
       note: what went wrong, empty if nothing did.
     """
@@ -82,7 +82,7 @@ class TuningReport:
 
     Attributes:
       losses: step, and the divergence from the full-precision model's next token on held-out samples, in
-        nats a token; first the start.
+        nats a token; first the start. Empty where that is not finite.
       kept: which of ``losses`` was kept, the lowest.
       tokens: that were learned from, counted as often as they were seen.
       note: what went wrong, empty if nothing did.

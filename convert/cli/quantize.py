@@ -178,6 +178,8 @@ def _tell(out: Path, report: "Report", save_allocation: Path | None, as_json: bo
     from convert.page import write_report
     from slim_jax.method.sba import save_allocation as write_allocation
 
+    if report.tuning is not None and report.tuning.note:
+        say(f"tuning: {report.tuning.note}")
     write_report(out, out / "report.html")
     if save_allocation is not None:
         write_allocation(report.allocation, save_allocation)
@@ -250,6 +252,8 @@ def _figures(block: "BlockReport") -> str:
         return f"error {block.error:.3g}"
     if learning.note:
         say(f"block {block.index}: {learning.note}")
+    if not learning.losses:
+        return "not learned"
     return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
 
 

@@ -105,8 +105,10 @@ def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) 
     """The allocation of least cost whose mean width, over all weights, is at most ``bits``.
 
     Raises:
-      ValueError: no width is that small.
+      ValueError: no width is that small, or a cost is not finite.
     """
+    if broken := [name for name, layer in layers.items() if not np.all(np.isfinite(layer.rise))]:
+        raise ValueError(f"the expected rise of the loss by {', '.join(broken)} is not finite")
     widths = tuple(sorted(widths))
     if bits < widths[0]:
         raise ValueError(f"bits is {bits}, expected at least {widths[0]}, the smallest width")

@@ -1,5 +1,6 @@
 """Quantizing the layers that share an input: statistics, bit search, one stacked solve, packing."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -47,6 +48,16 @@ def relative_error(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> jax.Array:
     """The squared error of the outputs over the squared outputs."""
     error, total = squares(w, w_hat, h)
     return error / jnp.maximum(total, 1e-30)
+
+
+def check_error(name: str, error: float) -> None:
+    """Refuses a solved layer whose error is NaN or infinite.
+
+    Raises:
+      ValueError: it is.
+    """
+    if not math.isfinite(error):
+        raise ValueError(f"{name} cannot be quantized: the error of its outputs is {error}")
 
 
 class LayerSolver:
@@ -109,7 +120,8 @@ class LayerSolver:
           like: packed weights whose bits and grids serve again, so that only codes are found anew.
 
         Raises:
-          ValueError: the Hessian is not positive definite, or the given bits do not fit.
+          ValueError: the Hessian is not positive definite, the given bits do not fit, or a layer's inputs or
+            error are not finite.
         """
         config, k = self.config, weights[0].shape[0]
         found, damping = self.statistics(observation, names)
@@ -140,6 +152,7 @@ class LayerSolver:
         for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
             tensor = self._pack(solution, bits, k, exponent)
             error = float(relative_error(w, _weight(solution), found.h))
+            check_error(name, error)
             yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
 
     def exponent(self, weights: Sequence[jax.Array | np.ndarray]) -> int:
@@ -187,10 +200,11 @@ class LayerSolver:
                     needed = f"is positive definite only when damped by {damping:g}"
                     warnings.warn(f"the Hessian of {', '.join(names)} {needed}", stacklevel=2)
                 return found, damping
+            if not bool(jnp.all(jnp.isfinite(observation.gram))):
+                raise ValueError(f"what {', '.join(names)} read for the calibration text is not finite")
             damping *= 10
         raise ValueError(
-            f"the Hessian of {', '.join(names)} is not positive definite, damped by {damping / 10:g}: "
-            "are the calibration activations finite?"
+            f"the Hessian of {', '.join(names)} is not positive definite, damped by {damping / 10:g}"
         )
 
     def _solutions(
@@ -254,6 +268,8 @@ class LayerSolver:
             placement=self.placement,
         )
         candidates = np.asarray(score)
+        if not np.all(np.isfinite(candidates)):
+            raise ValueError(f"the scores of {name}'s bit search are not finite: its outputs are too large")
         first = 0
         if config.criterion == "paper" and groups > 3:  # the authors always mix, and stop one p earlier
             first, candidates = 1, candidates[: groups // 2]

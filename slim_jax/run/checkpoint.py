@@ -46,7 +46,7 @@ from slim_jax.run.manifest import CheckpointError as CheckpointError
 from slim_jax.run.manifest import is_checkpoint as is_checkpoint
 from slim_jax.run.manifest import read_manifest as read_manifest
 from slim_jax.run.shards import Shards, digest, verify
-from slim_jax.run.source import DecoderSource, Source, read_decoder
+from slim_jax.run.source import DecoderSource, FiniteSource, Source, read_decoder
 
 
 def _barrier(name: str) -> None:
@@ -297,8 +297,9 @@ def save_source(source: Source, path: str | Path, on_block: Callable[[int, int],
 
     Raises:
       CheckpointError: ``path`` exists and is not an empty folder.
+      ValueError: a dense parameter is not finite.
     """
-    _save(source, path, None, on_block)
+    _save(FiniteSource(source), path, None, on_block)
 
 
 def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> None:

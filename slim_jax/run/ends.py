@@ -19,7 +19,7 @@ from slim_jax.config import Settings, SlimConfig
 from slim_jax.devices import PANEL, Placement
 from slim_jax.method.gptq import Solution, solve
 from slim_jax.method.hessian import Observation, Statistics
-from slim_jax.method.layer import LayerSolver, squares
+from slim_jax.method.layer import LayerSolver, check_error, squares
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE, product_dtype
@@ -128,6 +128,9 @@ class TableSolver:
           name: "embed" or "head.weight".
           table: its values.
           seen: what was seen of the head's inputs; None for a table that is only looked up in.
+
+        Raises:
+          ValueError: the head's inputs or the error are not finite.
         """
         vocab, d = table.shape if name == "embed" else table.shape[::-1]
         label = name.removesuffix(".weight")
@@ -149,6 +152,7 @@ class TableSolver:
             error, total = error + float(chunk_error), total + float(chunk_total)
             parts.append(self._pack(solution.times(-exponent), d))
         tensor = self.placement.tensor(side_by_side(parts))
+        check_error(label, error / max(total, 1e-30))
         return tensor, LayerReport.of(label, tensor, error / max(total, 1e-30), None, damping)
 
     def _solve(self, w: jax.Array, found: Statistics, feedback: bool) -> Solution:

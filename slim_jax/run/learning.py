@@ -75,6 +75,8 @@ def best_of_epochs(
       on_epoch: called after every epoch.
     """
     best, best_epoch, losses, note = jax.tree.map(jnp.copy, learned), 0, [judge(learned)], ""
+    if not math.isfinite(losses[0]):
+        return best, LearningReport([], 0, f"the loss of the start values is {losses[0]}; they are kept")
     for number in range(1, epochs + 1):
         learned = epoch(learned)
         loss = judge(learned)
@@ -184,6 +186,8 @@ class BlockLearner:
         """``rounded``, what GPTQ made of the ``learned`` grids, if its held-out loss is lower."""
         parameters, layers, rest = self.start(dense, rounded, "grid")  # codes as they are
         loss = float(self.kinds[index].evaluate(parameters, layers, rest, samples, self._judge_order()))
+        if not report.losses:
+            return learned, report
         losses = [*report.losses, loss]
         if loss < report.losses[report.kept_epoch]:
             return rounded, LearningReport(losses, len(losses) - 1, report.note)

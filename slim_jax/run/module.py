@@ -29,6 +29,7 @@ from slim_jax.run.calls import Forward, Layer, find_stages, layers_of, shared_in
 from slim_jax.run.kept import Finished, Kept, digest_of
 from slim_jax.run.learning import OnEpoch
 from slim_jax.run.module_learning import improve
+from slim_jax.run.source import check_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +116,9 @@ def quantize_module(
 
     Raises:
       ValueError: there are no batches, no layer is selected, a rule holds for none, a selected layer is
-        called inside a transformation such as jit or scan, where its inputs have no values, ``resume``
-        holds something else or a run with other settings, weights or batches, or "slim-plus" is to learn of
-        a module that JAX cannot trace.
+        called inside a transformation such as jit or scan, where its inputs have no values, a kernel or
+        what a layer reads is not finite, ``resume`` holds something else or a run with other settings,
+        weights or batches, or "slim-plus" is to learn of a module that JAX cannot trace.
     """
     config = _for_module(config)
     full, module, batches = module, nnx.clone(module), list(batches)
@@ -126,6 +127,7 @@ def quantize_module(
     run = forward or (lambda module, batch: module(batch))
     chosen, skipped, unmatched = _choose(layers_of(module), select, config)
     kept = None if resume is None else Kept(Path(resume), _settings(module, chosen, batches, config))
+    check_finite({f"{path}.kernel": layer.kernel[...] for path, layer in chosen.items()})
     calls = watch(chosen, partial(run, module, batches[0]))
     skipped |= {path: "it is not called" for path in chosen if path not in calls}
     finished: Finished = {}

@@ -31,7 +31,7 @@ from slim_jax.run.checkpoint import CheckpointWriter
 from slim_jax.run.ends import sizes
 from slim_jax.run.learning import OnEpoch
 from slim_jax.run.quantizer import BlockQuantizer
-from slim_jax.run.source import DecoderSource, Source
+from slim_jax.run.source import DecoderSource, FiniteSource, Source
 from slim_jax.run.sweep import OnSweep
 from slim_jax.run.tuning import OnStep, tune
 
@@ -98,9 +98,10 @@ def quantize(
       The decoder on packed weights, and a report.
 
     Raises:
-      ValueError: the tokens, the allocation or the rules do not fit the model.
+      ValueError: the tokens, the allocation or the rules do not fit the model, or a parameter, a calibration
+        activation or a layer's error is not finite.
     """
-    source = DecoderSource(model) if isinstance(model, Decoder) else model
+    source = FiniteSource(DecoderSource(model) if isinstance(model, Decoder) else model)
     placement, config = Placement(mesh), config.resolved()
     tokens = _check(source, tokens, config, placement.devices)
     solving, tuning_on = _parts(tokens, config, placement.devices)
@@ -155,7 +156,7 @@ def quantize_to_checkpoint(
     Raises:
       ValueError: as :func:`quantize`; or ``path`` holds something else, or a run with other settings.
     """
-    placement, config = Placement(mesh), config.resolved()
+    source, placement, config = FiniteSource(source), Placement(mesh), config.resolved()
     tokens = _check(source, tokens, config, placement.devices)
     solving, tuning_on = _parts(tokens, config, placement.devices)
     settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}

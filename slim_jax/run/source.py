@@ -1,9 +1,13 @@
 """Where a model's weights come from, one block at a time."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from pallas_kernels import MixedTensor
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params, make_decoder, split_params
@@ -28,6 +32,59 @@ class Source(Protocol):
     def block(self, index: int) -> Params:
         """Parameters of block ``index``, named as in :func:`slim_jax.model.params.block_params`."""
         ...
+
+
+def check_finite(arrays: Mapping[str, Any]) -> None:
+    """Refuses arrays with NaN or infinity; packed weights are not looked at.
+
+    Raises:
+      ValueError: the message names the first such array and counts its values.
+    """
+    for name, value in arrays.items():
+        if isinstance(value, MixedTensor) or not jnp.issubdtype(value.dtype, jnp.floating):
+            continue
+        finite = (np if isinstance(value, np.ndarray) else jnp).isfinite(value)
+        if not bool(finite.all()):
+            bad = value.size - int(finite.sum())
+            raise ValueError(f"{name} has {bad:,} of {value.size:,} values that are NaN or infinite")
+
+
+class FiniteSource:
+    """A :class:`Source` whose dense parameters are checked (:func:`check_finite`) when they are first read.
+
+    Attributes:
+      source: what is read.
+      config: that of ``source``.
+      origin: that of ``source``.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.config, self.origin = source, source.config, source.origin
+        self._checked: set[int | None] = set()
+
+    def outer(self) -> Params:
+        """See :class:`Source`.
+
+        Raises:
+          ValueError: a parameter is not finite.
+        """
+        return self._check(None, self.source.outer())
+
+    def block(self, index: int) -> Params:
+        """See :class:`Source`.
+
+        Raises:
+          ValueError: a parameter is not finite.
+        """
+        return self._check(index, self.source.block(index))
+
+    def _check(self, index: int | None, params: Params) -> Params:
+        if index not in self._checked:
+            prefix = f"{self.origin['path']}: " if "path" in self.origin else ""
+            prefix += "" if index is None else f"blocks.{index}."
+            check_finite({prefix + name: value for name, value in params.items()})
+            self._checked.add(index)
+        return params
 
 
 def read_decoder(source: Source, mesh: Mesh | None = None) -> Decoder:

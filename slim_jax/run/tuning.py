@@ -173,8 +173,8 @@ class History:
 
     @property
     def best(self) -> int:
-        """Index of the lowest of ``losses``."""
-        return min(range(len(self.losses)), key=lambda i: self.losses[i][1])
+        """Index of the lowest of ``losses``; 0, the start, where there is none."""
+        return min(range(len(self.losses)), key=lambda i: self.losses[i][1], default=0)
 
     @property
     def over(self) -> bool:
@@ -184,7 +184,8 @@ class History:
     def judge(self, step: int, loss: float) -> bool:
         """Takes a judgement down; whether it is the best so far."""
         if not math.isfinite(loss):
-            self.note = f"the loss became {loss} by step {step}"
+            when = f"became {loss} by step {step}" if step else f"is {loss} at the start"
+            self.note = f"the loss {when}"
             return False
         self.losses.append((step, loss))
         return self.best == len(self.losses) - 1
