@@ -137,6 +137,10 @@ class MixedTensor:
         """The same codes and scales, dequantized and multiplied in another dtype."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
+    def with_bfloat16_scales(self) -> "MixedTensor":
+        """The same weight with its scales in bfloat16, which holds the value of every byte."""
+        return dataclasses.replace(self, scale=self.scales().astype(jnp.bfloat16))
+
     @property
     def groups(self) -> int:
         """``G``, the number of groups."""

@@ -8,8 +8,6 @@ A byte ``c`` stands for ``(1 + (c % 16) / 16) * 2**(c // 16 - 13)``. Added to a 
 bits of that float32, and of the bfloat16 that is its upper half.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -56,15 +54,6 @@ def stored(scale: ArrayLike, dtype: DTypeLike) -> jax.Array:
 def rounded(scale: ArrayLike, dtype: DTypeLike = jnp.uint8) -> jax.Array:
     """What is read back of scales that are stored as ``dtype``, float32."""
     return decoded(stored(scale, dtype))
-
-
-def exponent(largest: float) -> int:
-    """By which power of two weights up to ``largest`` have to be multiplied, so that bytes hold the scales of
-    their groups: 0 for what models have (SmolLM2: 9.25). Else scales are stored in bfloat16, with
-    the power taken out. At 2 bits a scale is two thirds of the largest weight at most."""
-    if not math.isfinite(largest) or largest == 0 or 2.0**-6 <= largest <= 1.5 * LARGEST:
-        return 0
-    return -math.frexp(largest)[1]
 
 
 def within(scale: jax.Array, share: jax.Array) -> jax.Array:

@@ -123,10 +123,14 @@ def part(w: MixedTensor, index: int = 0) -> MixedTensor:
 def side_by_side(parts: Sequence[MixedTensor]) -> MixedTensor:
     """One weight of all output channels of several, whose groups have the same bits in the same order.
 
+    Scales are in bfloat16, which holds the value of every byte, where those of one are.
+
     Raises:
       ValueError: they have not.
     """
     first, places = parts[0], [(np.asarray(w.order), np.asarray(w.segments)) for w in parts]
+    if len({w.scale.dtype for w in parts}) > 1:
+        parts = [w.with_bfloat16_scales() for w in parts]
     static = [(w.shape[0], w.group_size, w.widths, w.dtype) for w in parts]
     if static.count(static[0]) < len(parts) or not all(
         np.array_equal(one, other) for pair in places for one, other in zip(places[0], pair)

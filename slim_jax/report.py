@@ -20,6 +20,8 @@ class LayerReport:
       error: growth of the layer's squared output error over the squared output, on the calibration text,
         as solved: of the weights that make up for what was lost before (``SlimConfig.asymmetric``), and
         "slim-plus" then lowers the block's, see :class:`LearningReport`.
+      worst: the same of the one output channel where it is largest: one large weight hides in ``error`` what
+        becomes of all others.
       mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
         None where the bits were given.
       damping: of its Hessian: the config's, or what it took to make the Hessian positive definite.
@@ -34,6 +36,7 @@ class LayerReport:
     bits: dict[str, int]
     bits_per_weight: float
     error: float
+    worst: float | None = None
     mixed: int | None = None
     damping: float | None = None
     borrowed: float = 0.0
@@ -44,15 +47,15 @@ class LayerReport:
         cls,
         name: str,
         tensor: MixedTensor,
-        error: float,
+        errors: tuple[float, float],
         mixed: int | None,
         damping: float | None,
         borrowed: float = 0.0,
     ) -> "LayerReport":
-        """Reads shape and bits off the packed weight."""
+        """Reads shape and bits off the packed weight; ``errors`` are ``error`` and ``worst``."""
         counts = {str(width): n for width, n in sorted(Counter(tensor.bits().tolist()).items())}
         stored = tensor.bits_per_weight
-        return cls(name, tensor.shape, tensor.group_size, counts, stored, error, mixed, damping, borrowed)
+        return cls(name, tensor.shape, tensor.group_size, counts, stored, *errors, mixed, damping, borrowed)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "LayerReport":

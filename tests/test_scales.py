@@ -7,9 +7,6 @@ import pytest
 from test_layout import random_parts
 
 from pallas_kernels import pack, scales
-from slim_jax.config import SlimConfig
-from slim_jax.method.hessian import Observation
-from slim_jax.method.layer import LayerSolver
 
 BYTES = np.arange(256, dtype=np.uint8)
 
@@ -70,30 +67,3 @@ def test_a_weight_with_bytes_for_scales():
     for name in ("scales", "dequantize", "codes", "zero_points"):
         np.testing.assert_array_equal(getattr(short, name)(), getattr(long, name)())
     np.testing.assert_array_equal(short.columns(jnp.array([5, 1])), long.columns(jnp.array([5, 1])))
-
-
-def test_the_power_that_brings_weights_within_reach():
-    assert [scales.exponent(largest) for largest in (0.0, 0.02, 0.5, 9.25, float("nan"))] == [0] * 5
-    for largest in (1e-20, 1e-3, 12.0, 3e5):
-        assert 0.5 <= largest * 2.0 ** scales.exponent(largest) < 1
-
-
-@pytest.mark.parametrize("method", ["rtn", "gptq", "slim"])
-@pytest.mark.parametrize("power", [-30, 12])
-def test_weights_far_off_are_quantized_as_others(method, power):
-    """Those of a layer times a power of two: the same codes, scales times that power, costs of bits too."""
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(256, 96)), (0.1 * rng.normal(size=(96, 8))).astype(np.float32)
-    seen = Observation(*(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x[:64])), len(x))
-    solver = LayerSolver(SlimConfig(bits=2, group_size=32, method=method).resolved(), None)
-    ((near, report),) = solver.solve(["layer"], [w], seen)
-    ((far, other),) = solver.solve(["layer"], [w * np.float32(2.0**power)], seen)
-    assert (near.scale.dtype, far.scale.dtype) == (jnp.uint8, jnp.bfloat16)
-    assert report.error == pytest.approx(other.error, rel=1e-6)
-    if method == "slim":
-        near_costs, far_costs = (
-            solver.errors({"layer": w * np.float32(2.0**p)}, seen)["layer"] for p in (0, power)
-        )
-        np.testing.assert_allclose(near_costs, far_costs * 4.0**-power, rtol=1e-5)
-    np.testing.assert_array_equal(near.codes(), far.codes())
-    np.testing.assert_array_equal(near.scales(), far.scales() * np.float32(2.0**-power))

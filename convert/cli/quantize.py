@@ -160,6 +160,8 @@ def quantize(
             **_shown(step),
         )
     keep_tokenizer(tokenizer, out)
+    if target_size is not None and report.stored_bytes > parse_size(target_size):
+        say(f"note: {report.stored_bytes:,} bytes are stored: some layers need scales of two bytes, not one")
     _tell(out, report, save_allocation, as_json)
 
 

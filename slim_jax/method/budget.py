@@ -25,7 +25,7 @@ go by the rows of words that a layer has, so these should be few."""
 BISECTIONS = 100
 
 
-@partial(jax.jit, static_argnames=("widths", "group_size", "zero_bits", "sqc", "placement"))
+@partial(jax.jit, static_argnames=("widths", "group_size", "zero_bits", "sqc", "scale_dtype", "placement"))
 def group_errors(
     w: Float[Array, "k n"],
     importance: Float[Array, " k"],
@@ -34,17 +34,18 @@ def group_errors(
     group_size: int,
     zero_bits: int,
     sqc: str,
+    scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "groups widths"]:
     """``sum_jn (w_jn - w_hat_jn(b))^2 / u_j^2`` of every group at every width, as ``sqc`` would fit it.
 
-    ``importance`` is ``1 / u_j^2``. ``K`` must be a multiple of ``group_size``.
+    ``importance`` is ``1 / u_j^2``. ``K`` must be a multiple of ``group_size``; ``scale_dtype`` is that of
+    `slim_jax.method.sba.quantized_at`.
     """
+    rounded = partial(quantized_at, group_size=group_size, zero_bits=zero_bits, sqc=sqc)
 
     def at(bits: jax.Array) -> jax.Array:
-        w_hat = quantized_at(
-            w, importance, bits, group_size=group_size, zero_bits=zero_bits, sqc=sqc, placement=placement
-        )
+        w_hat = rounded(w, importance, bits, scale_dtype=scale_dtype, placement=placement)
         return weighted_errors(w, w_hat, importance, group_size, placement)
 
     return lax.map(at, jnp.asarray(widths, jnp.float32)).T

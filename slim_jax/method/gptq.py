@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import scales
 from slim_jax.devices import ONE_DEVICE, Placement, in_panels
-from slim_jax.method.sqc import FITS, Grid, scale_dtype
+from slim_jax.method.sqc import FITS, Grid
+from slim_jax.method.sqc import scale_dtype as default_scale_dtype
 
 
 class Solution(NamedTuple):
@@ -35,13 +35,6 @@ class Solution(NamedTuple):
     def part(self, channels: slice) -> "Solution":
         """The solution of one of the layers that were solved side by side."""
         return Solution(*(leaf[:, channels] for leaf in self))
-
-    def times(self, exponent: int) -> "Solution":
-        """That of the weight times a power of two, with scales in bfloat16; itself for a power of 0."""
-        if not exponent:
-            return self
-        scale = scales.decoded(self.scale) * np.float32(2.0**exponent)
-        return self._replace(scale=scale.astype(jnp.bfloat16))
 
     def weight(self) -> jax.Array:
         """What is stored, ``float32[K, N]``."""
@@ -64,7 +57,7 @@ def _round_group(w: jax.Array, u: jax.Array, grid: Grid) -> tuple[jax.Array, jax
     return codes, errors
 
 
-@partial(jax.jit, static_argnames=("group_size", "zero_bits", "sqc", "feedback", "placement"))
+@partial(jax.jit, static_argnames=("group_size", "zero_bits", "sqc", "feedback", "scale_dtype", "placement"))
 def solve(
     w: Float[Array, "k n"],
     u: Float[Array, "k k"],
@@ -76,6 +69,7 @@ def solve(
     sqc: str,
     feedback: bool = True,
     grids: Grid | None = None,
+    scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> Solution:
     """Quantizes a weight, or several side by side, group by group.
@@ -94,13 +88,16 @@ def solve(
       sqc: a name of `slim_jax.method.sqc.FITS`.
       feedback: False rounds to nearest, the error stays where it is.
       grids: what to round to, ``[G, N]``, instead of a fit.
+      scale_dtype: of the stored scales; `slim_jax.method.sqc.scale_dtype` if None.
       placement: the devices that share the output channels.
     """
+
+    dtype = default_scale_dtype(sqc) if scale_dtype is None else scale_dtype
 
     def own(whole: tuple[jax.Array, jax.Array], channels: tuple[jax.Array, jax.Array, Grid | None]):
         def panel(part: tuple[jax.Array, jax.Array, Grid | None]) -> Solution:
             (u, importance), (w, bits, grids) = whole, part
-            return _solve(w, u, importance, bits, grids, group_size, zero_bits, sqc, feedback)
+            return _solve(w, u, importance, bits, grids, group_size, zero_bits, sqc, feedback, dtype)
 
         return in_panels(panel, channels)
 
@@ -117,8 +114,9 @@ def _solve(
     zero_bits: int,
     sqc: str,
     feedback: bool,
+    dtype: jnp.dtype,
 ) -> Solution:
-    (k, n), dtype = w.shape, scale_dtype(sqc)
+    k, n = w.shape
 
     def group(w: jax.Array, at: tuple[jax.Array, Grid | None]):
         index, grid = at
@@ -127,7 +125,7 @@ def _solve(
         rows = lax.dynamic_slice_in_dim(u, start, group_size)
         if grid is None:
             weight = lax.dynamic_slice_in_dim(importance, start, group_size)
-            grid = FITS[sqc](block, weight, bits[index], zero_bits)
+            grid = FITS[sqc](block, weight, bits[index], zero_bits, dtype)
         if feedback:
             diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
             codes, errors = _round_group(block, diagonal_block, grid)

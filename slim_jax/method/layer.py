@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import MixedTensor, pack, scales
+from pallas_kernels import MixedTensor, pack
 from pallas_kernels.layout import zero_bits
 from slim_jax.config import Settings
 from slim_jax.devices import ONE_DEVICE, Placement
@@ -25,7 +25,7 @@ from slim_jax.method.hessian import (
 )
 from slim_jax.method.refine import refine
 from slim_jax.method.sba import Allocation, allocate, output_divergence, scores
-from slim_jax.method.sqc import Grid, scale_dtype, stored_grids
+from slim_jax.method.sqc import Grid, bytes_hold, scale_dtype, stored_grids
 from slim_jax.model.linear import product_dtype
 from slim_jax.report import LayerReport
 
@@ -36,28 +36,26 @@ DAMPING_TRIES = 4
 
 
 @jax.jit
-def squares(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+def squares(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``tr(dW^T H dW)`` and ``tr(W^T H W)`` with ``dW = W - W_hat``, ``[K, N]``: the squared error of the
-    outputs and the squared outputs, however ``W_hat`` was found."""
+    outputs and the squared outputs, however ``W_hat`` was found; and the largest ratio of the two in an
+    output channel."""
     delta = w - w_hat
-    return jnp.sum(delta * (h @ delta)), jnp.sum(w * (h @ w))
+    error, total = jnp.sum(delta * (h @ delta), axis=0), jnp.sum(w * (h @ w), axis=0)
+    ratio = jnp.where(total > 0, error / jnp.where(total > 0, total, 1.0), 0.0)
+    return jnp.sum(error), jnp.sum(total), jnp.max(ratio)
 
 
-@jax.jit
-def relative_error(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> jax.Array:
-    """The squared error of the outputs over the squared outputs."""
-    error, total = squares(w, w_hat, h)
-    return error / jnp.maximum(total, 1e-30)
-
-
-def check_error(name: str, error: float) -> None:
-    """Refuses a solved layer whose error is NaN or infinite.
+def relative_error(name: str, error: float, total: float) -> float:
+    """The squared error of a layer's outputs over the squared outputs; 0 where these are.
 
     Raises:
-      ValueError: it is.
+      ValueError: it is NaN or infinite.
     """
-    if not math.isfinite(error):
-        raise ValueError(f"{name} cannot be quantized: the error of its outputs is {error}")
+    relative = error / total if total else error
+    if not math.isfinite(relative):
+        raise ValueError(f"{name} cannot be quantized: the error of its outputs is {relative}")
+    return relative
 
 
 class LayerSolver:
@@ -91,17 +89,18 @@ class LayerSolver:
         errors = {}
         for name, w in weights.items():
             padded = jnp.pad(self.placement.channels(w).astype(jnp.float32), _rows_up_to(found, w))
-            unit = 2.0 ** self.exponent([padded])
+            padded = padded * found.alive[:, None]
             by_width = group_errors(
-                padded * found.alive[:, None] * np.float32(unit),
+                padded,
                 found.importance,
                 widths=self.config.widths,
                 group_size=self.config.group_size,
                 zero_bits=self.zero_bits,
                 sqc=sqc,
+                scale_dtype=self.scale_dtype(padded, *self.config.widths),
                 placement=self.placement,
             )
-            errors[name] = self.placement.fetch(by_width) / np.float32(unit**2)
+            errors[name] = self.placement.fetch(by_width)
         return errors
 
     def solve(
@@ -131,18 +130,11 @@ class LayerSolver:
         if config.method != "rtn":
             padded = self.corrected(padded, found, observation)
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
-        exponent = self.exponent(placed)  # not of what makes up for losses: it may exceed the bound a little
-        if exponent:
-            padded, x = [w * np.float32(2.0**exponent) for w in padded], x * np.float32(2.0**-exponent)
         if like is None:
             chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
-            grids = None
         else:
             chosen = [(tensor.bits(), None) for tensor in like]
-            all_grids = [stored_grids(tensor) for tensor in like]
-            grids = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *all_grids)
-            grids = grids._replace(scale=grids.scale * np.float32(2.0**exponent))
-        solutions = self._solutions(padded, found, [bits for bits, _ in chosen], grids)
+        solutions = self._solutions(padded, found, [bits for bits, _ in chosen], like)
         if config.criterion != "paper" and any(mixed for _, mixed in chosen):
             uniform = [np.full_like(bits, int(config.bits)) for bits, _ in chosen]
             plain = self._solutions(padded, found, uniform)
@@ -150,16 +142,24 @@ class LayerSolver:
                 if mixed and not _pays(*self.placement.tree((w, x, solutions[i], plain[i]))):
                     solutions[i], chosen[i] = plain[i], (uniform[i], 0)
         for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
-            tensor = self._pack(solution, bits, k, exponent)
-            error = float(relative_error(w, _weight(solution), found.h))
-            check_error(name, error)
-            yield tensor, LayerReport.of(name, tensor, error, mixed, damping, observation.share_borrowed)
+            tensor = self._pack(solution, bits, k)
+            error, total, worst = map(float, squares(w, _weight(solution), found.h))
+            errors, borrowed = (relative_error(name, error, total), worst), observation.share_borrowed
+            yield tensor, LayerReport.of(name, tensor, errors, mixed, damping, borrowed)
 
-    def exponent(self, weights: Sequence[jax.Array | np.ndarray]) -> int:
-        """By which power of two the weights are multiplied: see `pallas_kernels.scales.exponent`."""
-        if scale_dtype(self.config.sqc) != jnp.uint8:
-            return 0
-        return scales.exponent(max(max(float(w.max()), -float(w.min())) for w in weights))
+    def scale_dtype(self, w: jax.Array, *widths: Any) -> jnp.dtype:
+        """Of the scales of a padded weight ``[K', N]``: bytes where these hold them at all ``widths``.
+
+        Args:
+          w: the weight.
+          widths: for all groups one, or those of every group, ``[G]``.
+        """
+        dtype, groups = scale_dtype(self.config.sqc), w.shape[0] // self.config.group_size
+        for width in widths if dtype == jnp.uint8 else ():
+            bits = jnp.broadcast_to(jnp.asarray(width, jnp.float32), groups)
+            if not bool(bytes_hold(w, bits, group_size=self.config.group_size)):
+                return jnp.dtype(jnp.bfloat16)
+        return dtype
 
     def corrected(
         self, weights: list[jax.Array], found: Statistics, observation: Observation
@@ -208,9 +208,40 @@ class LayerSolver:
         )
 
     def _solutions(
-        self, weights: list[jax.Array], found: Statistics, bits: list[np.ndarray], grids: Grid | None = None
+        self,
+        weights: list[jax.Array],
+        found: Statistics,
+        bits: list[np.ndarray],
+        like: list[MixedTensor] | None = None,
     ) -> list[Solution]:
-        """Every layer's solution for its bits, from one stacked solve; ``grids`` instead of fits."""
+        """Every layer's solution for its bits; the grids of ``like`` instead of fits.
+
+        Layers whose scales are stored in one dtype are solved together.
+        """
+        if like is None:
+            dtypes = [self.scale_dtype(w, b) for w, b in zip(weights, bits)]
+        else:
+            dtypes = [tensor.scale.dtype for tensor in like]
+        solutions: dict[int, Solution] = {}
+        for dtype in dict.fromkeys(dtypes):
+            own = [i for i, other in enumerate(dtypes) if other == dtype]
+            grids = None
+            if like is not None:
+                each = [stored_grids(like[i]) for i in own]
+                grids = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *each)
+            stacked = self._stacked([weights[i] for i in own], found, [bits[i] for i in own], dtype, grids)
+            solutions |= dict(zip(own, stacked))
+        return [solutions[i] for i in range(len(weights))]
+
+    def _stacked(
+        self,
+        weights: list[jax.Array],
+        found: Statistics,
+        bits: list[np.ndarray],
+        scale_dtype: jnp.dtype,
+        grids: Grid | None,
+    ) -> list[Solution]:
+        """Every layer's solution, from one stacked solve; ``grids`` instead of fits."""
         config = self.config
         widths = [np.repeat(b[:, None].astype(np.float32), w.shape[1], axis=1) for b, w in zip(bits, weights)]
         w = self.placement.channels(jnp.concatenate(weights, axis=1))
@@ -225,6 +256,7 @@ class LayerSolver:
             sqc=config.sqc,
             feedback=config.method != "rtn",
             grids=grids,
+            scale_dtype=scale_dtype,
             placement=self.placement,
         )
         if config.refine and config.method != "rtn":
@@ -256,15 +288,17 @@ class LayerSolver:
             return np.asarray(given), None
         if not config.mixed:
             return np.full(groups, int(config.bits)), None
+        mean = int(config.bits)
         score, order = scores(
             w,
             x,
             found.importance,
-            bits=int(config.bits),
+            bits=mean,
             group_size=config.group_size,
             zero_bits=self.zero_bits,
             sqc="minmax" if config.criterion == "paper" else config.sqc,
             criterion=config.criterion,
+            scale_dtype=None if config.criterion == "paper" else self.scale_dtype(w, mean - 1, mean + 1),
             placement=self.placement,
         )
         candidates = np.asarray(score)
@@ -274,11 +308,11 @@ class LayerSolver:
         if config.criterion == "paper" and groups > 3:  # the authors always mix, and stop one p earlier
             first, candidates = 1, candidates[: groups // 2]
         p = first + int(np.argmin(candidates[first:]))
-        return allocate(np.asarray(order), p, int(config.bits)), p
+        return allocate(np.asarray(order), p, mean), p
 
-    def _pack(self, solution: Solution, bits: np.ndarray, k: int, exponent: int) -> MixedTensor:
+    def _pack(self, solution: Solution, bits: np.ndarray, k: int) -> MixedTensor:
         zero_unit = np.exp2(bits - self.zero_bits)[:, None]
-        code, scale, zero = map(self.placement.fetch, solution.times(-exponent))
+        code, scale, zero = map(self.placement.fetch, solution)
         tensor = pack(
             code[:k],
             scale,

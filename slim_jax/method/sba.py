@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from slim_jax.devices import ONE_DEVICE, Placement, in_panels
 from slim_jax.method.sqc import FITS
+from slim_jax.method.sqc import scale_dtype as default_scale_dtype
 
 Allocation = dict[str, list[int]]
 """Bit width of every group, by the layer's name (``"blocks.3.attn.q"``)."""
@@ -43,9 +44,14 @@ def quantized_at(
     group_size: int,
     zero_bits: int,
     sqc: str,
+    scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "k n"]:
-    """``w`` with every group rounded to nearest at one width, on the grid that ``sqc`` fits to it."""
+    """``w`` with every group rounded to nearest at one width, on the grid that ``sqc`` fits to it.
+
+    Its scales are stored in ``scale_dtype``, `slim_jax.method.sqc.scale_dtype` if None.
+    """
+    dtype = default_scale_dtype(sqc) if scale_dtype is None else scale_dtype
 
     def own(whole: tuple[jax.Array, jax.Array], w: jax.Array) -> jax.Array:
         importance, bits = whole
@@ -53,7 +59,7 @@ def quantized_at(
         def group(block: tuple[jax.Array, jax.Array]) -> jax.Array:
             w_group, importance_group = block
             widths = jnp.broadcast_to(bits, w_group.shape[1:])
-            grid = FITS[sqc](w_group, importance_group, widths, zero_bits)
+            grid = FITS[sqc](w_group, importance_group, widths, zero_bits, dtype)
             return grid.value(grid.code(w_group))
 
         blocks = w.reshape(-1, group_size, w.shape[1]), importance.reshape(-1, group_size)
@@ -103,7 +109,10 @@ def paper_divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Floa
     return jnp.mean(jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=1))
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size", "zero_bits", "sqc", "criterion", "placement"))
+@partial(
+    jax.jit,
+    static_argnames=("bits", "group_size", "zero_bits", "sqc", "criterion", "scale_dtype", "placement"),
+)
 def scores(
     w: Float[Array, "k n"],
     x: Float[Array, "t k"],
@@ -114,6 +123,7 @@ def scores(
     zero_bits: int,
     sqc: str,
     criterion: str,
+    scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> tuple[Float[Array, " candidates"], Int[Array, " groups"]]:
     """Divergence of every candidate ``p = 0 ... (G - 1) // 2``, and the groups by ascending salience.
@@ -130,6 +140,7 @@ def scores(
       zero_bits: bits of a stored zero point.
       sqc: the calibration that candidates are rounded with, a name of `slim_jax.method.sqc.FITS`.
       criterion: "kl"; "paper" for the authors' variant; "error" for ``sum (w - w_hat)^2 / u^2``.
+      scale_dtype: of the scales that candidates are rounded with, see :func:`quantized_at`.
       placement: the devices that share the output channels.
     """
     gather = placement.gathered
@@ -143,6 +154,7 @@ def scores(
         group_size=group_size,
         zero_bits=zero_bits,
         sqc=sqc,
+        scale_dtype=scale_dtype,
         placement=placement,
     )
     low, middle, high = at(bits - 1), at(bits), at(bits + 1)

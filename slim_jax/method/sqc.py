@@ -2,8 +2,9 @@
 
 Every function fits one group ``w [g, N]`` at once, for all output channels; the bit width is data
 (``[N]``), so one compiled program serves every allocation. What a fit returns is what will be
-stored: a scale in eight bits (`pallas_kernels.scales`), in the paper's calibration in bfloat16, and a zero
-point on the grid of its code (`pallas_kernels.layout`).
+stored: a scale in eight bits (`pallas_kernels.scales`) or, in the paper's calibration and where eight bits do
+not reach (:func:`bytes_hold`), in bfloat16, and a zero point on the grid of its code
+(`pallas_kernels.layout`).
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import MixedTensor, scales
 
@@ -70,13 +71,46 @@ def _over_rows(value: jax.Array, ndim: int) -> jax.Array:
     return value.reshape((1,) * (ndim - 1) + (-1,))
 
 
-Fit = Callable[[jax.Array, jax.Array, jax.Array, int], Grid]
-"""``fit(w [g, N], importance [g], bits [N], zero_bits) -> Grid``."""
+Fit = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], Grid]
+"""``fit(w [g, N], importance [g], bits [N], zero_bits, scale_dtype) -> Grid``."""
 
 
 def scale_dtype(sqc: str) -> jnp.dtype:
-    """Of the scales that a name of :data:`FITS` gives: bfloat16 where the authors' choices are repeated."""
+    """Of the scales that a name of :data:`FITS` gives where bytes hold them: bfloat16 where the authors'
+    choices are repeated."""
     return jnp.dtype(jnp.bfloat16 if sqc == "paper" else jnp.uint8)
+
+
+COARSER = 1.25
+"""By how much the smallest scale in eight bits may raise the squared error of an output channel."""
+
+
+@partial(jax.jit, static_argnames="group_size")
+def bytes_hold(w: Float[Array, "k n"], bits: Float[Array, " g"], *, group_size: int) -> Bool[Array, ""]:
+    """Tells whether eight bits reach the scales that a layer asks for.
+
+    No group's range may ask for a larger one than :data:`pallas_kernels.scales.LARGEST`, and in no output
+    channel may the floor, :data:`pallas_kernels.scales.SMALLEST`, raise the error by more than
+    :data:`COARSER`. A group's scale is its range over its levels; of few levels the fit gives up the ends of
+    the range, and 1.2 standard deviations at 2 bits are about the step of a Gaussian. Groups below 2**-24 of
+    the layer's largest weight count as zeros: what is flattened there no sum in float32 shows.
+
+    Args:
+      w: the weights, ``K`` a multiple of ``group_size``.
+      bits: width of every group.
+      group_size: channels per group.
+    """
+    largest = jnp.max(jnp.abs(w))
+    unit = jnp.where(largest > 0, largest, 1.0)
+    blocks = (w / unit).reshape(-1, group_size, w.shape[1])
+    spread = jnp.maximum(blocks.max(axis=1), 0.0) - jnp.minimum(blocks.min(axis=1), 0.0)
+    over_levels = spread / (jnp.exp2(bits) - 1)[:, None]
+    deviation = jnp.sqrt(jnp.mean(blocks**2, axis=1))
+    wanted = jnp.minimum(over_levels, 1.2 * jnp.exp2(2 - bits)[:, None] * deviation)
+    wanted = jnp.where(spread > 2.0**-24, wanted, 0.0)
+    given = jnp.where(wanted > 0, jnp.maximum(wanted, scales.SMALLEST / unit), 0.0)
+    coarser = jnp.sum(given**2, axis=0) > COARSER * jnp.sum(wanted**2, axis=0)
+    return ~(jnp.any(coarser) | jnp.any(over_levels > scales.LARGEST / unit))
 
 
 def _stored(
@@ -156,6 +190,7 @@ def fit_search(
     importance: jax.Array,
     bits: jax.Array,
     zero_bits: int,
+    dtype: DTypeLike = jnp.uint8,
     starts: tuple[tuple[float, float], ...] = STARTS,
 ) -> Grid:
     """Minimizes ``sum_j importance_j (w_j - w_hat_j)^2`` over clip factors, scale and zero.
@@ -169,20 +204,26 @@ def fit_search(
         return jnp.sum(importance[:, None] * (w - grid.value(code)) ** 2, axis=0)
 
     def refine(grid: Grid, best: tuple[jax.Array, Grid]) -> tuple[jax.Array, Grid]:
-        refined = _stored(*_refit(w, importance, grid.code(w), grid), bits, zero_bits)
+        refined = _stored(*_refit(w, importance, grid.code(w), grid), bits, zero_bits, dtype)
         return _better(error(refined, refined.code(w)), refined, best)
 
     def attempt(best: tuple[jax.Array, Grid], start: jax.Array) -> tuple[tuple[jax.Array, Grid], None]:
-        grid = _stored(start[0] * scale, zero + start[1], bits, zero_bits)
+        grid = _stored(start[0] * scale, zero + start[1], bits, zero_bits, dtype)
         return refine(grid, best), None
 
-    start = _stored(scale, zero, bits, zero_bits)
+    start = _stored(scale, zero, bits, zero_bits, dtype)
     best = (error(start, start.code(w)), start)
     best, _ = jax.lax.scan(attempt, best, jnp.asarray(starts, jnp.float32))
     return jax.lax.fori_loop(0, REFINEMENTS, lambda _, best: refine(best[1], best), best)[1]
 
 
-def fit_paper(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: int) -> Grid:
+def fit_paper(
+    w: jax.Array,
+    importance: jax.Array,
+    bits: jax.Array,
+    zero_bits: int,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> Grid:
     """The authors' calibration, choice for choice (their repository's settings, not the paper's text).
 
     101 clip factors in [0.9, 1.1], ``sum |w - w_hat|^2.4`` without weights, a whole zero point; a
@@ -194,12 +235,12 @@ def fit_paper(w: jax.Array, importance: jax.Array, bits: jax.Array, zero_bits: i
 
     def try_clip(best: tuple[jax.Array, Grid], factor: jax.Array) -> tuple[tuple[jax.Array, Grid], None]:
         scale = (factor * high - factor * low) / levels
-        grid = _stored(scale, jnp.round(-factor * low / scale), bits, zero_bits, jnp.bfloat16)
+        grid = _stored(scale, jnp.round(-factor * low / scale), bits, zero_bits, dtype)
         miss = jnp.abs(w - grid.value(grid.code(w)))
         return _better(jnp.sum(jnp.where(real[:, None], miss**2.4, 0.0), axis=0), grid, best), None
 
     up, down = jnp.linspace(1.0, 1.1, 51)[1:], jnp.linspace(1.0, 0.9, 51)[1:]
-    least = fit_min_max(w, importance, bits, zero_bits, jnp.bfloat16)
+    least = fit_min_max(w, importance, bits, zero_bits, dtype)
     start = (jnp.full(w.shape[1:], jnp.inf), least)
     (_, grid), _ = jax.lax.scan(try_clip, start, jnp.concatenate([jnp.ones(1), up, down]))
     return jax.tree.map(lambda one, many: jnp.where(bits == 1, one, many), start[1], grid)

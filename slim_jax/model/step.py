@@ -6,7 +6,6 @@ because XLA copies each slice of a weight that it scans over, and on NVIDIA GPUs
 would copy a layer's words.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -57,16 +56,12 @@ def with_scales_alike[T](blocks: Sequence[T]) -> list[T]:
     def in_one_dtype(block: T) -> T:
         differs = iter(mixed)
         return jax.tree.map(
-            lambda leaf: _in_bfloat16(leaf) if is_packed(leaf) and next(differs) else leaf,
+            lambda leaf: leaf.with_bfloat16_scales() if is_packed(leaf) and next(differs) else leaf,
             block,
             is_leaf=is_packed,
         )
 
     return [in_one_dtype(block) for block in blocks]
-
-
-def _in_bfloat16(w: MixedTensor) -> MixedTensor:
-    return dataclasses.replace(w, scale=w.scales().astype(jnp.bfloat16))
 
 
 def most_rows(blocks: Sequence[Any]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from slim_jax.config import Settings, SlimConfig
 from slim_jax.devices import PANEL, Placement
 from slim_jax.method.gptq import Solution, solve
 from slim_jax.method.hessian import Observation, Statistics
-from slim_jax.method.layer import LayerSolver, check_error, squares
+from slim_jax.method.layer import LayerSolver, relative_error, squares
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE, product_dtype
@@ -138,24 +138,22 @@ class TableSolver:
         seen = seen or Observation(jnp.eye(d), jnp.zeros((1, d)), 2)  # its Hessian is the identity
         layers = LayerSolver(self.config, None, self.placement)
         found, damping = layers.statistics(seen, [label])
-        exponent = layers.exponent([table])
-        parts, error, total = [], 0.0, 0.0
+        parts, sums = [], []
         for start in range(0, vocab, CHUNK):
             chunk = slice(start, start + CHUNK)
             w = self.placement.channels(table[chunk].T if name == "embed" else table[:, chunk])
             w = jnp.pad(w.astype(jnp.float32), ((0, found.alive.shape[0] - d), (0, 0)))
             if feedback:
                 (w,) = layers.corrected([w * found.alive[:, None]], found, seen)
-            w = w * np.float32(2.0**exponent)
-            solution = self._solve(w, found, feedback)
-            chunk_error, chunk_total = squares(w, _weight(solution), found.h)
-            error, total = error + float(chunk_error), total + float(chunk_total)
-            parts.append(self._pack(solution.times(-exponent), d))
+            solution = self._solve(w, found, feedback, layers.scale_dtype(w, self.config.bits))
+            sums.append([float(value) for value in squares(w, _weight(solution), found.h)])
+            parts.append(self._pack(solution, d))
         tensor = self.placement.tensor(side_by_side(parts))
-        check_error(label, error / max(total, 1e-30))
-        return tensor, LayerReport.of(label, tensor, error / max(total, 1e-30), None, damping)
+        error, total, worst = zip(*sums)
+        errors = relative_error(label, sum(error), sum(total)), max(worst)
+        return tensor, LayerReport.of(label, tensor, errors, None, damping)
 
-    def _solve(self, w: jax.Array, found: Statistics, feedback: bool) -> Solution:
+    def _solve(self, w: jax.Array, found: Statistics, feedback: bool, scale_dtype: jnp.dtype) -> Solution:
         config = self.config
         widths = np.full((w.shape[0] // config.group_size, w.shape[1]), config.bits, np.float32)
         return solve(
@@ -167,6 +165,7 @@ class TableSolver:
             zero_bits=self.zero_bits,
             sqc="search",
             feedback=feedback,
+            scale_dtype=scale_dtype,
             placement=self.placement,
         )
 

@@ -172,6 +172,7 @@ def _row(name: str, static: dict[str, Any], stored: int, reports: dict[str, Any]
         "bytes": stored,
         "bits_per_weight": 8 * stored / (k * n),
         "error": report.get("error"),
+        "worst": report.get("worst"),
         "mixed": report.get("mixed"),
         "rise": report.get("rise"),
     }
