@@ -1,4 +1,4 @@
-"""Text from a decoder: a prompt in chunks, then tokens against a cache of keys and values, several a dispatch.
+"""Text from a decoder: a prompt in chunks, then tokens against a cache of keys and values, several at a time.
 
 The host is asked for nothing while a chunk of tokens is written (:mod:`slim_jax.model.loop`). Chat templates
 and text are not this file's business: it knows token ids.
