@@ -60,8 +60,9 @@ class SlimConfig:
         and 0 for "rtn" and where scales are not searched.
       damping: fraction of the mean of the Hessian's diagonal that is added to it. By default 0.1, for text
         that the calibration has not shown, and 0.01, as in GPTQ's code, where scales are not searched.
-      refine: how often the scales, zero points and codes of a solved layer are gone over again
-        (`slim_jax.method.refine`). By default 2, and 0 for "rtn" and where scales are not searched.
+      refine: how often the scales, zero points and codes of a solved layer of a block are gone over again
+        (`slim_jax.method.refine`); those of embedding and head never are. By default 2, and 0 for "rtn" and
+        where scales are not searched.
       search_tokens: calibration tokens, evenly spread, that the bit search looks at.
       learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+, "clip-gptq", "grid" and "rounding"
         are not in the paper, see `slim_jax.method.plus`. The fields below are for "slim-plus" too.

@@ -184,6 +184,19 @@ def test_a_head_is_rounded_for_its_inputs():
     assert errors["gptq"] < 0.7 * errors["rtn"]
 
 
+def test_a_head_is_solved_once():
+    """As the docs of `refine` say: layers of blocks are gone over again, embedding and head are not."""
+    seen = Observation(jnp.eye(64), jnp.ones((8, 64)), 500)
+    weight = np.random.default_rng(0).normal(size=(64, 67)).astype(np.float32)
+    tables = [
+        ends.TableSolver(dataclasses.replace(ENDS, refine=n), ends.Placement()).solve(
+            "head.weight", weight, seen
+        )[0]
+        for n in (0, 2)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *tables)
+
+
 def test_a_checkpoint_holds_them(model, quantized, tmp_path):
     decoder, report = quantized
     checkpoint.save(decoder, tmp_path / "q", report)

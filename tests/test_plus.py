@@ -20,6 +20,7 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.perplexity import perplexity
 from slim_jax.run import learning, pipeline, quantizer
+from slim_jax.run.activations import Activations
 from slim_jax.run.learning import BlockLearner
 from slim_jax.run.source import DecoderSource
 
@@ -216,6 +217,23 @@ def test_what_is_stored_is_what_the_loss_saw(model, monkeypatch):
     _, report = blocks.quantize(0)
     assert report.learning.kept_epoch > 0
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(("augmented", "passes"), [(0.0, 2), pytest.param(0.5, 3, marks=pytest.mark.slow)])
+def test_a_term_of_no_weight_takes_no_pass(model, monkeypatch, augmented, passes):
+    """A block is passed in full precision, and once quantized; a third time for the augmented term alone."""
+    counted, learned, behind = [], [], Activations.behind
+    monkeypatch.setattr(Activations, "behind", lambda self, *block: counted.append(1) or behind(self, *block))
+
+    def improve(self, index, dense, packed, samples, on_epoch=None):
+        learned.append(samples)
+        return packed, None
+
+    monkeypatch.setattr(BlockLearner, "improve", improve)
+    config = dataclasses.replace(PLUS, augmented=augmented)
+    quantizer.BlockQuantizer(DecoderSource(model), TOKENS, config, None).quantize(0)
+    assert len(counted) == passes
+    assert [one.y_here is not None for one in learned] == [augmented > 0]
 
 
 @pytest.mark.slow

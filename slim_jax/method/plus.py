@@ -193,12 +193,13 @@ class Samples:
     Attributes:
       x: ``[S, T, D]``, its inputs behind the quantized blocks.
       y: ``[S, T, D]``, the output of the full-precision block behind full-precision blocks.
-      y_here: ``[S, T, D]``, the output of the full-precision block for ``x``.
+      y_here: ``[S, T, D]``, the output of the full-precision block for ``x``; None where the loss has no
+        augmented term.
     """
 
     x: jax.Array
     y: jax.Array
-    y_here: jax.Array
+    y_here: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +231,7 @@ class SlimPlus:
         block = make_block(self.config, params)
         y, _ = block(batch.x, sequence_positions(batch.x))
         loss = jnp.mean((y - batch.y) ** 2)
-        if self.augmented:
+        if self.augmented and batch.y_here is not None:
             loss += self.augmented * jnp.mean((y - batch.y_here) ** 2)
         return loss
 

@@ -4,6 +4,8 @@ On accelerators it is `jax.nn.dot_product_attention` for several tokens. On CPUs
 scores of all heads to memory several times; here one key-value head at a time keeps them in cache, which is
 three to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded). On NVIDIA GPUs one new
 token against the cache is one launch (`pallas_kernels.gpu.attend`).
+
+Nowhere are there scores of all queries with all keys at once, but where these are few (:data:`SCORES`).
 """
 
 import dataclasses
@@ -20,7 +22,11 @@ from slim_jax.model.cache import Int8Rows, KeyValues
 from slim_jax.model.rotary import Rotation
 
 QUERIES = 128
-"""Queries that are scored at once; their later keys are never touched."""
+"""Queries that a CPU scores at once; their later keys are never touched."""
+
+SCORES = 2**27
+"""Scores that are in memory at once, half a GiB: an accelerator takes so many queries in a turn. Where there
+are more in all, a gradient works them out again instead of keeping them."""
 
 
 def attention(
@@ -47,22 +53,35 @@ def attention(
       window: a query sees this many positions, its own included; all by default.
       softcap: scores ``s`` become ``softcap * tanh(s / softcap)``.
     """
-    mask = _visible(positions, key_positions, window)
     on_cpu = devices.of_target().platform == "cpu"
-    # JAX's function knows no soft cap, and wants axes in another order, for which XLA would turn round all of
-    # a cache for one token.
-    if not on_cpu and softcap is None and q.shape[1] > 1:
-        k, v = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)
-        return y.reshape(*q.shape[:2], -1)
     b, t, h, d = q.shape
-    heads = q.reshape(b, t, k.shape[1], -1, d).transpose(0, 2, 3, 1, 4)  # [b, kv, h / kv, t, d]
+    many = b * h * t * k.shape[2] > SCORES
+    visible = partial(_visible, window=window)
     attend = partial(_attend, scale=scale, softcap=softcap, dtype=q.dtype if on_cpu else k.dtype)
-    if t == 1 or not on_cpu:
-        y = attend(heads, k, v, mask[:, None, None])
-    else:
-        y = _head_by_head(attend, heads, k, v, mask)
-    return y.transpose(0, 3, 1, 2, 4).reshape(b, t, h * d)
+
+    def by_head(q: jax.Array) -> jax.Array:
+        return q.reshape(b, q.shape[1], k.shape[1], -1, d).transpose(0, 2, 3, 1, 4)  # [b, kv, h / kv, t, d]
+
+    def by_token(y: jax.Array) -> jax.Array:
+        return y.transpose(0, 3, 1, 2, 4).reshape(b, -1, h * d)
+
+    if on_cpu and t > 1:
+        attend = jax.checkpoint(attend) if many else attend
+        return by_token(_head_by_head(attend, by_head(q), k, v, visible, positions, key_positions))
+
+    def at_once(q: jax.Array, positions: jax.Array) -> jax.Array:
+        mask = visible(positions, key_positions)
+        # JAX's function knows no soft cap, and wants axes in another order, for which XLA would turn round
+        # all of a cache for one token.
+        if softcap is not None or t == 1:
+            return by_token(attend(by_head(q), k, v, mask[:, None, None]))
+        keys, values = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
+        y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None], scale=scale)
+        return y.reshape(b, -1, h * d)
+
+    if not many:
+        return at_once(q, positions)
+    return _by_turns(at_once, q, positions, max(1, SCORES // (b * h * k.shape[2])))
 
 
 def attend_cached(
@@ -149,21 +168,48 @@ def _attend(
     return y / jnp.sum(weights, axis=-1, keepdims=True)
 
 
+def _by_turns(
+    at_once: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array, positions: jax.Array, most: int
+) -> jax.Array:
+    """``at_once(q[B, T, ...], positions[B, T])``, at most so many queries of each row in a turn."""
+    b, t = positions.shape
+    turns = -(-t // most)
+    size = -(-t // turns)
+
+    def cut(a: jax.Array, fill: int) -> jax.Array:
+        missing = ((0, 0), (0, turns * size - t), *[(0, 0)] * (a.ndim - 2))
+        a = jnp.pad(a, missing, constant_values=fill)
+        return a.reshape(b, turns, size, *a.shape[2:]).swapaxes(0, 1)
+
+    y = lax.map(lambda turn: jax.checkpoint(at_once)(*turn), (cut(q, 0), cut(positions, -1)))
+    return y.swapaxes(0, 1).reshape(b, turns * size, -1)[:, :t]
+
+
 def _head_by_head(
-    attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+    attend: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: Callable[[jax.Array, jax.Array], jax.Array],
+    positions: jax.Array,
+    key_positions: jax.Array,
 ) -> jax.Array:
     """``[b, kv, r, t, d]``: a loop over samples and key-value heads, and in it over runs of queries."""
-    t, s = mask.shape[1:]
-    visible = [min(start + QUERIES, t) if t == s else s for start in range(0, t, QUERIES)]
+    t, s = positions.shape[1], key_positions.shape[1]
+    # Of the same tokens, none sees a later one.
+    runs = [(start, min(start + QUERIES, t)) for start in range(0, t, QUERIES)]
+    runs = [(slice(start, end), slice(end if t == s else s)) for start, end in runs]
 
-    def head(one: tuple[jax.Array, jax.Array, jax.Array], mask: jax.Array) -> jax.Array:
-        q, k, v = one
-        runs = [slice(start, min(start + QUERIES, t)) for start in range(0, t, QUERIES)]
-        parts = [attend(q[:, run], k[:n], v[:n], mask[None, run, :n]) for run, n in zip(runs, visible)]
-        return jnp.concatenate(parts, axis=1)
+    def sample(one: tuple[jax.Array, ...]) -> jax.Array:
+        *heads, positions, key_positions = one
 
-    def sample(one: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        *heads, mask = one
-        return lax.map(lambda head_of: head(head_of, mask), tuple(heads))
+        def run_of(q: jax.Array, k: jax.Array, v: jax.Array, run: slice, seen: slice) -> jax.Array:
+            mask = visible(positions[None, run], key_positions[None, seen])
+            return attend(q[:, run], k[seen], v[seen], mask)
 
-    return lax.map(sample, (q, k, v, mask))
+        def head(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            return jnp.concatenate([run_of(*one, *run) for run in runs], axis=1)
+
+        return lax.map(head, tuple(heads))
+
+    return lax.map(sample, (q, k, v, positions, key_positions))

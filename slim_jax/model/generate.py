@@ -1,4 +1,4 @@
-"""Text from a decoder: prefill once, then tokens against a cache of keys and values, several a dispatch.
+"""Text from a decoder: a prompt in chunks, then tokens against a cache of keys and values, several at a time.
 
 The host is asked for nothing while a chunk of tokens is written (:mod:`slim_jax.model.loop`). Chat templates
 and text are not this file's business: it knows token ids.
@@ -29,9 +29,13 @@ from slim_jax.model.parts import AXIS, cut, on_devices, on_each
 from slim_jax.model.ready import ready
 from slim_jax.model.sampling import Choice, Sampling
 
-# Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples.
+# Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples, of long ones some.
 LENGTH_STEP = 128
 SAMPLE_ROWS = 64
+
+PROMPT_CHUNK = 512
+"""Tokens of a prompt that are read at once, of each row: what lies in memory for them does not grow with the
+prompt, but for their scores, and these with its length."""
 
 OnToken = Callable[[int, int], bool | None]
 """``on_token(row, token)``: True ends the row."""
@@ -44,10 +48,12 @@ CHUNK_SECONDS = 0.2
 
 
 def round_up(length: int) -> int:
-    """``length`` rounded up to a size that is compiled for."""
+    """``length`` rounded up to a size that is compiled for: by an eighth at most where it is long."""
+    power = 1 << (length - 1).bit_length()
     if length <= LENGTH_STEP:
-        return max(16, 1 << (length - 1).bit_length())
-    return math.ceil(length / LENGTH_STEP) * LENGTH_STEP
+        return max(16, power)
+    step = max(LENGTH_STEP, power // 16)
+    return math.ceil(length / step) * step
 
 
 class Generator:
@@ -63,7 +69,12 @@ class Generator:
     """
 
     def __init__(
-        self, model: Decoder, *, cache_dtype: DTypeLike | None = None, mesh: Mesh | None = None
+        self,
+        model: Decoder,
+        *,
+        cache_dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
+        prompt_chunk: int = PROMPT_CHUNK,
     ) -> None:
         """Makes weights ready.
 
@@ -71,14 +82,19 @@ class Generator:
           model: dense or packed.
           cache_dtype: of keys and values: float32, bfloat16, or int8 with a scale for each.
           mesh: devices that share the work of every token (`slim_jax.model.parts`), in any shape.
+          prompt_chunk: tokens of a prompt that are read at once.
 
         Raises:
-          ValueError: ``cache_dtype`` is none of these, or the model lies over a mesh of its own.
+          ValueError: ``cache_dtype`` is none of these, ``prompt_chunk < 1``, or the model lies over a mesh of
+            its own.
         """
+        if prompt_chunk < 1:
+            raise ValueError(f"prompt_chunk is {prompt_chunk}, expected at least 1")
         if cache_dtype is not None and jnp.dtype(cache_dtype) not in CACHE_DTYPES:
             known = ", ".join(map(str, CACHE_DTYPES))
             raise ValueError(f"cache_dtype is {jnp.dtype(cache_dtype)}, expected one of {known}")
         self.config: DecoderConfig = model.config
+        self._prompt_chunk = prompt_chunk
         parts = [model]
         if mesh is not None:
             mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
@@ -150,7 +166,7 @@ class Generator:
                 # As transformers does: what was read with the short factors is read again with the long.
                 tokens, positions = _joined(seen)
                 state = self._empty(batch, round_up(tokens.shape[1] + max_tokens - 1 - done))
-                chosen, state, choice = read(self._structure, self._leaves, state, tokens, positions, choice)
+                chosen, state, choice = self._read(state, tokens, positions, choice)
                 chosen = np.asarray(chosen)[None]
             else:
                 left = border - next_position if border is not None and next_position < border else max_tokens
@@ -170,6 +186,19 @@ class Generator:
             ended = ended | np.isin(tokens, stops).any(axis=1)
             done += len(chosen)
             yield chosen
+
+    def _read(
+        self, state: State, tokens: np.ndarray, positions: np.ndarray, choice: Choice
+    ) -> tuple[jax.Array, State, Choice]:
+        """:func:`slim_jax.model.loop.read` in chunks, of which the first has what is left over."""
+        structure, size = self._structure_for(int(positions.max()) + 1), self._prompt_chunk
+        ends = range(tokens.shape[1] % size or size, tokens.shape[1] + 1, size)
+        for start, end in itertools.pairwise((0, *ends)):
+            part = np.s_[:, start:end]
+            chosen, state, choice = read(
+                structure, self._leaves, state, tokens[part], positions[part], choice
+            )
+        return chosen, state, choice
 
     def sample_text(self, *, samples: int, length: int, seed: int) -> Int32[np.ndarray, "samples length"]:
         """See :func:`sample_text`."""

@@ -1,7 +1,8 @@
 """Embedding and head, packed once all blocks are: one weight ``[d, vocab]`` each, or one for both if tied.
 
 The head reads what the last norm gives for the calibration tokens, so GPTQ rounds it by their Hessian like
-any layer. All channels of an embedding count alike, and its errors meet no sum: it is rounded to nearest.
+any layer, but once: coordinate-descent passes (`SlimConfig.refine`) are for layers of blocks alone. All
+channels of an embedding count alike, and its errors meet no sum: it is rounded to nearest.
 Tables are long, so they are solved some thousand tokens at a time.
 """
 

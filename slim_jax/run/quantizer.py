@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -149,8 +150,12 @@ class BlockQuantizer:
 
     def _samples(self, index: int, dense: Params, reference: Activations) -> Samples:
         """What the block at hand learns from; ``reference`` is behind it."""
-        streams = (self.activations, reference, self.activations.behind(index, dense))
-        return Samples(*(jnp.concatenate(list(stream.batches)) for stream in streams))
+
+        def whole(stream: Activations) -> jax.Array:
+            return jnp.concatenate(list(stream.batches))
+
+        here = whole(self.activations.behind(index, dense)) if self.config.augmented else None
+        return Samples(whole(self.activations), whole(reference), here)
 
     def _observations(
         self, passing: Passing, beside: Passing | None
