@@ -26,8 +26,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 def load_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a Hugging Face directory or of one of our checkpoints.
 
+    No Python of the directory runs, and nothing is asked: where ``auto_map`` names some, ``tokenizer.json``
+    does without it.
+
     Raises:
-      ConvertError: there is none, or it cannot be read.
+      ConvertError: there is none, it cannot be read, or it needs Python of the directory.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -37,12 +40,19 @@ def load_tokenizer(directory: str | Path) -> Any:
     only_model = not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     if only_model and importlib.util.find_spec("sentencepiece") is None:
         raise ConvertError(f"{directory} has only tokenizer.model, which needs: pip install sentencepiece")
+    # tokenizer.json says everything; a tokenizer class may differ
+    loader = PreTrainedTokenizerFast if (directory / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        if (directory / "tokenizer.json").is_file():  # it says everything; a tokenizer class may differ
-            return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        found = loader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConvertError(
+                f"{directory}: the tokenizer is a Python program (auto_map in tokenizer_config.json), which"
+                " is not run, expected tokenizer.json"
+            ) from None
         raise ConvertError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
+    found.init_kwargs.pop("auto_map", None)  # what we write has no such file
+    return found
 
 
 def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:

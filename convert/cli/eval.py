@@ -50,7 +50,11 @@ def evaluate(
         ),
     ] = None,
     tasks_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="More tasks, YAML files of the harness's kind.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="More tasks, YAML files of the harness's kind; the Python that they name runs.",
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Of each task's questions. [dim]Default: all.[/]")
