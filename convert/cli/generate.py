@@ -97,7 +97,7 @@ def generate(
         require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened)
     generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh)
     how = {"max_tokens": max_tokens, "seed": seed, **dataclasses.asdict(sampling)}
-    texts = [Text(tokenizer, stops) for _ in wanted]
+    texts = [Text(tokenizer, stops, prompt=tokens) for tokens in ids]
     if len(wanted) == 1 and not as_json:
         typer.echo(wanted[0], nl=False)
         stream = Stream(texts[0])
