@@ -73,19 +73,32 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    tokens, kind = own.get("tokens"), own.get("model")
-    if not tokens:
+    if not own.get("tokens"):
         raise ConvertError(f"{name} has no tokenizer.ggml.tokens")
+    template = metadata.get("tokenizer.chat_template")
     try:
-        if kind == "gpt2":
-            tokenizer = _byte_level(own)
-        elif kind == "llama":
-            tokenizer = _sentencepiece(own)
-        else:
-            raise ConvertError(f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
-        special = _special_tokens(own)
+        if template is not None and not isinstance(template, str):
+            raise ConvertError(f"tokenizer.chat_template is {template!r}, expected a string")
+        tokenizer, special = _build(own)
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+        )
     except Exception as error:  # the tokenizers package raises no narrower type
         raise ConvertError(f"{name}: {first_line(error)}") from None
+    fast.chat_template = template
+    return fast
+
+
+def _build(own: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer and its special tokens."""
+    tokens, kind = own["tokens"], own.get("model")
+    if kind == "gpt2":
+        tokenizer = _byte_level(own)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(own)
+    else:
+        raise ConvertError(f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
+    special = _special_tokens(own)
     types = own.get("token_type") or [NORMAL] * len(tokens)
     tokenizer.add_tokens(
         [
@@ -99,9 +112,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, own["bos_token_id"])]
         )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
-    fast.chat_template = metadata.get("tokenizer.chat_template")
-    return fast
+    return tokenizer, special
 
 
 def _special_tokens(own: Mapping[str, Any]) -> dict[str, str]:

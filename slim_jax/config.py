@@ -175,7 +175,7 @@ class SlimConfig:
 
     def _check_bits(self) -> None:
         low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)
-        if self.bits == int(self.bits):
+        if self.bits % 1 == 0:  # not so of infinity
             object.__setattr__(self, "bits", int(self.bits))
         elif not self.over_model:
             raise ValueError(f"bits is {self.bits}, expected a whole number unless criterion is 'model'")

@@ -54,7 +54,7 @@ class Rule:
     damping: float | None = None
 
     def __post_init__(self) -> None:
-        if self.bits is not None and self.bits == int(self.bits):
+        if self.bits is not None and self.bits % 1 == 0:  # not so of infinity
             object.__setattr__(self, "bits", int(self.bits))
         if self.method is not None and self.method not in METHODS:
             raise self.error(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")

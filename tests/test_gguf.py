@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import math
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +219,69 @@ def test_bad_files(tmp_path: Path) -> None:
     for size in (5, 30, 200, 900, len(whole) // 2, len(whole) - 64):
         bad.write_bytes(whole[:size])
         refused(bad, "bad.gguf", "truncated")
+
+
+def packed(value: Any) -> bytes:
+    """A value as a GGUF's header has it, its type first."""
+    kinds = {bool: (7, "?"), int: (10 if isinstance(value, int) and value >= 0 else 11, "Q"), float: (6, "f")}
+    if isinstance(value, str):
+        return struct.pack("<IQ", 8, len(value)) + value.encode()
+    if isinstance(value, list):
+        items = [packed(item) for item in value]
+        kind = items[0][:4] if items else struct.pack("<I", 4)
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(items)) + b"".join(i[4:] for i in items)
+    kind, layout = kinds[type(value)]
+    return struct.pack(f"<I{'q' if kind == 11 else layout}", kind, value)
+
+
+def with_pair(whole: bytes, key: str, value: Any) -> bytes:
+    """A GGUF whose metadata has this value; its data stay aligned by a string of padding."""
+    begin, name = 24, key.encode()
+    tensors, pairs = struct.unpack_from("<QQ", whole, 8)
+    whole = whole.replace(
+        struct.pack("<Q", len(name)) + name, struct.pack("<Q", len(name)) + name[:-1] + b"~"
+    )
+    new = struct.pack("<Q", len(name)) + name + packed(value)
+    new += struct.pack("<Q", 1) + b"!" + packed(" " * (-(len(new) + 21) % 32))
+    return whole[:8] + struct.pack("<QQ", tensors, pairs + 2) + new + whole[begin:]
+
+
+def test_odd_metadata(tmp_path: Path) -> None:
+    whole = write_gguf(load_golden("llama_gqa_tied"), tmp_path / "model.gguf").read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for key, value, said in [
+        ("general.alignment", 0, "general.alignment is 0, expected a power of two"),
+        ("general.alignment", 48, "general.alignment is 48"),
+        ("general.alignment", "32", "general.alignment is '32', expected int"),
+        ("llama.block_count", 2**60, "num_layers is"),
+        ("llama.block_count", 5000, "has 5000 blocks, the files"),
+        ("llama.block_count", [2], "block_count is [2]"),
+        ("llama.attention.head_count", 0, "attention.head_count is 0"),
+        ("llama.context_length", -1, "max_positions is -1"),
+        ("llama.rope.freq_base", math.nan, "rope.freq_base is nan"),
+        ("llama.attention.sliding_window", "wide", "attention.sliding_window is 'wide'"),
+        ("tokenizer.ggml.eos_token_id", "</s>", "</s>"),
+        ("some.list", [[1], [2]], "an array of arrays"),
+    ]:
+        bad.write_bytes(with_pair(whole, key, value))
+        refused(bad, "bad.gguf", said)
+    bad.write_bytes(with_pair(whole, "some.list", [1, 2]))
+    assert same_parameters(load_source(bad), load_source(tmp_path / "model.gguf"))
+    bad.write_bytes(with_pair(with_pair(whole, "a.b", 1), "c.d", 1).replace(b"c.d", b"a.b"))
+    refused(bad, "bad.gguf", "a.b twice")
+    bad.write_bytes(whole.replace(b"blk.1.attn_norm", b"blk.0.attn_norm", 1))
+    refused(bad, "bad.gguf", "two tensors blk.0.attn_norm.weight")
+    at = whole.index(b"token_embd.weight") + len("token_embd.weight")
+    for place, layout, value, said in [
+        (at, "<I", 2**31, "truncated"),  # dimensions
+        (at + 4, "<Q", 2**60, "truncated"),
+        (at + 24, "<Q", 2**63, "truncated"),  # offset
+        (at + 20, "<I", 12, "token_embd.weight is [64, 32] of Q4_K"),
+    ]:
+        broken = bytearray(whole)
+        struct.pack_into(layout, broken, place, value)
+        bad.write_bytes(broken)
+        refused(bad, "bad.gguf", said)
 
 
 def test_unsupported(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from convert.families.family import (
     field,
     hf_activation,
     one_or_list,
+    optional,
     require,
     token_ids,
 )
@@ -62,7 +63,7 @@ GGUF_NAMES = Names(
 
 def rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """What config.json says of the rotary embedding, in its old and new keys, and the kind of scaling."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope = {**field(hf, "rope_scaling", dict, {}), **field(hf, "rope_parameters", dict, {})}
     return rope, rope.get("rope_type", rope.get("type", "default"))
 
 
@@ -149,7 +150,7 @@ def read_base(
         norm_eps=field(hf, "rms_norm_eps", float, norm_eps),
         activation=activation(hf, activation_key, default_activation),
         tied_head=field(hf, "tie_word_embeddings", bool, tied),
-        bos_token_id=hf.get("bos_token_id"),
+        bos_token_id=field(hf, "bos_token_id", int, None),
         eos_token_ids=token_ids(hf.get("eos_token_id")),
     )
 
@@ -188,7 +189,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=biased,
         o_bias=biased,
         mlp_bias=not mistral and field(hf, "mlp_bias", bool, False),
-        sliding_window=hf.get("sliding_window", 4096) if mistral else None,
+        sliding_window=optional(hf, "sliding_window", int, 4096) if mistral else None,
     )
 
 
@@ -269,9 +270,9 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         o_bias="blk.0.attn_output.bias" in tensors.shapes,
         mlp_bias="blk.0.ffn_up.bias" in tensors.shapes,
         qk_norm="blk.0.attn_q_norm.weight" in tensors.shapes,
-        sliding_window=field(meta, "attention.sliding_window", int, None),
+        sliding_window=field(meta, "attention.sliding_window", int, None) or None,  # 0 is none
         tied_head="output.weight" not in tensors.shapes,
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=field(meta, "tokenizer.ggml.bos_token_id", int, None),
         eos_token_ids=tuple(dict.fromkeys(eos + eot)),
     )
 
