@@ -207,6 +207,33 @@ def test_rope_scaling(tmp_path: Path) -> None:
     assert relative_error(decoder_of(source)(jnp.asarray(golden.tokens)), golden.logits) <= 1e-4
 
 
+LINEAR = {"rope__scaling__type": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "factor"),
+    [
+        ({"rope__scaling__factor": 2.5}, 2.5),  # as llama.cpp: without a type it is linear
+        ({"rope__scale_linear": 2.5}, 2.5),  # the key before
+        ({**LINEAR, "rope__scale_linear": 2.5}, 2.5),
+        ({**LINEAR, "rope__scaling__factor": 2.5, "rope__scale_linear": 4.0}, 2.5),
+        ({**LINEAR, "rope__scaling__factor": 2}, 2.0),
+        (LINEAR, None),
+        ({"rope__scaling__factor": 0.0, "rope__scale_linear": 2.5}, None),
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 2.5}, None),
+        ({"rope__scaling__attn_factor": 1.0, "rope__scaling__original_context_length": 32}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_linear_rope_scaling(
+    architecture: str, extra: dict[str, Any], factor: float | None, tmp_path: Path
+) -> None:
+    golden = load_golden("gemma2" if architecture == "gemma2" else "llama_gqa_tied")
+    found = load_source(write_gguf(golden, tmp_path / "a.gguf", architecture=architecture, **extra)).config
+    assert found.rope_scaling == (None if factor is None else RopeScaling("linear", factor))
+
+
 def test_bad_files(tmp_path: Path) -> None:
     golden = load_golden("llama_gqa_tied")
     whole = write_gguf(golden, tmp_path / "model.gguf").read_bytes()
@@ -294,7 +321,12 @@ def test_unsupported(tmp_path: Path) -> None:
         write("family", architecture="mamba"), "family.gguf", "'mamba'", "llama, qwen2", "adding-a-family.md"
     )
     refused(write("experts", expert_count=8), "experts.gguf", "expert_count", "8")
-    refused(write("rope", rope__scaling__type="yarn"), "rope.gguf", "rope.scaling.type", "yarn")
+    for kind in ("yarn", "longrope", "dynamic"):
+        refused(write("rope", rope__scaling__type=kind), "rope.gguf", "rope.scaling.type", kind)
+    refused(write("attn", rope__scaling__attn_factor=1.2), "attn.gguf", "rope.scaling.attn_factor", "1.2")
+    refused(write("minus", rope__scaling__factor=-2.0), "minus.gguf", "rope.scaling.factor is -2.0")
+    both = {"rope__scaling__factor": 2.0, "rope_freqs__weight": np.ones(4, np.float32)}
+    refused(write("both", **both), "both.gguf", "beside rope_freqs.weight")
     refused(write("part", rope__dimension_count=4), "part.gguf", "rope.dimension_count", "4")
     refused(write("more", extra__weight=np.ones(3, np.float32)), "more.gguf", "unexpected: extra.weight")
     golden.weights.pop("model.layers.1.mlp.up_proj.weight")

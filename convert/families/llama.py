@@ -220,23 +220,33 @@ def _shortest(value: float) -> float:
 
 
 def read_gguf_rope(meta: Mapping[str, Any], tensors: Any, head_dim: int, theta: float) -> RopeScaling | None:
-    """The scaling of a GGUF: by its metadata, or the factors of Llama 3 spelt out in ``rope_freqs``.
+    """The scaling of a GGUF, by llama.cpp's rule: without a type it is linear, and a factor of 0 is none.
+
+    Llama 3's is spelt out in ``rope_freqs`` instead.
 
     Raises:
       ConvertError: another kind of scaling, or factors that Llama 3's formula does not give.
     """
-    kind = meta.get("rope.scaling.type", "none")
+    kind = field(meta, "rope.scaling.type", str, "linear")
     if kind not in ("none", "linear"):
         raise ConvertError(f"rope.scaling.type is {kind!r}, expected none or linear")
+    require(meta, "rope.scaling.attn_factor", 1.0, 1.0)
+    factor = field(meta, "rope.scaling.factor", float, field(meta, "rope.scale_linear", float, 0.0))
+    if factor < 0:
+        raise ConvertError(f"rope.scaling.factor is {factor}, expected a positive number")
+    linear = None if kind == "none" or factor in (0.0, 1.0) else RopeScaling("linear", factor)
     if "rope_freqs.weight" not in tensors.shapes:
-        return RopeScaling("linear", field(meta, "rope.scaling.factor", float)) if kind == "linear" else None
-    divisors = np.asarray(tensors.read(["rope_freqs.weight"])["rope_freqs.weight"], np.float32)
-    original = field(meta, "rope.scaling.original_context_length", int, 8192)
-    scaling = RopeScaling("llama3", float(divisors.max()), original_max_positions=original)
-    formula = np.asarray(frequencies(head_dim, theta)) / np.asarray(frequencies(head_dim, theta, scaling))
-    if divisors.shape != formula.shape or not np.allclose(divisors, formula, rtol=1e-3):
-        raise ConvertError("rope_freqs.weight holds other factors than Llama 3's, which are not supported")
-    return scaling
+        return linear
+    if linear is not None:
+        raise ConvertError(f"rope.scaling.factor is {factor} beside rope_freqs.weight, expected one of them")
+    if tensors.shapes["rope_freqs.weight"] == (head_dim // 2,):
+        divisors = np.asarray(tensors.read(["rope_freqs.weight"])["rope_freqs.weight"], np.float32)
+        original = field(meta, "rope.scaling.original_context_length", int, 8192)
+        scaling = RopeScaling("llama3", float(divisors.max()), original_max_positions=original)
+        formula = np.asarray(frequencies(head_dim, theta)) / np.asarray(frequencies(head_dim, theta, scaling))
+        if np.allclose(divisors, formula, rtol=1e-3):
+            return scaling
+    raise ConvertError("rope_freqs.weight holds other factors than Llama 3's, which are not supported")
 
 
 def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
