@@ -64,7 +64,7 @@ def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 def load(folder: Path) -> torch.nn.Module:
     """The model in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
 
 def size_of(*tensors: torch.Tensor) -> int:
@@ -130,7 +130,7 @@ def run_autoround(arguments: argparse.Namespace, tokens: np.ndarray) -> Quantize
         "batch_size": arguments.batch_size,
     }
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in _rows(tokens)]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.source)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.source, trust_remote_code=False)
     rounding = AutoRound(load(arguments.source), tokenizer, dataset=rows, device_map="cpu", **settings)
     layers = layers_of(rounding.quantize()[0])
     stored = sum(
@@ -172,7 +172,7 @@ def write(source: Path, weights: dict[str, torch.Tensor], out: Path) -> torch.nn
             raise ValueError(f"{name} is {tuple(weights[name].shape)}, expected {tuple(layer.weight.shape)}")
         layer.weight.data = weights[name].detach().float().contiguous()
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
     return model
 
 

@@ -15,14 +15,34 @@ if TYPE_CHECKING:
     from slim_jax.run.plan import Plan
 
 
+def print_json(document: dict[str, Any], indent: int | None = 2) -> None:
+    """A document on standard output; numbers that JSON has not are null there, and a line says which."""
+    typer.echo(json.dumps(_finite(document, ""), indent=indent, allow_nan=False))
+
+
+def _finite(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part, f"{where}.{name}".lstrip(".")) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part, f"{where}.{i}") for i, part in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        say(f"note: {where} is {value}, for which JSON has no number: null")
+        return None
+    return value
+
+
 def print_result(result: dict[str, Any], line: str, as_json: bool) -> None:
     """A line on standard output, or the result as JSON."""
-    typer.echo(json.dumps(result, indent=2) if as_json else line)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(line)
 
 
 def say(line: str) -> None:
-    """One line on standard error."""
-    typer.echo(f"slim-jax: {' '.join(line.split())}", err=True)
+    """One line on standard error; what a terminal would obey, or cannot show, is spelt out."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(line.split()))
+    typer.echo(f"slim-jax: {''.join(shown)}", err=True)
 
 
 class Progress:
@@ -51,9 +71,8 @@ class Progress:
 def progress(what: str, total: int) -> Iterator[Progress]:
     """Shows progress on standard error while the block runs; yields what to call at every step."""
     from rich import progress as rich_progress
-    from rich.console import Console
 
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     if not console.is_terminal:
         yield Progress(what, total)
         return
@@ -61,7 +80,7 @@ def progress(what: str, total: int) -> Iterator[Progress]:
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn("{task.fields[figures]}"),
+        rich_progress.TextColumn("{task.fields[figures]}", markup=False),
         rich_progress.TimeRemainingColumn(),
     )
     with rich_progress.Progress(*columns, console=console) as bar:
@@ -106,8 +125,14 @@ def layer_kinds(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, An
     return kinds
 
 
-def print_layers(name: str, found: dict[str, Any]) -> None:
+def _console(*, stderr: bool = False) -> Any:
+    """A terminal for names of others: a bracket or a colon in them is no markup."""
     from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False)
+
+
+def print_layers(name: str, found: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=name, title_justify="left")
@@ -135,7 +160,7 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
             f"{sum(rises):.4f}" if rises else "",
         ]
         table.add_row(*cells[: 1 + len(columns)])
-    console = Console()
+    console = _console()
     if found["layers"]:
         console.print(table)
         meaning = "; rise: of the loss, as expected, in nats a token" if shared_out else ""
@@ -158,7 +183,6 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
 
 def print_plan(name: str, plan: "Plan", duration: str) -> None:
     """A plan in words and gibibytes; ``duration`` is that of the quantization on this machine."""
-    from rich.console import Console
     from rich.table import Table
 
     def gib(size: int) -> str:
@@ -184,7 +208,7 @@ def print_plan(name: str, plan: "Plan", duration: str) -> None:
     )
     for how, layers in cut.items() if plan.devices > 1 else ():
         table.add_row("", f"{words[how]}: {', '.join(layers)}")
-    console = Console()
+    console = _console()
     console.print(table)
     verdict = "fits" if plan.fits else "does not fit"
     console.print(f"{verdict}; room for {plan.max_context:,} tokens per sequence", highlight=False)

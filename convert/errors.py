@@ -5,6 +5,10 @@ class ConvertError(ValueError):
     """A model cannot be read or written. The message is one line that names the culprit."""
 
 
+UNFIT = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What reading a config raises where values are of another type or size than anybody foresaw."""
+
+
 def listed(names: list[str], limit: int = 6) -> str:
     """``names`` as "a, b, c", cut after ``limit`` with the number of those left out."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

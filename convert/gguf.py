@@ -17,8 +17,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
-from convert.errors import ConvertError, first_line
+from convert.errors import UNFIT, ConvertError, first_line
 from convert.families import by_gguf
+from convert.families.family import field
 from convert.source import ModelSource, parse_dtype
 from convert.tokenizer import gguf_tokenizer
 
@@ -65,8 +66,10 @@ class _Cursor:
         if kind != GGUFValueType.ARRAY:
             return self.numbers(NUMBER_FORMATS[GGUFValueType(kind)])[0]
         item, count = self.numbers("I")[0], self.numbers("Q")[0]
-        if item in (GGUFValueType.STRING, GGUFValueType.ARRAY):
-            return [self.value(item) for _ in range(count)]
+        if item == GGUFValueType.ARRAY:
+            raise ValueError("the metadata has an array of arrays, expected numbers or strings")
+        if item == GGUFValueType.STRING:
+            return [self.string() for _ in range(count)]
         return list(self.numbers(NUMBER_FORMATS[GGUFValueType(item)], count))
 
 
@@ -119,13 +122,22 @@ class GGUFStore:
         tensors, pairs = cursor.numbers("Q", 2)
         for _ in range(pairs):
             key = cursor.string()
+            if key in self.metadata:
+                raise ValueError(f"the metadata has {key} twice, expected once")
             self.metadata[key] = cursor.value(cursor.numbers("I")[0])
         for _ in range(tensors):
             name = cursor.string()
+            if name in self.shapes:
+                raise ValueError(f"there are two tensors {name}, expected one")
             self.shapes[name] = tuple(reversed(cursor.numbers("Q", cursor.numbers("I")[0])))
-            kind, offset = cursor.numbers("I")[0], cursor.numbers("Q")[0]
-            self._places[name] = (GGMLQuantizationType(kind), offset)
-        alignment = self.metadata.get("general.alignment", 32)
+            kind, offset = GGMLQuantizationType(cursor.numbers("I")[0]), cursor.numbers("Q")[0]
+            self._places[name] = (kind, offset)
+            if math.prod(self.shapes[name][-1:]) % GGML_QUANT_SIZES[kind][0]:
+                shape, block = list(self.shapes[name]), GGML_QUANT_SIZES[kind][0]
+                raise ValueError(f"{name} is {shape} of {kind.name}, expected rows of {block}-weight blocks")
+        alignment = field(self.metadata, "general.alignment", int, 32)
+        if alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {alignment}, expected a power of two")
         begin = -(-cursor.at // alignment) * alignment
         self._places = {name: (kind, begin + offset) for name, (kind, offset) in self._places.items()}
         return begin
@@ -174,7 +186,7 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         form = by_gguf(architecture)
         own = f"{architecture}."
         config = form.read_config({k.removeprefix(own): v for k, v in store.metadata.items()}, store)
-    except (ValueError, TypeError, AttributeError) as error:
+    except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
     origin = {"kind": "gguf", "path": str(path.resolve()), "fingerprint": store.fingerprint}
     return ModelSource(

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert.errors import ConvertError, first_line, listed
+from convert.errors import UNFIT, ConvertError, first_line, listed
 from convert.families import by_architecture
-from convert.families.family import Family
+from convert.families.family import Family, field
 from convert.source import ModelSource, parse_dtype
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConvertError(f"{path.parent} has no {path.name}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError(f"{path} is not JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise ConvertError(f"{path} holds a {type(value).__name__}, expected an object")
@@ -161,8 +161,8 @@ def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
         hint = f"; to read {others[0]}, give the file itself" if others else ""
         raise ConvertError(f"{directory} has no config.json{hint}")
     hf = read_json(path)
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
+    if told := hf.get("quantization_config"):
+        method = told.get("quant_method", "unknown") if isinstance(told, dict) else told
         raise ConvertError(
             f"{path}: the weights are quantized already ({method}), expected a plain checkpoint"
         )
@@ -170,9 +170,10 @@ def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
     if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
         hf = {**hf, "eos_token_id": eos}
     try:
-        family = by_architecture((hf.get("architectures") or ["none"])[0])
+        architectures = field(hf, "architectures", list, []) or ["none"]
+        family = by_architecture(str(architectures[0]))
         return family, family.hf.read_config(hf)
-    except (ValueError, TypeError, AttributeError) as error:
+    except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
 
 

@@ -91,6 +91,10 @@ class ModelSource:
         Raises:
           ConvertError: tensors are missing, unexpected or of the wrong shape; the message names them all.
         """
+        if max(config.num_layers, config.num_experts) > (tensors := len(store.shapes)):
+            experts = f" of {config.num_experts} experts" if config.num_experts else ""
+            blocks = f"{config.num_layers} blocks{experts}"
+            raise ConvertError(f"{store.path}: the config has {blocks}, the files {tensors} tensors")
         self.config = config
         self.origin = origin
         self._store, self._names, self._dtype = store, names, dtype

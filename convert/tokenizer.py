@@ -26,8 +26,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 def load_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a Hugging Face directory or of one of our checkpoints.
 
+    No Python of the directory runs, and nothing is asked: where ``auto_map`` names some, ``tokenizer.json``
+    does without it.
+
     Raises:
-      ConvertError: there is none, or it cannot be read.
+      ConvertError: there is none, it cannot be read, or it needs Python of the directory.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -37,12 +40,19 @@ def load_tokenizer(directory: str | Path) -> Any:
     only_model = not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     if only_model and importlib.util.find_spec("sentencepiece") is None:
         raise ConvertError(f"{directory} has only tokenizer.model, which needs: pip install sentencepiece")
+    # tokenizer.json says everything; a tokenizer class may differ
+    loader = PreTrainedTokenizerFast if (directory / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        if (directory / "tokenizer.json").is_file():  # it says everything; a tokenizer class may differ
-            return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        found = loader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConvertError(
+                f"{directory}: the tokenizer is a Python program (auto_map in tokenizer_config.json), which"
+                " is not run, expected tokenizer.json"
+            ) from None
         raise ConvertError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
+    found.init_kwargs.pop("auto_map", None)  # what we write has no such file
+    return found
 
 
 def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
@@ -63,19 +73,32 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    tokens, kind = own.get("tokens"), own.get("model")
-    if not tokens:
+    if not own.get("tokens"):
         raise ConvertError(f"{name} has no tokenizer.ggml.tokens")
+    template = metadata.get("tokenizer.chat_template")
     try:
-        if kind == "gpt2":
-            tokenizer = _byte_level(own)
-        elif kind == "llama":
-            tokenizer = _sentencepiece(own)
-        else:
-            raise ConvertError(f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
-        special = _special_tokens(own)
+        if template is not None and not isinstance(template, str):
+            raise ConvertError(f"tokenizer.chat_template is {template!r}, expected a string")
+        tokenizer, special = _build(own)
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+        )
     except Exception as error:  # the tokenizers package raises no narrower type
         raise ConvertError(f"{name}: {first_line(error)}") from None
+    fast.chat_template = template
+    return fast
+
+
+def _build(own: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer and its special tokens."""
+    tokens, kind = own["tokens"], own.get("model")
+    if kind == "gpt2":
+        tokenizer = _byte_level(own)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(own)
+    else:
+        raise ConvertError(f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
+    special = _special_tokens(own)
     types = own.get("token_type") or [NORMAL] * len(tokens)
     tokenizer.add_tokens(
         [
@@ -89,9 +112,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, own["bos_token_id"])]
         )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
-    fast.chat_template = metadata.get("tokenizer.chat_template")
-    return fast
+    return tokenizer, special
 
 
 def _special_tokens(own: Mapping[str, Any]) -> dict[str, str]:

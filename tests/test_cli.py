@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import sys
@@ -12,9 +13,10 @@ import pytest
 from command_line import QUANTIZE, make_room, refused, said, same_weights, tiny_golden, write_text
 
 from convert.cli import program, run
-from convert.display import layer_kinds
+from convert.display import layer_kinds, print_json
 from convert.load import load_source
 from convert.tokenizer import load_tokenizer
+from slim_jax.model.perplexity import Perplexity
 from slim_jax.run import quantizer
 
 
@@ -49,6 +51,29 @@ def test_inspect(room, capsys, tmp_path):
     assert "embed" in table
     assert "bits per weight" in table
     assert "times smaller than in bfloat16" in " ".join(table.split())
+
+
+def test_brackets_in_a_path_are_no_markup(room, capsys, tmp_path):
+    shutil.copytree(room / "q2", tmp_path / "[red]q:x:2[/]")
+    assert "[red]q:x:2[/]" in said(capsys, "inspect", tmp_path / "[red]q:x:2[/]").replace("\n", "")
+    shutil.copytree(room / "hf", tmp_path / "[/b]")
+    assert "[/b]" in said(capsys, "plan", tmp_path / "[/b]").replace("\n", "")
+
+
+def test_numbers_that_json_has_not(room, capsys, monkeypatch):
+    def broken(*_: object, **how: object) -> Perplexity:
+        return Perplexity(math.nan, 64, 2, math.inf, 0.5, 1.0)
+
+    monkeypatch.setattr("slim_jax.model.perplexity.perplexity", broken)
+    out = said(capsys, "eval", room / "q2", "--text", room / "test.txt", "--window", "32", "--json")
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert (found["perplexity"], found["against_perplexity"], found["kl"]) == (None, None, 0.5)
+    print_json({"layers": [{"error": math.nan}, (1.0, -math.inf)]})
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"layers": [{"error": None}, [1.0, None]]}
+    assert "layers.0.error is nan, for which JSON has no number: null" in printed.err
+    for file in Path(program.__file__).parent.glob("*.py"):
+        assert "json.dumps" not in file.read_text()
 
 
 def test_layer_kinds():

@@ -15,7 +15,11 @@ from convert.cli import run
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_room(tmp_path_factory.mktemp("room"))
+    room = make_room(tmp_path_factory.mktemp("room"))
+    (room / "deep.toml").write_text("rule = " + "[" * 10_000)
+    (room / "deep.json").write_text("[" * 100_000)
+    (room / "infinite.toml").write_text('[[rule]]\npattern = "*"\nbits = inf\n')
+    return room
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,12 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["--bits", "9"], "bits is 9"),
         (["--bits", "two"], "--bits"),
+        (["--bits", "inf"], "bits is inf"),
+        (["--bits", "nan"], "bits is nan"),
+        (["--rules", "{room}/infinite.toml"], "bits is inf"),
+        (["--rules", "{room}/deep.toml"], "deep.toml is not TOML"),
+        (["--allocation", "{room}/deep.json"], "deep.json"),
+        (["--seed", "99999999999999999999"], "--seed"),
         (["--group-size", "48"], "group_size is 48"),
         (["--preset", "slow"], "preset is 'slow', expected one of fast, good, best"),
         (["--set", "method=slow"], "method is 'slow'"),
@@ -179,6 +189,14 @@ def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
         (["generate", "{room}/q2", "--prompt", "w5", "--stop", ""], "--stop is empty"),
         (["generate", "{room}/q2", "--prompt", "w5", "--devices", "9999"], "--devices is 9999, this machine"),
         (["generate", "{room}/q2", "--prompts", "{room}/none.txt"], "none.txt"),
+        (["generate", "{room}/q2", "--prompts", "{room}"], "Is a directory"),
+        (["generate", "{room}/q2", "--prompt", "w5 \udcff"], "the argument w5 \\udcff is not UTF-8"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--seed", "99999999999999999999"], "--seed"),
+        (["generate", "{room}/q2", "--prompt", "w5", "--temperature", "nan"], "--temperature"),
+        (["generate", "{room}/q2\udcff", "--prompt", "w5"], "q2\\udcff is not UTF-8"),
+        (["convert", "{room}/q2\0", "{room}/x"], "q2\\x00"),
+        (["inspect", "{room}/q2\x1b[2J"], "q2\\x1b[2J"),
+        (["inspect", "{room}/hf/config.json"], "config.json"),
         (["inspect", "{room}/none"], "none"),
         (["inspect", "{room}/hf"], "hf"),
         (["inspect", "{room}/q2", "--html", "{room}/none/page.html"], "is not a directory"),
@@ -201,6 +219,38 @@ def test_damaged_checkpoints_are_refused(room, capsys, tmp_path, damaged):
 def test_other_mistakes_are_refused(room, capsys, arguments, expected):
     assert expected in refused(capsys, *[argument.format(room=room) for argument in arguments])
     assert not (room / "x").exists()
+
+
+def test_links_that_lead_nowhere_and_folders_for_files_are_refused(capsys, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "link" in refused(capsys, "convert", tmp_path / "link", tmp_path / "out")
+    for name in ("config.json", "model.safetensors", "slim.json", "tokenizer.json"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+    assert "folders" in refused(capsys, "convert", tmp_path / "folders", tmp_path / "out")
+    assert "folders" in refused(capsys, "inspect", tmp_path / "folders")
+    model = write_model(tmp_path / "hf")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "kept").unlink(missing_ok=True)
+        (model / name).rename(tmp_path / "kept")
+        (model / name).write_bytes(b"")
+        command = ["generate", model, "--prompt", "w5"]
+        assert "hf" in refused(capsys, *command)
+        (model / name).unlink()
+        (model / name).symlink_to(tmp_path / "nowhere")
+        assert "hf" in refused(capsys, *command)
+        (model / name).unlink()
+        (tmp_path / "kept").rename(model / name)
+    (tmp_path / "empty.gguf").touch()
+    assert "empty.gguf is no GGUF" in refused(capsys, "convert", tmp_path / "empty.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_said(room, capsys, monkeypatch):
+    def much(*_: object) -> None:
+        raise MemoryError("Unable to allocate 3.64 TiB")
+
+    monkeypatch.setattr("convert.load.open_model", much)
+    assert "3.64 TiB" in refused(capsys, "generate", room / "q2", "--prompt", "w5")
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import math
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +207,33 @@ def test_rope_scaling(tmp_path: Path) -> None:
     assert relative_error(decoder_of(source)(jnp.asarray(golden.tokens)), golden.logits) <= 1e-4
 
 
+LINEAR = {"rope__scaling__type": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "factor"),
+    [
+        ({"rope__scaling__factor": 2.5}, 2.5),  # as llama.cpp: without a type it is linear
+        ({"rope__scale_linear": 2.5}, 2.5),  # the key before
+        ({**LINEAR, "rope__scale_linear": 2.5}, 2.5),
+        ({**LINEAR, "rope__scaling__factor": 2.5, "rope__scale_linear": 4.0}, 2.5),
+        ({**LINEAR, "rope__scaling__factor": 2}, 2.0),
+        (LINEAR, None),
+        ({"rope__scaling__factor": 0.0, "rope__scale_linear": 2.5}, None),
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 2.5}, None),
+        ({"rope__scaling__attn_factor": 1.0, "rope__scaling__original_context_length": 32}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_linear_rope_scaling(
+    architecture: str, extra: dict[str, Any], factor: float | None, tmp_path: Path
+) -> None:
+    golden = load_golden("gemma2" if architecture == "gemma2" else "llama_gqa_tied")
+    found = load_source(write_gguf(golden, tmp_path / "a.gguf", architecture=architecture, **extra)).config
+    assert found.rope_scaling == (None if factor is None else RopeScaling("linear", factor))
+
+
 def test_bad_files(tmp_path: Path) -> None:
     golden = load_golden("llama_gqa_tied")
     whole = write_gguf(golden, tmp_path / "model.gguf").read_bytes()
@@ -219,6 +248,69 @@ def test_bad_files(tmp_path: Path) -> None:
         refused(bad, "bad.gguf", "truncated")
 
 
+def packed(value: Any) -> bytes:
+    """A value as a GGUF's header has it, its type first."""
+    kinds = {bool: (7, "?"), int: (10 if isinstance(value, int) and value >= 0 else 11, "Q"), float: (6, "f")}
+    if isinstance(value, str):
+        return struct.pack("<IQ", 8, len(value)) + value.encode()
+    if isinstance(value, list):
+        items = [packed(item) for item in value]
+        kind = items[0][:4] if items else struct.pack("<I", 4)
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(items)) + b"".join(i[4:] for i in items)
+    kind, layout = kinds[type(value)]
+    return struct.pack(f"<I{'q' if kind == 11 else layout}", kind, value)
+
+
+def with_pair(whole: bytes, key: str, value: Any) -> bytes:
+    """A GGUF whose metadata has this value; its data stay aligned by a string of padding."""
+    begin, name = 24, key.encode()
+    tensors, pairs = struct.unpack_from("<QQ", whole, 8)
+    whole = whole.replace(
+        struct.pack("<Q", len(name)) + name, struct.pack("<Q", len(name)) + name[:-1] + b"~"
+    )
+    new = struct.pack("<Q", len(name)) + name + packed(value)
+    new += struct.pack("<Q", 1) + b"!" + packed(" " * (-(len(new) + 21) % 32))
+    return whole[:8] + struct.pack("<QQ", tensors, pairs + 2) + new + whole[begin:]
+
+
+def test_odd_metadata(tmp_path: Path) -> None:
+    whole = write_gguf(load_golden("llama_gqa_tied"), tmp_path / "model.gguf").read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for key, value, said in [
+        ("general.alignment", 0, "general.alignment is 0, expected a power of two"),
+        ("general.alignment", 48, "general.alignment is 48"),
+        ("general.alignment", "32", "general.alignment is '32', expected int"),
+        ("llama.block_count", 2**60, "num_layers is"),
+        ("llama.block_count", 5000, "has 5000 blocks, the files"),
+        ("llama.block_count", [2], "block_count is [2]"),
+        ("llama.attention.head_count", 0, "attention.head_count is 0"),
+        ("llama.context_length", -1, "max_positions is -1"),
+        ("llama.rope.freq_base", math.nan, "rope.freq_base is nan"),
+        ("llama.attention.sliding_window", "wide", "attention.sliding_window is 'wide'"),
+        ("tokenizer.ggml.eos_token_id", "</s>", "</s>"),
+        ("some.list", [[1], [2]], "an array of arrays"),
+    ]:
+        bad.write_bytes(with_pair(whole, key, value))
+        refused(bad, "bad.gguf", said)
+    bad.write_bytes(with_pair(whole, "some.list", [1, 2]))
+    assert same_parameters(load_source(bad), load_source(tmp_path / "model.gguf"))
+    bad.write_bytes(with_pair(with_pair(whole, "a.b", 1), "c.d", 1).replace(b"c.d", b"a.b"))
+    refused(bad, "bad.gguf", "a.b twice")
+    bad.write_bytes(whole.replace(b"blk.1.attn_norm", b"blk.0.attn_norm", 1))
+    refused(bad, "bad.gguf", "two tensors blk.0.attn_norm.weight")
+    at = whole.index(b"token_embd.weight") + len("token_embd.weight")
+    for place, layout, value, said in [
+        (at, "<I", 2**31, "truncated"),  # dimensions
+        (at + 4, "<Q", 2**60, "truncated"),
+        (at + 24, "<Q", 2**63, "truncated"),  # offset
+        (at + 20, "<I", 12, "token_embd.weight is [64, 32] of Q4_K"),
+    ]:
+        broken = bytearray(whole)
+        struct.pack_into(layout, broken, place, value)
+        bad.write_bytes(broken)
+        refused(bad, "bad.gguf", said)
+
+
 def test_unsupported(tmp_path: Path) -> None:
     golden = load_golden("llama_gqa_tied")
 
@@ -229,7 +321,12 @@ def test_unsupported(tmp_path: Path) -> None:
         write("family", architecture="mamba"), "family.gguf", "'mamba'", "llama, qwen2", "adding-a-family.md"
     )
     refused(write("experts", expert_count=8), "experts.gguf", "expert_count", "8")
-    refused(write("rope", rope__scaling__type="yarn"), "rope.gguf", "rope.scaling.type", "yarn")
+    for kind in ("yarn", "longrope", "dynamic"):
+        refused(write("rope", rope__scaling__type=kind), "rope.gguf", "rope.scaling.type", kind)
+    refused(write("attn", rope__scaling__attn_factor=1.2), "attn.gguf", "rope.scaling.attn_factor", "1.2")
+    refused(write("minus", rope__scaling__factor=-2.0), "minus.gguf", "rope.scaling.factor is -2.0")
+    both = {"rope__scaling__factor": 2.0, "rope_freqs__weight": np.ones(4, np.float32)}
+    refused(write("both", **both), "both.gguf", "beside rope_freqs.weight")
     refused(write("part", rope__dimension_count=4), "part.gguf", "rope.dimension_count", "4")
     refused(write("more", extra__weight=np.ones(3, np.float32)), "more.gguf", "unexpected: extra.weight")
     golden.weights.pop("model.layers.1.mlp.up_proj.weight")

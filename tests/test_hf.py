@@ -200,6 +200,15 @@ LLAMA_CHANGES = [
     ({"num_attention_heads": 0}, ("num_attention_heads is 0",)),
     ({"num_key_value_heads": 3}, ("num_heads", "num_kv_heads")),
     ({"quantization_config": {"quant_method": "gptq"}}, ("gptq",)),
+    ({"quantization_config": "fp8"}, ("fp8",)),
+    ({"architectures": "LlamaForCausalLM"}, ("architectures", "expected list")),
+    ({"num_hidden_layers": 10**9}, ("num_layers is 1000000000",)),
+    ({"vocab_size": 10**30}, ("vocab_size",)),
+    ({"rms_norm_eps": float("nan")}, ("rms_norm_eps is nan",)),
+    ({"rms_norm_eps": 10**400}, ("config.json", "too large")),
+    ({"head_dim": 7}, ("head_dim is 7",)),
+    ({"eos_token_id": "</s>"}, ("</s>",)),
+    ({"rope_scaling": "yarn"}, ("rope_scaling is 'yarn', expected dict",)),
 ]
 
 
@@ -223,6 +232,12 @@ OTHER_CHANGES = [
         {"rope_scaling": {"short_factor": [1.0]}, "rope_parameters": {"type": "su"}},
         ("short_factor", "1 numbers", "4"),
     ),
+    ("gemma3", {"sliding_window_pattern": 0}, ("sliding_window_pattern is 0",)),
+    ("gemma3", {"layer_types": 0}, ("layer_types is 0, expected list",)),
+    ("gemma3", {"layer_types": [0, 0]}, ("layer_types has 0",)),
+    ("gemma2", {"sliding_window": 0}, ("sliding_window is 0",)),
+    ("gemma2", {"attn_logit_softcapping": "high"}, ("attn_logit_softcapping is 'high'",)),
+    ("smollm3", {"no_rope_layers": [], "no_rope_layer_interval": 0}, ("no_rope_layer_interval is 0",)),
     (
         "phi3_window",
         {"partial_rotary_factor": 0.75, "rope_parameters": None},

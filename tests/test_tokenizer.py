@@ -1,6 +1,7 @@
 """Tokenizers: from directories, and rebuilt from the metadata of GGUF files."""
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,33 @@ def test_sentencepiece_model_needs_its_package(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(ConvertError, match="pip install sentencepiece"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["tokenizer.json", "vocab.json"])
+def test_python_of_a_folder_never_runs(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though somebody answers "y" to every question."""
+    save_tokenizer(gguf_tokenizer(byte_level(), "x"), tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Own", "evil.Own"]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "evil.Own", "AutoTokenizer": "evil.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: ...\n")
+    if not fast:
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "vocab.json").write_text("{}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    if fast:
+        tokenizer = load_tokenizer(tmp_path)
+        save_tokenizer(tokenizer, tmp_path / "kept")
+        assert "auto_map" not in (tmp_path / "kept" / "tokenizer_config.json").read_text()
+    else:
+        with pytest.raises(ConvertError, match=r"is a Python program \(auto_map .*expected tokenizer\.json"):
+            load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_gguf_without_vocabulary(tmp_path: Path) -> None:

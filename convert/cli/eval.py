@@ -1,6 +1,5 @@
 """``slim-jax eval``."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +8,7 @@ import typer
 
 from convert.cli.options import SourceArgument
 from convert.cli.sources import encode, open_source, require_positions, tokenizer_of, whole_decoder
-from convert.display import progress
+from convert.display import print_json, progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +49,11 @@ def evaluate(
         ),
     ] = None,
     tasks_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="More tasks, YAML files of the harness's kind.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="More tasks, YAML files of the harness's kind; the Python that they name runs.",
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Of each task's questions. [dim]Default: all.[/]")
@@ -98,7 +101,7 @@ def _scores(source: str, tasks: str, as_json: bool, **how: Any) -> None:
     require_harness()
     found = evaluate(open_source(source), names, **how)
     if as_json:
-        typer.echo(json.dumps({"tasks": found}))
+        print_json({"tasks": found}, indent=None)
         return
     for task, measures in found.items():
         for name, value in measures.items():
@@ -145,7 +148,7 @@ def _perplexities(
     if as_json:
         results = {path: _fields(result) for path, result in found.items()}
         document = {"texts": results} if len(results) > 1 else next(iter(results.values()))
-        typer.echo(json.dumps(document))
+        print_json(document, indent=None)
         return
     for path, result in found.items():
         typer.echo((f"{path}: " if len(found) > 1 else "") + _line(result))

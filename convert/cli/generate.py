@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +29,7 @@ from convert.cli.sources import (
     tokenizer_of,
     whole_decoder,
 )
-from convert.display import Stream
+from convert.display import Stream, print_json
 
 if TYPE_CHECKING:
     from convert.text import Text
@@ -97,7 +96,7 @@ def generate(
         require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened)
     generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh)
     how = {"max_tokens": max_tokens, "seed": seed, **dataclasses.asdict(sampling)}
-    texts = [Text(tokenizer, stops) for _ in wanted]
+    texts = [Text(tokenizer, stops, prompt=tokens) for tokens in ids]
     if len(wanted) == 1 and not as_json:
         typer.echo(wanted[0], nl=False)
         stream = Stream(texts[0])
@@ -146,5 +145,4 @@ def _print_json(prompts: list[str], texts: "list[Text]", max_tokens: int, second
         {"prompt": prompt, "text": text.text, "tokens": len(text.ids), "ended": ended(text)}
         for prompt, text in zip(prompts, texts)
     ]
-    document = {"results": results, "seconds": round(seconds, 3)}
-    typer.echo(json.dumps(document, indent=2))
+    print_json({"results": results, "seconds": round(seconds, 3)})

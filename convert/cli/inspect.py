@@ -1,6 +1,5 @@
 """``slim-jax inspect``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from convert.cli.options import JsonOption
 from convert.cli.sources import require_folder
-from convert.display import print_layers
+from convert.display import print_json, print_layers
 
 
 def inspect(
@@ -38,6 +37,6 @@ def inspect(
 
         write_report(path, html)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
     else:
         print_layers(str(path), found)

@@ -111,7 +111,8 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[
     float, typer.Option(help="Above 1: the logits of tokens already seen are made smaller by this.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
+LARGEST_SEED = 2**32 - 1
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draws.")]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many new tokens.")]
 CacheDtype = Annotated[
     Literal["float32", "bfloat16", "int8"] | None,

@@ -1,7 +1,6 @@
 """``slim-jax plan``."""
 
 import dataclasses
-import json
 from typing import Annotated
 
 import typer
@@ -22,7 +21,7 @@ from convert.cli.options import (
 )
 from convert.cli.settings import check_size, make_rules, make_settings
 from convert.cli.sources import read_config, window_length
-from convert.display import print_plan
+from convert.display import print_json, print_plan
 
 
 def plan(
@@ -79,6 +78,6 @@ def plan(
     )
     seconds = operations(config, settings, samples, length) / rate(config)
     if as_json:
-        typer.echo(json.dumps({**dataclasses.asdict(found), "seconds_here": round(seconds)}, indent=2))
+        print_json({**dataclasses.asdict(found), "seconds_here": round(seconds)})
     else:
         print_plan(source, found, in_words(seconds))

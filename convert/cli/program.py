@@ -117,10 +117,13 @@ def run(arguments: Sequence[str]) -> int:
     """
     session = Session()
     try:
+        for argument in arguments:
+            if any("\ud800" <= c <= "\udfff" for c in argument):  # bytes that are no text
+                raise ValueError(f"the argument {argument} is not UTF-8")
         status = app(list(arguments) or ["--help"], prog_name="slim-jax", standalone_mode=False, obj=session)
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
-    except (ValueError, OSError, ClickException) as error:
+    except (ValueError, OSError, MemoryError, ClickException) as error:
         if session.debug:
             raise
         say(f"error: {_error_line(error)}")

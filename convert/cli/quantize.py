@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.cli.options import (
+    LARGEST_SEED,
     Bits,
     EmbeddingBits,
     GroupSize,
@@ -79,7 +80,7 @@ def quantize(
     embedding_bits: EmbeddingBits = None,
     samples: Samples = 128,
     length: Length = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draw of windows.")] = 0,
     allocation: Annotated[
         Path | None,
         typer.Option(

@@ -95,7 +95,7 @@ def read_rules(file: Path) -> "list[Rule]":
 
     try:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not TOML: {error}") from None
     tables = found.pop("rule", [])
     if found or not isinstance(tables, list) or not tables:

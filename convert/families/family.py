@@ -4,6 +4,7 @@ It knows no family and reads no file.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -133,19 +134,29 @@ def field(config: Mapping[str, Any], key: str, kind: type, default: Any = REQUIR
             raise ConvertError(f"{key} is missing, expected {kind.__name__}")
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        value = float(value)
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
         raise ConvertError(f"{key} is {value!r}, expected {kind.__name__}")
     return value
 
 
-def count(config: Mapping[str, Any], key: str) -> int:
-    """The value of ``key``, a positive number.
+def optional(config: Mapping[str, Any], key: str, kind: type, absent: Any) -> Any:
+    """As :func:`field`, where null says that there is none, and only absence gives the default.
 
     Raises:
-      ConvertError: it is missing or something else.
+      ConvertError: the key holds another type.
     """
-    value: int = field(config, key, int)
+    return field(config, key, kind, None) if key in config else absent
+
+
+def count(config: Mapping[str, Any], key: str, default: Any = REQUIRED) -> int:
+    """The value of ``key``, a positive number; null and absence give the default.
+
+    Raises:
+      ConvertError: the key is missing and has no default, or holds something else.
+    """
+    value: int = field(config, key, int, default)
     if value < 1:
         raise ConvertError(f"{key} is {value}, expected a positive number")
     return value
@@ -196,10 +207,10 @@ def read_windows(
     Raises:
       ConvertError: ``layer_types`` names another kind of attention, or not one per block.
     """
-    kinds = hf.get("layer_types")
+    kinds = field(hf, "layer_types", list, None)
     layers = count(hf, "num_hidden_layers")
     if kinds is not None:
-        unknown = [kind for kind in kinds if kind not in LAYER_TYPES]
+        unknown = [kind for kind in kinds if not isinstance(kind, str) or kind not in LAYER_TYPES]
         if unknown:
             raise ConvertError(f"layer_types has {unknown[0]!r}, expected {' or '.join(LAYER_TYPES)}")
         if len(kinds) != layers:
@@ -220,10 +231,15 @@ def layer_types(config: DecoderConfig) -> list[str]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Hugging Face's ``eos_token_id``: one, several or none."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    """Hugging Face's ``eos_token_id``: one, several or none.
+
+    Raises:
+      ConvertError: it is something else.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int for id in ids):
+        raise ConvertError(f"the id of the last token is {value!r}, expected a number or several")
+    return tuple(ids)
 
 
 def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:

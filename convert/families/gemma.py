@@ -13,8 +13,10 @@ from convert.families import llama
 from convert.families.family import (
     Family,
     GGUFFormat,
+    count,
     field,
     layer_types,
+    optional,
     read_windows,
 )
 from slim_jax.model.config import DecoderConfig
@@ -75,9 +77,9 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         activation_key="hidden_activation",
         default_activation="gelu_pytorch_tanh",
     )
-    period = field(hf, "sliding_window_pattern", int, PERIOD_3) if third else PERIOD_2
+    period = count(hf, "sliding_window_pattern", PERIOD_3) if third else PERIOD_2
     window, global_layers = read_windows(
-        hf, hf.get("sliding_window", 4096), _periodic(period, base.num_layers)
+        hf, optional(hf, "sliding_window", int, 4096), _periodic(period, base.num_layers)
     )
     theta, scaling, local = _read_ropes(hf) if third else (*llama.read_rope(hf), None)
     biased = field(hf, "attention_bias", bool, False)
@@ -90,8 +92,8 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         o_bias=biased,
         qk_norm=third,
         query_pre_attn_scalar=field(hf, "query_pre_attn_scalar", float, 256.0),
-        attn_softcap=hf.get("attn_logit_softcapping", None if third else 50.0),
-        logit_softcap=hf.get("final_logit_softcapping", None if third else 30.0),
+        attn_softcap=optional(hf, "attn_logit_softcapping", float, None if third else 50.0),
+        logit_softcap=optional(hf, "final_logit_softcapping", float, None if third else 30.0),
         sliding_window=window,
         global_layers=global_layers,
     )
@@ -103,7 +105,7 @@ def _read_ropes(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float
     Raises:
       ConvertError: those of the local blocks are scaled too.
     """
-    by_kind = hf.get("rope_parameters") or {}
+    by_kind = field(hf, "rope_parameters", dict, {})
     older = {key: hf.get(key) for key in ("rope_theta", "rope_scaling")}
     theta, scaling = llama.read_rope({**older, "rope_parameters": by_kind.get("full_attention")}, 1e6)
     older = {"rope_theta": hf.get("rope_local_base_freq")}
@@ -144,7 +146,7 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
     """
     third = meta["general.architecture"] == "gemma3"
     base = llama.read_gguf(meta, tensors)
-    period = field(meta, "attention.sliding_window_pattern", int, PERIOD_3 if third else PERIOD_2)
+    period = count(meta, "attention.sliding_window_pattern", PERIOD_3 if third else PERIOD_2)
     local = _periodic(period, base.num_layers)
     # No key holds the scale of the scores: llama.cpp too tells the 27B models by their blocks.
     largest = base.num_layers == (62 if third else 46)

@@ -17,6 +17,7 @@ from convert.families.family import (
     field,
     hf_activation,
     one_or_list,
+    optional,
     require,
     token_ids,
 )
@@ -62,7 +63,7 @@ GGUF_NAMES = Names(
 
 def rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """What config.json says of the rotary embedding, in its old and new keys, and the kind of scaling."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope = {**field(hf, "rope_scaling", dict, {}), **field(hf, "rope_parameters", dict, {})}
     return rope, rope.get("rope_type", rope.get("type", "default"))
 
 
@@ -149,7 +150,7 @@ def read_base(
         norm_eps=field(hf, "rms_norm_eps", float, norm_eps),
         activation=activation(hf, activation_key, default_activation),
         tied_head=field(hf, "tie_word_embeddings", bool, tied),
-        bos_token_id=hf.get("bos_token_id"),
+        bos_token_id=field(hf, "bos_token_id", int, None),
         eos_token_ids=token_ids(hf.get("eos_token_id")),
     )
 
@@ -188,7 +189,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=biased,
         o_bias=biased,
         mlp_bias=not mistral and field(hf, "mlp_bias", bool, False),
-        sliding_window=hf.get("sliding_window", 4096) if mistral else None,
+        sliding_window=optional(hf, "sliding_window", int, 4096) if mistral else None,
     )
 
 
@@ -219,23 +220,33 @@ def _shortest(value: float) -> float:
 
 
 def read_gguf_rope(meta: Mapping[str, Any], tensors: Any, head_dim: int, theta: float) -> RopeScaling | None:
-    """The scaling of a GGUF: by its metadata, or the factors of Llama 3 spelt out in ``rope_freqs``.
+    """The scaling of a GGUF, by llama.cpp's rule: without a type it is linear, and a factor of 0 is none.
+
+    Llama 3's is spelt out in ``rope_freqs`` instead.
 
     Raises:
       ConvertError: another kind of scaling, or factors that Llama 3's formula does not give.
     """
-    kind = meta.get("rope.scaling.type", "none")
+    kind = field(meta, "rope.scaling.type", str, "linear")
     if kind not in ("none", "linear"):
         raise ConvertError(f"rope.scaling.type is {kind!r}, expected none or linear")
+    require(meta, "rope.scaling.attn_factor", 1.0, 1.0)
+    factor = field(meta, "rope.scaling.factor", float, field(meta, "rope.scale_linear", float, 0.0))
+    if factor < 0:
+        raise ConvertError(f"rope.scaling.factor is {factor}, expected a positive number")
+    linear = None if kind == "none" or factor in (0.0, 1.0) else RopeScaling("linear", factor)
     if "rope_freqs.weight" not in tensors.shapes:
-        return RopeScaling("linear", field(meta, "rope.scaling.factor", float)) if kind == "linear" else None
-    divisors = np.asarray(tensors.read(["rope_freqs.weight"])["rope_freqs.weight"], np.float32)
-    original = field(meta, "rope.scaling.original_context_length", int, 8192)
-    scaling = RopeScaling("llama3", float(divisors.max()), original_max_positions=original)
-    formula = np.asarray(frequencies(head_dim, theta)) / np.asarray(frequencies(head_dim, theta, scaling))
-    if divisors.shape != formula.shape or not np.allclose(divisors, formula, rtol=1e-3):
-        raise ConvertError("rope_freqs.weight holds other factors than Llama 3's, which are not supported")
-    return scaling
+        return linear
+    if linear is not None:
+        raise ConvertError(f"rope.scaling.factor is {factor} beside rope_freqs.weight, expected one of them")
+    if tensors.shapes["rope_freqs.weight"] == (head_dim // 2,):
+        divisors = np.asarray(tensors.read(["rope_freqs.weight"])["rope_freqs.weight"], np.float32)
+        original = field(meta, "rope.scaling.original_context_length", int, 8192)
+        scaling = RopeScaling("llama3", float(divisors.max()), original_max_positions=original)
+        formula = np.asarray(frequencies(head_dim, theta)) / np.asarray(frequencies(head_dim, theta, scaling))
+        if np.allclose(divisors, formula, rtol=1e-3):
+            return scaling
+    raise ConvertError("rope_freqs.weight holds other factors than Llama 3's, which are not supported")
 
 
 def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
@@ -269,9 +280,9 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         o_bias="blk.0.attn_output.bias" in tensors.shapes,
         mlp_bias="blk.0.ffn_up.bias" in tensors.shapes,
         qk_norm="blk.0.attn_q_norm.weight" in tensors.shapes,
-        sliding_window=field(meta, "attention.sliding_window", int, None),
+        sliding_window=field(meta, "attention.sliding_window", int, None) or None,  # 0 is none
         tied_head="output.weight" not in tensors.shapes,
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=field(meta, "tokenizer.ggml.bos_token_id", int, None),
         eos_token_ids=tuple(dict.fromkeys(eos + eot)),
     )
 

@@ -34,7 +34,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         base,
         rope_theta=theta,
         rope_scaling=scaling,
-        sliding_window=hf.get("sliding_window"),
+        sliding_window=field(hf, "sliding_window", int, None),
         num_experts=field(hf, "num_local_experts", int, 8),
         experts_per_token=field(hf, "num_experts_per_tok", int, 2),
     )

@@ -13,6 +13,7 @@ from convert.families.family import (
     field,
     hf_activation,
     one_or_list,
+    optional,
     require,
     token_ids,
 )
@@ -72,7 +73,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         mlp_bias=biased,
         tied_head=field(hf, "tie_word_embeddings", bool, True),
         embed_size=None if embed == hidden else embed,
-        bos_token_id=hf.get("bos_token_id", 2),
+        bos_token_id=optional(hf, "bos_token_id", int, 2),
         eos_token_ids=token_ids(hf.get("eos_token_id", 2)),
     )
 

@@ -35,7 +35,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     )
     theta, scaling = _read_rope(hf, base)
     return dataclasses.replace(
-        base, rope_theta=theta, rope_scaling=scaling, sliding_window=hf.get("sliding_window")
+        base, rope_theta=theta, rope_scaling=scaling, sliding_window=field(hf, "sliding_window", int, None)
     )
 
 

@@ -11,6 +11,7 @@ from convert.families.family import (
     GGUFFormat,
     field,
     layer_types,
+    optional,
     read_windows,
 )
 from slim_jax.model.config import DecoderConfig
@@ -34,7 +35,8 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     head_dim = 128 if architecture == "Qwen3ForCausalLM" else None
     base = llama.read_base(hf, "qwen", kv_heads=4 if experts else 32, head_dim=head_dim, max_positions=32768)
     theta, scaling = llama.read_rope(hf)
-    window = hf.get("sliding_window", 4096) if field(hf, "use_sliding_window", bool, False) else None
+    windowed = field(hf, "use_sliding_window", bool, False)
+    window = optional(hf, "sliding_window", int, 4096) if windowed else None
     full = 0 if experts else field(hf, "max_window_layers", int, 28)
     window, global_layers = read_windows(hf, window, [i >= full for i in range(base.num_layers)])
     biased = not second and field(hf, "attention_bias", bool, False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.errors import ConvertError
 from convert.families import llama
-from convert.families.family import Family, field, layer_types, read_windows
+from convert.families.family import Family, count, field, layer_types, read_windows
 from slim_jax.model.config import DecoderConfig
 
 WITHOUT, WITH = 0, 1
@@ -21,7 +21,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     base = llama.read_base(hf, "smollm", kv_heads=4, max_positions=32768, tied=True)
     theta, scaling = llama.read_rope(hf, 2e6)
-    interval = field(hf, "no_rope_layer_interval", int, 4)
+    interval = count(hf, "no_rope_layer_interval", 4)
     rotary = field(hf, "no_rope_layers", list, []) or [
         int((i + 1) % interval != 0) for i in range(base.num_layers)
     ]
@@ -29,7 +29,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         raise ConvertError(
             f"no_rope_layers has {len(rotary)} entries, expected num_hidden_layers = {base.num_layers}"
         )
-    window = hf.get("sliding_window") if field(hf, "use_sliding_window", bool, False) else None
+    window = field(hf, "sliding_window", int, None) if field(hf, "use_sliding_window", bool, False) else None
     window, global_layers = read_windows(hf, window, [not has for has in rotary])
     biased, unlike = field(hf, "attention_bias", bool, False), not all(rotary)
     return dataclasses.replace(

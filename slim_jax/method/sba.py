@@ -209,7 +209,7 @@ def load_allocation(path: Path) -> Allocation:
     """
     try:
         allocation = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the allocation {path}: {error}") from None
     if not isinstance(allocation, dict):
         raise ValueError(f"{path} holds a {type(allocation).__name__}, expected an object of layers")

@@ -18,6 +18,10 @@ OF_BLOCKS = (
 )
 """Fields that may differ from kind to kind."""
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "head_dim", "max_positions")
+MOST, MOST_EXPERTS = 1 << 28, 1 << 18
+"""Beyond these no model is: a damaged config is refused before anything as large is made."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -39,9 +43,9 @@ class DecoderConfig:
       block_kinds: every block's kind, an index into ``kinds``.
 
     Raises:
-      ValueError: a size is not positive, heads are no multiple of key-value heads, ``global_layers``
-        are given without a sliding window, there are fewer experts than a token needs, or kinds of blocks
-        do not go with the number of blocks or change what only the whole decoder has.
+      ValueError: a size is not positive or beyond all models, heads are no multiple of key-value heads,
+        ``global_layers`` are given without a sliding window, there are fewer experts than a token needs, or
+        kinds of blocks do not go with the number of blocks or change what only the whole decoder has.
     """
 
     family: str
@@ -87,9 +91,9 @@ class DecoderConfig:
     block_kinds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        self._check_sizes()
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number for rotary positions")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}"
@@ -102,6 +106,20 @@ class DecoderConfig:
                 f"{self.num_experts}"
             )
         self._check_kinds()
+
+    def _check_sizes(self) -> None:
+        for name in SIZES:
+            if not 0 < getattr(self, name) < MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number below {MOST}")
+        if self.num_layers * max(1, self.num_experts) > MOST_EXPERTS:
+            raise ValueError(
+                f"num_layers is {self.num_layers} and num_experts {self.num_experts}, expected {MOST_EXPERTS}"
+                " experts in all at most"
+            )
+        for name in ("sliding_window", "embed_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < MOST:
+                raise ValueError(f"{name} is {value}, expected None or a positive number below {MOST}")
 
     def _check_kinds(self) -> None:
         if not self.kinds and not self.block_kinds:
