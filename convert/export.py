@@ -31,7 +31,7 @@ def export_hf(
 ) -> Path:
     """Writes config.json, safetensors with dequantized weights and the tokenizer's files.
 
-    Everything is written beside the target and moved there at the end, so a failure leaves nothing.
+    Everything is written to a folder in the target and moved up at the end, so a failure leaves nothing.
     One shard is in memory at a time.
 
     Args:
@@ -45,7 +45,8 @@ def export_hf(
       The directory.
 
     Raises:
-      ConvertError: the directory holds something, or no class of transformers has this config.
+      CheckpointError: the directory holds something, or another process writes to it.
+      ConvertError: it cannot be written, or no class of transformers has this config.
     """
     out, cast = Path(out_dir), parse_dtype(dtype, DTYPES)
     form = by_name(source.config.family).hf

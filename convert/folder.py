@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,35 +11,52 @@ from safetensors.numpy import save_file
 
 from convert.errors import ConvertError, first_line
 from convert.hf import INDEX, SINGLE
+from slim_jax.run.files import locked, refuse_if_locked, remove, require_empty, sync
 
 SHARD_BYTES = 2 << 30
 
 
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write to; it takes that name at the end, and goes where something fails.
+PARTIAL = ".writing"
+"""Folder of an export that is under way, or was killed, in the one that it is for."""
+
+
+def require_new(out: Path) -> None:
+    """Asks whether a folder can be exported to: it is missing or empty, but for what a killed export left.
 
     Raises:
-      ConvertError: ``out`` holds something, or nothing can be written there.
+      CheckpointError: it holds something, or another process writes there.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConvertError(f"{out} exists and is not an empty directory")
-    temporary = None
+    refuse_if_locked(out)
+    require_empty(out, ours=(PARTIAL,))
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to; what is in it moves to ``out`` at the end, and goes where something fails.
+
+    It lies in ``out``, which may be a link, a mount point or the working directory.
+
+    Raises:
+      CheckpointError: ``out`` holds something, or another process writes there.
+      ConvertError: nothing can be written there.
+    """
+    partial, moved = out / PARTIAL, list[Path]()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp and save_file keep theirs to the owner
-        for file in temporary.iterdir():
-            file.chmod(0o644)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        with locked(out):
+            require_empty(out, ours=(PARTIAL,))
+            try:
+                remove(partial)
+                partial.mkdir()
+                yield partial
+                sync(*partial.rglob("*"))
+                for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):  # these tell
+                    moved.append(out / path.name)
+                    path.rename(moved[-1])
+                moved.clear()
+            finally:
+                remove(partial, *moved)
     except OSError as error:
         raise ConvertError(f"{out} cannot be written: {first_line(error)}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -67,7 +82,11 @@ def write_tensors(
     sizes: dict[str, int] = {}
 
     def flush() -> None:
-        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        part = directory / f"{len(shards)}.part"
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(pending, part, metadata={"format": "pt"})
+        part.chmod(mode & 0o777)  # save_file keeps its files to their owner
         shards.append(list(pending))
         pending.clear()
 

@@ -20,11 +20,11 @@ from gguf.quants import dequantize
 from convert.errors import UNFIT, ConvertError, first_line
 from convert.families import by_gguf
 from convert.families.family import field
-from convert.source import ModelSource, parse_dtype
+from convert.source import ModelSource, parse_dtype, sampled
 from convert.tokenizer import gguf_tokenizer
+from slim_jax.run.source import SAMPLED
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-TAIL_BYTES = 1 << 16
 
 NUMBER_FORMATS = {
     GGUFValueType.UINT8: "B",
@@ -80,7 +80,7 @@ class GGUFStore:
       path: the file.
       metadata: all of its key-value pairs.
       shapes: of every tensor, in NumPy's order (linear weights ``[N, K]``).
-      fingerprint: SHA-256 over size, header and the last 64 KiB.
+      fingerprint: SHA-256 over size, header and some KiB of every tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +110,8 @@ class GGUFStore:
                         raise ConvertError(
                             f"{path} is truncated: {name} ends at byte {end}, the file at {size}"
                         )
-                digest = hashlib.sha256(str(size).encode() + data[:begin] + data[max(size - TAIL_BYTES, 0) :])
+                digest = hashlib.sha256(str(size).encode() + data[:begin])
+        digest.update(sampled(path, [(at, self._nbytes(name)) for name, (_, at) in self._places.items()]))
         self.fingerprint = digest.hexdigest()
 
     def _parse(self, cursor: _Cursor) -> int:
@@ -188,7 +189,7 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         config = form.read_config({k.removeprefix(own): v for k, v in store.metadata.items()}, store)
     except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
-    origin = {"kind": "gguf", "path": str(path.resolve()), "fingerprint": store.fingerprint}
+    origin = {"kind": "gguf", "path": str(path.resolve()), "fingerprint": SAMPLED + store.fingerprint}
     return ModelSource(
         config,
         origin,

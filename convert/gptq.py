@@ -104,8 +104,9 @@ def export_gptq(
       The directory.
 
     Raises:
-      ConvertError: the format has no place for such a result, the directory holds something, or no class of
-        transformers has this config.
+      CheckpointError: the directory holds something, or another process writes to it.
+      ConvertError: the format has no place for such a result, the directory cannot be written, or no class
+        of transformers has this config.
     """
     out, cast = Path(out_dir), parse_dtype(dtype or "float16", DTYPES)
     assert cast is not None

@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from convert.errors import UNFIT, ConvertError, first_line, listed
 from convert.families import by_architecture
 from convert.families.family import Family, field
-from convert.source import ModelSource, parse_dtype
+from convert.source import ModelSource, parse_dtype, sampled
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
+from slim_jax.run.source import SAMPLED
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F32", "F16", "BF16")
@@ -45,7 +46,7 @@ class SafetensorsStore:
     Attributes:
       path: the directory.
       shapes: of every tensor, by name without the family's prefix.
-      fingerprint: SHA-256 over sizes and headers of all shards.
+      fingerprint: SHA-256 over sizes and headers of all shards, and some KiB of every tensor.
     """
 
     def __init__(self, directory: Path, prefixes: tuple[str, ...] = ()) -> None:
@@ -62,7 +63,7 @@ class SafetensorsStore:
         index = _index(directory)
         for shard in sorted(set(index.values())) if index else [SINGLE]:
             self._scan(directory / shard, index, prefixes)
-            digest.update(_header(directory / shard))
+            digest.update(_digest(directory / shard))
         stored = {name for _, name in self._places.values()}
         lost = [f"{name} ({shard})" for name, shard in index.items() if name not in stored]
         if lost:
@@ -143,10 +144,14 @@ def _index(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-def _header(path: Path) -> bytes:
+def _digest(path: Path) -> bytes:
+    """What a fingerprint says of a shard: size, header, and some KiB of every tensor."""
     with path.open("rb") as file:
-        size = file.read(8)
-        return f"{path.name} {path.stat().st_size}\n".encode() + file.read(int.from_bytes(size, "little"))
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+    tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+    spans = [(8 + size + begin, end - begin) for begin, end in tensors]
+    return f"{path.name} {path.stat().st_size}\n".encode() + header + sampled(path, spans)
 
 
 def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
@@ -191,7 +196,7 @@ def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
     store = SafetensorsStore(directory, family.hf.prefixes)
     path = directory / "config.json"
     digest = hashlib.sha256(path.read_bytes() + store.fingerprint.encode()).hexdigest()
-    origin = {"kind": "hf", "path": str(directory.resolve()), "fingerprint": digest}
+    origin = {"kind": "hf", "path": str(directory.resolve()), "fingerprint": SAMPLED + digest}
     return ModelSource(
         config,
         origin,

@@ -31,7 +31,7 @@ def export_packed(
 ) -> Path:
     """Writes a model as it is, packed or not, for `slim_jax.load`, every command and the hub.
 
-    Everything is written beside the target and moved there at the end, so a failure leaves nothing.
+    Everything is written to a folder in the target and moved up at the end, so a failure leaves nothing.
     One shard is in memory at a time.
 
     Args:
@@ -45,7 +45,8 @@ def export_packed(
       The directory.
 
     Raises:
-      ConvertError: the directory holds something, or cannot be written.
+      CheckpointError: the directory holds something, or another process writes to it.
+      ConvertError: it cannot be written.
     """
     out, known = Path(out_dir), source.manifest if isinstance(source, CheckpointSource) else None
     origin = _portable(source.origin if known is None else known["origin"])
@@ -58,8 +59,9 @@ def export_packed(
         manifest["files"] = {file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))}
         write_json(folder / MANIFEST, manifest)
         _write_config(folder, source, tokenizer, manifest)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        (folder / "README.md").write_text(model_card(out.name, manifest, size, perplexity), encoding="utf-8")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        card = model_card(out.resolve().name, manifest, size, perplexity)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 

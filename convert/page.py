@@ -58,7 +58,7 @@ def write_report(checkpoint: str | Path, file: Path) -> None:
       OSError: the file cannot be written.
     """
     manifest = read_manifest(find(checkpoint, JSON_FILES))
-    file.write_text(report_page(Path(checkpoint).name, manifest), encoding="utf-8")
+    file.write_text(report_page(Path(checkpoint).resolve().name, manifest), encoding="utf-8")
 
 
 def report_page(title: str, manifest: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Where tensors lie in which file is the business of a :class:`TensorStore`; names, of the family's table.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -18,6 +19,9 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import Params, block_buffers, block_params, outer_params
 
 DTYPES = ("float32", "bfloat16")
+
+SAMPLE_BYTES = 1 << 12
+"""Of each of the three places of a tensor that a fingerprint looks at."""
 
 
 @runtime_checkable
@@ -35,6 +39,23 @@ class TensorStore(Protocol):
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The tensors of these names, float32 or bfloat16; nothing else is read."""
         ...
+
+
+def sampled(path: Path, spans: Iterable[tuple[int, int]]) -> bytes:
+    """A digest of the begin, the middle and the end of tensors, by which retrained weights are known.
+
+    Args:
+      path: the file.
+      spans: of every tensor: where it begins, and its bytes.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for begin, size in spans:
+            last = max(size - SAMPLE_BYTES, 0)
+            for offset in sorted({0, last // 2, last}):
+                file.seek(begin + offset)
+                digest.update(file.read(min(size, SAMPLE_BYTES)))
+    return digest.digest()
 
 
 def parse_dtype(dtype: Any, allowed: tuple[str, ...] = DTYPES) -> np.dtype | None:

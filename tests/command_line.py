@@ -79,6 +79,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return lines[0]
 
 
+def names(folder: Path) -> list[str]:
+    """What is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def same_weights(a: Path, b: Path) -> bool:
     """Whether two checkpoints hold the same, bit for bit."""
     leaves = [jax.tree.leaves(checkpoint.load(path)) for path in (a, b)]

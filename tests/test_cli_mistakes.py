@@ -1,16 +1,24 @@
-"""What the command line says to each mistake of its user: one line, and nothing is left behind."""
+"""What the command line says to its users' mistakes: one line, and nothing is left behind or in the way."""
 
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import QUANTIZE, make_room, refused, write_model
+from command_line import QUANTIZE, make_room, names, refused, said, same_weights, write_model
+from test_tokenizer import byte_level
 
+from convert import export_hf, load_source
 from convert.cli import run
+from convert.folder import PARTIAL
+from convert.tokenizer import gguf_tokenizer, load_tokenizer
+from slim_jax.run import checkpoint
+from slim_jax.run.files import LOCK, locked
+from slim_jax.run.writer import CheckpointWriter
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +259,86 @@ def test_too_little_memory_is_said(room, capsys, monkeypatch):
 
     monkeypatch.setattr("convert.load.open_model", much)
     assert "3.64 TiB" in refused(capsys, "generate", room / "q2", "--prompt", "w5")
+
+
+def test_a_start_that_fails_blocks_nothing(room, capsys, tmp_path):
+    quantize = ["quantize", room / "hf", tmp_path / "out", "--calibration", room / "calib.txt", *QUANTIZE]
+    assert "already quantized" in refused(capsys, "quantize", room / "q2", *quantize[2:])
+    bits = json.loads((room / "bits.json").read_text())
+    (tmp_path / "bits.json").write_text(json.dumps(dict.fromkeys(bits, [2] * 99)))
+    assert run([*map(str, quantize), "--allocation", str(tmp_path / "bits.json")]) == 2
+    assert "expected" in capsys.readouterr().err.splitlines()[-1]
+    assert names(tmp_path) == ["bits.json"]
+    (tmp_path / "out").mkdir()  # as SIGKILL leaves it before the first block
+    manifest = json.loads((room / "q2/slim.json").read_text()) | {
+        "complete": False,
+        "outer": None,
+        "blocks": [],
+    }
+    (tmp_path / "out/slim.json").write_text(json.dumps(manifest))
+    (tmp_path / "out" / LOCK).touch()
+    said(capsys, *quantize)
+    assert same_weights(tmp_path / "out", room / "q2")
+
+
+def test_an_interrupted_conversion_begins_again(room, capsys, tmp_path):
+    model = load_source(room / "hf")
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_source(model, tmp_path / "out", interrupt)
+    assert names(tmp_path) == []
+    killed = CheckpointWriter(tmp_path / "out", model.config, model.origin, None)
+    killed.write_outer(model.outer())
+    killed._lock.close()
+    assert names(tmp_path / "out") == ["outer", "slim.json"]
+    said(capsys, "convert", room / "hf", tmp_path / "out")
+    assert names(tmp_path / "out") == ["blocks", "outer", "slim.json", "tokenizer"]
+    assert "not an empty directory" in refused(capsys, "convert", room / "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", [".", "link", "killed", "busy"])
+def test_exports_to_any_empty_folder(room, capsys, tmp_path, monkeypatch, where):
+    (tmp_path / "real").mkdir()
+    out = tmp_path / "real"
+    if where == ".":
+        monkeypatch.chdir(out)
+        out = Path(".")
+    elif where == "link":
+        out = tmp_path / "link"
+        out.symlink_to("real")
+    elif where == "killed":
+        (out / PARTIAL / "folder").mkdir(parents=True)
+        (out / LOCK).touch()
+    if where == "busy":
+        with locked(out):
+            assert "is being written by process" in refused(capsys, "export", room / "q2", out)
+    said(capsys, "export", room / "q2", out, "--format", "safetensors")
+    assert same_weights(tmp_path / "real", room / "q2")
+    assert "# real\n" in (tmp_path / "real/README.md").read_text()
+    assert not [name for name in names(tmp_path / "real") if name.startswith(".")]
+    assert "not an empty directory" in refused(capsys, "export", room / "q2", out)
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o002])
+def test_modes_are_what_umask_gives(room, tmp_path, umask):
+    source = load_source(room / "hf")
+    tokenizer = gguf_tokenizer(byte_level(), "x")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    before = os.umask(umask)
+    try:
+        export_hf(source, tmp_path / "hf", tokenizer=tokenizer, shard_bytes=20_000)
+        checkpoint.save_source(source, tmp_path / "orbax")
+    finally:
+        os.umask(before)
+    for path in (
+        p for folder in ("hf", "orbax") for p in (tmp_path / folder, *(tmp_path / folder).rglob("*"))
+    ):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+    assert set(load_tokenizer(tmp_path / "hf").chat_template) == {"default", "tool_use"}
 
 
 def test_debug_shows_the_traceback(tmp_path):

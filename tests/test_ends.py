@@ -22,7 +22,7 @@ from slim_jax.model.generate import Generator
 from slim_jax.model.linear import Packed
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.perplexity import perplexity
-from slim_jax.run import checkpoint, ends, pipeline, plan, quantizer
+from slim_jax.run import checkpoint, ends, entries, pipeline, plan, quantizer, writer
 from slim_jax.run.source import DecoderSource
 
 ENDS = SlimConfig(
@@ -230,16 +230,16 @@ def test_killed_at_the_ends_and_resumed(whole, tmp_path, monkeypatch, moment):
     def kill(*_):
         raise Killed
 
-    def save_blocks_alone(folder, arrays, save=checkpoint.ocp.save):
+    def save_blocks_alone(folder, arrays, save=entries.ocp.save):
         return kill() if folder.name == "outer" else save(folder, arrays)
 
     with monkeypatch.context() as patch:
         if moment == "before":
             patch.setattr(quantizer, "quantize_ends", kill)
         elif moment == "while":
-            patch.setattr(checkpoint.ocp, "save", save_blocks_alone)
+            patch.setattr(entries.ocp, "save", save_blocks_alone)
         else:
-            patch.setattr(checkpoint.CheckpointWriter, "finish", kill)
+            patch.setattr(writer.CheckpointWriter, "finish", kill)
         with pytest.raises(Killed):
             pipeline.quantize_to_checkpoint(source, TOKENS, ENDS, tmp_path / "parts")
     for _ in range(2):  # goes on, then finds it complete

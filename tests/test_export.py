@@ -17,6 +17,7 @@ from test_tokenizer import byte_level
 from convert import ConvertError, ModelSource, export_hf, load_source
 from convert.tokenizer import gguf_tokenizer
 from pallas_kernels import pack
+from slim_jax import CheckpointError
 
 
 def golden_source(name: str, directory: Path) -> Any:
@@ -85,7 +86,7 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "mine.txt").touch()
-    with pytest.raises(ConvertError, match="occupied exists and is not an empty directory"):
+    with pytest.raises(CheckpointError, match="occupied exists and is not an empty directory"):
         export_hf(source, occupied)
     with pytest.raises(ConvertError, match="dtype is 'int8', expected one of float32"):
         export_hf(source, tmp_path / "out", dtype="int8")

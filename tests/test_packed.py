@@ -245,7 +245,7 @@ def test_failure_leaves_nothing(room: Path, tmp_path: Path) -> None:
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "mine.txt").touch()
-    with pytest.raises(ConvertError, match="occupied exists and is not an empty directory"):
+    with pytest.raises(slim_jax.CheckpointError, match="occupied exists and is not an empty directory"):
         export_packed(source, occupied)
     source.block = lambda index: 1 / 0
     with pytest.raises(ZeroDivisionError):

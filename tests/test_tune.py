@@ -17,7 +17,7 @@ from slim_jax.method import tune
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.run import checkpoint, pipeline, tuning
+from slim_jax.run import checkpoint, pipeline, tuning, writer
 from slim_jax.run.activations import Activations
 from slim_jax.run.ends import head_inputs
 from slim_jax.run.source import DecoderSource
@@ -232,17 +232,17 @@ def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, m
         if step - 1 == after:  # the step is taken, and what the one before it left is kept
             raise Killed
 
-    save = checkpoint.CheckpointWriter._save
+    save = writer.CheckpointWriter._save
 
-    def kill_writing(writer, folder, params, report):
+    def kill_writing(self, folder, params, report):
         if folder == {"first block": "blocks/001", "blocks": "outer"}.get(after):
             raise Killed
-        return save(writer, folder, params, report)
+        return save(self, folder, params, report)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.CheckpointWriter, "_save", kill_writing)
+        patch.setattr(writer.CheckpointWriter, "_save", kill_writing)
         if after == 8:  # all steps are taken, none is applied
-            patch.setattr(checkpoint.CheckpointWriter, "write_tuned", _raise)
+            patch.setattr(writer.CheckpointWriter, "write_tuned", _raise)
         with pytest.raises(Killed):
             pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", on_step=kill)
     with pytest.raises(ValueError, match="unfinished"):

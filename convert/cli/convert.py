@@ -1,7 +1,7 @@
 """``slim-jax convert``."""
 
 from convert.cli.options import DtypeOption, JsonOption, OutArgument, SourceArgument
-from convert.cli.sources import keep_tokenizer, open_source, optional_tokenizer, require_new
+from convert.cli.sources import keep_tokenizer, open_source, optional_tokenizer
 from convert.display import print_result, progress
 
 
@@ -16,13 +16,19 @@ def convert(
 
       slim-jax convert model.gguf out/model --dtype bfloat16
     """
-    require_new(out)
-    from slim_jax.run import checkpoint
+    from slim_jax.run.checkpoint import save_source
+    from slim_jax.run.writer import require_new
 
+    require_new(out)
     model = open_source(source, dtype)
     tokenizer = optional_tokenizer(model)
     with progress("converting", model.config.num_layers) as advance:
-        checkpoint.save_source(model, out, on_block=lambda *_: advance())
-    keep_tokenizer(tokenizer, out)
+
+        def on_block(done: int, total: int) -> None:
+            advance()
+            if done == total:
+                keep_tokenizer(tokenizer, out)  # before the checkpoint is declared complete
+
+        save_source(model, out, on_block)
     result = {"path": str(out), "blocks": model.config.num_layers}
     print_result(result, f"{out}: {result['blocks']} blocks, not quantized", as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from convert.cli.options import OutArgument, SourceArgument
-from convert.cli.sources import open_source, optional_tokenizer, require_new
+from convert.cli.sources import open_source, optional_tokenizer
 
 
 def export(
@@ -45,6 +45,7 @@ def export(
 
     slim-jax export out/q4 out/q4-gptq --format gptq
     """
+    from convert.folder import require_new
     from convert.formats import check_options, write
 
     measured = check_options(format, dtype, perplexity or [])

@@ -30,7 +30,6 @@ from convert.cli.sources import (
     open_source,
     optional_tokenizer,
     require_folder,
-    require_new,
     require_positions,
     tokenizer_of,
     whole_decoder,
@@ -134,8 +133,7 @@ def quantize(
 
     chosen = None if allocation is None else load_allocation(allocation)
     require_folder("--save-allocation", save_allocation)
-    if not resume:
-        require_new(out, "; --resume goes on with an interrupted run")
+    _require_free(out, resume)
     mesh = _mesh(devices, samples, config)
     model = _opened(source, config)
     length = window_length(length, model.config)
@@ -170,10 +168,22 @@ def _opened(source: str, config: "SlimConfig") -> "Source":
     """The model, for whose layers the rules are."""
     from slim_jax.model.block import linear_names
     from slim_jax.rules import check_rules
+    from slim_jax.run.pipeline import check_dense
 
     model = open_source(source)
+    check_dense(model)
     check_rules(config.resolved().rules, linear_names(model.config))
     return model
+
+
+def _require_free(out: Path, resume: bool) -> None:
+    from slim_jax.run.files import refuse_if_locked
+    from slim_jax.run.writer import require_new
+
+    if resume:
+        refuse_if_locked(out)
+    else:
+        require_new(out, "; --resume goes on with an interrupted run")
 
 
 def _tell(out: Path, report: "Report", save_allocation: Path | None, as_json: bool) -> None:
@@ -266,5 +276,6 @@ def _shown(step: Progress) -> dict[str, Any]:
         "on_block": lambda block: step(_figures(block)),
         "on_epoch": lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
         "on_sweep": lambda n, of: step.show(f"gradients of block {n}/{of}"),
+        "on_notice": say,
         "on_step": lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
     }

@@ -81,13 +81,6 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
-def require_new(out: Path, hint: str = "") -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        raise ValueError(f"{out} exists and is not an empty directory{hint}")
-
-
 def require_folder(option: str, file: Path | None) -> None:
     if file is not None and not file.resolve().parent.is_dir():
         raise ValueError(f"{option}: {file.parent} is not a directory")

@@ -13,6 +13,7 @@ from slim_jax.model.block import linear_names
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_buffers
+from slim_jax.run.files import CheckpointError as CheckpointError
 
 FORMAT = "slim-jax"
 VERSION = 2
@@ -20,10 +21,6 @@ VERSION = 2
 
 MANIFEST = "slim.json"
 LEAVES = ("words", "scale", "zero", "order", "segments")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or a folder that must not be written to."""
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -53,9 +50,8 @@ def read_manifest(path: str | Path, *, complete: bool = True) -> dict[str, Any]:
         )
     if complete and not manifest.get("complete"):
         done, total = len(manifest["blocks"]), manifest["decoder"]["num_layers"]
-        raise CheckpointError(
-            f"{path} is unfinished, {done} of {total} blocks are done: quantize with --resume"
-        )
+        how = "convert it again" if manifest["quantization"] is None else "quantize with --resume"
+        raise CheckpointError(f"{path} is unfinished, {done} of {total} blocks are done: {how}")
     return manifest
 
 

@@ -8,12 +8,12 @@ shapes, so each jitted step here compiles once per model.
 import contextlib
 import hashlib
 import json
-import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -27,18 +27,31 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder
 from slim_jax.report import BlockReport, Report
 from slim_jax.rules import check_rules
-from slim_jax.run.checkpoint import CheckpointWriter
+from slim_jax.run.checkpoint import CheckpointSource
 from slim_jax.run.ends import sizes
 from slim_jax.run.learning import OnEpoch
 from slim_jax.run.quantizer import BlockQuantizer
 from slim_jax.run.source import DecoderSource, FiniteSource, Source
 from slim_jax.run.sweep import OnSweep
 from slim_jax.run.tuning import OnStep, tune
+from slim_jax.run.writer import CheckpointWriter
 
 OnBlock = Callable[[BlockReport], None]
 
 
+def check_dense(source: Source) -> None:
+    """Asks whether a model can be quantized, as far as it tells without its weights being read.
+
+    Raises:
+      ValueError: a layer of its blocks is packed.
+    """
+    packed = source.packed if isinstance(source, CheckpointSource | DecoderSource) else []
+    if packed:
+        raise ValueError(f"{packed[0]} is already quantized, expected a dense model")
+
+
 def _check(source: Source, tokens: np.ndarray, config: Settings, devices: int) -> np.ndarray:
+    check_dense(source)
     check_rules(config.rules, linear_names(source.config))
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
@@ -143,6 +156,7 @@ def quantize_to_checkpoint(
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
     on_sweep: OnSweep | None = None,
+    on_notice: Callable[[str], None] = warnings.warn,
 ) -> Report:
     """:func:`quantize` for models larger than memory: every finished block is on disk before the next starts.
 
@@ -152,26 +166,28 @@ def quantize_to_checkpoint(
         same, bit for bit.
       offload: keep the calibration activations in files beside the checkpoint, not in memory ("slim-plus"
         still has those of one block in memory).
+      on_notice: told what is damaged of an interrupted run and will be done again.
 
     Raises:
-      ValueError: as :func:`quantize`; or ``path`` holds something else, or a run with other settings.
+      ValueError: as :func:`quantize`; or ``path`` holds something else, a run with other settings, or one
+        that another process is at.
     """
     source, placement, config = FiniteSource(source), Placement(mesh), config.resolved()
     tokens = _check(source, tokens, config, placement.devices)
     solving, tuning_on = _parts(tokens, config, placement.devices)
     settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
-    writer = CheckpointWriter(
-        path,
-        source.config,
-        source.origin,
-        settings,
-        resume=resume,
-        drafts=config.tune,
-        placement=placement,
-    )
-    if writer.complete:
-        return writer.report()
-    with _scratch(path / f"activations.{jax.process_index()}" if offload else None) as folder:
+    with (
+        CheckpointWriter(
+            *(path, source.config, source.origin, settings),
+            resume=resume,
+            drafts=config.tune,
+            placement=placement,
+            notify=on_notice,
+        ) as writer,
+        _scratch(path if offload and not writer.complete else None) as folder,
+    ):
+        if writer.complete:
+            return writer.report()
         reference = None
         if not writer.all_written:
             swept = path / "drafts/sweep.npz"
@@ -190,8 +206,8 @@ def quantize_to_checkpoint(
             offset = source.config.norm_offset
             tuned = apply(outer, learned.outer, offset)
             writer.write_tuned(tuned, lambda i: apply(blocks[i], learned.of(i), offset), tuning)
-    writer.finish()
-    return writer.report()
+        writer.finish()
+        return writer.report()
 
 
 def _write_all(
@@ -211,17 +227,13 @@ def _write_all(
 
 
 @contextlib.contextmanager
-def _scratch(folder: Path | None) -> Iterator[Path | None]:
-    """A folder that is empty at first, and gone in the end."""
-    if folder is None:
+def _scratch(path: Path | None) -> Iterator[Path | None]:
+    """A folder of this process alone in a checkpoint's, gone in the end."""
+    if path is None:
         yield None
         return
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="activations.", dir=path, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _fingerprint(tokens: np.ndarray, allocation: Mapping[str, list[int]] | None) -> dict[str, Any]:

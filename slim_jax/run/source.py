@@ -1,8 +1,11 @@
 """Where a model's weights come from, one block at a time."""
 
+import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -12,6 +15,9 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params, make_decoder, split_params
 
+SAMPLED = "sampled:"
+"""Begins the fingerprints that say something of the weights themselves; earlier ones did of their sizes."""
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -19,11 +25,16 @@ class Source(Protocol):
 
     Attributes:
       config: the decoder that the parameters are for.
-      origin: where they come from, as JSON values: kind, path, a fingerprint. Goes into the manifest.
+      origin: where they come from, as JSON values: kind, path, and a fingerprint, which changes with the
+        weights and does not with the path. Goes into the manifest.
     """
 
     config: DecoderConfig
-    origin: dict[str, Any]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """See above."""
+        ...
 
     def outer(self) -> Params:
         """Parameters outside the blocks, named as in :func:`slim_jax.model.params.outer_params`."""
@@ -93,13 +104,42 @@ def read_decoder(source: Source, mesh: Mesh | None = None) -> Decoder:
     return make_decoder(source.config, source.outer(), blocks, mesh)
 
 
+def _some_rows(value: jax.Array) -> np.ndarray:
+    """The first, the middle and the last row of an array; nothing of one that other processes share."""
+    if not value.is_fully_addressable:
+        return np.empty(0)
+    here = all(device.platform == "cpu" for device in value.devices())
+    rows = np.asarray(value) if here or len(value.devices()) > 1 else value  # not the whole of it off a GPU
+    some = rows if value.ndim < 2 else rows[np.array([0, len(value) // 2, len(value) - 1])]
+    return np.ascontiguousarray(some)
+
+
 class DecoderSource:
     """A :class:`Source` that reads a decoder in memory."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.config: DecoderConfig = decoder.config
-        self.origin: dict[str, Any] = {"kind": "memory"}
         self._outer, self._blocks = split_params(decoder)
+
+    @functools.cached_property
+    def origin(self) -> dict[str, Any]:
+        """See :class:`Source`."""
+        digest = hashlib.sha256()
+        for params in (self._outer, *self._blocks):
+            for path, value in jax.tree.leaves_with_path(params):
+                digest.update(f"{jax.tree_util.keystr(path)} {value.dtype}{value.shape}".encode())
+                digest.update(_some_rows(value).tobytes())
+        return {"kind": "memory", "fingerprint": SAMPLED + digest.hexdigest()}
+
+    @property
+    def packed(self) -> list[str]:
+        """The packed parameters of the blocks."""
+        return [
+            f"blocks.{i}.{name}"
+            for i, block in enumerate(self._blocks)
+            for name, value in block.items()
+            if isinstance(value, MixedTensor)
+        ]
 
     def outer(self) -> Params:
         """See :class:`Source`."""
