@@ -71,7 +71,7 @@ class SlimConfig:
         paper's), else 5e-3.
       batch_size: samples of a step.
       augmented: weight of the paper's augmented loss term.
-      embedding_bits: width of the codes of embedding and head, 2 to 8; 16 leaves them as they are. By default
+      embedding_bits: width of the codes of embedding and head, 2 to 8; 16 leaves them in bfloat16. By default
         as :func:`default_embedding_bits` says.
       embedding_group_size: their input channels that share scale and zero point; by default 64, and 32 where
         their codes have 4 bits or less.

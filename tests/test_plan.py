@@ -2,16 +2,21 @@
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import refused, said
+from command_line import refused, said, tiny_golden
 from flax import nnx
 from golden_models import load_golden, write_hf
 from test_pipeline import CONFIG
 
 from bench.aot_decoder import LLAMA_2_7B
+from convert.hf import load_hf
+from convert.source import ModelSource
 from slim_jax import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.model.decoder import Decoder
@@ -44,8 +49,8 @@ def test_sizes_are_those_of_a_quantized_model(model):
     outer, blocks = split_params(quantized)
     found = plan.make_plan(model.config, settings, "v5e")
     packed = sum(leaf.nbytes for block in blocks for leaf in block.values() if hasattr(leaf, "words"))
-    rest = sum(leaf.size for block in blocks for leaf in block.values() if not hasattr(leaf, "words"))
-    assert found.packed_bytes == packed + 2 * rest + 2 * sum(leaf.size for leaf in outer.values())
+    rest = sum(leaf.nbytes for block in blocks for leaf in block.values() if not hasattr(leaf, "words"))
+    assert found.packed_bytes == packed + rest + sum(leaf.nbytes for leaf in outer.values())
     dense = sum(leaf.size for leaf in jax.tree.leaves(split_params(model)))
     assert found.parameters == dense
 
@@ -123,6 +128,37 @@ def test_a_target_size_is_met_and_used(size):
     assert (found.tune_rate, found.resolved().tune_rate) == (None, whole.tune_rate)
     assert 0.97 * wanted < plan.make_plan(LLAMA_2_7B, found, "v5e").packed_bytes <= wanted
     assert plan.for_size(LLAMA_2_7B, SlimConfig(embedding_bits=8), wanted).embedding_bits == 8
+
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.float16, jnp.bfloat16], ids=lambda dtype: dtype.__name__
+)
+LEFT = pytest.mark.parametrize("more", [{}, {"embedding_bits": 16}], ids=["packed", "ends left"])
+
+
+def written(folder: Path, dtype: Any) -> ModelSource:
+    return load_hf(write_hf(tiny_golden(), folder, dtype=dtype))
+
+
+@DTYPES
+@LEFT
+def test_what_is_stored_is_at_most_what_is_planned(tmp_path, dtype, more):
+    rules = [("*.q", {"bits": 2}), ("*", "skip")]
+    source = written(tmp_path, dtype)
+    settings = SlimConfig(group_size=32, method="rtn", rules=rules, **more)
+    _, report = quantize(source, np.zeros((1, 32), np.int32), settings)
+    planned = plan.make_plan(source.config, settings, "v5e").packed_bytes
+    assert 0.97 * planned < report.stored_bytes <= planned
+
+
+@pytest.mark.slow
+@DTYPES
+@LEFT
+def test_a_target_size_holds_for_every_dtype_of_the_source(tmp_path, dtype, more):
+    source, wanted = written(tmp_path, dtype), 60_000 + 20_000 * len(more)
+    settings = plan.for_size(source.config, SlimConfig(group_size=32, **more), wanted)
+    _, report = quantize(source, np.random.default_rng(0).integers(0, 64, (4, 32)), settings)
+    assert 0.97 * wanted < report.stored_bytes <= wanted
 
 
 def test_a_target_size_does_not_depend_on_the_samples_of_tuning():

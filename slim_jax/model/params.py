@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -131,7 +132,25 @@ def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]
     return outer, [_flat(block) for block in decoder.blocks]
 
 
+def is_rounded(name: str, rank: int) -> bool:
+    """Returns whether a dense parameter is a matrix in bfloat16: a router's choices are not rounded."""
+    return rank == 2 and name != "moe.router.weight"
+
+
 def as_computed(name: str, value: Any) -> jax.Array:
-    """A dense parameter in the dtype that calibration computes in: a router's choices are not rounded."""
-    rounded = value.ndim == 2 and name != "moe.router.weight"
-    return jnp.asarray(value, COMPUTE_DTYPE if rounded else jnp.float32)
+    """Returns a dense parameter in the dtype that calibration computes in."""
+    return jnp.asarray(value, COMPUTE_DTYPE if is_rounded(name, value.ndim) else jnp.float32)
+
+
+def as_stored(name: str, value: Any) -> Any:
+    """Returns a dense parameter as it is stored next to packed ones: matrices in bfloat16, norms, biases and
+    routers as they are, in float32 at most."""
+    return jnp.asarray(value, COMPUTE_DTYPE) if is_rounded(name, value.ndim) else value
+
+
+def stored_bytes(name: str, shape: Sequence[int]) -> int:
+    """Returns the most bytes that a dense parameter takes as :func:`as_stored`."""
+    return (
+        math.prod(shape)
+        * (COMPUTE_DTYPE if is_rounded(name, len(shape)) else jnp.dtype(jnp.float32)).itemsize
+    )

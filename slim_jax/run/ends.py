@@ -24,7 +24,7 @@ from slim_jax.method.layer import LayerSolver, relative_error, squares
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE, product_dtype
-from slim_jax.model.params import Params, block_params, make_outer, outer_params
+from slim_jax.model.params import Params, as_stored, block_params, make_outer, outer_params
 from slim_jax.report import LayerReport
 from slim_jax.run.activations import Activations, Inputs, observe
 from slim_jax.run.offload import Batches
@@ -58,7 +58,7 @@ def quantize_ends(
     """
     outer = dict(source.outer())
     if not config.packs_ends:
-        return {name: placement.channels(value) for name, value in outer.items()}, []
+        return {name: placement.channels(as_stored(name, value)) for name, value in outer.items()}, []
     packed = [name for name, value in outer.items() if isinstance(value, MixedTensor)]
     if packed:
         raise ValueError(f"{packed[0]} is already quantized, expected a dense model")
@@ -71,8 +71,10 @@ def quantize_ends(
             read = seen if name == "head.weight" or source.config.tied_head else None
             outer[name], report = solver.solve(name, outer[name], read)
             reports.append(report)
-    rest = {n: v if isinstance(v, MixedTensor) else placement.channels(v) for n, v in outer.items()}
-    return rest, reports
+    return {
+        name: value if isinstance(value, MixedTensor) else placement.channels(as_stored(name, value))
+        for name, value in outer.items()
+    }, reports
 
 
 def sizes(config: DecoderConfig, outer: Params, blocks: Sequence[Params]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax.config import LENGTH, SAMPLES, Settings, SlimConfig
 from slim_jax.model.block import linear_groups, linear_names
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.params import block_params, outer_params
+from slim_jax.model.params import block_buffers, block_params, outer_params, stored_bytes
 from slim_jax.rules import check_rules
 
 GIB = 2**30
@@ -33,8 +33,8 @@ class Plan:
       parameters: number of all parameters.
       quantized: number of those that would be quantized.
       bfloat16_bytes: the whole model in bfloat16.
-      packed_bytes: the whole model with packed linear layers, and embedding and head if the settings pack
-        them, the rest in bfloat16.
+      packed_bytes: the arrays of the whole model as they are stored, norms and biases counted in float32,
+        which those of a bfloat16 model are not.
       bits_per_weight: of the packed layers of the blocks, everything counted.
       ends_bytes: of embedding and head, in ``packed_bytes`` too.
       cache_bytes_per_token: keys and values of one token in bfloat16.
@@ -117,7 +117,9 @@ def make_plan(
     sharding = {name: "replicated" if devices == 1 or n % devices else "n" for name, n in outputs.items()}
     outside = sum(math.prod(shape.shape) for shape in outer.values())
     in_tables = sum(math.prod(shape.shape) for name, shape in outer.items() if _label(name) in ends)
-    rest = 2 * (blocks.parameters - blocks.quantized) + 2 * (outside - in_tables)
+    rest = blocks.rest + sum(
+        stored_bytes(name, shape.shape) for name, shape in outer.items() if _label(name) not in ends
+    )
 
     def share(packed: dict[str, int]) -> int:
         cut = {name: 1 if sharding[_in_block(name)] == "replicated" else devices for name in packed}
@@ -165,6 +167,7 @@ class _Blocks:
     Attributes:
       sizes: parameters of every block.
       quantized: how many parameters are packed.
+      rest: bytes of those that are not, see `slim_jax.model.params.as_stored`.
       packed: bytes of every layer that is packed, by its whole name.
       outputs: output channels of layers, by their names in a block.
       in_budget: weights, those that fill up groups too, of the layers that no rule skips or gives bits.
@@ -172,6 +175,7 @@ class _Blocks:
 
     sizes: list[int] = dataclasses.field(default_factory=list)
     quantized: int = 0
+    rest: int = 0
     packed: dict[str, int] = dataclasses.field(default_factory=dict)
     outputs: dict[str, int] = dataclasses.field(default_factory=dict)
     in_budget: int = 0
@@ -192,7 +196,9 @@ class _Blocks:
         found, shapes, size = cls(), functools.cache(block_params), functools.cache(_packed_bytes)
         for index, kind in enumerate(config.blocks()):
             block = shapes(kind)
-            found.sizes.append(sum(math.prod(shape.shape) for shape in block.values()))
+            buffers = block_buffers(config, index)
+            found.sizes.append(sum(math.prod(s.shape) for n, s in block.items() if n not in buffers))
+            found.rest += sum(stored_bytes(name, shape.shape) for name, shape in block.items())
             for name in itertools.chain(*linear_groups(kind)):
                 full, (k, n) = f"blocks.{index}.{name}", block[f"{name}.weight"].shape
                 found.outputs[name] = n
@@ -201,6 +207,7 @@ class _Blocks:
                     continue
                 found.packed[full] = size((k, n), own)
                 found.quantized += k * n
+                found.rest -= stored_bytes(f"{name}.weight", (k, n))
                 if rule is None or rule.bits is None:
                     found.in_budget += group_count(k, own.group_size) * own.group_size * n
         return found

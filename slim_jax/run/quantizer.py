@@ -21,7 +21,7 @@ from slim_jax.method.layer import LayerSolvers
 from slim_jax.method.plus import Samples
 from slim_jax.method.sba import Allocation
 from slim_jax.model.block import linear_groups
-from slim_jax.model.params import Params, as_computed
+from slim_jax.model.params import Params, as_stored
 from slim_jax.report import BlockReport, LayerReport
 from slim_jax.run.activations import Activations, Inputs, Passing, dense_weight, observe
 from slim_jax.run.ends import quantize_ends
@@ -94,7 +94,7 @@ class BlockQuantizer:
                 tensors, learning = self.learner.better(index, dense, tensors, again, samples, learning)
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
         for name in self._skipped(index):
-            result[name] = self.placement.channels(as_computed(name, dense[name]))
+            result[name] = self.placement.channels(as_stored(name, dense[name]))
         self.activations = solved.after if self.learner is None else self.activations.behind(index, result)
         self.reference = reference
         allocation = {f"blocks.{index}.{name}": tensor.bits().tolist() for name, tensor in tensors.items()}
