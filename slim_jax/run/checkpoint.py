@@ -124,6 +124,7 @@ def save_source(source: Source, path: str | Path, on_block: Callable[[int, int],
 
     Raises:
       CheckpointError: ``path`` exists and is not an empty folder, or is being written by another process.
+      ValueError: a dense parameter is not finite.
     """
     _save(FiniteSource(source), path, None, on_block)
 
