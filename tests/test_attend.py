@@ -1,12 +1,16 @@
 """Attention of one new token by the GPU's kernel, in the interpreter, and when the model takes it."""
 
+import importlib.util
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas
 
 from bench.attention import Case, compare
 from pallas_kernels import devices
@@ -62,6 +66,23 @@ def test_parts_fill_the_chip_and_no_more():
 )
 def test_what_is_supported(device, width, dtype, wanted):
     assert attend.supported(devices.describe(device), width, jnp.dtype(dtype)) == wanted
+
+
+@pytest.mark.parametrize("left", [(), ("CompilerParams", "load", "dot")], ids=["nothing", "some"])
+def test_without_what_the_kernel_stands_on(left, monkeypatch, kernel):
+    """JAX has announced that Pallas's lowering to Triton will go; XLA takes the token then."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr(pallas, "triton")
+    spec = importlib.util.spec_from_file_location("attend_again", attend.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)
+    spec.loader.exec_module(again)
+    assert again.triton is None
+    monkeypatch.setattr(attend, "triton", SimpleNamespace(**dict.fromkeys(left)) if left else again.triton)
+    assert not attend.supported(devices.describe("h100"), 16, jnp.dtype("float32"))
+    q, k, cache = jnp.ones((2, 1, 4, 16)), jnp.ones((2, 1, 2, 16)), random_cache(np.random.default_rng(0))
+    attend_cached(q, k, k, jnp.full((2, 1), 66), cache, rotation=None, scale=0.25, one_device=True)
+    assert kernel == []
 
 
 def random_cache(rng, dtype="float32") -> KeyValues:

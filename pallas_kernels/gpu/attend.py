@@ -9,18 +9,24 @@ Only blocks of slots that are in use are read. Empty ones and padding have posit
 """
 
 import dataclasses
+import warnings
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu.config import CAPABILITIES
 from pallas_kernels.layout import result_type
+
+try:  # JAX has announced that it will go
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        from jax.experimental.pallas import triton
+except ImportError:
+    triton = None  # type: ignore[assignment]
 
 BLOCK = 64
 """Slots that a program reads at a time."""
@@ -44,8 +50,10 @@ class Scores:
 
 
 def supported(device: Device, width: int, dtype: jnp.dtype) -> bool:
-    """Whether a target has the kernel, for heads of ``width`` features and a cache of ``dtype``."""
+    """Whether a target has the kernel, and JAX what it is lowered by, for heads of ``width`` features and a
+    cache of ``dtype``."""
     known = device.platform == "cuda" and device.compute_capability in (None, *CAPABILITIES)
+    known = known and all(hasattr(triton, name) for name in ("CompilerParams", "load", "store", "dot"))
     return known and width in WIDTHS and dtype in (jnp.bfloat16, jnp.float32)
 
 
