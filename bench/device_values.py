@@ -10,6 +10,7 @@ from typing import Any
 from bench import attention, gated
 from bench import check as values
 from pallas_kernels import devices
+from pallas_kernels.tpu import config
 
 Record = dict[str, Any]
 
@@ -30,7 +31,8 @@ def _likeliest(case: values.Case) -> bool:
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
-    """A stage, the cases that say most first; ``quick`` takes a few tiny ones."""
+    """A stage, the cases that say most first; ``quick`` takes a few tiny ones. TPUs begin with these, checked
+    (`pallas_kernels.tpu.config.checked`)."""
     if devices.of_target().platform == "cuda" and not quick:
         for case in attention.CASES:
             yield str(case), partial(_compared, attention, case)
@@ -45,6 +47,11 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     # A TPU is one process's. On a GPU compiling a case takes much longer than running it.
     alone = quick or devices.of_target().platform != "cuda"
     processes = 1 if alone else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+    if devices.of_target().platform == "tpu":
+        first = [case for case in wanted if quick or _likeliest(case)]
+        with contextlib.closing(values.check(first)) as records:
+            for case in first:
+                yield f"{case}, bounds and semaphores checked", partial(_compared_checked, records)
     records = values.check(wanted) if processes == 1 else values.check_in_processes(wanted, processes)
     with contextlib.closing(records):
         for case in wanted:
@@ -58,6 +65,11 @@ def _compared(kernel: ModuleType, case: Any) -> Record:
     record = kernel.compare(case)
     text = kernel.line(record)
     return record | {"text": text} | ({} if record["ok"] else {"failed": text})
+
+
+def _compared_checked(records: Iterator[Record]) -> Record:
+    with config.checked():
+        return _checked(records)
 
 
 def _checked(records: Iterator[Record]) -> Record:

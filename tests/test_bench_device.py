@@ -17,6 +17,7 @@ import pytest
 from bench import attention, device, device_stages, device_values, gated, machine, timing
 from bench.limits import Limit
 from pallas_kernels import devices
+from pallas_kernels.tpu import config
 
 
 def read(folder: Path) -> tuple[dict, str]:
@@ -72,6 +73,24 @@ def test_every_kernel_is_asked_on_a_gpu(monkeypatch):
         _, run = next(device_values.cases(quick=False))
         assert run() == {"ok": False, "text": "wrong", "failed": "wrong"}
     assert labels[:10] == [*map(str, attention.CASES), *map(str, gated.CASES)]
+
+
+def test_a_tpu_begins_with_its_checks_on(monkeypatch):
+    asked = []
+
+    def check(cases):
+        for case in cases:
+            asked.append((case, config.checking()))
+            yield {"ok": True}
+
+    monkeypatch.setattr(device_values.values, "check", check)
+    monkeypatch.setattr(device_values.values, "line", str)
+    with devices.target("v6e"):
+        labels = [label for label, run in device_values.cases(quick=True) if run()["ok"]]
+    (first, second), more = asked[:2], asked[2:]
+    assert [checked for _, checked in (first, second)] == [True, True]
+    assert more == [(case, False) for case, _ in (first, second)]
+    assert ["bounds and semaphores checked" in label for label in labels] == [True, True, False, False]
 
 
 def test_what_a_target_takes_is_asked_as_it_is_called():

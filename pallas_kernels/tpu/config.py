@@ -1,7 +1,9 @@
 """What the TPU kernels can be tuned by, the choice for a device and a product, and what they cannot serve."""
 
 import dataclasses
+from contextlib import AbstractContextManager
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import Device, describe
@@ -15,6 +17,20 @@ GROUP_SIZES = (32, 64, 128, 256)
 GENERATIONS = ("v5e", "v5p", "v6e", "v7x")  # for which the compiler has taken the kernels
 WITHOUT_INT8 = ("v7x",)  # their matrix units multiply no integers
 VMEM_BYTES = 60 << 20  # the most that a kernel asks for; of 64 MiB on the smallest, v5p and v7x
+
+
+_checking = jax.make_user_context(False)  # part of what jit keeps programs by
+
+
+def checked() -> AbstractContextManager[None]:
+    """Decode kernels traced inside ask on the device, at some cost, whether they stay within their operands
+    and leave their semaphores at rest."""
+    return _checking(True)
+
+
+def checking() -> bool:
+    """Whether they do."""
+    return bool(_checking.value)
 
 
 NAME = "mosaic_tpu"

@@ -55,7 +55,7 @@ from pallas_kernels import devices
 from pallas_kernels.layout import MixedTensor, result_type
 from pallas_kernels.planes import WORD_BITS, pieces
 from pallas_kernels.tpu.config import DECODE_ROWS as DECODE_ROWS
-from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, check_supported
+from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, check_supported, checking
 from pallas_kernels.tpu.config import NAME as NAME
 from pallas_kernels.tpu.config import Config as Config
 from pallas_kernels.tpu.config import choose as choose
@@ -302,8 +302,8 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=WORD_BYTES + OTHER_BYTES,
-            disable_bounds_checks=True,
-            disable_semaphore_checks=True,
+            disable_bounds_checks=not checking(),
+            disable_semaphore_checks=not checking(),
         ),
         cost_estimate=_cost(m, weight.shape, arguments, layers=arrays[0].shape[0]),
         interpret=interpret,
