@@ -175,8 +175,9 @@ def describe(device: Device | jax.Device | str) -> Device:
         return find(device) or unknown
     capability = getattr(device, "compute_capability", None)
     platform = device.platform
-    if platform == "gpu":  # JAX's word for both; AMD's architectures begin with gfx
-        platform = "rocm" if str(capability).startswith("gfx") else "cuda"
+    if platform == "gpu":  # JAX's word for both; AMD's architectures begin with gfx, where they are known
+        amd = str(capability).startswith("gfx") or device.device_kind.startswith("AMD")
+        platform = "rocm" if amd else "cuda"
     found = find(device.device_kind)
     if found is not None and found.platform == platform:
         return found
@@ -217,7 +218,8 @@ def of_target() -> Device:
     if _target.value is not None:
         return _target.value
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
-        return describe(abstract)
+        here = (d for d in jax.local_devices() if d.device_kind == abstract.device_kind)
+        return describe(next(here, abstract))  # which says more of itself
     chosen = jax.config.jax_default_device
     if chosen is None or isinstance(chosen, str):
         chosen = jax.local_devices(backend=chosen)[0]

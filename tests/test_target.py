@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pallas_kernels import devices
-from pallas_kernels.devices import find
+from pallas_kernels.devices import BY_SHORT_NAME, find
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,24 @@ def test_the_target_of_an_abstract_mesh():
         assert devices.of_target().short == "v6e"
         with devices.target("l4"):
             assert devices.of_target().short == "l4"
+
+
+@pytest.mark.parametrize(("short", "platform"), [("mi300x", "rocm"), ("h100", "cuda")])
+def test_a_gpu_in_an_abstract_mesh(short, platform):
+    """Whose platform is "gpu", whoever made it."""
+    device = AbstractDevice(device_kind=BY_SHORT_NAME[short].name, num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
+        assert devices.of_target() is BY_SHORT_NAME[short]
+        assert devices.of_target().platform == platform
+
+
+def test_what_an_abstract_mesh_lacks_the_device_says(monkeypatch):
+    """Its device has a name; the one that is here has a compute capability, too."""
+    here = SimpleNamespace(device_kind="NVIDIA RTX 9", platform="gpu", compute_capability="12.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    device = AbstractDevice(device_kind=here.device_kind, num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
+        assert devices.of_target().compute_capability == "12.0"
 
 
 def test_a_described_device_is_a_target():
