@@ -4,19 +4,18 @@ It knows nothing of how any back end works; each is a function ``(x[M, K], w) ->
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import devices, xla
+from pallas_kernels import devices, meshes, xla
 from pallas_kernels.layout import MixedTensor, stack, vary_like
 from pallas_kernels.prepared import Prepared
 from pallas_kernels.steps import joinable, prepare_stack
@@ -24,18 +23,33 @@ from pallas_kernels.steps import joinable, prepare_stack
 Kernel = Callable[..., jax.Array]
 
 
+@contextmanager
+def importing(name: str) -> Iterator[None]:
+    """Imports of a kernel that JAX may have no longer.
+
+    Raises:
+      NotImplementedError: it has not.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError(f"{name} does not import with jax {jax.__version__}: {error}") from error
+
+
 def _xla(x: jax.Array, w: MixedTensor | Prepared, residual: jax.Array | None = None) -> jax.Array:
     return _plus(residual, xla.mixed_matmul(x, w))
 
 
 def _mosaic_tpu(x: jax.Array, w: Any, residual: jax.Array | None = None, **config: Any) -> jax.Array:
-    from pallas_kernels.tpu.decode import mixed_matmul  # takes a second that CPUs need not spend
+    with importing("mosaic_tpu"):
+        from pallas_kernels.tpu.decode import mixed_matmul  # takes a second that CPUs need not spend
 
     return _plus(residual, mixed_matmul(x, w, **config))
 
 
 def _mosaic_gpu(x: jax.Array, w: Any, residual: jax.Array | None = None, **config: Any) -> jax.Array:
-    from pallas_kernels.gpu.kernel import mixed_matmul
+    with importing("mosaic_gpu"):
+        from pallas_kernels.gpu.kernel import mixed_matmul
 
     return mixed_matmul(x, w, residual=residual, **config)
 
@@ -89,7 +103,7 @@ def prepare(
     """
     name, alone = _names(implementation)[0], isinstance(w, MixedTensor)
     layers: Sequence[MixedTensor] = [w] if isinstance(w, MixedTensor) else w
-    if name == "xla":
+    if name == "xla" and _on_cpu():
         return prepare_stack([[one] for one in layers])
     if name == "mosaic_tpu" and (found := _layers_on_tpu([[one] for one in layers], not alone)) is not None:
         return found
@@ -120,23 +134,33 @@ def prepare_joined(
         return _joined_on_gpu(layers[0], feeds)
     if name == "mosaic_tpu":
         return _layers_on_tpu(layers, len(layers) > 1)
-    if name != "xla" or not joinable(layers[0]):
+    if name != "xla" or not _on_cpu() or not joinable(layers[0]):
         return None
     return prepare_stack(layers)
 
 
-def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool) -> Prepared | None:
-    from pallas_kernels.tpu import config
-    from pallas_kernels.tpu.layers import joinable, prepare
+def _on_cpu() -> bool:
+    """Whether the target has loops that multiply packed words: elsewhere XLA dequantizes."""
+    return devices.of_target().platform == "cpu"
 
+
+def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool) -> Prepared | None:
+    try:
+        with importing("mosaic_tpu"):
+            from pallas_kernels.tpu import config
+            from pallas_kernels.tpu.layers import joinable, prepare
+    except NotImplementedError:
+        return None
     supported = layers[0][0].group_size in config.GROUP_SIZES and joinable(layers[0])
     return prepare(layers, stacked=stacked) if supported else None
 
 
 def _joined_on_gpu(weights: Sequence[MixedTensor], feeds: int = 0) -> Prepared | None:
-    from pallas_kernels.gpu import config, joined
-
     try:
+        with importing("mosaic_gpu"):
+            from pallas_kernels.gpu import config, joined, kernel
+
+            del kernel
         config.check_supported(devices.of_target(), jnp.dtype(jnp.bfloat16), 1, weights[0].group_size, None)
     except NotImplementedError:
         return None
@@ -155,11 +179,12 @@ def mixed_matmul(
 ) -> Float[Array, "*batch N"]:
     """``x @ w.dequantize() + bias + residual``, accumulated in float32.
 
-    Differentiable in ``x``, ``bias`` and ``residual``; ``w`` is a constant. With more than a few rows of
-    ``x`` the result is that of a dense product in ``w.dtype``; with few, products are taken in float32.
+    Differentiable in ``x``, ``bias`` and ``residual``, forwards and backwards; ``w`` is a constant. Off CPUs,
+    or with more than a few rows of ``x``, XLA's result is that of a dense product in ``w.dtype``; else
+    products are taken in float32. Operands over several devices: docs/kernels.md.
 
     Args:
-      x: bfloat16 or float32 ``[..., K]``.
+      x: ``[..., K]``; rounded to float32 where it is neither that nor bfloat16.
       w: the packed weight ``[K, N]``, or what :func:`prepare` made of it; index or scan over stacked
         leaves first.
       bias: ``[N]``, added in float32.
@@ -180,41 +205,76 @@ def mixed_matmul(
       NotImplementedError: none of the implementations asked for can do this product.
     """
     _check(x, w, bias, residual)
-    names = _names(implementation, math.prod(x.shape[:-1]))
-    if config is not None and (len(names) != 1 or names[0] not in PLATFORM):
+    x = taken(x)
+    rows = math.prod(x.shape[:-1])
+    names = _given(implementation)
+    tries = names or tried(rows)
+    if config is not None and (len(tries) != 1 or tries[0] not in PLATFORM):
         raise ValueError(f"config is for one of {list(PLATFORM)}, implementation is {implementation!r}")
-    if isinstance(w, Prepared) and names[0] not in ("xla", w.implementation):
-        x = x if w.norm is None else w.norm(x)
-        parts = [mixed_matmul(x, one, implementation=names, config=config) for one in w.weights()]
-        y = _plus(residual, jnp.concatenate(parts, axis=-1))
+    spread = meshes.spread(x, w, residual)
+    if spread.explicit:
+        y = meshes.per_device(_on_one, (names, config), spread.mesh, x, w, residual)
     else:
-        rows = math.prod(x.shape[:-1])
-        x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
-        added = residual
-        if residual is not None:
-            added = vary_like(residual.reshape(rows, w.shape[1]).astype(jnp.float32), (x, w))
-        y = _matmul(names, config, x.reshape(rows, w.shape[0]), w, added)
-        y = y.reshape(*x.shape[:-1], w.shape[1])
+        y = _on_one(names, config, x, w, residual)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y.astype(preferred_element_type)
 
 
-def first_tried(rows: int) -> str:
+def _on_one(
+    names: tuple[str, ...] | None,
+    config: Any,
+    x: jax.Array,
+    w: MixedTensor | Prepared,
+    residual: jax.Array | None,
+) -> jax.Array:
+    """The product of operands ``[..., K]`` and ``[..., N]`` that lie on one device, or that XLA divides."""
+    rows = math.prod(x.shape[:-1])
+    tries = names or tried(rows)
+    if len(tries) > 1 and meshes.spread(x, w, residual).auto:  # XLA divides its own products alone
+        names = tries = tuple(name for name in tries if name not in PLATFORM) or tries
+    if isinstance(w, Prepared) and tries[0] not in ("xla", w.implementation):
+        x = x if w.norm is None else w.norm(x)
+        parts = [_on_one(names, config, x, one, None) for one in w.weights()]
+        return _plus(residual, jnp.concatenate(parts, axis=-1))
+    x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
+    added = residual
+    if residual is not None:
+        added = vary_like(residual.reshape(rows, w.shape[1]).astype(jnp.float32), (x, w))
+    y = _matmul(names, config, x.reshape(rows, w.shape[0]), w, added)
+    return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def taken(x: jax.Array) -> jax.Array:
+    """``x`` in a dtype that every back end takes: float32, unless it is bfloat16."""
+    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+
+
+def first_tried(rows: Any) -> str:
     """What a product with so many rows of ``x`` tries first, on the target and inside what is traced."""
     return _names(None, rows)[0]
 
 
-def tried(rows: int) -> tuple[str, ...]:
-    """What the target tries, in order, for so many rows of ``x`` where no implementation is named."""
+def tried(rows: Any) -> tuple[str, ...]:
+    """What the target tries, in order, for so many rows of ``x`` where no implementation is named.
+
+    A number of rows that only the program's caller will say (`jax.export.symbolic_shape`) is XLA's.
+    """
     platform = devices.of_target().platform
-    return BY_PLATFORM.get(platform, ("xla",)) if rows <= MOST_ROWS.get(platform, rows) else ("xla",)
+    if not isinstance(rows, int) or rows > MOST_ROWS.get(platform, rows):
+        return ("xla",)
+    return BY_PLATFORM.get(platform, ("xla",))
 
 
-def _names(implementation: str | Sequence[str] | None, rows: int = 1) -> tuple[str, ...]:
+def _names(implementation: str | Sequence[str] | None, rows: Any = 1) -> tuple[str, ...]:
     """What is tried for a product with so many rows."""
+    return _given(implementation) or tried(rows)
+
+
+def _given(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """What is named; None where the target and the number of rows decide."""
     if implementation is None:
-        return _chosen.value or tried(rows)
+        return _chosen.value  # type: ignore[no-any-return]
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names or not set(names) <= set(IMPLEMENTATIONS):
         raise ValueError(
@@ -245,15 +305,31 @@ def _check(
 Operands = tuple[jax.Array, MixedTensor | Prepared, jax.Array | None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _matmul(
+    names: tuple[str, ...] | None,
+    config: Any,
+    x: jax.Array,
+    w: MixedTensor | Prepared,
+    residual: jax.Array | None,
+) -> jax.Array:
+    """``x[M, K] @ w (+ residual)`` by the first back end that can on the platform: of those named, or of what
+    the target tries for so many rows."""
+    tries = names or tried(x.shape[0])
+    if tries == ("xla",) and not xla.is_decode(x.shape[0]):
+        return _first_that_can(tries, config, x, w, residual)
+    product = jax.custom_batching.custom_vmap(partial(_first_that_can, tries, config))
+    product.def_vmap(partial(_batched, names, config))
+    return product(x, w, residual)  # type: ignore[no-any-return]
+
+
+def _first_that_can(
     names: tuple[str, ...],
     config: Any,
     x: jax.Array,
     w: MixedTensor | Prepared,
     residual: jax.Array | None,
 ) -> jax.Array:
-    """``x[M, K] @ w (+ residual)`` by the first named back end that can on the platform."""
     name, rest = names[0], names[1:]
     run = IMPLEMENTATIONS[name] if config is None else partial(IMPLEMENTATIONS[name], config=config)
     if not rest:
@@ -262,36 +338,54 @@ def _matmul(
         if name not in PLATFORM:
             return run(x, w, residual)
         kernel = {PLATFORM[name]: run}
-        return lax.platform_dependent(x, w, residual, default=partial(_matmul, rest, None), **kernel)
+        return lax.platform_dependent(x, w, residual, default=partial(_first_that_can, rest, None), **kernel)
     except NotImplementedError:
-        return _matmul(rest, None, x, w, residual)
+        return _first_that_can(rest, None, x, w, residual)
 
 
-def _forward(
-    names: tuple[str, ...],
+def _batched(
+    names: tuple[str, ...] | None,
     config: Any,
+    size: int,
+    batched: Any,
     x: jax.Array,
     w: MixedTensor | Prepared,
     residual: jax.Array | None,
-) -> tuple[jax.Array, Operands]:
+) -> tuple[jax.Array, bool]:
+    """The product of ``size`` batches: their rows are those of one, or several weights take turns."""
+    product = partial(_matmul, names, config)
+    if any(jax.tree.leaves(batched[1])):
+        operands, structure = jax.tree.flatten((x, w, residual))
+        several = jax.tree.leaves(tuple(batched))
+
+        def one(own: list[jax.Array]) -> jax.Array:
+            turn = iter(own)
+            return product(*structure.unflatten([next(turn) if b else a for a, b in zip(operands, several)]))
+
+        return lax.map(one, [a for a, b in zip(operands, several) if b]), True
+    if not batched[0]:
+        return residual + product(x, w, None)[None], True
+    if residual is not None:
+        residual = jnp.broadcast_to(residual, (*x.shape[:2], w.shape[1])).reshape(-1, w.shape[1])
+    y = product(x.reshape(-1, x.shape[2]), w, residual)
+    return y.reshape(*x.shape[:2], -1), True
+
+
+@_matmul.defjvp
+def _tangent(
+    names: tuple[str, ...] | None, config: Any, primals: Operands, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    x, w, residual = primals
     if isinstance(w, Prepared) and w.norm is not None:
         raise NotImplementedError("a product with a norm in it has no gradient: it is for generating")
-    # Slices without elements hand dtypes to the backward pass: what is kept must be arrays.
-    kept = x[:0], w, None if residual is None else residual[:0]
-    return _matmul(names, config, x, w, residual), kept
+    moves = linear(tangents[0], lax.stop_gradient(w))
+    return _matmul(names, config, x, w, residual), _plus(tangents[2], moves)
 
 
-def _backward(names: tuple[str, ...], config: Any, kept: Operands, dy: jax.Array) -> tuple[Any, ...]:
-    x, w, residual = kept
-    dx = jnp.dot(dy, w.dequantize().T, preferred_element_type=jnp.float32).astype(x.dtype)
-    return dx, jax.tree.map(no_gradient, w), None if residual is None else dy
-
-
-def no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
-    """The cotangent of a leaf that is a constant."""
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.zeros_like(leaf)
-    return np.zeros(leaf.shape, jax.dtypes.float0)
-
-
-_matmul.defvjp(_forward, _backward)
+@jax.checkpoint  # or the dense weight would be kept for the way back
+def linear(x: jax.Array, w: MixedTensor | Prepared) -> jax.Array:
+    """``x @ w`` of tangents, and of gradients its transpose, in the weight's dtype both."""
+    dense = w.dequantize()
+    # A result in float32 would bring float32 gradients to a weight in bfloat16, which XLA would convert.
+    dtype = dense.dtype if dense.dtype == jnp.bfloat16 else jnp.float32
+    return jnp.dot(x.astype(dense.dtype), dense, preferred_element_type=dtype).astype(jnp.float32)

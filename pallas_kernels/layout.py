@@ -299,22 +299,28 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
     return (scale * (code.astype(jnp.int32).astype(jnp.float32) - zero)).astype(dtype)
 
 
-def _meta_to_bytes(meta: tuple[Any, ...]) -> bytes:
-    shape, group_size, widths, dtype = meta
-    return json.dumps([shape, group_size, widths, dtype.name]).encode()
+def exported[T: type](record: T) -> T:
+    """Makes a record of arrays, whose static fields are numbers, tuples of numbers and dtypes, one that
+    programs which `jax.export` serializes may take."""
+
+    def to_bytes(static: tuple[Any, ...]) -> bytes:
+        return json.dumps(static, default=lambda dtype: dtype.name).encode()
+
+    def value(found: Any) -> Any:
+        if isinstance(found, list):
+            return tuple(map(value, found))
+        return jnp.dtype(found) if isinstance(found, str) else found
+
+    jax.export.register_pytree_node_serialization(
+        record,
+        serialized_name=f"pallas_kernels.{record.__name__}",
+        serialize_auxdata=to_bytes,
+        deserialize_auxdata=lambda data: value(json.loads(data)),
+    )
+    return record
 
 
-def _meta_from_bytes(data: bytes) -> tuple[Any, ...]:
-    shape, group_size, widths, dtype = json.loads(data)
-    return tuple(shape), group_size, tuple(widths), jnp.dtype(dtype)
-
-
-jax.export.register_pytree_node_serialization(
-    MixedTensor,
-    serialized_name="pallas_kernels.MixedTensor",
-    serialize_auxdata=_meta_to_bytes,
-    deserialize_auxdata=_meta_from_bytes,
-)
+exported(MixedTensor)
 
 
 def stack(layers: Sequence[MixedTensor]) -> MixedTensor:

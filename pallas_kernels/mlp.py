@@ -7,7 +7,8 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.api import first_tried
+from pallas_kernels import meshes
+from pallas_kernels.api import first_tried, importing, taken
 from pallas_kernels.prepared import Prepared
 
 
@@ -27,21 +28,24 @@ def few_launches(
       activations, shapes or weights.
     """
     rows = math.prod(x.shape[:-1])
-    if first_tried(max(rows, 1)) != "mosaic_gpu":
+    if first_tried(rows) != "mosaic_gpu" or meshes.spread(x, w, down).several:
         return None
-    from pallas_kernels.gpu import gated
-    from pallas_kernels.gpu.joined import Joined
-
+    try:
+        with importing("mosaic_gpu"):
+            from pallas_kernels.gpu import gated
+            from pallas_kernels.gpu.joined import Joined
+    except NotImplementedError:
+        return None
     if not isinstance(w, Joined) or not isinstance(down, Joined):
         return None
-    plan = gated.plan(rows, x.dtype, w, down, activation)
+    plan = gated.plan(rows, taken(x).dtype, w, down, activation)
     if plan is None:
         return None
     run = partial(gated.mlp, activation=activation, plan=plan)
 
     def all_rows(x: jax.Array, residual: jax.Array | None) -> jax.Array:
         added = None if residual is None else residual.reshape(rows, -1)
-        y = run(x.reshape(rows, -1), w, down, added)
+        y = run(taken(x).reshape(rows, -1), w, down, added)
         return y.reshape(*x.shape[:-1], down.shape[1])
 
     return all_rows

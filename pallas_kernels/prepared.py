@@ -17,9 +17,10 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.layout import MixedTensor, stack
+from pallas_kernels.layout import MixedTensor, exported, stack
 
 
+@exported
 @partial(jax.tree_util.register_dataclass, data_fields=["scale"], meta_fields=["eps"])
 @dataclasses.dataclass(frozen=True)
 class InputNorm:

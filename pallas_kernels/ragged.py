@@ -11,7 +11,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.api import mixed_matmul, no_gradient
+from pallas_kernels import meshes
+from pallas_kernels.api import linear, mixed_matmul
 from pallas_kernels.layout import MixedTensor, vary_like
 
 LEAST_ROWS = 32
@@ -58,7 +59,12 @@ def mixed_ragged_dot(
         raise ValueError(f"rows is {rows}, expected at least 1")
     several = implementation is not None and not isinstance(implementation, str)
     names = tuple(implementation or ()) if several else implementation
-    y = _ragged(min(rows, max(x.shape[0], 1)), names, x, w, group_sizes.astype(jnp.int32))
+    static, operands = (min(rows, max(x.shape[0], 1)), names), (x, w, group_sizes.astype(jnp.int32))
+    spread = meshes.spread(operands)
+    if spread.explicit:  # whose rows are where is data: each device takes all
+        y = meshes.gathered(_ragged, static, spread.mesh, *operands)
+    else:
+        y = _ragged(*static, *operands)
     return y.astype(preferred_element_type)
 
 
@@ -117,11 +123,18 @@ def _backward(rows: int, names: Any, residuals: tuple[jax.Array, MixedTensor, ja
     like, w, sizes = residuals
 
     def product(dy: jax.Array, expert: jax.Array) -> jax.Array:
-        return jnp.dot(dy, w[expert].dequantize().T, preferred_element_type=jnp.float32)
+        x = vary_like(jnp.zeros((rows, w.shape[0]), jnp.float32), dy)
+        return jax.linear_transpose(lambda x: linear(x, w[expert]), x)(dy)[0]  # type: ignore[no-any-return]
 
     dx = by_turns(product, w.shape[0], rows, vary_like(dy, w), sizes).astype(like.dtype)
-    nothing = jax.tree.map(no_gradient, w)
-    return dx, nothing, np.zeros(sizes.shape, jax.dtypes.float0)
+    return dx, *jax.tree.map(_no_gradient, (w, sizes))
+
+
+def _no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
+    """The cotangent of a leaf that is a constant."""
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
 _ragged.defvjp(_forward, _backward)

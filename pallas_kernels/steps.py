@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import MixedTensor, zero_step
+from pallas_kernels.layout import MixedTensor, exported, zero_step
 from pallas_kernels.planes import WORD_BITS, plane_widths, shifted_planes
 from pallas_kernels.prepared import Prepared, fit_together, side_by_side
 
@@ -20,6 +20,7 @@ LEAST_TILE = 32
 """Columns of a tile at least; with fewer, a step's own work would show."""
 
 
+@exported
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[*Prepared.ARRAYS, "steps", "factors", "counts"],

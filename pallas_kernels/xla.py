@@ -1,8 +1,8 @@
 """The matmul in plain XLA: runs on every platform, and is the reference for the other back ends.
 
-Two regimes, chosen by the number of rows of ``x``, which is static. *Prefill* makes the dense weight and
-takes one product: the cost of unpacking is shared by many rows. *Decode* never makes it: memory traffic
-is the packed words, and each masked row of words is multiplied into the result at once,
+Two regimes. *Prefill* makes the dense weight and takes one product: the cost of unpacking is shared by many
+rows. *Decode*, of a few rows on CPUs alone, never makes it: memory traffic is the packed words, and each
+masked row of words is multiplied into the result at once,
 
     y = sum over groups of  scale * (x_g . code_g - zero * sum(x_g)).
 
@@ -15,6 +15,7 @@ jaxlib 0.12 on two cores does not: it takes independent programs one after the o
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,23 @@ LOOPS = 2
 CHAINS = 16
 
 
+def is_decode(rows: Any) -> bool:
+    """Whether so many rows of ``x`` are decode's on a CPU; a symbolic number is not."""
+    return isinstance(rows, int) and rows <= DECODE_ROWS
+
+
 def mixed_matmul(x: Float[Array, "M K"], w: MixedTensor | Prepared) -> Float[Array, "M N"]:
     """``x @ W``, accumulated in float32; see :func:`pallas_kernels.mixed_matmul`."""
-    if x.shape[0] <= DECODE_ROWS and isinstance(w, Steps | MixedTensor):
-        return decode(x, w if isinstance(w, Steps) else prepare(w, in_place=True))
+    if is_decode(x.shape[0]) and isinstance(w, Steps | MixedTensor):
+        return lax.platform_dependent(x, w, cpu=_decode, default=_dense)
+    return _dense(x, w)
+
+
+def _decode(x: jax.Array, w: Steps | MixedTensor) -> jax.Array:
+    return decode(x, w if isinstance(w, Steps) else prepare(w, in_place=True))
+
+
+def _dense(x: jax.Array, w: MixedTensor | Prepared) -> jax.Array:
     if isinstance(w, Prepared):
         x = x if w.norm is None else w.norm(x)
         return jnp.concatenate([prefill(x, one) for one in w.weights()], axis=1)

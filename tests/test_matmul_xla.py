@@ -1,6 +1,7 @@
 """The XLA back end, and what the public function adds to any: batches, gradients, argument checks."""
 
 import itertools
+import re
 from functools import partial
 
 import jax
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from matmul_cases import ALLOCATIONS, SWEPT, MatmulCases, random_weight, random_x, swept_in_pairs
 
-from pallas_kernels import mixed_matmul, prepare, prepare_joined, steps, use_implementation
+from pallas_kernels import InputNorm, mixed_matmul, prepare, prepare_joined, steps, use_implementation
 from pallas_kernels.gpu.config import Config
+from pallas_kernels.layout import stack
 
 
 class TestXla(MatmulCases):
@@ -71,6 +73,42 @@ class TestXla(MatmulCases):
                 np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=tolerance, atol=tolerance / 10
             )
 
+    @pytest.mark.parametrize("m", [2, 12])
+    def test_derivatives_forwards_and_of_derivatives(self, m):
+        w, dense = random_weight(96, 6, 32, [1, 2, 3])
+        dense, (x, v) = jnp.asarray(dense, jnp.float32), random_x(2, m, 96)
+
+        def derivatives(product):
+            def loss(x):
+                return jnp.sum(jnp.sin(product(x)))
+
+            grad = jax.grad(loss)
+            both = jnp.stack([x, v])
+            return (
+                jax.jvp(loss, (x,), (v,))[1],
+                jax.jvp(grad, (x,), (v,))[1],
+                jax.grad(lambda x: jnp.vdot(grad(x), v))(x),
+                jax.vmap(grad)(both),
+                jax.grad(lambda both: jnp.sum(jax.vmap(loss)(both)))(both),
+            )
+
+        found = jax.jit(lambda: derivatives(lambda x: mixed_matmul(x, w)))()
+        for one, wanted in zip(found, jax.jit(lambda: derivatives(lambda x: x @ dense))()):
+            np.testing.assert_allclose(one, wanted, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("m", [4, 12])
+    def test_the_gradient_is_taken_in_the_weights_dtype(self, m):
+        """A weight in bfloat16 is not made float32 for the way back, nor kept dense until then."""
+        w, dense = random_weight(96, 6, 32, [1, 2, 3])
+        w, x = w.astype(jnp.bfloat16), random_x(m, 96)
+        dy = random_x(m, 6, seed=2)
+        forwards, back = jax.vjp(lambda x: self.matmul(x, w), x)
+        text = jax.jit(back).lower(forwards).as_text()
+        assert re.findall(r"dot_general.*: \((.*)\) ->", text) == [f"tensor<{m}x6xbf16>, tensor<96x6xbf16>"]
+        assert {leaf.shape for leaf in jax.tree.leaves(back)} & {(96, 6)} == set()
+        error = np.abs(back(dy)[0] - np.asarray(dy) @ dense.T)
+        assert np.max(error / (np.abs(dy) @ np.abs(dense.T))) < 2.0**-7
+
     def test_weight_is_a_constant_of_the_gradient(self):
         w, _ = random_weight(96, 6, 32, [1, 2, 3], scales_in_bytes=False)
         grad = jax.grad(lambda w: self.matmul(random_x(2, 96), w).sum(), allow_int=True)(w)
@@ -82,6 +120,25 @@ class TestXla(MatmulCases):
         w, dense = random_weight(96, 6, 32, [1, 2, 3])
         x = random_x(3, m, 96)
         self.assert_close(jax.vmap(lambda x: self.matmul(x, w))(x), x, dense)
+
+    @pytest.mark.parametrize("several", ["weights", "both", "residuals"])
+    def test_vmap_over_others(self, several):
+        pairs = [
+            random_weight(96, 6, 32, bits, i, widths=(1, 2, 3)) for i, bits in enumerate(([1, 2, 3], [2] * 3))
+        ]
+        ws, denses = stack([w for w, _ in pairs]), np.stack([dense for _, dense in pairs])
+        x, residual = random_x(2, 3, 96), random_x(2, 3, 6, seed=2)
+        if several == "residuals":
+            found = jax.vmap(lambda residual: self.matmul(x[0], ws[0], residual=residual))(residual)
+            wanted = residual + (np.asarray(x[0]) @ denses[0])[None]
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+            return
+        axes = (None if several == "weights" else 0, 0, 0)
+        run = jax.vmap(lambda x, w, residual: self.matmul(x, w, residual=residual), in_axes=axes)
+        x = x[0] if several == "weights" else x
+        np.testing.assert_allclose(
+            run(x, ws, residual), residual + np.asarray(x) @ denses, rtol=1e-4, atol=1e-4
+        )
 
     @pytest.mark.parametrize("m", [1, 12])
     def test_scan_over_stacked_layers(self, m):
@@ -159,6 +216,25 @@ def test_columns_of_a_weight_in_tiles(monkeypatch):
     index = jnp.asarray([[0, 511, 512], [1535, 7, 1024]])
     np.testing.assert_array_equal(ready.columns(index), np.float32(dense).T[np.asarray(index)])
     TestXla().assert_close(mixed_matmul(random_x(1, 96), ready, implementation="xla"), random_x(1, 96), dense)
+
+
+@pytest.mark.parametrize("name", [None, "xla", "mosaic_gpu", "mosaic_tpu"])
+def test_export_of_a_symbolic_batch(name):
+    """Of a packed weight, and of what back ends make of it: here as XLA multiplies them."""
+    w, dense = random_weight(64, 32, 32, [1, 2])
+    w = w if name is None else prepare(w, implementation=name)
+    assert name is None or w.implementation == name
+    if name == "mosaic_gpu":
+        w = w.behind(InputNorm(jnp.ones(64), 1e-6))
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+    product = jax.jit(lambda x, w: mixed_matmul(x, w, bias=jnp.ones(32)))
+    stored = jax.export.export(product, platforms=["cpu", "cuda", "tpu"])(x, w).serialize()
+    call = jax.export.deserialize(stored).call
+    for m in (1, 3, 20):
+        x = random_x(m, 64)
+        own = np.asarray(w.norm(x)) if name == "mosaic_gpu" else np.asarray(x)
+        np.testing.assert_allclose(call(x, w), own @ dense + 1, rtol=1e-4, atol=1e-4)
 
 
 def test_export_and_import():

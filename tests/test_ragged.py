@@ -1,5 +1,6 @@
 """``mixed_ragged_dot`` against float64 NumPy, expert by expert, and on every back end."""
 
+import re
 from functools import partial
 
 import jax
@@ -65,6 +66,16 @@ def test_gradient():
     wanted[:7] = np.asarray(dy[:7], np.float64) @ dense[0].T
     wanted[7:16] = np.asarray(dy[7:16], np.float64) @ dense[2].T
     np.testing.assert_allclose(dx, wanted, atol=2e-4)
+
+
+def test_the_gradient_is_taken_in_the_weights_dtype():
+    w, _ = experts(2)
+    w, sizes = w.astype(jnp.bfloat16), jnp.asarray([8, 8])
+    loss = jax.grad(lambda x: jnp.sum(jnp.sin(mixed_ragged_dot(x, w, sizes))))
+    text = jax.jit(loss).lower(random_x(16, K)).as_text()
+    operands = re.findall(r"dot_general.*: \((.*)\) ->", text)
+    assert operands
+    assert all(found.count("bf16") == 2 for found in operands)
 
 
 def test_only_turns_with_rows_are_taken(monkeypatch):

@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from matmul_cases import random_weight, random_x
+from matmul_cases import random_weight, random_x, slow
 
-from pallas_kernels import mixed_matmul, part, sharded_matmul, stack_parts
+from pallas_kernels import mixed_matmul, mixed_ragged_dot, part, sharded_matmul, stack_parts
+from pallas_kernels.layout import stack
 
 
 def product(parts: int, over: str):
@@ -83,6 +85,52 @@ def test_gradient_over_input_channels():
     gradient = jax.grad(lambda x: (sharded(x, stack_parts(w, 4, over="k")) ** 2).sum())(random_x(3, 128))
     expected = 2 * (np.asarray(random_x(3, 128)) @ dense) @ dense.T
     np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+EXPLICIT = {  # rows of x, channels of w
+    "rows": (P("data"), P()),
+    "channels": (P(), P(None, "model")),
+    "both": (P("data"), P(None, "model")),
+    "the same": (P("data"), P(None, "data")),
+    "K": (P(None, "model"), P()),
+}
+
+
+@pytest.mark.parametrize("m", [4, slow(40)])
+@pytest.mark.parametrize("name", [slow("rows"), slow("channels"), "both", slow("the same"), "K"])
+def test_explicit_axes_need_nothing_said(name, m):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    w, dense = random_weight(96, 16, 32, [1, 2, 3])
+    x, residual, bias = random_x(m, 96), random_x(m, 16, seed=2), random_x(16)
+    wanted = np.asarray(x) @ dense + np.asarray(residual) + np.asarray(bias)
+    rows, channels = (NamedSharding(mesh, spec) for spec in EXPLICIT[name])
+    whole = NamedSharding(mesh, P())
+    x, residual = jax.device_put(x, rows), jax.device_put(residual, whole)
+    w = jax.tree.map(lambda leaf: jax.device_put(leaf, channels if leaf.ndim == 2 else whole), w)
+
+    @jax.jit
+    def both(x, w, residual):
+        def loss(x):
+            y = mixed_matmul(x, w, residual=residual, bias=bias)
+            return (y**2).sum() / 2, y
+
+        return jax.grad(loss, has_aux=True)(x)
+
+    gradient, y = both(x, w, residual)
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradient, wanted @ dense.T, rtol=1e-3, atol=1e-3)
+    assert gradient.sharding.is_equivalent_to(rows, 2)
+
+
+def test_explicit_axes_under_vmap_and_of_experts():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    w, dense = random_weight(96, 16, 32, [1, 2, 3])
+    x = jax.device_put(random_x(8, 3, 96), NamedSharding(mesh, P("data")))
+    found = jax.jit(jax.vmap(lambda x: mixed_matmul(x, w), in_axes=1, out_axes=1))(x)
+    np.testing.assert_allclose(found, np.asarray(x) @ dense, rtol=1e-4, atol=1e-4)
+    rows, sizes = x[:, 0], jax.numpy.asarray([3, 5])
+    found = jax.jit(mixed_ragged_dot)(rows, stack([w, w]), sizes)
+    np.testing.assert_allclose(found, np.asarray(rows) @ dense, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("over", "parts"), [("k", 3), ("k", 0), ("n", 5), ("n", 0)])

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import MixedTensor
+from pallas_kernels.layout import MixedTensor, exported
 from pallas_kernels.planes import WORD_BITS
 from pallas_kernels.prepared import InputNorm, Prepared, fit_together, side_by_side
 
@@ -25,6 +25,7 @@ LEAST_TILE = 32
 """Columns of a tile at least, and what its columns are a multiple of: a block of the kernel."""
 
 
+@exported
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[*Prepared.ARRAYS, "segments", "orders", "places", "zero_steps", "input_norm"],

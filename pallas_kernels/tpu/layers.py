@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.layout import MixedTensor, stack, zero_bits
+from pallas_kernels import meshes
+from pallas_kernels.layout import MixedTensor, exported, stack, zero_bits
 from pallas_kernels.planes import WORD_BITS
 from pallas_kernels.prepared import Prepared, fit_together
 from pallas_kernels.tpu.config import LANES, SUBLANES
@@ -20,6 +21,7 @@ REGISTER_ROWS = 32
 """Of a register of bytes."""
 
 
+@exported
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[*Prepared.ARRAYS, "segments", "orders"],
@@ -80,9 +82,10 @@ class Layers(Prepared):
         if flat.size > MOST:
             return w.columns(index, dtype)
         table = lax.dynamic_index_in_dim(self.words, 0 if self.layer is None else self.layer, keepdims=False)
-        words = lax.platform_dependent(
-            table, flat, tpu=columns_of, default=lambda words, index: words[:, index]
-        )
+        if meshes.spread(table, flat).several:
+            words = table[:, flat]
+        else:
+            words = lax.platform_dependent(table, flat, tpu=columns_of, default=lambda a, index: a[:, index])
         some = dataclasses.replace(
             w,
             words=words[: self.rows[0]],

@@ -111,8 +111,11 @@ class Tile:
             for there, copy in zip(memory.columns, memory.column_copies, strict=True):
                 here = copy.at[half, :, pl.ds(0, width * LANES)]
                 arrived = memory.arrived.at[half, len(self.cut.blocks)]
-                copying = pltpu.make_async_copy(there.at[:, lanes], here, arrived)
-                pl.when(mine)(getattr(copying, do))
+
+                def run(there=there.at[:, lanes], here=here, arrived=arrived):
+                    getattr(pltpu.make_async_copy(there, here, arrived), do)()
+
+                pl.when(mine)(run)
 
     def start(self, step, half) -> None:  # type: ignore[no-untyped-def]
         """Copies of one tile's operands to half of the buffers, in the order of their use."""
@@ -159,8 +162,11 @@ class Tile:
             wanted = (rows.start >= have) & (rows.start < need)
             if (has := self._has(rows, self.number(self.step))) is not True:
                 wanted = wanted & has
-            arrived = self.memory.arrived.at[self.half, r]
-            pl.when(wanted)(pltpu.make_async_copy(there, there, arrived).wait)
+
+            def block(there=there, arrived=self.memory.arrived.at[self.half, r]):
+                pltpu.make_async_copy(there, there, arrived).wait()
+
+            pl.when(wanted)(block)
         return jnp.maximum(have, need)
 
     def copy_and_measure(self) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices
+from pallas_kernels import devices, meshes
 from slim_jax.model.cache import Int8Rows, KeyValues
 from slim_jax.model.rotary import Rotation
 
@@ -111,6 +111,7 @@ def attend_cached(
         places = positions, cache.positions
         return attention(q, keys, values, *places, scale=scale, window=window, softcap=softcap), cache
 
+    one_device = one_device and not meshes.spread(q, cache).several
     if not one_device or q.shape[1] > 1 or cache.layer is not None or isinstance(cache.keys, Int8Rows):
         return by_xla(q, k, v, cache)
     from pallas_kernels.gpu import attend  # takes a second that CPUs need not spend
