@@ -30,9 +30,9 @@ CONFIG = DecoderConfig(
 )
 
 
-def packed_model() -> Decoder:
-    rng = np.random.default_rng(0)
-    outer, blocks = split_params(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+def packed_model(layers: int = CONFIG.num_layers) -> Decoder:
+    rng, config = np.random.default_rng(0), dataclasses.replace(CONFIG, num_layers=layers)
+    outer, blocks = split_params(Decoder(config, rngs=nnx.Rngs(0)))
     names = [f"{name}.weight" for group in linear_groups(CONFIG) for name in group]
 
     def packed(shape: tuple[int, int]):
@@ -42,7 +42,7 @@ def packed_model() -> Decoder:
         return pack(codes, scale, zero, np.full(groups, 2), group_size=G, widths=(1, 2, 3))
 
     blocks = [{**block, **{name: packed(block[name].shape) for name in names}} for block in blocks]
-    return make_decoder(CONFIG, outer, blocks)
+    return make_decoder(config, outer, blocks)
 
 
 @pytest.fixture(scope="module")
