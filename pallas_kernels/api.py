@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import devices, meshes, xla
 from pallas_kernels.layout import MixedTensor, stack, vary_like
-from pallas_kernels.prepared import Prepared
+from pallas_kernels.prepared import Prepared, stack_consumed
 from pallas_kernels.steps import joinable, prepare_stack
 
 Kernel = Callable[..., jax.Array]
@@ -88,7 +88,10 @@ def use_implementation(*names: str) -> AbstractContextManager[None]:
 
 
 def prepare(
-    w: MixedTensor | Sequence[MixedTensor], *, implementation: str | Sequence[str] | None = None
+    w: MixedTensor | Sequence[MixedTensor],
+    *,
+    implementation: str | Sequence[str] | None = None,
+    consume: bool = False,
 ) -> MixedTensor | Prepared:
     """A packed weight made ready to be multiplied often, by a back end that gains from it; else ``w``.
 
@@ -100,16 +103,22 @@ def prepare(
         rows of their words. These come back stacked, on a leading axis of the leaves where the back end
         gains nothing; else choose one by ``at(layer)``, which slices nothing.
       implementation: as for :func:`mixed_matmul`.
+      consume: whether words, scales and zero codes of ``w`` are deleted as they are copied, so that never two
+        of all layers are in memory; not for traced code.
     """
     name, alone = _names(implementation)[0], isinstance(w, MixedTensor)
     layers: Sequence[MixedTensor] = [w] if isinstance(w, MixedTensor) else w
     if name == "xla" and _on_cpu():
-        return prepare_stack([[one] for one in layers])
-    if name == "mosaic_tpu" and (found := _layers_on_tpu([[one] for one in layers], not alone)) is not None:
-        return found
+        return prepare_stack([[one] for one in layers], consume=consume)
+    if name == "mosaic_tpu":
+        found = _layers_on_tpu([[one] for one in layers], not alone, consume)
+        if found is not None:
+            return found
     if name == "mosaic_gpu" and alone and (joined := _joined_on_gpu(layers)) is not None:
         return joined
-    return w if isinstance(w, MixedTensor) else stack(layers)
+    if isinstance(w, MixedTensor):
+        return w
+    return stack_consumed(layers) if consume else stack(layers)
 
 
 def prepare_joined(
@@ -117,6 +126,7 @@ def prepare_joined(
     *,
     feeds: int = 0,
     implementation: str | Sequence[str] | None = None,
+    consume: bool = False,
 ) -> Prepared | None:
     """Weights that read one input as one product whose result has theirs side by side, of stacked layers.
 
@@ -125,6 +135,7 @@ def prepare_joined(
       feeds: the group size of the one product that will take all that these give, such as an MLP's last, if
         it divides every ``N``: a back end may then make the two one (`pallas_kernels.mlp`).
       implementation: as for :func:`mixed_matmul`.
+      consume: as for :func:`prepare`.
 
     Returns:
       What :func:`prepare` gives, or None if the back end gains nothing or the weights do not fit together.
@@ -133,10 +144,10 @@ def prepare_joined(
     if name == "mosaic_gpu" and len(layers) == 1:
         return _joined_on_gpu(layers[0], feeds)
     if name == "mosaic_tpu":
-        return _layers_on_tpu(layers, len(layers) > 1)
+        return _layers_on_tpu(layers, len(layers) > 1, consume)
     if name != "xla" or not _on_cpu() or not joinable(layers[0]):
         return None
-    return prepare_stack(layers)
+    return prepare_stack(layers, consume=consume)
 
 
 def _on_cpu() -> bool:
@@ -144,7 +155,7 @@ def _on_cpu() -> bool:
     return devices.of_target().platform == "cpu"
 
 
-def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool) -> Prepared | None:
+def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool, consume: bool) -> Prepared | None:
     try:
         with importing("mosaic_tpu"):
             from pallas_kernels.tpu import config
@@ -152,7 +163,7 @@ def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool) -> Pr
     except NotImplementedError:
         return None
     supported = layers[0][0].group_size in config.GROUP_SIZES and joinable(layers[0])
-    return prepare(layers, stacked=stacked) if supported else None
+    return prepare(layers, stacked=stacked, consume=consume) if supported else None
 
 
 def _joined_on_gpu(weights: Sequence[MixedTensor], feeds: int = 0) -> Prepared | None:

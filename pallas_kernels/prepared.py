@@ -7,7 +7,9 @@ a back end wants beside that is its own: `pallas_kernels.steps`, `pallas_kernels
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -142,13 +144,67 @@ class Prepared:
         return some.dequantize(dtype).T.reshape(*index.shape, rest.shape[0])
 
 
-def side_by_side(layers: Sequence[Sequence[MixedTensor]], width: int) -> dict[str, Any]:
+ALIGNED = 64
+"""Bytes: XLA takes memory of the host as it lies where it begins at a multiple of them."""
+
+
+def one_by_one[T](parts: Iterable[T], rows: int) -> T:
+    """Trees of arrays ``[rows_i, ...]`` as one of ``[rows, ...]``.
+
+    They are written one after the other, so that each may go before the next is made, into memory of the
+    host, which is taken as it is written; where that is the device's, there it stays.
+    """
+    whole: list[np.ndarray] = []
+    structure, placed, at = None, None, 0
+    for part in parts:
+        leaves, structure = jax.tree.flatten(part)
+        placed, arrays = leaves[0].sharding, list(map(np.asarray, leaves))
+        whole = whole or [_unwritten((rows, *a.shape[1:]), a.dtype) for a in arrays]
+        for target, a in zip(whole, arrays):
+            target[at : at + len(a)] = a
+        at += len(arrays[0])
+    placed_whole = [jax.device_put(target, placed) for target in whole]
+    return jax.tree.unflatten(structure, placed_whole)  # type: ignore[no-any-return]
+
+
+def _unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def consumed[T](
+    layers: Iterable[Sequence[MixedTensor]], make: Callable[[Sequence[MixedTensor]], T]
+) -> Iterator[T]:
+    """``make`` of each layer's weights, whose arrays are deleted then."""
+    for weights in layers:
+        yield make(weights)
+        for w in weights:
+            for a in (w.words, w.scale, w.zero):
+                a.delete()
+
+
+def stack_consumed(layers: Sequence[MixedTensor]) -> MixedTensor:
+    """:func:`pallas_kernels.layout.stack` of weights that are deleted one by one."""
+    most = max(w.words.shape[0] for w in layers)
+
+    def alone(weights: Sequence[MixedTensor]) -> MixedTensor:
+        return jax.tree.map(lambda a: a[None], weights[0].with_rows(most))
+
+    return one_by_one(consumed([[w] for w in layers], alone), len(layers))
+
+
+def side_by_side(
+    layers: Sequence[Sequence[MixedTensor]], width: int, *, consume: bool = False
+) -> dict[str, Any]:
     """The fields of :class:`Prepared`, of layers that are alike but for the values of their leaves and the
     rows of words.
 
     Args:
       layers: of each, its weights, which read one input.
       width: columns of a tile, a divisor of every weight's.
+      consume: whether each weight's arrays are deleted once they are copied.
     """
     first = layers[0]
     rows = np.array([[w.words.shape[0] for w in layer] for layer in layers])
@@ -159,19 +215,30 @@ def side_by_side(layers: Sequence[Sequence[MixedTensor]], width: int) -> dict[st
         count = a.shape[1] // width
         return a if count == 1 else a.reshape(len(a), count, width).swapaxes(0, 1).reshape(-1, width)
 
-    def joined(parts: list[jax.Array]) -> jax.Array:
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    def joined(name: str, make: Callable[[MixedTensor], jax.Array], *after: jax.Array) -> jax.Array:
+        def parts() -> Iterator[jax.Array]:
+            for w in itertools.chain(*layers):
+                yield tiled(make(w))
+                if consume:
+                    getattr(w, name).delete()
+            yield from after
 
-    words = [tiled(w.words) for layer in layers for w in layer]
-    if rows.size > 1:  # the last tiles are read as if they had as many rows as any
-        words.append(jnp.zeros((rows.max(), width), jnp.uint32))
+        if not consume:
+            every = list(parts())
+            return every[0] if len(every) == 1 else jnp.concatenate(every)
+        heights = rows if name == "words" else np.full(rows.shape, first[0].groups)
+        return one_by_one(parts(), int(np.sum(heights * tiles)) + sum(map(len, after)))
+
+    # The last tiles are read as if they had as many rows as any.
+    end = [jnp.zeros((int(rows.max()), width), jnp.uint32)] if rows.size > 1 else []
     bare = [[dataclasses.replace(w, words=w.words[:0], scale=w.scale[:0]) for w in layer] for layer in layers]
+    tensors = tuple(stack(same) for same in zip(*bare))  # before anything is deleted
     return {
-        "words": joined(words),
-        "scale": joined([tiled(w.scale) for layer in layers for w in layer]),
-        "zero": joined([tiled(w.zero_codes()) for layer in layers for w in layer]),
+        "words": joined("words", lambda w: w.words, *end),
+        "scale": joined("scale", lambda w: w.scale),
+        "zero": joined("zero", MixedTensor.zero_codes),
         "first_rows": jnp.asarray(np.stack([ends - rows * tiles, rows], axis=-1), jnp.int32),
-        "tensors": tuple(stack(same) for same in zip(*bare)),
+        "tensors": tensors,
         "layer": None,
         "rows": tuple(rows.max(axis=0).tolist()),
         "stacked": len(layers) > 1,

@@ -59,16 +59,19 @@ def prepare(*weights: MixedTensor, in_place: bool = False) -> Steps:
     return prepare_stack([weights], in_place=in_place)
 
 
-def prepare_stack(layers: Sequence[Sequence[MixedTensor]], *, in_place: bool = False) -> Steps:
+def prepare_stack(
+    layers: Sequence[Sequence[MixedTensor]], *, in_place: bool = False, consume: bool = False
+) -> Steps:
     """:func:`prepare` for layers that are alike but for the values of their leaves and the rows of words.
 
     Args:
       layers: of each, its weights.
       in_place: see :func:`prepare`.
+      consume: see :func:`pallas_kernels.prepared.side_by_side`.
     """
     first = layers[0]
     width = first[0].shape[1] if in_place else _tile([w.shape[1] for w in first])
-    common = side_by_side(layers, width)
+    common = side_by_side(layers, width, consume=consume)
     tiles = np.array([w.shape[1] // width for w in first])
     first_tiles = np.arange(len(layers))[:, None] * tiles.sum() + np.cumsum(tiles) - tiles
     # A width whose group would need more words than there are does not occur.
@@ -76,7 +79,7 @@ def prepare_stack(layers: Sequence[Sequence[MixedTensor]], *, in_place: bool = F
         b for w, most in zip(first, common["rows"]) for b in w.widths if w.group_size * b <= most * WORD_BITS
     }
     planes = tuple(sorted({n for b in widths for n in plane_widths(b)}))
-    table = jax.vmap(partial(_table, planes=planes, tiles=tiles))
+    table = jax.jit(jax.vmap(partial(_table, planes=planes, tiles=tiles)))
     first_tiles = jnp.asarray(first_tiles, jnp.int32)
     steps, factors, counts = table(common["tensors"], common["first_rows"], first_tiles)
     return Steps(**common, steps=steps, factors=factors, counts=counts, planes=planes)

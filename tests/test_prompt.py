@@ -122,7 +122,7 @@ def test_few_programs_read_prompts_of_any_length(long, monkeypatch):
             for _, _, state, tokens, *_ in reads_of(long, monkeypatch, length)
         }
 
-    assert [len(programs(length)) for length in (500, 700, 5000, 39_000)] == [1, 2, 2, 2]
+    assert [len(programs(length)) for length in (500, 700, 5000, 39_000)] == [1, 2, 1, 1]
     assert len(set.union(*map(programs, range(17_000, 32_000, 1000)))) <= 10
 
 
@@ -133,7 +133,7 @@ def sizes(text: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("target", ["cpu", "h100", "mi300x", "v6e"])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_no_device_has_all_scores_at_once(target, softcap):
+def test_no_device_has_all_scores_at_once(target, softcap, monkeypatch):
     """Of whole windows, with and without a gradient, and of a chunk of 512 against a long cache."""
     device = devices.BY_SHORT_NAME.get(target)
     platform = "cpu" if device is None else device.platform
@@ -149,11 +149,13 @@ def test_no_device_has_all_scores_at_once(target, softcap):
         traced = jax.jit(jax.grad(run, (0, 1, 2)) if gradient else run).trace(*x, *at)
         return sizes(traced.lower(lowering_platforms=(platform,)).as_text())
 
+    monkeypatch.setattr(module, "SCORES", 2**24)
+    long = LENGTH // 4
     with devices.target(target if device else devices.of_target()):
-        for case in [(LENGTH, LENGTH, False), (LENGTH, LENGTH, True), (PROMPT_CHUNK, 4 * LENGTH, False)]:
+        for case in [(long, long, False), (long, long, True), (PROMPT_CHUNK, 4 * LENGTH // 4, False)]:
             found = lowered(*case)
             assert len(found) > 50
-            assert all(sum(n >= LENGTH for n in shape) <= 1 for shape in found)
+            assert all(sum(n >= long for n in shape) <= 1 for shape in found)
             assert max(map(math.prod, found)) <= module.SCORES
 
 

@@ -59,7 +59,7 @@ def chat(
     opened = open_source(source)
     conversation = Conversation(tokenizer_of(opened), source, system)
     stop = [*opened.config.eos_token_ids, *conversation.end_of_turn()]
-    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh)
+    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh, consume=True)
     how = {"stop": stop, "max_tokens": max_tokens, **dataclasses.asdict(sampling)}
     while (line := _read()) is not None:
         if line == "/exit":

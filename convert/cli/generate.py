@@ -94,7 +94,7 @@ def generate(
         if not tokens:
             raise ValueError(f"--prompt {text!r} has no tokens, expected some text")
         require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened)
-    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh)
+    generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh, consume=True)
     how = {"max_tokens": max_tokens, "seed": seed, **dataclasses.asdict(sampling)}
     texts = [Text(tokenizer, stops, prompt=tokens) for tokens in ids]
     if len(wanted) == 1 and not as_json:

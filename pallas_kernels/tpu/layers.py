@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import meshes
 from pallas_kernels.layout import MixedTensor, exported, stack, zero_bits
 from pallas_kernels.planes import WORD_BITS
-from pallas_kernels.prepared import Prepared, fit_together
+from pallas_kernels.prepared import Prepared, consumed, fit_together, one_by_one
 from pallas_kernels.tpu.config import LANES, SUBLANES
 from pallas_kernels.tpu.lookup import MOST, columns_of
 
@@ -101,13 +101,23 @@ def joinable(weights: Sequence[MixedTensor]) -> bool:
     return fit_together(weights) and len({zero_bits(w.widths) for w in weights}) == 1
 
 
-def prepare(layers: Sequence[Sequence[MixedTensor]], *, stacked: bool) -> Layers:
+def prepare(layers: Sequence[Sequence[MixedTensor]], *, stacked: bool, consume: bool = False) -> Layers:
     """Of layers that are alike but for the values of their leaves and the rows of words.
 
     Args:
       layers: of each, its weights, which are :func:`joinable`.
       stacked: whether one is chosen before it is multiplied with.
+      consume: see :func:`pallas_kernels.prepare`.
     """
+    if consume:
+        rows = [max(w.words.shape[0] for w in same) for same in zip(*layers)]
+
+        def alone(layer: Sequence[MixedTensor]) -> Layers:
+            found = prepare([[w.with_rows(most) for w, most in zip(layer, rows)]], stacked=stacked)
+            return dataclasses.replace(found, first_rows=found.first_rows[None])
+
+        whole = one_by_one(consumed(layers, alone), len(layers))
+        return dataclasses.replace(whole, first_rows=jnp.zeros((0,), jnp.int32))
     weights = [stack(same) for same in zip(*layers)]
     words = [padded(w.words, SUBLANES, LANES) for w in weights]
     if len(words) > 1:

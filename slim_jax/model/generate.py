@@ -60,8 +60,7 @@ class Generator:
     """A decoder made ready to generate: its weights as they are now, stacked once where they can be.
 
     Keys and values are kept in the dtype that the model multiplies in, unless another is given, over the
-    devices that it lies on.
-    Packed blocks are copied, so a caller short of memory drops the model after making a generator.
+    devices that it lies on. Packed weights are copied, dense ones shared with the model.
 
     Attributes:
       config: the model's.
@@ -75,6 +74,7 @@ class Generator:
         cache_dtype: DTypeLike | None = None,
         mesh: Mesh | None = None,
         prompt_chunk: int = PROMPT_CHUNK,
+        consume: bool = False,
     ) -> None:
         """Makes weights ready.
 
@@ -83,6 +83,8 @@ class Generator:
           cache_dtype: of keys and values: float32, bfloat16, or int8 with a scale for each.
           mesh: devices that share the work of every token (`slim_jax.model.parts`), in any shape.
           prompt_chunk: tokens of a prompt that are read at once.
+          consume: whether the model is given up: its packed weights are deleted one by one as they are made
+            ready, instead of being there twice. Without ``mesh`` alone.
 
         Raises:
           ValueError: ``cache_dtype`` is none of these, ``prompt_chunk < 1``, or the model lies over a mesh of
@@ -99,14 +101,16 @@ class Generator:
         if mesh is not None:
             mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
             parts = list(map(jax.device_put, cut(model, mesh.size), mesh.devices))
-        made = [ready(part) for part in parts]
+        linears = [m for b in model.blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
+        dtype = cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears])
+        runs = parts[0].runs()
+        made = [ready(part, consume=consume and mesh is None) for part in parts]
         _, _, self.stacked = made[0]
         weights = made[0][:2] if mesh is None else on_devices([one[:2] for one in made], mesh)
-        linears = [m for b in model.blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
         empty = partial(
             State.empty,
-            [Run(run[0].config, len(run), whole) for run, whole in zip(parts[0].runs(), self.stacked)],
-            dtype=cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears]),
+            [Run(run[0].config, len(run), whole) for run, whole in zip(runs, self.stacked)],
+            dtype=dtype,
             mesh=linears[0].mesh,
         )
         self._empty = empty if mesh is None else partial(on_each, empty, mesh)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
 from pallas_kernels.layout import stack
+from pallas_kernels.prepared import one_by_one
 from slim_jax.model.block import Block, Norm, Unchanged, linear_groups
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed, join
@@ -25,8 +26,15 @@ Groups = Sequence[Sequence[str]]
 """Names of linear layers, those that read one input together."""
 
 
-def ready(model: Decoder) -> tuple[Decoder, list[Any], list[bool]]:
+def ready(model: Decoder, *, consume: bool = False) -> tuple[Decoder, list[Any], list[bool]]:
     """What `slim_jax.model.step.forward` takes: what stands outside the blocks, and their runs.
+
+    Dense weights are shared with the model, packed ones copied.
+
+    Args:
+      model: of which no part is changed, unless it is consumed.
+      consume: whether packed weights are deleted as they are copied: at no time is there more in memory than
+        the model and one block of it, or one table. The model is of no use afterwards.
 
     Returns:
       The decoder without blocks; of every run (`Decoder.runs`) its blocks, stacked or a list; and whether
@@ -37,42 +45,54 @@ def ready(model: Decoder) -> tuple[Decoder, list[Any], list[bool]]:
     alone = model.mesh is None
     outer = nnx.merge(*nnx.split(model))  # a copy of the structure, not of the arrays
     outer.blocks = nnx.List([])
+    stack = partial(_stacked_blocks, consume=True) if consume and alone else _stacked_at_once
     found: list[Any] = [
-        _stacked_blocks(run, alone) if whole else _prepared_blocks(run) if alone else run
+        stack(run, alone) if whole else [_prepared_block(block, consume) for block in run] if alone else run
         for run, whole in zip(runs, stacked)
     ]
-    return _head_behind_norm(_prepared(outer)) if alone else outer, found, stacked
+    return _head_behind_norm(_prepared(outer, consume)) if alone else outer, found, stacked
 
 
-@partial(jax.jit, static_argnames="alone")
-def _stacked_blocks(blocks: Sequence[Block], alone: bool) -> Any:
+def _stacked_blocks(blocks: Sequence[Block], alone: bool, *, consume: bool = False) -> Any:
     """Blocks on a leading axis; if they lie ``alone`` on a device, their packed weights prepared."""
-    experts = _experts_as_one(blocks) if alone else None
+    experts = _experts_as_one(blocks, consume=consume) if alone else None
     if experts is not None:  # of all blocks, one after the other; what is prepared, products find there
         experts = jax.tree.map(
             lambda leaf: leaf if is_prepared(leaf) else leaf.reshape(len(blocks), -1, *leaf.shape[1:]),
             experts,
             is_leaf=is_prepared,
         )
-    whole = _stacked(blocks, _groups(blocks[0], experts), alone)
+    whole = _stacked(blocks, _groups(blocks[0], experts), alone, consume)
     if experts is not None:
         whole.moe.stacked = experts
     return whole
 
 
-@jax.jit
-def _prepared_blocks(blocks: Sequence[Block]) -> list[Block]:
-    """Blocks that stay apart: weights prepared, those that read one input as one, and a block's experts."""
-    experts = [_experts_as_one([block]) for block in blocks]
-    for block, own in zip(blocks, experts):
-        for names, weight in _joined([block], _groups(block, own)).items():
-            norm = NORMS.get(names[0]) if block.pre_norm else None
-            join([part_of(block, name) for name in names], _behind_norm(block, norm, weight))
-    found = [_prepared(block) for block in blocks]
-    for block, own in zip(found, experts):
-        if own is not None:
-            block.moe.stacked = own
+_stacked_at_once = jax.jit(_stacked_blocks, static_argnames=("alone", "consume"))
+
+
+def _prepared_block(block: Block, consume: bool) -> Block:
+    """A block that stays by itself: weights prepared, those that read one input as one, and its experts."""
+    packed = [leaf for leaf in jax.tree.leaves(block, is_leaf=is_packed) if is_packed(leaf)]
+    if not packed:
+        return block
+    found = _with_weights_prepared(block)
+    if consume:
+        for leaf in jax.tree.leaves(packed):
+            leaf.delete()
     return found
+
+
+@jax.jit
+def _with_weights_prepared(block: Block) -> Block:
+    experts = _experts_as_one([block])
+    for names, weight in _joined([block], _groups(block, experts)).items():
+        norm = NORMS.get(names[0]) if block.pre_norm else None
+        join([part_of(block, name) for name in names], _behind_norm(block, norm, weight))
+    block = _prepared(block)
+    if experts is not None:
+        block.moe.stacked = experts
+    return block
 
 
 NORMS = {"attn.q": "attn_norm", "mlp.gate": "mlp_norm"}
@@ -112,7 +132,7 @@ def with_experts_as_one(block: Block) -> Block:
     return block
 
 
-def _experts_as_one(blocks: Sequence[Block], *, prepared: bool = True) -> MLP | None:
+def _experts_as_one(blocks: Sequence[Block], *, prepared: bool = True, consume: bool = False) -> MLP | None:
     """All experts of the blocks as one, in their order; the blocks, which must be copies, are left without.
 
     None, and nothing done, where there are no packed experts, or they are packed differently, or over a mesh.
@@ -123,10 +143,10 @@ def _experts_as_one(blocks: Sequence[Block], *, prepared: bool = True) -> MLP | 
         return None
     for moe in mixtures:
         moe.experts = nnx.List([])
-    return _stacked(every, [("gate", "up")] if every[0].gate is not None else [], prepared)
+    return _stacked(every, [("gate", "up")] if every[0].gate is not None else [], prepared, consume)
 
 
-def _joined(parts: Sequence[Any], groups: Groups) -> dict[Sequence[str], Prepared]:
+def _joined(parts: Sequence[Any], groups: Groups, consume: bool = False) -> dict[Sequence[str], Prepared]:
     """The groups whose packed weights become one product; the parts' layers are left without them."""
     found: dict[Sequence[str], Prepared] = {}
     for names in groups:
@@ -135,7 +155,7 @@ def _joined(parts: Sequence[Any], groups: Groups) -> dict[Sequence[str], Prepare
             continue
         weights = [[layer.weight.get_value() for layer in same] for same in layers]
         if all(isinstance(w, MixedTensor) for w in itertools.chain(*weights)):
-            one = prepare_joined(weights, feeds=_fed(parts[0], names[0]))
+            one = prepare_joined(weights, feeds=_fed(parts[0], names[0]), consume=consume)
             if one is not None:
                 found[names] = one
                 for layer in itertools.chain(*layers):
@@ -152,15 +172,15 @@ def _fed(part: Any, first: str) -> int:
     return weight.group_size
 
 
-def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:
+def _stacked(parts: Sequence[Any], groups: Groups, ready: bool, consume: bool = False) -> Any:
     """Parts that are alike, on a leading axis; if ``ready``, their packed weights prepared, those of a group
     as one."""
-    joined = _joined(parts, groups) if ready else {}
+    joined = _joined(parts, groups, consume) if ready else {}
 
     def together(*leaves: Any) -> Any:
         if isinstance(leaves[0], MixedTensor):
-            return (prepare if ready else stack)(leaves)
-        return jnp.stack(leaves)
+            return prepare(leaves, consume=consume) if ready else stack(leaves)
+        return one_by_one((leaf[None] for leaf in leaves), len(leaves)) if consume else jnp.stack(leaves)
 
     whole = jax.tree.map(together, *parts, is_leaf=is_packed)
     for names, weight in joined.items():
@@ -168,11 +188,20 @@ def _stacked(parts: Sequence[Any], groups: Groups, ready: bool) -> Any:
     return whole
 
 
-@jax.jit
-def _prepared(model: Any) -> Any:
+def _prepared(model: Any, consume: bool = False) -> Any:
     """Parts of a model whose packed weights are ready to be multiplied often."""
 
     def ends(value: Any) -> bool:
         return is_packed(value) or is_prepared(value)
 
-    return jax.tree.map(lambda v: prepare(v) if is_packed(v) else v, model, is_leaf=ends)
+    def one(weight: MixedTensor) -> MixedTensor | Prepared:
+        if not consume:
+            return jax.jit(prepare)(weight)  # type: ignore[no-any-return]
+        found = prepare(weight, consume=True)
+        kept = set(map(id, jax.tree.leaves(found)))
+        for leaf in jax.tree.leaves(weight):
+            if id(leaf) not in kept and not leaf.is_deleted():
+                leaf.delete()
+        return found
+
+    return jax.tree.map(lambda v: one(v) if is_packed(v) else v, model, is_leaf=ends)
