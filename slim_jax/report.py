@@ -20,8 +20,8 @@ class LayerReport:
       error: growth of the layer's squared output error over the squared output, on the calibration text,
         as solved: of the weights that make up for what was lost before (``SlimConfig.asymmetric``), and
         "slim-plus" then lowers the block's, see :class:`LearningReport`.
-      worst: the same of the one output channel where it is largest: one large weight hides in ``error`` what
-        becomes of all others.
+      worst: the same of the output channel where it is largest. In ``error``, a channel with a large weight
+        outweighs all others; here it does not hide what becomes of them.
       mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
         None where the bits were given.
       damping: of its Hessian: the config's, or what it took to make the Hessian positive definite.

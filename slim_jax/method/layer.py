@@ -148,11 +148,11 @@ class LayerSolver:
             yield tensor, LayerReport.of(name, tensor, errors, mixed, damping, borrowed)
 
     def scale_dtype(self, w: jax.Array, *widths: Any) -> jnp.dtype:
-        """Of the scales of a padded weight ``[K', N]``: bytes where these hold them at all ``widths``.
+        """Returns the dtype of a padded weight's scales: uint8 where `bytes_hold` them at all ``widths``.
 
         Args:
-          w: the weight.
-          widths: for all groups one, or those of every group, ``[G]``.
+          w: the weight, ``[K', N]``.
+          widths: each one width of all groups, or that of every group, ``[G]``.
         """
         dtype, groups = scale_dtype(self.config.sqc), w.shape[0] // self.config.group_size
         for width in widths if dtype == jnp.uint8 else ():

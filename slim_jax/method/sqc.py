@@ -76,8 +76,8 @@ Fit = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], Grid]
 
 
 def scale_dtype(sqc: str) -> jnp.dtype:
-    """Of the scales that a name of :data:`FITS` gives where bytes hold them: bfloat16 where the authors'
-    choices are repeated."""
+    """Returns the dtype of the scales of a name in :data:`FITS`, where eight bits hold them: bfloat16 where
+    the authors' choices are repeated."""
     return jnp.dtype(jnp.bfloat16 if sqc == "paper" else jnp.uint8)
 
 
@@ -87,13 +87,14 @@ COARSER = 1.25
 
 @partial(jax.jit, static_argnames="group_size")
 def bytes_hold(w: Float[Array, "k n"], bits: Float[Array, " g"], *, group_size: int) -> Bool[Array, ""]:
-    """Tells whether eight bits reach the scales that a layer asks for.
+    """Returns whether eight bits hold the scales that a layer's weights ask for.
 
-    No group's range may ask for a larger one than :data:`pallas_kernels.scales.LARGEST`, and in no output
-    channel may the floor, :data:`pallas_kernels.scales.SMALLEST`, raise the error by more than
-    :data:`COARSER`. A group's scale is its range over its levels; of few levels the fit gives up the ends of
-    the range, and 1.2 standard deviations at 2 bits are about the step of a Gaussian. Groups below 2**-24 of
-    the layer's largest weight count as zeros: what is flattened there no sum in float32 shows.
+    They do if no group asks for a larger scale than `pallas_kernels.scales.LARGEST`, and if the smallest,
+    `pallas_kernels.scales.SMALLEST`, raises the squared error of no output channel by more than
+    :data:`COARSER`. A group asks for its range over its levels. At 1 to 3 bits fits give up the ends of the
+    range: then 1.2 times the root mean square is near the step that they find for a Gaussian at 2 bits, and
+    every further bit halves it. Groups whose range is below 2**-24 of the layer's largest weight count as
+    zeros.
 
     Args:
       w: the weights, ``K`` a multiple of ``group_size``.

@@ -223,6 +223,7 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
     """The settings with the mean width at which the whole model takes at most ``size`` bytes, as stored.
 
     Embedding and head have the width that was asked for, else the default beside the whole part of the mean.
+    Scales count one byte each: layers whose weights ask for two (`slim_jax.method.sqc.bytes_hold`) take more.
 
     Raises:
       ValueError: the smallest mean width takes more, or one budget over the model is not what is asked for.

@@ -66,12 +66,16 @@ class FiniteSource:
     Attributes:
       source: what is read.
       config: that of ``source``.
-      origin: that of ``source``.
     """
 
     def __init__(self, source: Source) -> None:
-        self.source, self.config, self.origin = source, source.config, source.origin
+        self.source, self.config = source, source.config
         self._checked: set[int | None] = set()
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """See :class:`Source`."""
+        return self.source.origin
 
     def outer(self) -> Params:
         """See :class:`Source`.
@@ -91,9 +95,12 @@ class FiniteSource:
 
     def _check(self, index: int | None, params: Params) -> Params:
         if index not in self._checked:
-            prefix = f"{self.origin['path']}: " if "path" in self.origin else ""
-            prefix += "" if index is None else f"blocks.{index}."
-            check_finite({prefix + name: value for name, value in params.items()})
+            prefix = "" if index is None else f"blocks.{index}."
+            try:
+                check_finite({prefix + name: value for name, value in params.items()})
+            except ValueError as error:
+                path = self.origin.get("path")
+                raise ValueError(f"{path}: {error}" if path else str(error)) from None
             self._checked.add(index)
         return params
 
