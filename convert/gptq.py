@@ -1,6 +1,6 @@
 """Writing a uniform result in the packed format of AutoGPTQ and GPTQModel.
 
-vLLM, SGLang and transformers load it.
+docs/sharing.md says which programs take what.
 
 A linear layer ``[K, N]`` there is, with ``b`` bits and groups of ``g`` input channels,
 

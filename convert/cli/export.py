@@ -16,8 +16,8 @@ def export(
         typer.Option(
             metavar="safetensors|hf|gptq",
             help="safetensors: packed as it is, a few files to pass on, which every command here reads. "
-            "hf: dequantized, which transformers loads. gptq: GPTQModel's packed format, which vLLM, SGLang "
-            "and transformers load; of results with one width and whole zero points.",
+            "hf: dequantized, which transformers loads. gptq: GPTQModel's packed format, of results with one "
+            "width and whole zero points; docs/sharing.md says which programs take which of them.",
         ),
     ] = "hf",
     dtype: Annotated[

@@ -1,11 +1,12 @@
 """What the layers of a module are given when it is called, and which of them depend on which.
 
-The module runs as it is, outside of jit; the products of its layers are watched (`nnx.Linear` and `nnx.Conv`
-take the function that multiplies as an attribute).
+The module runs as it is, outside of jit; the products of its layers are watched (they take the function that
+multiplies as an attribute).
 """
 
 import hashlib
 import math
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,18 +17,21 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv
+from slim_jax.run.products import Layer, product_of
+
+KINDS: tuple[type, ...] = typing.get_args(Layer)
+"""Classes of layers that are packed; what is derived from them may do something else."""
+
+MULTIPLIES = {nnx.Conv: "conv_general_dilated", nnx.Einsum: "einsum_op"}
+"""Attribute that multiplies; "dot_general" of other layers."""
+
 Forward = Callable[[Any, Any], Any]
 See = Callable[[str, jax.Array], None]
 
 
 def layers_of(module: Any) -> dict[str, Layer]:
     """Path and layer of all that can be quantized; a layer that is in several places counts once."""
-    return {
-        ".".join(map(str, path)): node
-        for path, node in nnx.iter_graph(module)
-        if type(node) in (nnx.Linear, nnx.LinearGeneral, nnx.Conv)
-    }
+    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if type(node) in KINDS}
 
 
 class _Enough(Exception):
@@ -46,28 +50,26 @@ def watch(
     """
     calls: dict[str, int] = {}
 
-    def watched(path: str, multiply: Callable[..., jax.Array], rows: Callable[..., jax.Array]):
-        def product(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+    def watched(path: str, layer: Layer, multiply: Callable[..., jax.Array]):
+        def product(*arguments: Any, **options: Any) -> jax.Array:
+            x = arguments[1] if isinstance(layer, nnx.Einsum) else arguments[0]
             if isinstance(x, jax.core.Tracer):
                 raise ValueError(f"{path} is called inside a JAX transformation, expected plain Python")
             calls[path] = calls.get(path, 0) + 1
             if see is not None:
-                see(path, rows(x, kernel, *arguments, **options))
-            y = multiply(x, kernel, *arguments, **options)
+                conv = isinstance(layer, nnx.Conv)
+                see(path, _patches(*arguments, **options) if conv else _rows(layer, x))
+            y = multiply(*arguments, **options)
             return _moved(y) if path in moved else y
 
         return product
 
-    attributes = {
-        path: "conv_general_dilated" if isinstance(layer, nnx.Conv) else "dot_general"
-        for path, layer in layers.items()
-    }
+    attributes = {path: MULTIPLIES.get(type(layer), "dot_general") for path, layer in layers.items()}
     before = {path: getattr(layers[path], name) for path, name in attributes.items()}
     try:
         for path, name in attributes.items():
-            rows = _patches if isinstance(layers[path], nnx.Conv) else _rows
             multiply = before[path] or lax.dot_general
-            setattr(layers[path], name, watched(path, multiply, rows))
+            setattr(layers[path], name, watched(path, layers[path], multiply))
         run()
     except _Enough:
         pass
@@ -83,10 +85,10 @@ def _moved(y: jax.Array) -> jax.Array:
     return y * factors.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _rows(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
-    """The input of a product, ``[T, K]``; what is contracted are the last axes, see :func:`_refusal`."""
-    del options
-    return x.reshape(-1, math.prod(kernel.shape[: len(dimensions[0][0])]))
+def _rows(layer: Layer, x: jax.Array) -> jax.Array:
+    """The input of a layer's product, ``[T, K]``."""
+    rows = product_of(layer).rows(x)
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def _patches(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Quantizing any Flax NNX module: its linear layers and convolutions, found in its graph.
+"""Quantizing a Flax NNX module: its `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv` and `nnx.Einsum` layers.
 
 The module runs as it is, outside of jit, on the calibration batches, once for every stage: layers none of
 which reads what comes of another (`slim_jax.run.calls`). Those that were given the same share its Hessian and
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
 
 from pallas_kernels import MixedTensor, mixed_matmul
 from slim_jax.config import Settings, SlimConfig
@@ -25,10 +27,19 @@ from slim_jax.model.linear import Packed
 from slim_jax.report import LayerReport, LearningReport
 from slim_jax.rules import check_rules
 from slim_jax.run.activations import Inputs, observe
-from slim_jax.run.calls import Forward, Layer, find_stages, layers_of, shared_inputs, watch
+from slim_jax.run.calls import (
+    KINDS,
+    MULTIPLIES,
+    Forward,
+    find_stages,
+    layers_of,
+    shared_inputs,
+    watch,
+)
 from slim_jax.run.kept import Finished, Kept, digest_of
 from slim_jax.run.learning import OnEpoch
 from slim_jax.run.module_learning import improve
+from slim_jax.run.products import Layer, product_of
 from slim_jax.run.source import check_finite
 
 
@@ -38,7 +49,8 @@ class ModuleReport:
 
     Attributes:
       layers: the quantized ones, stage by stage, otherwise in the order in which the module calls them.
-      skipped: path -> why a layer that was selected is as it was.
+      skipped: path -> what it is and why it is as it was, of every other layer and every other parameter of
+        two or more axes.
       unmatched: patterns of ``select`` that no layer's path matches.
       learning: how "slim-plus" went on from there, where it did: the squared difference of the module's
         outputs from the full-precision ones, over these squared.
@@ -51,28 +63,35 @@ class ModuleReport:
 
 
 class PackedLinear(nnx.Module):
-    """A quantized `nnx.Linear` or `nnx.LinearGeneral`.
+    """A quantized `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum`.
 
     Attributes:
       weight: the packed matrix ``[K, N]``.
-      bias: of the shape of an output, or None.
-      axes: how many of the last axes of an input make up ``K``.
-      out_shape: what ``N`` is in an output.
+      bias: of the shape in which it is added to an output, or None.
+      product: what an input's and an output's axes are.
+      dtype: of inputs and outputs; that of input, kernel and bias together if None.
+      preferred: of outputs, instead of that, if not None.
     """
 
-    def __init__(self, weight: MixedTensor, bias: jax.Array | None, axes: int, out_shape: tuple[int, ...]):
-        self.weight = Packed(weight)
+    def __init__(self, layer: nnx.Linear | nnx.LinearGeneral | nnx.Einsum, weight: MixedTensor) -> None:
+        self.weight, self.product = Packed(weight), product_of(layer)
+        bias = None if layer.bias is None else layer.bias[...].reshape(self.product.bias_shape)
         self.bias = None if bias is None else nnx.Param(bias)
-        self.axes, self.out_shape = axes, out_shape
+        self.dtype, self.preferred = layer.dtype, layer.preferred_element_type
 
     def __call__(self, x: jax.Array | np.ndarray, out_sharding: Any = None) -> jax.Array:
-        """``[..., K]`` -> ``[..., N]`` in the dtype of ``x``; ``out_sharding`` as `nnx.Linear` takes it."""
-        x = jnp.asarray(x)
-        batch = x.shape[: x.ndim - self.axes]
-        y = mixed_matmul(x.reshape(*batch, -1), self.weight.get_value()).reshape(*batch, *self.out_shape)
-        if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
-        y = y.astype(x.dtype)
+        """What the layer in full precision takes and gives, its dtypes too.
+
+        ``out_sharding`` is as `nnx.Linear` takes it.
+        """
+        x, weight = jnp.asarray(x), self.weight.get_value()
+        bias = None if self.bias is None else self.bias[...]
+        dtype = self.dtype or jnp.result_type(x, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        y = self.product.output(mixed_matmul(self.product.rows(x.astype(dtype)), weight))
+        if bias is not None:
+            y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+        given = self.preferred or dtype
+        y = y.astype(given if bias is None else jnp.result_type(given, dtype))
         return y if out_sharding is None else jax.reshard(y, out_sharding)
 
 
@@ -93,8 +112,10 @@ def quantize_module(
     resume: str | Path | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[Any, ModuleReport]:
-    """Quantizes the `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Conv` layers of a module.
+    """Quantizes the `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv` and `nnx.Einsum` layers of a module.
 
+    Layers of other classes, derived ones too, stay as they are, and so do an `nnx.Einsum` that is no single
+    matrix product and a layer with a function of its own that multiplies: the report names them.
     Each layer is calibrated on what the quantized layers before it give, unless ``config.sequential`` is
     False; that costs a run of the module for every stage of its graph.
 
@@ -125,7 +146,7 @@ def quantize_module(
     if not batches:
         raise ValueError("there are no batches, expected at least one to calibrate on")
     run = forward or (lambda module, batch: module(batch))
-    chosen, skipped, unmatched = _choose(layers_of(module), select, config)
+    chosen, skipped, unmatched = _choose(module, select, config)
     kept = None if resume is None else Kept(Path(resume), _settings(module, chosen, batches, config))
     check_finite({f"{path}.kernel": layer.kernel[...] for path, layer in chosen.items()})
     calls = watch(chosen, partial(run, module, batches[0]))
@@ -145,6 +166,7 @@ def quantize_module(
             _put(module, own[path], tensor)
         finished |= found
     reports = [report for _, report in finished.values()]
+    skipped = _described(full, skipped)
     if config.method != "slim-plus":
         return module, ModuleReport(reports, skipped, unmatched)
     solved = {path: tensor for path, (tensor, _) in finished.items()}
@@ -162,22 +184,48 @@ def _for_module(config: SlimConfig) -> Settings:
 
 
 def _choose(
-    layers: dict[str, Layer], select: Sequence[str] | None, config: Settings
+    module: Any, select: Sequence[str] | None, config: Settings
 ) -> tuple[dict[str, Layer], dict[str, str], list[str]]:
-    """The layers to quantize, why others that are selected stay, and the patterns that match none."""
-    patterns = ["*"] if select is None else list(select)
+    """The layers to quantize, why all others stay, and the patterns that match none."""
+    layers, patterns = layers_of(module), ["*"] if select is None else list(select)
     chosen = {p: layer for p, layer in layers.items() if any(fnmatch.fnmatchcase(p, s) for s in patterns)}
     if not chosen:
-        raise ValueError(f"select is {patterns}, which matches none of {', '.join(layers) or 'no layers'}")
+        others = "; ".join(f"{path} is {told}" for path, told in list(_described(module, {}).items())[:2])
+        names = ", ".join(layers) or f"no layers; {others or 'there are no matrices'}"
+        raise ValueError(f"select is {patterns}, which matches none of {names}")
     check_rules(config.rules, list(layers))
-    skipped = {path: "a rule skips it" for path in chosen if config.of_layer(path) is None}
+    skipped = {path: "it is not selected" for path in layers if path not in chosen}
+    skipped |= {path: "a rule skips it" for path in chosen if config.of_layer(path) is None}
     skipped |= {path: why for path, layer in chosen.items() if (why := _refusal(layer))}
     unmatched = [s for s in patterns if not any(fnmatch.fnmatchcase(p, s) for p in layers)]
     return {path: layer for path, layer in chosen.items() if path not in skipped}, skipped, unmatched
 
 
+def _described(module: Any, skipped: Mapping[str, str]) -> dict[str, str]:
+    """Class, dtype, shape and reason of layers that stay, and of parameters of two or more axes elsewhere."""
+    nodes, layers = dict(nnx.iter_graph(module)), layers_of(module)
+    found = {
+        path: (type(layers[path]).__name__, layers[path].kernel[...], why) for path, why in skipped.items()
+    }
+    for path, node in nodes.items():
+        owner = nodes.get(path[:-1], module)
+        if isinstance(node, nnx.Param) and node.ndim >= 2 and type(owner) not in (*KINDS, PackedLinear):
+            expected = f"its class is none of {', '.join(kind.__name__ for kind in KINDS)}"
+            found[".".join(map(str, path))] = type(owner).__name__, node[...], expected
+    return {p: f"{kind} {w.dtype}{list(w.shape)}: {why}" for p, (kind, w, why) in found.items()}
+
+
 def _refusal(layer: Layer) -> str | None:
     """Why a layer cannot be quantized."""
+    usual = (None, lax.dot_general, lax.conv_general_dilated, jnp.einsum, promote_dtype)
+    for name in (MULTIPLIES.get(type(layer), "dot_general"), "dot_general_cls", "promote_dtype"):
+        if getattr(layer, name, None) not in usual:
+            return f"its {name} is a function of its own"
+    if isinstance(layer, nnx.Einsum):
+        try:
+            product_of(layer)
+        except ValueError as error:
+            return str(error)
     if isinstance(layer, nnx.Conv) and layer.feature_group_count != 1:
         return f"its channels are in {layer.feature_group_count} groups, expected 1"
     if isinstance(layer, nnx.Conv) and layer.mask is not None:
@@ -205,8 +253,8 @@ def _quantize_layers(layers: dict[str, Layer], x: list[jax.Array], config: Setti
     tokens = sum(len(rows) for rows in x)
     seen = observe(Inputs([rows[None] for rows in x]), max(1, tokens // config.search_tokens))
     for solver, paths in LayerSolvers(config, None).of(list(layers)):
-        kernels = [layers[path].kernel[...] for path in paths]
-        weights = [jnp.asarray(kernel, jnp.float32).reshape(x[0].shape[1], -1) for kernel in kernels]
+        own = [layers[path] for path in paths]
+        weights = [product_of(layer).matrix(jnp.asarray(layer.kernel[...], jnp.float32)) for layer in own]
         found |= dict(zip(paths, solver.solve(paths, weights, seen)))
     return found
 
@@ -227,10 +275,7 @@ def _put(module: Any, layer: Layer, tensor: MixedTensor) -> None:
     if isinstance(layer, nnx.Conv):
         layer.kernel = PackedKernel(tensor, kernel_shape=kernel.shape)  # type: ignore[assignment]
         return
-    out_shape = layer.out_features if isinstance(layer.out_features, tuple) else (layer.out_features,)
-    bias = None if layer.bias is None else layer.bias[...]
-    packed = PackedLinear(tensor, bias, kernel.ndim - len(out_shape), tuple(out_shape))
-    _replace(module, layer, packed)
+    _replace(module, layer, PackedLinear(layer, tensor))
 
 
 def _replace(module: Any, old: Any, new: Any) -> None:

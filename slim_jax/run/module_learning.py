@@ -19,6 +19,7 @@ from slim_jax.method.plus import Layer, Learned, dense_weights, pack_learned
 from slim_jax.report import LearningReport
 from slim_jax.run.calls import Forward, layers_of
 from slim_jax.run.learning import OnEpoch, best_of_epochs, default_optimizer, held_out, start_of
+from slim_jax.run.products import product_of
 
 
 def improve(
@@ -46,7 +47,7 @@ def improve(
     """
     given, learned, layers = layers_of(module), Learned(), dict[str, Layer]()
     for path, tensor in packed.items():
-        w = jnp.asarray(given[path].kernel[...]).reshape(tensor.shape)
+        w = product_of(given[path]).matrix(jnp.asarray(given[path].kernel[...]))
         learned[path], layers[path] = start_of(tensor, w, config.learn)
     judges, learners = held_out(len(batches), 1)
     graph, weights = nnx.split(module)
@@ -103,5 +104,5 @@ def _with_weights(module: Any, weights: Mapping[str, jax.Array]) -> Any:
         if path in weights:
             kernel, w = layer.kernel[...], weights[path]
             rows = kernel.size // w.shape[1]
-            layer.kernel = nnx.Param(w[:rows].reshape(kernel.shape).astype(kernel.dtype))
+            layer.kernel = nnx.Param(product_of(layer).kernel(w[:rows]).astype(kernel.dtype))
     return module
