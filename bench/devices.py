@@ -68,8 +68,8 @@ def measure(blocks: int, out: Path, processes: int) -> float:
         running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     if sum(process.wait() for process in running):
         raise SystemExit(1)
-    blocks_after_first = read_manifest(out)["blocks"][1:]
-    return float(np.mean([block["report"]["seconds"] for block in blocks_after_first]))
+    blocks_after_first = read_manifest(out).blocks[1:]
+    return float(np.mean([block.report.seconds for block in blocks_after_first]))
 
 
 def differing(one: Path, other: Path) -> tuple[int, int]:

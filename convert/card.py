@@ -6,12 +6,10 @@ from typing import Any
 
 from convert.display import layer_kinds
 from slim_jax.rules import Rule
-from slim_jax.run.manifest import summary
+from slim_jax.run.manifest import Manifest, summary
 
 
-def model_card(
-    title: str, manifest: dict[str, Any], size: int, perplexity: Sequence[tuple[str, float]]
-) -> str:
+def model_card(title: str, manifest: Manifest, size: int, perplexity: Sequence[tuple[str, float]]) -> str:
     """A model card with the hub's header.
 
     Args:
@@ -21,7 +19,7 @@ def model_card(
       perplexity: texts, and the perplexity on each.
     """
     found = summary(manifest)
-    origin = manifest["origin"].get("name") or manifest["origin"].get("path") or "a model in memory"
+    origin = manifest.origin.get("name") or manifest.origin.get("path") or "a model in memory"
     header = ["library_name: slim-jax", "pipeline_tag: text-generation", "tags:", "- slim-jax", "- quantized"]
     if origin.count("/") == 1:
         header.append(f"base_model: {origin}")
@@ -58,21 +56,21 @@ def _stored(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _settings(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+def _settings(manifest: Manifest) -> list[tuple[str, str]]:
     """How it was quantized, where the manifest tells."""
-    told = manifest["quantization"]
-    if told is None:
+    told, known = manifest.quantization, manifest.told
+    if told is None or known is None:
         return []
     names = ("method", "bits", "group_size", "sqc", "criterion", "learn", "embedding_bits", "damping")
     rows = [(name.replace("_", " "), f"{told[name]}") for name in names if told.get(name) is not None]
-    rows += [("rule", str(Rule.of(rule))) for rule in told.get("rules") or ()]
-    if told.get("method") != "slim-plus":
+    rows += [("rule", str(Rule.of(rule))) for rule in known.rules]
+    if known.method != "slim-plus":
         rows = [row for row in rows if row[0] != "learn"]
-    if (calibration := told.get("calibration")) is not None:
-        windows = f"{calibration['samples']} windows of {calibration['length']} tokens"
-        rows.append(("calibration", f"{windows} (SHA-256 {calibration['sha256'][:12]}…)"))
-    if (tuning := manifest.get("tuning")) is not None:
-        rows.append(("tuned end to end on", f"{tuning['tokens']:,} tokens"))
+    if (calibration := known.calibration) is not None:
+        windows = f"{calibration.samples} windows of {calibration.length} tokens"
+        rows.append(("calibration", f"{windows} (SHA-256 {calibration.sha256[:12]}…)"))
+    if manifest.tuning is not None:
+        rows.append(("tuned end to end on", f"{manifest.tuning.tokens:,} tokens"))
     return rows
 
 

@@ -65,7 +65,7 @@ def source_tokenizer(source: Source) -> Any:
       ConvertError: there is none, or it cannot be read.
     """
     if isinstance(source, CheckpointSource):
-        beside_weights = "files" in source.manifest  # as in any Hugging Face directory
+        beside_weights = source.manifest.files is not None  # as in any Hugging Face directory
         folder = source.path if beside_weights else source.path / "tokenizer"
         if not folder.is_dir():
             raise ConvertError(
@@ -85,7 +85,7 @@ def load_config(spec: str | Path) -> DecoderConfig:
     """
     spec = _fetched(spec, hub.JSON_FILES)
     if is_checkpoint(spec):
-        return DecoderConfig.from_json(read_manifest(spec)["decoder"])
+        return read_manifest(spec).decoder
     path = Path(spec)
     return read_config(path)[1] if path.is_dir() else load_source(spec).config
 

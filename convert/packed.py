@@ -13,7 +13,7 @@ from convert.export import keep_tokenizer, write_companions
 from convert.families import by_name
 from convert.folder import SHARD_BYTES, new_folder, write_json, write_tensors
 from slim_jax.run.checkpoint import CheckpointSource
-from slim_jax.run.manifest import FORMAT, MANIFEST, listed, new_manifest, stored_arrays
+from slim_jax.run.manifest import FORMAT, MANIFEST, Block, Manifest, Outer, listed, stored_arrays
 from slim_jax.run.shards import array_name, digest
 from slim_jax.run.source import Source
 
@@ -49,15 +49,24 @@ def export_packed(
       ConvertError: it cannot be written.
     """
     out, known = Path(out_dir), source.manifest if isinstance(source, CheckpointSource) else None
-    origin = _portable(source.origin if known is None else known["origin"])
-    settings = None if known is None else known["quantization"]
-    manifest = new_manifest(source.config, origin, settings, complete=True)
-    if known is not None and "tuning" in known:
-        manifest["tuning"] = known["tuning"]
+    origin = _portable(source.origin if known is None else known.origin)
+    settings = None if known is None else known.quantization
     with new_folder(out) as folder:
-        write_tensors(_arrays(source, manifest, known), folder, shard_bytes)
-        manifest["files"] = {file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))}
-        write_json(folder / MANIFEST, manifest)
+        entries: list[dict[str, Any]] = []
+        write_tensors(_arrays(source, entries), folder, shard_bytes)
+        manifest = Manifest(
+            source.config,
+            origin,
+            settings,
+            complete=True,
+            outer=Outer(**entries[0], report=known and known.outer and known.outer.report),
+            blocks=tuple(
+                Block(**entry, report=known and known.blocks[i].report) for i, entry in enumerate(entries[1:])
+            ),
+            tuning=known and known.tuning,
+            files={file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))},
+        )
+        write_json(folder / MANIFEST, manifest.to_json())
         _write_config(folder, source, tokenizer, manifest)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         card = model_card(out.resolve().name, manifest, size, perplexity)
@@ -65,21 +74,12 @@ def export_packed(
     return out
 
 
-def _arrays(
-    source: Source, manifest: dict[str, Any], known: dict[str, Any] | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array under its name in the files; the manifest's entries are filled in on the way."""
+def _arrays(source: Source, entries: list[dict[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array under its name in the files; the fields of the manifest's entries come on the way."""
     for index in (None, *range(source.config.num_layers)):
         params = source.outer() if index is None else source.block(index)
         arrays, packed = stored_arrays(params)
-        report = None
-        if known is not None:
-            report = (known["outer"] if index is None else known["blocks"][index])["report"]
-        entry = {"arrays": listed(arrays), "packed": packed, "report": report}
-        if index is None:
-            manifest["outer"] = entry
-        else:
-            manifest["blocks"].append(entry)
+        entries.append({"arrays": listed(arrays), "packed": packed})
         for name, value in arrays.items():
             yield array_name(index, name), np.ascontiguousarray(value).reshape(value.shape)
 
@@ -93,15 +93,15 @@ def _portable(origin: dict[str, Any]) -> dict[str, Any]:
     return {**origin, "path": name}
 
 
-def _write_config(folder: Path, source: Source, tokenizer: Any, manifest: dict[str, Any]) -> None:
+def _write_config(folder: Path, source: Source, tokenizer: Any, manifest: Manifest) -> None:
     """Hugging Face's files, by which the hub and its tools know the model; our own reader needs none."""
     try:
         config = by_name(source.config.family).hf.write_config(source.config)
     except ConvertError:  # no class of transformers is such a decoder
         keep_tokenizer(folder, source, tokenizer)
         return
-    if any(entry["packed"] for entry in (manifest["outer"], *manifest["blocks"])):
-        settings = manifest["quantization"] or {}
+    if any(entry.packed for _, entry in manifest.entries):
+        settings = manifest.quantization or {}
         told = {name: settings[name] for name in ("bits", "group_size", "method") if name in settings}
         config["quantization_config"] = {"quant_method": FORMAT, **told}
     write_companions(folder, config, source, tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 
 from convert.display import layer_kinds
 from slim_jax.run.hub import JSON_FILES, find
-from slim_jax.run.manifest import LEAVES, array_bytes, layer_reports, read_manifest, summary
+from slim_jax.run.manifest import LEAVES, Manifest, array_bytes, layer_reports, read_manifest, summary
 
 COLORS = {
     1: "#5e4fa2", 2: "#3288bd", 3: "#66c2a5", 4: "#fdae61",
@@ -61,7 +61,7 @@ def write_report(checkpoint: str | Path, file: Path) -> None:
     file.write_text(report_page(Path(checkpoint).resolve().name, manifest), encoding="utf-8")
 
 
-def report_page(title: str, manifest: dict[str, Any]) -> str:
+def report_page(title: str, manifest: Manifest) -> str:
     """A checkpoint as an HTML page.
 
     Args:
@@ -85,7 +85,7 @@ def report_page(title: str, manifest: dict[str, Any]) -> str:
 """
 
 
-def _tiles(found: dict[str, Any], manifest: dict[str, Any]) -> str:
+def _tiles(found: dict[str, Any], manifest: Manifest) -> str:
     """The figures that matter most."""
     smaller = 2 * found["parameters"] / found["bytes"]
     tiles = [
@@ -95,11 +95,8 @@ def _tiles(found: dict[str, Any], manifest: dict[str, Any]) -> str:
     if found["layers"]:
         told = "bits per weight in the blocks, scales, zeros and order included"
         tiles.insert(1, (f"{found['bits_per_weight']:.3f}", told))
-    settings = manifest["quantization"] or {}
-    if "method" in settings:
-        tiles.append(
-            (str(settings["method"]), f"{settings['bits']:g} bits, groups of {settings['group_size']}")
-        )
+    if (settings := manifest.told) is not None:
+        tiles.append((settings.method, f"{settings.bits:g} bits, groups of {settings.group_size}"))
     cells = "".join(f"<div><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>" for b, s in tiles)
     return f'<div class="tiles">{cells}</div>'
 
@@ -111,21 +108,21 @@ def _key(colors: dict[str, str]) -> str:
     )
 
 
-def byte_parts(manifest: dict[str, Any]) -> dict[str, int]:
+def byte_parts(manifest: Manifest) -> dict[str, int]:
     """Bytes of all arrays by what they are, in the order of :data:`PARTS`."""
     parts = dict.fromkeys(PARTS, 0)
-    for inside, entry in [(False, manifest["outer"]), *((True, block) for block in manifest["blocks"])]:
-        for name, (shape, kind) in entry["arrays"].items():
+    for block, entry in manifest.entries:
+        for name, (shape, kind) in entry.arrays.items():
             owner, _, leaf = name.rpartition(".")
-            if owner in entry["packed"]:
-                part = LEAF_PARTS[leaf] if inside else "embedding and head"
+            if owner in entry.packed and leaf in LEAVES:
+                part = LEAF_PARTS[leaf] if block else "embedding and head"
             else:
                 part = "embedding and head" if name in ("embed", "head.weight") else "not packed"
             parts[part] += array_bytes(shape, kind)
     return parts
 
 
-def _where(manifest: dict[str, Any]) -> str:
+def _where(manifest: Manifest) -> str:
     """One bar: where the bytes went."""
     parts = {name: size for name, size in byte_parts(manifest).items() if size}
     total = sum(parts.values())
@@ -137,11 +134,11 @@ def _where(manifest: dict[str, Any]) -> str:
     return f'<h2>Where the bytes went</h2>\n<div class="whole">{bar}</div>\n<p>{_key(told)}</p>'
 
 
-def _heat_map(found: dict[str, Any], manifest: dict[str, Any]) -> str:
+def _heat_map(found: dict[str, Any], manifest: Manifest) -> str:
     """The bits of every group, a panel for each kind of layer; of uniform layers too."""
     given: dict[str, list[int]] = {}
-    for block in manifest["blocks"]:
-        given |= (block["report"] or {}).get("allocation") or {}
+    for block in manifest.blocks:
+        given |= {} if block.report is None else block.report.allocation
     for layer in found["layers"]:
         if layer["name"] not in given and len(layer["bits"] or {}) == 1:
             ((bits, count),) = layer["bits"].items()
@@ -185,11 +182,11 @@ def _panel(kind: str, layers: Sequence[dict[str, Any]], rows: Sequence[Sequence[
     )
 
 
-def _errors(manifest: dict[str, Any]) -> str:
+def _errors(manifest: Manifest) -> str:
     """A bar for each block: the mean error of its layers' outputs."""
     means = []
-    for block in manifest["blocks"]:
-        errors = [layer["error"] for layer in layer_reports(block)]
+    for block in manifest.blocks:
+        errors = [layer.error for layer in layer_reports(block)]
         means.append(sum(errors) / len(errors) if errors else 0.0)  # rules may skip a whole block
     if not any(means):
         return ""
@@ -198,13 +195,13 @@ def _errors(manifest: dict[str, Any]) -> str:
     return _chart("Error of each block", f"{note} Highest: {max(means):.4g}.", [means], told, ["#3288bd"])
 
 
-def _losses(manifest: dict[str, Any]) -> str:
+def _losses(manifest: Manifest) -> str:
     """Where blocks were learned: two bars for each, before and after."""
-    reports = [(block["report"] or {}).get("learning") or {} for block in manifest["blocks"]]
-    if not any(found.get("losses") for found in reports):
+    reports = [None if block.report is None else block.report.learning for block in manifest.blocks]
+    if not any(found and found.losses for found in reports):
         return ""
-    before = [found["losses"][0] if found.get("losses") else 0.0 for found in reports]
-    after = [found["losses"][found["kept_epoch"]] if found.get("losses") else 0.0 for found in reports]
+    before = [found.losses[0] if found and found.losses else 0.0 for found in reports]
+    after = [found.losses[found.kept_epoch] if found and found.losses else 0.0 for found in reports]
     told = [f"block {i}: {a:.4g} to {b:.4g}" for i, (a, b) in enumerate(zip(before, after))]
     colors = {"before": "#8c8c8c", "after": "#66c2a5"}
     note = f"On samples that learning did not see. Highest: {max(before + after):.4g}. {_key(colors)}"

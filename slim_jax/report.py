@@ -57,11 +57,6 @@ class LayerReport:
         stored = tensor.bits_per_weight
         return cls(name, tensor.shape, tensor.group_size, counts, stored, *errors, mixed, damping, borrowed)
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "LayerReport":
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**fields, "shape": tuple(fields["shape"])})
-
 
 @dataclasses.dataclass(frozen=True)
 class LearningReport:
@@ -95,11 +90,6 @@ class TuningReport:
     kept: int
     tokens: int
     note: str = ""
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "TuningReport":
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**fields, "losses": [(step, loss) for step, loss in fields["losses"]]})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +131,6 @@ class BlockReport:
     def error(self) -> float:
         """Mean of the layers' errors; 0 where rules skip all layers."""
         return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "BlockReport":
-        """The inverse of `dataclasses.asdict`."""
-        layers = [LayerReport.from_json(layer) for layer in fields["layers"]]
-        learning = fields.get("learning")
-        learning = None if learning is None else LearningReport(**learning)
-        return cls(**{**fields, "layers": layers, "learning": learning})
 
 
 @dataclasses.dataclass(frozen=True)

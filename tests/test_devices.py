@@ -4,7 +4,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from slim_jax.model.params import split_params
 from slim_jax.model.perplexity import perplexity
 from slim_jax.run import checkpoint, pipeline
 from slim_jax.run.activations import Activations
+from slim_jax.run.manifest import Block
 from slim_jax.run.source import DecoderSource
 
 
@@ -48,7 +48,7 @@ def test_eight_devices_find_the_same_codes(source, alone, mesh, tmp_path, offloa
     assert_same_checkpoint(tmp_path / "out", alone)
 
 
-def quantize_by_two_processes(out: Path, stop_after: int) -> list[dict[str, Any]]:
+def quantize_by_two_processes(out: Path, stop_after: int) -> tuple[Block, ...]:
     """The manifest's blocks after two processes, of two devices each, have run together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,14 +62,14 @@ def quantize_by_two_processes(out: Path, stop_after: int) -> list[dict[str, Any]
     for process in processes:
         _, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors
-    return checkpoint.read_manifest(out, complete=False)["blocks"]
+    return checkpoint.read_manifest(out, complete=False).blocks
 
 
 @pytest.mark.slow
 def test_two_processes_find_the_same_codes(alone, tmp_path):
     blocks = quantize_by_two_processes(tmp_path / "out", CONFIG.num_layers)
     for index in range(2):
-        assert any(f"ocdbt.process_{index}/" in file for file in blocks[0]["files"])
+        assert any(f"ocdbt.process_{index}/" in file for file in blocks[0].files)
     assert_same_checkpoint(tmp_path / "out", alone)
 
 

@@ -29,7 +29,7 @@ from slim_jax.run.writer import CheckpointWriter
 CONFIG = dataclasses.replace(
     WIDE, hidden_size=32, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1
 )
-ROUNDED = SlimConfig(bits=2, group_size=32, method="rtn", embedding_bits=None)
+ROUNDED = SlimConfig(bits=2, group_size=32, method="rtn", tune=False)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_drafts_stay_until_all_tuned_blocks_are_written(source, tmp_path):
         with (
             contextlib.suppress(Killed),
             CheckpointWriter(
-                *(tmp_path / "out", CONFIG, source.origin, {}),
+                *(tmp_path / "out", CONFIG, source.origin, ROUNDED.resolved().to_json()),
                 resume=resume,
                 drafts=True,
                 notify=heard.append,

@@ -1,6 +1,7 @@
 """Mixtures of experts: what each is calibrated on, experts that no token reached, packed and resumed."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from slim_jax.model.sampling import Sampling
 from slim_jax.report import BlockReport
 from slim_jax.run import activations, pipeline
 from slim_jax.run.activations import Activations, Inputs, observe
+from slim_jax.run.records import from_json
 from slim_jax.run.source import DecoderSource
 
 MOE = dataclasses.replace(CONFIG, num_layers=2, num_experts=3, experts_per_token=1)
@@ -125,7 +127,7 @@ def test_coverage_is_in_the_report(quantized):
     report = quantized[1]
     for block in report.blocks:
         assert sum(block.expert_tokens) == TOKENS.size
-        assert BlockReport.from_json(dataclasses.asdict(block)) == block
+        assert from_json(BlockReport, json.loads(json.dumps(dataclasses.asdict(block))), "") == block
     assert [block.unreached for block in report.blocks] == [[], [UNREACHED]]
     assert report.to_json()["expert_tokens"] == [block.expert_tokens for block in report.blocks]
     assert len(report.layers) == 2 * (4 + 3 * 3)

@@ -1,13 +1,12 @@
 """The report: what it shows of a manifest, that it needs nothing but itself, and that a browser takes it."""
 
-import copy
+import dataclasses
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from golden_models import load_golden, write_hf
@@ -16,7 +15,8 @@ from test_packed import packed_source
 from convert import load_source
 from convert.packed import export_packed
 from convert.page import byte_parts, report_page, write_report
-from slim_jax.run.manifest import read_manifest, summary
+from slim_jax.report import BlockReport, LayerReport, LearningReport
+from slim_jax.run.manifest import Manifest, read_manifest, summary
 
 CHROMIUM = next(
     filter(
@@ -27,19 +27,20 @@ CHROMIUM = next(
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Of a packed model whose blocks have 1, 2 and 4 bits in turn, with reports of a run that learned."""
     room = tmp_path_factory.mktemp("page")
     export_packed(packed_source("llama_untied", room / "hf", (2,)), room / "packed")
     manifest = read_manifest(room / "packed")
-    for index, block in enumerate(manifest["blocks"]):
-        names = [f"blocks.{index}.{name.removesuffix('.weight')}" for name in block["packed"]]
-        block["report"] = {
-            "layers": [{"name": name, "error": 0.25 * (index + 1), "bits": {"2": 1}} for name in names],
-            "allocation": {name: [1, 2, 2, 4] for name in names},
-            "learning": {"losses": [4.0 + index, 1.0, 2.0], "kept_epoch": 1, "note": ""},
-        }
-    return manifest
+    blocks = []
+    for index, block in enumerate(manifest.blocks):
+        names = [f"blocks.{index}.{name.removesuffix('.weight')}" for name in block.packed]
+        layers = [LayerReport(name, (32, 32), 32, {"2": 1}, 2.5, 0.25 * (index + 1)) for name in names]
+        learning = LearningReport([4.0 + index, 1.0, 2.0], 1)
+        bits = {name: [1, 2, 2, 4] for name in names}
+        report = BlockReport(index, len(manifest.blocks), layers, 1.0, bits, learning)
+        blocks.append(dataclasses.replace(block, report=report))
+    return dataclasses.replace(manifest, blocks=tuple(blocks))
 
 
 class Strict(HTMLParser):
@@ -63,7 +64,7 @@ class Strict(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_stands_alone(manifest: dict[str, Any]) -> None:
+def test_the_page_stands_alone(manifest: Manifest) -> None:
     page, parser = report_page("a model", manifest), Strict()
     parser.feed(page)
     assert parser.open == []
@@ -75,12 +76,12 @@ def test_the_page_stands_alone(manifest: dict[str, Any]) -> None:
         ElementTree.fromstring(drawing)
 
 
-def test_the_heat_map_has_the_bits_of_every_group(manifest: dict[str, Any]) -> None:
+def test_the_heat_map_has_the_bits_of_every_group(manifest: Manifest) -> None:
     page = report_page("a model", manifest)
     panels = re.findall(r"<figcaption>(.*?)</figcaption><svg.*?viewBox=\"(.*?)\".*?>(.*?)</svg>", page)
     assert len(panels) == 7
     caption, box, drawing = panels[0]
-    blocks = len(manifest["blocks"])
+    blocks = len(manifest.blocks)
     assert caption.endswith(f": {blocks} × 4")
     assert box == f"0 0 4 {blocks}"
     runs = [re.findall(r"M(\d+) (\d+)h(\d+)", path) for path in re.findall('d="(.*?)"', drawing)]
@@ -89,7 +90,7 @@ def test_the_heat_map_has_the_bits_of_every_group(manifest: dict[str, Any]) -> N
     assert sum(int(run[2]) for path in runs for run in path) == 4 * blocks
 
 
-def test_bytes_add_up(manifest: dict[str, Any]) -> None:
+def test_bytes_add_up(manifest: Manifest) -> None:
     parts = byte_parts(manifest)
     found = summary(manifest)
     assert sum(parts.values()) == found["bytes"]
@@ -97,20 +98,21 @@ def test_bytes_add_up(manifest: dict[str, Any]) -> None:
     assert parts["embedding and head"] > 0
 
 
-def test_errors_and_losses(manifest: dict[str, Any]) -> None:
+def test_errors_and_losses(manifest: Manifest) -> None:
     page = report_page("a model", manifest)
     assert "block 0: 0.25" in page
     assert "block 1: 5 to 1" in page
-    plain = copy.deepcopy(manifest)
-    for block in plain["blocks"]:
-        block["report"] = None  # as `slim_jax.save` leaves it
+    bare = [
+        dataclasses.replace(block, report=None) for block in manifest.blocks
+    ]  # as `slim_jax.save` leaves it
+    plain = dataclasses.replace(manifest, blocks=tuple(bare))
     assert "Error of each block" not in report_page("a model", plain)
     assert "Where the bytes went" in report_page("a model", plain)
 
 
-def test_it_escapes(manifest: dict[str, Any]) -> None:
-    changed = copy.deepcopy(manifest)
-    changed["quantization"] = {"method": "<i>", "bits": 2, "group_size": 32}
+def test_it_escapes(manifest: Manifest) -> None:
+    settings = {"method": "<i>", "bits": 2, "group_size": 32}
+    changed = dataclasses.replace(manifest, quantization=settings)
     page = report_page("<b>", changed)
     assert "<b>\n" not in page
     assert "<title><b>" not in page
@@ -140,7 +142,7 @@ def photograph(page: Path, picture: Path, *options: str) -> bytes:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_takes_it_by_day_and_by_night(manifest: dict[str, Any], tmp_path: Path) -> None:
+def test_a_browser_takes_it_by_day_and_by_night(manifest: Manifest, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(report_page("a model", manifest), encoding="utf-8")
     day = photograph(page, tmp_path / "day.png")

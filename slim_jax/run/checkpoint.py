@@ -23,16 +23,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from slim_jax.devices import Placement
-from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params
 from slim_jax.report import Report
 from slim_jax.run.entries import load_params
 from slim_jax.run.hub import JSON_FILES, find
 from slim_jax.run.manifest import CheckpointError as CheckpointError
+from slim_jax.run.manifest import Entry, stored_params, summary
 from slim_jax.run.manifest import is_checkpoint as is_checkpoint
 from slim_jax.run.manifest import read_manifest as read_manifest
-from slim_jax.run.manifest import stored_params, summary
 from slim_jax.run.shards import Shards
 from slim_jax.run.source import SAMPLED, DecoderSource, FiniteSource, Source, read_decoder
 from slim_jax.run.writer import CheckpointWriter
@@ -60,38 +59,38 @@ class CheckpointSource:
     def __init__(self, path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> None:
         self.path, self._dtype, self.placement = find(path), dtype, Placement(mesh)
         self.manifest = read_manifest(self.path)
-        self.config = DecoderConfig.from_json(self.manifest["decoder"])
-        digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
+        self.config = self.manifest.decoder
+        digest = hashlib.sha256(json.dumps(self.manifest.to_json(), sort_keys=True).encode())
         fingerprint = SAMPLED + digest.hexdigest()
         self.origin = {
             "kind": "checkpoint",
             "path": str(self.path.absolute()),
             "fingerprint": SAMPLED + fingerprint,
         }
-        files = self.manifest.get("files")
+        files = self.manifest.files
         self._shards = None if files is None else Shards(self.path, files)
 
     @property
     def packed(self) -> list[str]:
         """The packed parameters of the blocks."""
-        blocks = enumerate(self.manifest["blocks"])
-        return [f"blocks.{index}.{name}" for index, block in blocks for name in block["packed"]]
+        return [prefix + name for prefix, entry in self.manifest.entries if prefix for name in entry.packed]
 
     def outer(self) -> Params:
         """See `Source`."""
-        return self._read(self.manifest["outer"], None)
+        assert self.manifest.outer is not None
+        return self._read(self.manifest.outer, None)
 
     def block(self, index: int) -> Params:
         """See `Source`."""
-        return self._read(self.manifest["blocks"][index], index)
+        return self._read(self.manifest.blocks[index], index)
 
-    def _read(self, entry: dict[str, Any], index: int | None) -> Params:
+    def _read(self, entry: Entry, index: int | None) -> Params:
         if self._shards is None:
             folder = "outer" if index is None else f"blocks/{index:03d}"
             return load_params(self.path, entry, folder, self._dtype, self.placement)
-        arrays = self._shards.read(index, entry["arrays"])
+        arrays = self._shards.read(index, entry.arrays)
         placed = {name: self.placement.channels(value) for name, value in arrays.items()}
-        return stored_params(entry["packed"], placed, self._dtype)
+        return stored_params(entry.packed, placed, self._dtype)
 
 
 def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Decoder:

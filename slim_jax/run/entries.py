@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 from slim_jax.devices import Placement
 from slim_jax.model.params import Params
 from slim_jax.run.files import remove, sync
-from slim_jax.run.manifest import CheckpointError, listed, stored_arrays, stored_params
+from slim_jax.run.manifest import CheckpointError, Entry, listed, stored_arrays, stored_params
 from slim_jax.run.shards import digest, verify
 
 
@@ -27,7 +27,7 @@ def _remove(folder: Path) -> None:
 
 
 def save_params(folder: Path, params: Params, placement: Placement) -> dict[str, Any]:
-    """Writes one Orbax folder; what the manifest needs to read it back.
+    """Writes one Orbax folder; the fields of its `slim_jax.run.manifest.Entry`.
 
     Of several processes each writes what its devices have.
 
@@ -54,25 +54,24 @@ def save_params(folder: Path, params: Params, placement: Placement) -> dict[str,
     }
 
 
-def verify_entry(path: Path, entry: dict[str, Any], folder_name: str) -> Path:
+def verify_entry(path: Path, entry: Entry, folder_name: str) -> Path:
     """Compares every file of an entry with its digest; returns the folder that they are in.
 
     Raises:
       CheckpointError: one is missing or damaged.
     """
-    folder = path / entry.get("folder", folder_name)
-    for name, expected in entry["files"].items():
+    folder = path / (entry.folder or folder_name)
+    for name, expected in entry.files.items():
         verify(folder / name, expected)
     return folder
 
 
 def load_params(
-    path: Path, entry: dict[str, Any], folder_name: str, dtype: jnp.dtype | None, placement: Placement
+    path: Path, entry: Entry, folder_name: str, dtype: jnp.dtype | None, placement: Placement
 ) -> dict[str, Any]:
     """Reads what :func:`save_params` wrote, verified."""
     folder = verify_entry(path, entry, folder_name)
     abstract = {
-        name: placement.abstract(tuple(shape), jnp.dtype(kind))
-        for name, (shape, kind) in entry["arrays"].items()
+        name: placement.abstract(shape, jnp.dtype(kind)) for name, (shape, kind) in entry.arrays.items()
     }
-    return stored_params(entry["packed"], dict(ocp.load(folder.absolute(), abstract)), dtype)
+    return stored_params(entry.packed, dict(ocp.load(folder.absolute(), abstract)), dtype)

@@ -150,7 +150,7 @@ def write_json(file: Path, value: Any) -> None:
     if jax.process_index() != 0:
         return
     with replacing(file, "w") as target:
-        json.dump(value, target, indent=1)
+        json.dump(value, target, indent=1, allow_nan=False)
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:

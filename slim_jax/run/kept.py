@@ -15,7 +15,8 @@ from pallas_kernels import MixedTensor
 from slim_jax.report import LayerReport
 from slim_jax.run.calls import digest
 from slim_jax.run.files import replacing, write_json
-from slim_jax.run.manifest import CheckpointError, stored_arrays, stored_params
+from slim_jax.run.manifest import CheckpointError, PackedLayer, stored_arrays, stored_params
+from slim_jax.run.records import from_json
 
 RUN = "run.json"
 
@@ -69,8 +70,9 @@ class Kept:
             with safe_open(file, framework="flax") as stored:
                 said = stored.metadata()
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            tensors = stored_params(json.loads(said["packed"]), arrays)
-            reports = map(LayerReport.from_json, json.loads(said["reports"]))
+            packed = from_json(dict[str, PackedLayer], json.loads(said["packed"]), "packed")
+            tensors = stored_params(packed, arrays)
+            reports = from_json(list[LayerReport], json.loads(said["reports"]), "reports")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged, remove it to do its stage again: {error}") from None
         return {report.name: (tensors[report.name], report) for report in reports}
@@ -79,7 +81,8 @@ class Kept:
         """Keeps what a stage gave."""
         arrays, packed = stored_arrays({path: tensor for path, (tensor, _) in finished.items()})
         reports = [dataclasses.asdict(report) for _, report in finished.values()]
-        said = {"packed": json.dumps(packed), "reports": json.dumps(reports)}
+        told = {path: dataclasses.asdict(static) for path, static in packed.items()}
+        said = {"packed": json.dumps(told), "reports": json.dumps(reports)}
         with replacing(self._file(stage), "wb") as target:
             target.write(save(arrays, said))
 

@@ -216,7 +216,8 @@ def _write_all(
     """Writes all that an earlier run has not written."""
     for index in range(quantizer.source.config.num_layers):
         if index < len(writer.blocks):
-            report = BlockReport.from_json(writer.blocks[index]["report"])
+            report = writer.blocks[index].report
+            assert report is not None
             quantizer.skip(index, writer.read_block(index))
         else:
             params, report = quantizer.quantize(index, on_epoch)

@@ -8,8 +8,8 @@ Such a folder is passed on and loaded. `convert.packed` writes it; no run works 
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,12 +67,14 @@ class Shards:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from None
 
-    def read(self, index: int | None, arrays: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+    def read(
+        self, index: int | None, arrays: Mapping[str, tuple[tuple[int, ...], str]]
+    ) -> dict[str, np.ndarray]:
         """The arrays of one entry of the manifest.
 
         Args:
           index: of the block, None for what stands outside.
-          arrays: the entry's ``arrays``: ``[shape, dtype]`` by name.
+          arrays: the entry's ``arrays``: shape and dtype by name.
 
         Raises:
           CheckpointError: a file is damaged, or has not what the manifest lists.
@@ -88,9 +90,11 @@ class Shards:
                 found |= {name: file.get_tensor(array_name(index, name)) for name in here}
         for name, (shape, kind) in arrays.items():
             value = found[name]
-            if list(value.shape) != shape or value.dtype != jnp.dtype(kind):
+            if value.shape != shape or value.dtype != jnp.dtype(kind):
                 is_now, stored = f"{value.dtype}{list(value.shape)}", array_name(index, name)
-                raise CheckpointError(f"{places[name]}: {stored} is {is_now}, {MANIFEST} lists {kind}{shape}")
+                raise CheckpointError(
+                    f"{places[name]}: {stored} is {is_now}, {MANIFEST} lists {kind}{list(shape)}"
+                )
         return found
 
     def _place(self, stored: str) -> Path:

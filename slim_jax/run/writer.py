@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -18,10 +19,14 @@ from slim_jax.run.entries import barrier, load_params, save_params, verify_entry
 from slim_jax.run.files import locked, refuse_if_locked, remove, require_empty, write_json
 from slim_jax.run.manifest import (
     MANIFEST,
+    Block,
     CheckpointError,
+    Ends,
+    Entry,
+    Manifest,
+    Outer,
     is_checkpoint,
     layer_reports,
-    new_manifest,
     read_manifest,
     summary,
 )
@@ -44,9 +49,8 @@ def require_new(path: Path, hint: str = "") -> None:
     require_empty(path, hint, ours)
 
 
-def _worthless(manifest: dict[str, Any]) -> bool:
-    unfinished = not manifest["complete"]
-    return unfinished and (manifest["quantization"] is None or not (manifest["blocks"] or manifest["outer"]))
+def _worthless(manifest: Manifest) -> bool:
+    return not manifest.complete and (manifest.quantization is None or not manifest.entries)
 
 
 def _own(path: Path) -> list[Path]:
@@ -90,7 +94,7 @@ class CheckpointWriter:
         notify: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.path, self._placement, self._first = Path(path), placement, "drafts/" if drafts else ""
-        wanted = new_manifest(config, origin, quantization, complete=False)
+        wanted = Manifest(config, *json.loads(json.dumps([origin, quantization])))
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.path))
             if jax.process_index() == 0:
@@ -109,7 +113,7 @@ class CheckpointWriter:
             if jax.process_index() == 0 and _worthless(self._manifest) and not swept:
                 remove(*_own(self.path))
 
-    def _open(self, wanted: dict[str, Any], resume: bool, notify: Callable[[str], None]) -> None:
+    def _open(self, wanted: Manifest, resume: bool, notify: Callable[[str], None]) -> None:
         """Makes a folder ready: new, or as an interrupted run left it, without what is damaged."""
         found = read_manifest(self.path, complete=False) if is_checkpoint(self.path) else None
         if found is not None and _worthless(found) and not (resume and not _differing(found, wanted)):
@@ -117,31 +121,28 @@ class CheckpointWriter:
             found = None
         if found is None or not resume:
             require_empty(self.path, "" if found is None else ": --resume continues an interrupted run")
-            write_json(self.path / MANIFEST, wanted)
-        elif not found["complete"]:
+            self._write(wanted)
+        elif not found.complete:
             _check_same(self.path, found, wanted)
             self._drop_damaged(found, notify)
-        over = self.path.glob("drafts") if found is not None and found["complete"] else ()
+        over = self.path.glob("drafts") if found is not None and found.complete else ()
         remove(*self.path.glob("activations.*"), *self.path.glob("*.tmp"), *over)  # of a run that was killed
 
-    def _drop_damaged(self, manifest: dict[str, Any], notify: Callable[[str], None]) -> None:
+    def _drop_damaged(self, found: Manifest, notify: Callable[[str], None]) -> None:
         """Takes from the manifest of an unfinished run the first damaged entry, and all after it."""
-        blocks, tuned = manifest["blocks"], manifest.get("tuned", [])
-        whole = self._undamaged(blocks, notify)
-        if whole < len(blocks):
-            manifest["outer"] = None  # it was quantized for what these blocks gave
-            del blocks[whole:]
-        if manifest["outer"] is not None and not self._undamaged([manifest["outer"]], notify, "outer"):
-            manifest["outer"] = None
-        del tuned[min(whole, self._undamaged(tuned, notify)) :]
-        write_json(self.path / MANIFEST, manifest)
+        whole = self._undamaged(found.blocks, notify)
+        outer = found.outer if whole == len(found.blocks) else None  # it was quantized for what these gave
+        if outer is not None and not self._undamaged([outer], notify, "outer"):
+            outer = None
+        tuned = found.tuned[: min(whole, self._undamaged(found.tuned, notify))]
+        self._write(found, blocks=found.blocks[:whole], outer=outer, tuned=tuned)
         for file in self.path.glob("drafts/*.npz"):
             if not _is_sound(file):
                 notify(f"{file} is damaged: it is made again")
                 file.unlink()
 
     def _undamaged(
-        self, entries: list[dict[str, Any]], notify: Callable[[str], None], folder: str = "blocks/{:03d}"
+        self, entries: Sequence[Entry], notify: Callable[[str], None], folder: str = "blocks/{:03d}"
     ) -> int:
         """The number of entries before the first damaged one."""
         for index, entry in enumerate(entries):
@@ -152,45 +153,50 @@ class CheckpointWriter:
                 return index
         return len(entries)
 
+    def _write(self, manifest: Manifest, **changes: Any) -> None:
+        """Writes the manifest, with some fields changed."""
+        self._manifest = dataclasses.replace(manifest, **changes)
+        write_json(self.path / MANIFEST, self._manifest.to_json())
+
     @property
-    def blocks(self) -> list[dict[str, Any]]:
-        """The manifest's entries of the blocks written so far; ``["report"]`` is a `BlockReport` or None."""
-        return self._manifest["blocks"]
+    def blocks(self) -> tuple[Block, ...]:
+        """The manifest's entries of the blocks written so far."""
+        return self._manifest.blocks
 
     @property
     def complete(self) -> bool:
         """Whether :meth:`finish` was called, by this run or an earlier one."""
-        return self._manifest["complete"]
+        return self._manifest.complete
 
     @property
     def all_written(self) -> bool:
         """Whether nothing is missing, though what is there may be a draft."""
-        return len(self.blocks) == self._manifest["decoder"]["num_layers"] and bool(self._manifest["outer"])
+        return len(self.blocks) == self._manifest.decoder.num_layers and self._manifest.outer is not None
+
+    @property
+    def _outer(self) -> Outer:
+        assert self._manifest.outer is not None
+        return self._manifest.outer
 
     def report(self) -> Report:
         """What was done so far, by earlier runs too."""
-        blocks = [BlockReport.from_json(entry["report"]) for entry in self.blocks]
-        ends = [LayerReport.from_json(layer) for layer in layer_reports(self._manifest["outer"])]
-        sizes, tuning = summary(self._manifest), self._manifest.get("tuning")
-        tuning = None if tuning is None else TuningReport.from_json(tuning)
-        return Report(blocks, ends, sizes["parameters"], sizes["bytes"], tuning)
+        blocks = [block.report for block in self.blocks if block.report is not None]
+        sizes, ends = summary(self._manifest), list(layer_reports(self._outer))
+        return Report(blocks, ends, sizes["parameters"], sizes["bytes"], self._manifest.tuning)
 
     def write_outer(self, params: Params, ends: Sequence[LayerReport] = ()) -> None:
         """Writes the parameters outside the blocks, and what was done to embedding and head."""
-        report = {"layers": [dataclasses.asdict(layer) for layer in ends]}
-        self._manifest["outer"] = self._save(f"{self._first}outer", params, report)
-        write_json(self.path / MANIFEST, self._manifest)
+        outer = Outer(**self._save(f"{self._first}outer", params), report=Ends(list(ends)))
+        self._write(self._manifest, outer=outer)
 
     def write_block(self, params: Params, report: BlockReport | None = None) -> None:
         """Writes the next block."""
-        folder = f"{self._first}blocks/{len(self.blocks):03d}"
-        fields = None if report is None else dataclasses.asdict(report)
-        self.blocks.append(self._save(folder, params, fields))
-        write_json(self.path / MANIFEST, self._manifest)
+        block = Block(**self._save(f"{self._first}blocks/{len(self.blocks):03d}", params), report=report)
+        self._write(self._manifest, blocks=(*self.blocks, block))
 
     def read_outer(self) -> dict[str, Any]:
         """Reads back what stands outside the blocks."""
-        return load_params(self.path, self._manifest["outer"], "outer", None, self._placement)
+        return load_params(self.path, self._outer, "outer", None, self._placement)
 
     def read_block(self, index: int) -> dict[str, Any]:
         """Reads a finished block back."""
@@ -198,24 +204,25 @@ class CheckpointWriter:
 
     def write_tuned(self, outer: Params, block: Callable[[int], Params], report: TuningReport) -> None:
         """Writes ``outer`` and what ``block(index)`` gives; :meth:`finish` puts them in the drafts' place."""
-        tuned = self._manifest.setdefault("tuned", [])
-        for index in range(len(tuned), len(self.blocks)):
-            tuned.append(self._save(f"blocks/{index:03d}", block(index), self.blocks[index]["report"]))
-            write_json(self.path / MANIFEST, self._manifest)
-        last = self._save("outer", outer, self._manifest["outer"]["report"])
-        self._manifest |= {"outer": last, "blocks": tuned, "tuning": dataclasses.asdict(report)}
-        del self._manifest["tuned"]
+        for index in range(len(self._manifest.tuned), len(self.blocks)):
+            saved = self._save(f"blocks/{index:03d}", block(index))
+            tuned = Block(**saved, report=self.blocks[index].report)
+            self._write(self._manifest, tuned=(*self._manifest.tuned, tuned))
+        last = Outer(**self._save("outer", outer), report=self._outer.report)
+        self._manifest = dataclasses.replace(
+            self._manifest, outer=last, blocks=self._manifest.tuned, tuned=(), tuning=report
+        )
 
     def finish(self) -> None:
         """Declares the checkpoint complete."""
-        self._manifest["complete"] = True
-        write_json(self.path / MANIFEST, self._manifest)
+        self._write(self._manifest, complete=True)
         if jax.process_index() == 0:
             remove(self.path / "drafts")
 
-    def _save(self, folder: str, params: Params, report: dict[str, Any] | None) -> dict[str, Any]:
-        entry = {**save_params(self.path / folder, params, self._placement), "report": report}
-        return {**entry, "folder": folder} if self._first and folder.startswith(self._first) else entry
+    def _save(self, folder: str, params: Params) -> dict[str, Any]:
+        draft = self._first and folder.startswith(self._first)
+        fields = save_params(self.path / folder, params, self._placement)
+        return {**fields, "folder": folder if draft else None}
 
 
 def _is_sound(file: Path) -> bool:
@@ -227,26 +234,28 @@ def _is_sound(file: Path) -> bool:
         return False
 
 
-def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    older = found["version"] != wanted["version"] or _is_sampled(found) < _is_sampled(wanted)
-    if older and not found["complete"]:
+def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
+    older = found.version != wanted.version or _is_sampled(found) < _is_sampled(wanted)
+    if older and not found.complete:
         raise CheckpointError(f"{path} was begun by an earlier version of slim-jax: start anew elsewhere")
     if changes := _differing(found, wanted):
         raise CheckpointError(f"{path} cannot be resumed with other settings: {', '.join(changes)}")
 
 
-def _is_sampled(manifest: dict[str, Any]) -> bool:
-    return str(manifest["origin"].get("fingerprint")).startswith(SAMPLED)
+def _is_sampled(manifest: Manifest) -> bool:
+    return manifest.origin.get("fingerprint", "").startswith(SAMPLED)
 
 
-def _differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def _differing(found: Manifest, wanted: Manifest) -> list[str]:
     """In what two runs differ, a line each; where the model lies and what it is called does not count."""
     changes = []
-    for part in ("decoder", "quantization"):
-        old, new = found[part] or {}, wanted[part] or {}
+    for old, new in (
+        (found.decoder.to_json(), wanted.decoder.to_json()),
+        (found.quantization or {}, wanted.quantization or {}),
+    ):
         differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         changes += [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing]
-    was, now = ({**run["origin"], "path": None, "name": None} for run in (found, wanted))
+    was, now = ({**run.origin, "path": None, "name": None} for run in (found, wanted))
     if was != now and _is_sampled(found) == _is_sampled(wanted):
         changes.append("the model is another, its weights or its files differ")
     return changes
