@@ -26,10 +26,8 @@ CHROMIUM = next(
 )
 
 
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def with_reports(room: Path) -> Manifest:
     """Of a packed model whose blocks have 1, 2 and 4 bits in turn, with reports of a run that learned."""
-    room = tmp_path_factory.mktemp("page")
     export_packed(packed_source("llama_untied", room / "hf", (2,)), room / "packed")
     manifest = read_manifest(room / "packed")
     blocks = []
@@ -41,6 +39,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         report = BlockReport(index, len(manifest.blocks), layers, 1.0, bits, learning)
         blocks.append(dataclasses.replace(block, report=report))
     return dataclasses.replace(manifest, blocks=tuple(blocks))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return with_reports(tmp_path_factory.mktemp("page"))
 
 
 class Strict(HTMLParser):

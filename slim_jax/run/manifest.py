@@ -197,7 +197,8 @@ class Manifest:
     def __post_init__(self) -> None:
         layers, done = self.decoder.num_layers, len(self.blocks)
         if done > layers or len(self.tuned) > done or (self.complete and (done < layers or not self.outer)):
-            raise ValueError(f"it lists {done} blocks of {layers}")
+            lost = "" if self.outer else ", and nothing outside of them"
+            raise ValueError(f"it lists {done} blocks of {layers}{lost}")
         for prefix, entry in self.entries:
             values = sum(math.prod(shape) for shape, _ in entry.arrays.values())
             if not values or len(entry.arrays) <= (self.decoder.num_experts if prefix else 0):
