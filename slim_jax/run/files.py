@@ -137,11 +137,14 @@ def sync(*paths: Path) -> None:
 def replacing(file: Path, mode: str) -> Iterator[IO[Any]]:
     """What is written takes the file's place at the end."""
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open(mode) as target:
-        yield target
-        target.flush()
-        os.fsync(target.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open(mode) as target:
+            yield target
+            target.flush()
+            os.fsync(target.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(file.parent)
 
 

@@ -116,7 +116,8 @@ class CheckpointWriter:
     def _open(self, wanted: Manifest, resume: bool, notify: Callable[[str], None]) -> None:
         """Makes a folder ready: new, or as an interrupted run left it, without what is damaged."""
         found = read_manifest(self.path, complete=False) if is_checkpoint(self.path) else None
-        if found is not None and _worthless(found) and not (resume and not _differing(found, wanted)):
+        anew = not resume or (found is not None and (_is_older(found, wanted) or _differing(found, wanted)))
+        if found is not None and anew and _worthless(found):
             remove(*_own(self.path))
             found = None
         if found is None or not resume:
@@ -234,9 +235,12 @@ def _is_sound(file: Path) -> bool:
         return False
 
 
+def _is_older(found: Manifest, wanted: Manifest) -> bool:
+    return found.version != wanted.version or _is_sampled(found) < _is_sampled(wanted)
+
+
 def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
-    older = found.version != wanted.version or _is_sampled(found) < _is_sampled(wanted)
-    if older and not found.complete:
+    if _is_older(found, wanted) and not found.complete:
         raise CheckpointError(f"{path} was begun by an earlier version of slim-jax: start anew elsewhere")
     if changes := _differing(found, wanted):
         raise CheckpointError(f"{path} cannot be resumed with other settings: {', '.join(changes)}")
