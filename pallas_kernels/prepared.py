@@ -174,6 +174,12 @@ def _unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
+def delete(weight: jax.Array | MixedTensor) -> None:
+    """Frees an array, or the large ones of a packed weight."""
+    for a in (weight.words, weight.scale, weight.zero) if isinstance(weight, MixedTensor) else (weight,):
+        a.delete()
+
+
 def consumed[T](
     layers: Iterable[Sequence[MixedTensor]], make: Callable[[Sequence[MixedTensor]], T]
 ) -> Iterator[T]:
@@ -181,8 +187,7 @@ def consumed[T](
     for weights in layers:
         yield make(weights)
         for w in weights:
-            for a in (w.words, w.scale, w.zero):
-                a.delete()
+            delete(w)
 
 
 def stack_consumed(layers: Sequence[MixedTensor]) -> MixedTensor:

@@ -83,6 +83,17 @@ def test_they_write_the_same(cache_dtype):
     np.testing.assert_array_equal(*texts)
 
 
+@pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_that_is_given_up_is_cut_alike(is_packed):
+    kept, gone = (packed(tiny(**WIDER)) if is_packed else tiny(**WIDER) for _ in range(2))
+    wanted = Generator(kept, mesh=mesh_of(2))
+    found = Generator(gone, mesh=mesh_of(2), consume=True)
+    jax.tree.map(np.testing.assert_array_equal, found._leaves, wanted._leaves)
+    weights = [part.blocks[0].attn.q.weight.get_value() for part in (kept, gone)]
+    arrays = [w.words if isinstance(w, MixedTensor) else w for w in weights]
+    assert [array.is_deleted() for array in arrays] == [False, True]
+
+
 @pytest.mark.slow
 def test_each_has_its_share():
     model = packed(tiny(**WIDER))

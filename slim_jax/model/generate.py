@@ -83,8 +83,8 @@ class Generator:
           cache_dtype: of keys and values: float32, bfloat16, or int8 with a scale for each.
           mesh: devices that share the work of every token (`slim_jax.model.parts`), in any shape.
           prompt_chunk: tokens of a prompt that are read at once.
-          consume: whether the model is given up: its packed weights are deleted one by one as they are made
-            ready, instead of being there twice. Without ``mesh`` alone.
+          consume: whether the model is given up: its weights are deleted one by one as they are made ready,
+            instead of being there twice.
 
         Raises:
           ValueError: ``cache_dtype`` is none of these, ``prompt_chunk < 1``, or the model lies over a mesh of
@@ -100,13 +100,15 @@ class Generator:
         parts = [model]
         if mesh is not None:
             mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
-            parts = list(map(jax.device_put, cut(model, mesh.size), mesh.devices))
+            parts = cut(model, mesh.size, mesh.devices.tolist(), consume=consume)
         linears = [m for b in model.blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
         dtype = cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears])
         runs = parts[0].runs()
-        made = [ready(part, consume=consume and mesh is None) for part in parts]
+        made = [ready(part, consume=consume) for part in parts]
         _, _, self.stacked = made[0]
-        weights = made[0][:2] if mesh is None else on_devices([one[:2] for one in made], mesh)
+        weights = (
+            made[0][:2] if mesh is None else on_devices([one[:2] for one in made], mesh, consume=consume)
+        )
         empty = partial(
             State.empty,
             [Run(run[0].config, len(run), whole) for run, whole in zip(runs, self.stacked)],

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import MixedTensor, stack_parts
+from pallas_kernels.prepared import delete
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params, make_decoder, split_params
@@ -85,8 +86,16 @@ def _divide(blocks: Sequence[Params], layer: str, count: int) -> bool:
     return all(w.shape[0] % (count * unit) == 0 for w, unit in zip(weights, units))
 
 
-def cut(model: Decoder, count: int) -> list[Decoder]:
+def cut(
+    model: Decoder, count: int, devices: Sequence[jax.Device] | None = None, *, consume: bool = False
+) -> list[Decoder]:
     """The decoder's parts, for a program that runs on ``count`` devices along :data:`AXIS`.
+
+    Args:
+      model: on one device.
+      count: of parts.
+      devices: where the parts go; all stay where the model is without.
+      consume: whether what is cut of the model is deleted then.
 
     Raises:
       ValueError: the model lies over a mesh already.
@@ -97,7 +106,13 @@ def cut(model: Decoder, count: int) -> list[Decoder]:
     config = cuts.config(model.config)
     each: list[list[Params]] = []
     for params in (outer, *blocks):
-        found = {name: cuts.parts(name, value) for name, value in params.items()}
+        found: dict[str, list[Any]] = {}
+        for name, value in params.items():
+            found[name] = values = cuts.parts(name, value)
+            if devices is not None:
+                found[name] = list(map(jax.device_put, values, devices))
+            if consume and values[0] is not value:
+                delete(value)
         each.append([{name: values[i] for name, values in found.items()} for i in range(count)])
     return [_part(config, cuts, [params[i] for params in each]) for i in range(count)]
 
@@ -115,12 +130,17 @@ def _part(config: DecoderConfig, cuts: Cuts, params: Sequence[Params]) -> Decode
     return part
 
 
-def on_devices(trees: Sequence[Any], mesh: Mesh) -> Any:
-    """One tree of parts' trees, which are alike: leaves ``[devices, ...]``, a part on each device."""
+def on_devices(trees: Sequence[Any], mesh: Mesh, *, consume: bool = False) -> Any:
+    """One tree of parts' trees, which are alike: leaves ``[devices, ...]``, a part on each device.
+
+    ``consume``: whether each leaf of the trees is deleted then.
+    """
     sharding = NamedSharding(mesh, P(AXIS))
 
     def one(*leaves: jax.Array) -> jax.Array:
         placed = [jax.device_put(leaf[None], device) for leaf, device in zip(leaves, mesh.devices)]
+        if consume:
+            jax.tree.map(delete, leaves)
         return jax.make_array_from_single_device_arrays((len(leaves), *leaves[0].shape), sharding, placed)
 
     return jax.tree.map(one, *trees)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from pallas_kernels import MixedTensor, Prepared, prepare, prepare_joined
 from pallas_kernels.layout import stack
-from pallas_kernels.prepared import one_by_one
+from pallas_kernels.prepared import delete, one_by_one
 from slim_jax.model.block import Block, Norm, Unchanged, linear_groups
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed, join
@@ -78,8 +78,8 @@ def _prepared_block(block: Block, consume: bool) -> Block:
         return block
     found = _with_weights_prepared(block)
     if consume:
-        for leaf in jax.tree.leaves(packed):
-            leaf.delete()
+        for weight in packed:
+            delete(weight)
     return found
 
 
