@@ -5,6 +5,7 @@ of everything: what the model writes itself, articles, fiction, a manual, progra
 (`convert/texts/README.md`).
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -94,6 +95,17 @@ def counts(given: Sequence[Part], samples: int) -> list[int]:
     for index in np.argsort(whole - exact, kind="stable")[: samples - whole.sum()]:
         whole[index] += 1
     return whole.tolist()
+
+
+def written(given: Sequence[Part], samples: int) -> int:
+    """How many of ``samples`` windows the model writes."""
+    return sum(count for part, count in zip(given, counts(given, samples)) if part.text is None)
+
+
+def recipe(given: Sequence[Part], *numbers: int) -> list[Any]:
+    """What :func:`draw` goes by, as JSON values: texts by their SHA-256, and its numbers."""
+    texts = [None if p.text is None else hashlib.sha256(p.text.encode()).hexdigest() for p in given]
+    return [*zip(texts, (part.share for part in given)), *numbers]
 
 
 def draw(

@@ -1,5 +1,6 @@
 """What `--calibration` names: parts, shares, windows."""
 
+import json
 from importlib import resources
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 from convert import calibration
 from slim_jax.model.windows import draw_windows
+from slim_jax.run import drawn
+from slim_jax.run.files import write_json
 
 
 def letters(text: str) -> list[int]:
@@ -50,6 +53,45 @@ def test_counts_are_as_near_to_the_shares_as_can_be(samples):
     found = calibration.counts(mix, samples)
     assert sum(found) == samples
     assert all(abs(n - part.share * samples) < 1 for n, part in zip(found, mix))
+
+
+def test_windows_are_drawn_once(tmp_path):
+    tokens, calls = np.arange(12).reshape(3, 4), []
+    draw = drawn.Draw(["a text", 1], lambda: calls.append(1) or tokens)
+
+    def windows(given: drawn.Draw = draw) -> drawn.Windows:
+        return drawn.Windows.of(given, None, tmp_path, resume=True)
+
+    def write(found: drawn.Windows, *, complete: bool) -> None:
+        manifest = {"format": "slim-jax", "complete": complete, "blocks": [], "decoder": {"num_layers": 1}}
+        quantization = {"calibration": json.loads(json.dumps(found.fingerprint))}
+        write_json(tmp_path / "slim.json", manifest | {"quantization": quantization})
+        found.keep(tmp_path)
+
+    first = windows()
+    write(first, complete=False)
+    np.testing.assert_array_equal(windows().tokens, tokens)
+    assert windows().fingerprint == first.fingerprint
+    assert len(calls) == 1
+    (tmp_path / drawn.KEPT).write_bytes(b"damaged")
+    assert windows().fingerprint == first.fingerprint
+    windows(drawn.Draw(["another text", 1], draw.make))
+    assert len(calls) == 3
+    write(first, complete=True)
+    assert windows() == (None, first.fingerprint)
+    assert len(calls) == 3
+
+
+def test_recipes_tell_texts_apart():
+    given = [calibration.Part("a", 1.0, "x"), calibration.Part("self", 0.5, None)]
+    other = [calibration.Part("a", 1.0, "y"), given[1]]
+    moved = [calibration.Part("b", 1.0, "x"), given[1]]
+    assert calibration.recipe(given, 1, 2) == calibration.recipe(moved, 1, 2)
+    assert calibration.recipe(given, 1, 2) not in (
+        calibration.recipe(other, 1, 2),
+        calibration.recipe(given, 1),
+    )
+    assert calibration.written(given, 6) == 2
 
 
 def test_windows_are_of_their_parts_and_mixed():

@@ -9,15 +9,17 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import QUANTIZE, make_room, refused, said, same_weights, tiny_golden, write_text
 
 from convert.cli import program, run
 from convert.display import layer_kinds, print_json
 from convert.load import load_source
+from convert.source import ModelSource
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.perplexity import Perplexity
-from slim_jax.run import quantizer
+from slim_jax.run import memory, quantizer
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,46 @@ def test_allocation_goes_round(room, capsys, tmp_path):
     assert json.loads((tmp_path / "bits.json").read_text()) == bits
     layers = [json.loads(said(capsys, "inspect", out / "q2", "--json"))["layers"] for out in (room, tmp_path)]
     assert [row["bits"] for row in layers[0]] == [row["bits"] for row in layers[1]]
+
+
+def own_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was said before each time that the model, here something quicker, writes calibration text."""
+    said_before = []
+
+    def write(source: object, samples: int, length: int, seed: int) -> np.ndarray:
+        said_before.append(capsys.readouterr().err)
+        return np.full((samples, length), 5 + seed, np.int32)
+
+    monkeypatch.setattr("convert.cli.quantize._own_text", write)
+    return said_before
+
+
+def test_a_resumed_run_draws_nothing_and_a_finished_one_reads_nothing(room, capsys, tmp_path, monkeypatch):
+    written = own_text(monkeypatch, capsys)
+    calibration = ["--calibration", str(room / "calib.txt"), "--calibration", "self"]
+    arguments = ["quantize", str(room / "hf"), str(tmp_path / "q"), *calibration, *QUANTIZE]
+    with monkeypatch.context() as patch:
+        interrupt_in_block(patch, 1)
+        assert run(arguments) == 130
+    assert "GiB of memory" in written[0]  # the forecast comes first
+    found = json.loads(said(capsys, *arguments, "--resume", "--json"))
+    assert found["peak_bytes"] > 0 < found["forecast_bytes"]
+    monkeypatch.setattr(ModelSource, "_read", None)
+    said(capsys, *arguments, "--resume")
+    assert len(written) == 1
+    assert "calibration was" in refused(capsys, *arguments, "--resume", "--seed", "1")
+
+
+@pytest.mark.parametrize("given", [["self"], ["self", "{room}/calib.txt"]])
+def test_a_model_too_large_to_write_leaves_it_to_other_texts(room, capsys, tmp_path, monkeypatch, given):
+    written = own_text(monkeypatch, capsys)
+    monkeypatch.setattr(memory, "available", lambda: 1)
+    interrupt_in_block(monkeypatch, 0)
+    calibration = [word for item in given for word in ("--calibration", item.format(room=room))]
+    assert run(["quantize", str(room / "hf"), str(tmp_path / "q"), *calibration, *QUANTIZE]) == 130
+    alone = len(given) == 1
+    assert len(written) == alone
+    assert ("calibrating on the other texts" in capsys.readouterr().err) != alone
 
 
 @pytest.mark.slow

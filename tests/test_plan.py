@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from slim_jax import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import split_params
-from slim_jax.run import activations, plan, quantizer
+from slim_jax.run import activations, memory, plan, quantizer
 
 GROUPS = ("--group-size", 32)
 
@@ -72,8 +74,41 @@ def test_memory_is_that_of_the_arrays_at_the_worst_moment(model, monkeypatch, as
 
     monkeypatch.setattr(quantizer, "observe", observe)
     quantize(model, tokens, settings)
-    planned = plan.make_plan(model.config, settings, "v5e", samples=256, length=64).calibration_bytes
+    size = sum(leaf.size for leaf in jax.tree.leaves(split_params(model)[1][0]))
+    planned = memory.held_bytes(model.config, settings.resolved(), size, tokens.size)
     assert 0.8 * most < planned < 1.3 * most
+
+
+QUANTIZE_TWO_BLOCKS = """
+import dataclasses
+import convert.load
+from convert.cli.program import main
+
+whole = convert.load.open_model
+
+def first_blocks(spec, dtype=None):
+    source = whole(spec, dtype)
+    source.config = dataclasses.replace(source.config, num_layers=2)
+    return source
+
+convert.load.open_model = first_blocks
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere allocators differ")
+@pytest.mark.parametrize(
+    "options", [["--preset", "fast"], ["--bits", "2.25"]], ids=["blocks", "sweep and tuning"]
+)
+def test_memory_is_as_forecast(tmp_path, options):
+    """Of a process that quantizes the first blocks of SmolLM2, its calibration text included."""
+    asked = ["quantize", "smollm2", str(tmp_path / "q"), *options, "--samples", "64", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", QUANTIZE_TWO_BLOCKS, *asked], stdout=subprocess.PIPE, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["forecast_bytes"] / 1.5 < found["peak_bytes"] < 1.3 * found["forecast_bytes"]
 
 
 def test_tuning_needs_the_whole_model():

@@ -51,6 +51,7 @@ def plan(
 
     slim-jax plan models/Llama-2-70b --bits 2 --devices v5e:4 --context 2048 --json
     """
+    from convert.calibration import parts, written
     from slim_jax.run.effort import in_words, operations, rate
     from slim_jax.run.plan import for_size, make_plan, parse_devices, parse_size
 
@@ -67,6 +68,7 @@ def plan(
     if target_size is not None:
         settings = for_size(config, settings, parse_size(target_size))
     length = window_length(length, config)
+    own = written(parts(()), samples)  # by the default calibration
     found = make_plan(
         config,
         settings,
@@ -75,8 +77,9 @@ def plan(
         context=context,
         samples=samples,
         length=length,
+        written=own,
     )
-    seconds = operations(config, settings, samples, length) / rate(config)
+    seconds = operations(config, settings, samples, length, own) / rate(config)
     if as_json:
         print_json({**dataclasses.asdict(found), "seconds_here": round(seconds)})
     else:

@@ -38,12 +38,15 @@ from convert.cli.sources import (
 from convert.display import Progress, print_result, progress, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import jax
     import numpy as np
 
     from convert.calibration import Part
     from slim_jax.config import SlimConfig
     from slim_jax.report import BlockReport, Report
+    from slim_jax.run.plan import Plan
     from slim_jax.run.source import Source
 
 
@@ -124,10 +127,11 @@ def quantize(
         embedding_bits=embedding_bits,
         rules=make_rules(rule, rules),
     )
-    from convert.calibration import parts
+    from convert.calibration import parts, recipe, written
 
     texts = parts(calibration or ())
     from slim_jax.method.sba import load_allocation
+    from slim_jax.run.drawn import Draw
     from slim_jax.run.pipeline import quantize_to_checkpoint
     from slim_jax.run.plan import for_size, parse_size
 
@@ -140,16 +144,22 @@ def quantize(
     require_positions("--length", length, model)
     if target_size is not None:
         config = for_size(model.config, config, parse_size(target_size))
-    tokenizer, tokens = _calibration(model, texts, samples, length, seed)
+    plan = _forecast(model, config, texts, samples, length, offload)
+    fitting = _that_fit(texts, plan)
+    if fitting is not texts:
+        plan = _forecast(model, config, fitting, samples, length, offload)
+    tokenizer, make = _calibration(model, fitting, samples, length, seed)
     ctx.obj.on_interrupt = (
         f"interrupted; the same command with --resume goes on after {out}'s last whole block"
     )
     if not resume:
-        _announce(model, config, samples, length, offload, devices)
+        if fitting is not texts:
+            say("the model is too large for this memory to write text itself: calibrating on the other texts")
+        _announce(model, config, plan, samples, length, written(fitting, samples), devices)
     with progress("quantizing", model.config.num_layers) as step:
         report = quantize_to_checkpoint(
             model,
-            tokens,
+            Draw(recipe(texts, samples, length, seed), make),
             config,
             out,
             allocation=chosen,
@@ -161,7 +171,7 @@ def quantize(
     keep_tokenizer(tokenizer, out)
     if target_size is not None and report.stored_bytes > parse_size(target_size):
         say(f"note: {report.stored_bytes:,} bytes are stored: some layers need scales of two bytes, not one")
-    _tell(out, report, save_allocation, as_json)
+    _tell(out, report, plan, save_allocation, as_json)
 
 
 def _opened(source: str, config: "SlimConfig") -> "Source":
@@ -186,7 +196,7 @@ def _require_free(out: Path, resume: bool) -> None:
         require_new(out, "; --resume goes on with an interrupted run")
 
 
-def _tell(out: Path, report: "Report", save_allocation: Path | None, as_json: bool) -> None:
+def _tell(out: Path, report: "Report", plan: "Plan", save_allocation: Path | None, as_json: bool) -> None:
     """Writes the page and the bits of all groups, and prints a line."""
     from convert.page import write_report
     from slim_jax.method.sba import save_allocation as write_allocation
@@ -196,27 +206,65 @@ def _tell(out: Path, report: "Report", save_allocation: Path | None, as_json: bo
     write_report(out, out / "report.html")
     if save_allocation is not None:
         write_allocation(report.allocation, save_allocation)
-    _print_report(out, report, as_json)
+    _print_report(out, report, plan, as_json)
 
 
-def _print_report(out: Path, report: "Report", as_json: bool) -> None:
-    found = report.to_json()
+def _print_report(out: Path, report: "Report", plan: "Plan", as_json: bool) -> None:
+    from slim_jax.run.memory import peak_bytes
+
+    peak = peak_bytes()
+    found = {**report.to_json(), "forecast_bytes": plan.calibration_bytes, "peak_bytes": peak}
     size = f"{report.stored_bytes / 1e6:.1f} MB, {report.times_smaller:.2f} times smaller than in bfloat16"
-    print_result(
-        found, f"{out}: {found['bits_per_weight']:.3f} bits per weight in the blocks; {size}", as_json
+    line = f"{out}: {found['bits_per_weight']:.3f} bits per weight in the blocks; {size}"
+    print_result(found, f"{line}; {peak / 2**30:.2f} GiB of memory at most", as_json)
+
+
+def _forecast(
+    source: "Source",
+    config: "SlimConfig",
+    texts: "list[Part]",
+    samples: int,
+    length: int,
+    offload: bool,
+) -> "Plan":
+    from convert.calibration import written
+    from slim_jax.run.plan import DEVICES, make_plan
+
+    return make_plan(
+        source.config,
+        config,
+        next(iter(DEVICES)),
+        samples=samples,
+        length=length,
+        written=written(texts, samples),
+        offload=offload,
     )
 
 
+def _that_fit(texts: "list[Part]", plan: "Plan") -> "list[Part]":
+    """The texts without what the model would write, if there are others and there is no memory for it."""
+    from slim_jax.run.memory import available
+
+    room, others = available(), [part for part in texts if part.text is not None]
+    if room is None or plan.writing_bytes <= room or not others or len(others) == len(texts):
+        return texts
+    return others
+
+
 def _announce(
-    source: "Source", config: "SlimConfig", samples: int, length: int, offload: bool, devices: int
+    source: "Source",
+    config: "SlimConfig",
+    plan: "Plan",
+    samples: int,
+    length: int,
+    written: int,
+    devices: int,
 ) -> None:
     """What the run is expected to need."""
     from slim_jax.run.effort import in_words, operations, rate
-    from slim_jax.run.plan import DEVICES, make_plan
 
-    kept = 0 if offload else samples
-    plan = make_plan(source.config, config, next(iter(DEVICES)), samples=kept, length=length)
-    seconds = operations(source.config, config, samples, length) / (devices * rate(source.config))
+    count = operations(source.config, config, samples, length, written)
+    seconds = count / (devices * rate(source.config))
     needed = f"about {plan.calibration_bytes / 2**30:.2f} GiB of memory and {in_words(seconds)}"
     stored = f"{plan.packed_bytes / 1e6:.1f} MB to store, {plan.bits_per_weight:.3f} bits per weight"
     say(f"{config.method} at {config.bits} bits: {needed}; about {stored} in the blocks")
@@ -224,14 +272,14 @@ def _announce(
 
 def _calibration(
     source: "Source", texts: "list[Part]", samples: int, length: int, seed: int
-) -> "tuple[Any, np.ndarray]":
-    """The tokenizer, None where there is none, and the windows, ``int32[samples, length]``."""
+) -> "tuple[Any, Callable[[], np.ndarray]]":
+    """The tokenizer, None where there is none, and how the windows are drawn."""
     from convert.calibration import draw
 
     find = tokenizer_of if any(part.text is not None for part in texts) else optional_tokenizer
     tokenizer = find(source)
     to_tokens = None if tokenizer is None else partial(encode, tokenizer)
-    return tokenizer, draw(texts, to_tokens, partial(_own_text, source), samples, length, seed)
+    return tokenizer, partial(draw, texts, to_tokens, partial(_own_text, source), samples, length, seed)
 
 
 def _own_text(
@@ -243,7 +291,7 @@ def _own_text(
     from slim_jax.model.generate import sample_text
 
     say(f"the model writes {samples} windows of {length} tokens to calibrate on")
-    tokens = sample_text(whole_decoder(source), samples=samples, length=length, seed=seed)
+    tokens = sample_text(whole_decoder(source, rounded=True), samples=samples, length=length, seed=seed)
     return np.asarray(tokens, np.int32)
 
 

@@ -29,11 +29,11 @@ def read_config(spec: str) -> "DecoderConfig":
     return load_config(spec)
 
 
-def whole_decoder(source: "Source") -> "Decoder":
-    """The whole model in memory."""
+def whole_decoder(source: "Source", *, rounded: bool = False) -> "Decoder":
+    """The whole model in memory, see `slim_jax.run.source.read_decoder`."""
     from slim_jax.run.source import read_decoder
 
-    return read_decoder(source)
+    return read_decoder(source, rounded=rounded)
 
 
 def tokenizer_of(source: "Source") -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -23,8 +24,13 @@ Params = Mapping[str, Any]
 
 
 def _flat(module: nnx.Module) -> dict[str, Any]:
-    state = nnx.to_flat_state(nnx.state(module, (nnx.Param, Packed, Buffer)))
-    return {".".join(map(str, path)): variable.get_value() for path, variable in state}
+    # Not by nnx.to_flat_state, which leaves cycles behind: arrays would stay until Python looks for these.
+    variables = {
+        tuple(map(str, path)): node
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Param | Packed | Buffer)
+    }
+    return {".".join(path): variables[path].get_value() for path in sorted(variables)}
 
 
 def _abstract(config: DecoderConfig, make: type[Block] | type[Decoder], part: str = "") -> Any:
@@ -125,6 +131,29 @@ def make_outer(config: DecoderConfig, outer: Params) -> Decoder:
     return make_decoder(_without_blocks(config), outer, [])
 
 
+def without_tables(
+    config: DecoderConfig, outer: Params, tokens: np.ndarray | None = None
+) -> tuple[Decoder, np.ndarray]:
+    """Returns :func:`make_outer`'s decoder with no head and some tokens' embeddings, and their numbers there.
+
+    Of a packed embedding it has all.
+
+    Args:
+      config: the decoder's.
+      outer: parameters outside the blocks.
+      tokens: of any shape; None where none will be embedded.
+    """
+    table = outer["embed"]
+    tokens = np.zeros(1, np.int32) if tokens is None else tokens
+    if not isinstance(table, MixedTensor):
+        rows, numbers = np.unique(tokens, return_inverse=True)
+        table, tokens = table[rows], numbers.reshape(tokens.shape)
+        config = dataclasses.replace(config, vocab_size=len(rows))
+    rest = {name: value for name, value in outer.items() if name != "head.weight"}
+    small = make_outer(dataclasses.replace(config, tied_head=True), {**rest, "embed": table})
+    return small, tokens.astype(np.int32)
+
+
 def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The inverse of :func:`make_decoder`: parameters outside the blocks, and of each block."""
     flat = _flat(decoder)
@@ -140,6 +169,14 @@ def is_rounded(name: str, rank: int) -> bool:
 def as_computed(name: str, value: Any) -> jax.Array:
     """Returns a dense parameter in the dtype that calibration computes in."""
     return jnp.asarray(value, COMPUTE_DTYPE if is_rounded(name, value.ndim) else jnp.float32)
+
+
+def computed(params: Params) -> dict[str, Any]:
+    """Returns dense parameters :func:`as_computed` and packed ones as they are."""
+    return {
+        name: value if isinstance(value, MixedTensor) else as_computed(name, value)
+        for name, value in params.items()
+    }
 
 
 def as_stored(name: str, value: Any) -> Any:

@@ -24,7 +24,7 @@ from slim_jax.model.block import stages
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import embed
 from slim_jax.model.linear import COMPUTE_DTYPE
-from slim_jax.model.params import Params, as_computed, make_outer, make_part
+from slim_jax.model.params import Params, as_computed, make_part, without_tables
 from slim_jax.model.stage import Stage
 from slim_jax.run.offload import Batches, OnDisk
 from slim_jax.run.source import Source
@@ -214,8 +214,9 @@ class Activations:
           offload: see the attributes.
           placement: see the attributes.
         """
-        outer = make_outer(source.config, placement.tree(dict(source.outer())))
-        batches = sample_batches(tokens.astype(np.int32), placement.devices)
+        outer, numbers = without_tables(source.config, source.outer(), tokens)
+        outer = placement.tree(outer)
+        batches = sample_batches(numbers, placement.devices)
         empty = cls(source.config, [], offload, placement)
         return empty.with_batches(embed(outer, placement.samples(rows)) for rows in batches)
 

@@ -4,7 +4,8 @@
     out/outer/         embeddings, last norm, head
     out/blocks/007/    one block
     out/tokenizer/     the tokenizer's own files
-    out/drafts/        until all is done: what the sweep found, blocks that tuning is going to replace
+    out/drafts/        until all is done: calibration windows, what the sweep found, blocks that
+                       tuning is going to replace
     out/.lock          while it is written: the process that does
 
 A finished checkpoint is also read from safetensors files, which people pass on (`slim_jax.run.shards`).

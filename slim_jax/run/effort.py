@@ -35,8 +35,10 @@ REACHED = 0.75
 """Of the rate of one product, what a quantization as a whole comes to (SmolLM2 on a CPU core)."""
 
 
-def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length: int) -> float:
-    """Floating-point operations of quantizing a model on ``samples`` windows of ``length`` tokens."""
+def operations(
+    config: DecoderConfig, settings: SlimConfig, samples: int, length: int, written: int = 0
+) -> float:
+    """Floating-point operations of quantizing a model on so many windows, ``written`` of which it writes."""
     settings = settings.resolved()
     tuned = settings.samples_to_tune(samples) * length
     solved = samples * length - tuned
@@ -44,7 +46,7 @@ def operations(config: DecoderConfig, settings: SlimConfig, samples: int, length
     attended = sum(2 * length * kind.num_heads * kind.head_dim for kind in config.blocks())
     forward = 2.0 * (weights + attended)
     head = 2.0 * config.hidden_size * config.vocab_size
-    count = 0.0
+    count = written * length * (forward + head)
     if settings.method != "rtn":
         count += solved * sum(_observed(kind, settings) for kind in config.blocks())
     count += solved * forward * (2 if settings.corrects or settings.method == "slim-plus" else 1)

@@ -24,7 +24,7 @@ from slim_jax.method.layer import LayerSolver, relative_error, squares
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE, product_dtype
-from slim_jax.model.params import Params, as_stored, block_params, make_outer, outer_params
+from slim_jax.model.params import Params, as_stored, block_params, outer_params, without_tables
 from slim_jax.report import LayerReport
 from slim_jax.run.activations import Activations, Inputs, observe
 from slim_jax.run.offload import Batches
@@ -64,7 +64,7 @@ def quantize_ends(
         raise ValueError(f"{packed[0]} is already quantized, expected a dense model")
     solver = TableSolver(config, placement)
     beside = None if source.config.tied_head else reference
-    seen = observe_head(source.config, placement.tree(outer), activations, beside, stride, placement)
+    seen = observe_head(source.config, outer, activations, beside, stride, placement)
     reports = []
     for name in ("embed", "head.weight"):
         if name in outer:
@@ -92,7 +92,7 @@ def _head_input(outer: Decoder, h: jax.Array) -> jax.Array:
 
 def head_inputs(config: DecoderConfig, params: Params, activations: Activations) -> Batches:
     """The head's inputs, from the activations behind the last block."""
-    outer = make_outer(config, params)
+    outer = activations.placement.tree(without_tables(config, params)[0])
     return activations.keep(_head_input(outer, h) for h in activations.batches)
 
 

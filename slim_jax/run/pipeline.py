@@ -6,13 +6,10 @@ shapes, so each jitted step here compiles once per model.
 """
 
 import contextlib
-import hashlib
-import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optax
@@ -28,6 +25,7 @@ from slim_jax.model.params import make_decoder
 from slim_jax.report import BlockReport, Report
 from slim_jax.rules import check_rules
 from slim_jax.run.checkpoint import CheckpointSource
+from slim_jax.run.drawn import Draw, Windows
 from slim_jax.run.ends import sizes
 from slim_jax.run.learning import OnEpoch
 from slim_jax.run.quantizer import BlockQuantizer
@@ -143,7 +141,7 @@ def quantize(
 
 def quantize_to_checkpoint(
     source: Source,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Draw,
     config: SlimConfig,
     path: Path,
     *,
@@ -161,6 +159,8 @@ def quantize_to_checkpoint(
     """:func:`quantize` for models larger than memory: every finished block is on disk before the next starts.
 
     Args:
+      tokens: as there, or how they are drawn: a resumed run reads back its own, a finished
+        one needs none.
       path: the checkpoint's folder; must not exist or be empty, unless ``resume``.
       resume: continue an interrupted run with the same model, tokens and settings; the result is the
         same, bit for bit.
@@ -173,9 +173,10 @@ def quantize_to_checkpoint(
         that another process is at.
     """
     source, placement, config = FiniteSource(source), Placement(mesh), config.resolved()
-    tokens = _check(source, tokens, config, placement.devices)
-    solving, tuning_on = _parts(tokens, config, placement.devices)
-    settings = {**config.to_json(), "calibration": _fingerprint(tokens, allocation)}
+    windows = Windows.of(tokens, allocation, path, resume)
+    if windows.tokens is not None:
+        _check(source, windows.tokens, config, placement.devices)
+    settings = {**config.to_json(), "calibration": windows.fingerprint}
     with (
         CheckpointWriter(
             *(path, source.config, source.origin, settings),
@@ -186,8 +187,10 @@ def quantize_to_checkpoint(
         ) as writer,
         _scratch(path if offload and not writer.complete else None) as folder,
     ):
-        if writer.complete:
+        if windows.tokens is None or writer.complete:
             return writer.report()
+        windows.keep(path)
+        solving, tuning_on = _parts(windows.tokens, config, placement.devices)
         reference = None
         if not writer.all_written:
             swept = path / "drafts/sweep.npz"
@@ -235,9 +238,3 @@ def _scratch(path: Path | None) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory(prefix="activations.", dir=path, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-def _fingerprint(tokens: np.ndarray, allocation: Mapping[str, list[int]] | None) -> dict[str, Any]:
-    digest = hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes())
-    digest.update(json.dumps(allocation, sort_keys=True).encode())
-    return {"samples": int(tokens.shape[0]), "length": int(tokens.shape[1]), "sha256": digest.hexdigest()}

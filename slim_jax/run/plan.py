@@ -15,6 +15,7 @@ from slim_jax.model.block import linear_groups, linear_names
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_buffers, block_params, outer_params, stored_bytes
 from slim_jax.rules import check_rules
+from slim_jax.run import memory
 
 GIB = 2**30
 
@@ -38,9 +39,8 @@ class Plan:
       bits_per_weight: of the packed layers of the blocks, everything counted.
       ends_bytes: of embedding and head, in ``packed_bytes`` too.
       cache_bytes_per_token: keys and values of one token in bfloat16.
-      calibration_bytes: the most that quantizing needs at once, beside the runtime: activations, one
-        block in float32 twice, and the Hessian with its factors; or, if that is more, the whole packed model
-        while it is tuned.
+      calibration_bytes: the most that quantizing needs at once, see `slim_jax.run.memory`.
+      writing_bytes: of that, what the model takes while it writes text to calibrate on; 0 if it does not.
       device: a key of :data:`DEVICES`.
       devices: how many.
       capacity: usable memory of one device.
@@ -59,6 +59,7 @@ class Plan:
     ends_bytes: int
     cache_bytes_per_token: int
     calibration_bytes: int
+    writing_bytes: int
     device: str
     devices: int
     capacity: int
@@ -94,6 +95,8 @@ def make_plan(
     context: int = 4096,
     samples: int = SAMPLES,
     length: int = LENGTH,
+    written: int = 0,
+    offload: bool = False,
 ) -> Plan:
     """Plans the quantization of a model and its run.
 
@@ -104,8 +107,10 @@ def make_plan(
       devices: how many share the model, as `slim_jax.load` with a mesh cuts it.
       batch: sequences that run at once.
       context: tokens that each has room for.
-      samples: calibration windows, those that tuning is left among them; 0 where none is kept in memory.
+      samples: calibration windows, those that tuning is left among them; 0 plans no calibration.
       length: their tokens.
+      written: how many of them the model writes itself.
+      offload: whether activations are kept on disk.
 
     Raises:
       ValueError: a rule of the settings holds for no layer, or tuning leaves no window to the layers.
@@ -125,7 +130,6 @@ def make_plan(
         cut = {name: 1 if sharding[_in_block(name)] == "replicated" else devices for name in packed}
         return sum(-(-size // cut[name]) for name, size in packed.items())
 
-    solving = (samples - settings.samples_to_tune(samples)) * length if samples else 0
     weights = share(blocks.packed) + share(ends) + rest
     cache_here = sum(_cache_bytes(kind, devices) for kind in config.blocks())
     working = 4 * batch * (config.vocab_size + 8 * max(b.intermediate_size for b in config.blocks()))
@@ -133,6 +137,15 @@ def make_plan(
     room = capacity - weights - working
     device_bytes = weights + working + batch * context * cache_here
     packed_bytes = sum(blocks.packed.values())
+    shapes = memory.Shapes(
+        blocks.sizes,
+        outside,
+        math.prod(outer["head.weight"].shape) if "head.weight" in outer else 0,
+        packed_bytes,
+        blocks.quantized // settings.group_size,
+        sum(ends.values()),
+    )
+    phases = memory.phases(config, settings, shapes, samples, length, written, offload) if samples else {}
     return Plan(
         parameters=blocks.parameters + outside,
         quantized=blocks.quantized + in_tables,
@@ -141,13 +154,8 @@ def make_plan(
         bits_per_weight=8 * packed_bytes / blocks.quantized,
         ends_bytes=sum(ends.values()),
         cache_bytes_per_token=sum(_cache_bytes(kind, 1) for kind in config.blocks()),
-        calibration_bytes=max(
-            _tuning_bytes(config, settings, blocks, outside, length) if settings.tune else 0,
-            *(
-                _calibration_bytes(kind, settings, size, solving)
-                for kind, size in zip(config.blocks(), blocks.sizes)
-            ),
-        ),
+        calibration_bytes=memory.runtime_bytes(config) + max(phases.values(), default=0),
+        writing_bytes=phases.get("writing", 0),
         device=device,
         devices=devices,
         capacity=capacity,
@@ -307,27 +315,3 @@ def _packed_bytes(shape: tuple[int, int], settings: Settings) -> int:
 
     low = math.floor(mean)
     return at(low) if low == mean else round(at(low) + (mean - low) * (at(low + 1) - at(low)))
-
-
-def _calibration_bytes(config: DecoderConfig, settings: Settings, block: int, tokens: int) -> int:
-    """Residual stream in float32, in front of the block and inside (with the full-precision one, if layers
-    make up for what is lost, and for "slim-plus" two targets too), two stages' inputs in bfloat16, a block
-    twice in float32, and the widest Hessian with its inverse and factor."""
-    widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
-    beside = 2 if settings.corrects else 1
-    streams = beside + (4 if settings.method == "slim-plus" else beside)
-    of_token = 4 * streams * config.hidden_size + 2 * beside * (config.hidden_size + widest)
-    return tokens * of_token + 2 * 4 * block + 3 * 4 * widest**2
-
-
-def _tuning_bytes(
-    config: DecoderConfig, settings: Settings, blocks: "_Blocks", tables: int, length: int
-) -> int:
-    """Packed weights; what is learned of their scales in float32 five times (as it is, the best, two moments,
-    the gradient); of one step's samples what every product gives; the logits of one sample four times; and
-    both models' embedding and head."""
-    learned = 5 * 4 * blocks.quantized // settings.group_size
-    given = sum(blocks.outputs.values()) + 2 * config.hidden_size
-    step = 4 * settings.tune_batch_size * length * given * config.num_layers
-    logits = 4 * 4 * length * config.vocab_size
-    return sum(blocks.packed.values()) + learned + step + logits + 2 * 4 * tables

@@ -65,7 +65,7 @@ class BlockQuantizer:
         self.learner: BlockLearner | None = None
         self.reference: Activations | None = None  # behind full-precision blocks
         if config.corrects or config.method == "slim-plus":
-            self.reference = Activations.of(source, tokens, offload, placement)
+            self.reference = self.activations
         if config.method == "slim-plus":
             self.learner = BlockLearner(source.config, config, len(tokens), optimizer, placement)
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from pallas_kernels import MixedTensor
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.params import Params, make_decoder, split_params
+from slim_jax.model.params import Params, computed, make_decoder, split_params
 
 SAMPLED = "sampled:"
 """Begins the fingerprints that say something of the weights themselves; earlier ones did of their sizes."""
@@ -105,10 +105,17 @@ class FiniteSource:
         return params
 
 
-def read_decoder(source: Source, mesh: Mesh | None = None) -> Decoder:
-    """The whole model in memory; ``mesh`` is over which packed weights lie, if they do."""
-    blocks = [source.block(index) for index in range(source.config.num_layers)]
-    return make_decoder(source.config, source.outer(), blocks, mesh)
+def read_decoder(source: Source, mesh: Mesh | None = None, *, rounded: bool = False) -> Decoder:
+    """Returns the whole model in memory.
+
+    Args:
+      source: of the model.
+      mesh: over which packed weights lie, if they do.
+      rounded: dense matrices come in bfloat16, half of what float32 takes.
+    """
+    prepared = computed if rounded else dict
+    blocks = [prepared(source.block(index)) for index in range(source.config.num_layers)]
+    return make_decoder(source.config, prepared(source.outer()), blocks, mesh)
 
 
 def _some_rows(value: jax.Array) -> np.ndarray:

@@ -34,7 +34,7 @@ from slim_jax.model.block import Block, linear_groups, linear_names, sequence_po
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
-from slim_jax.model.params import block_params, make_outer
+from slim_jax.model.params import block_params, computed, make_outer
 from slim_jax.model.stage import part_of
 from slim_jax.run.activations import Activations, observe, sample_batches
 from slim_jax.run.files import write_arrays
@@ -246,7 +246,7 @@ class Sweep:
         return inputs
 
     def _loss_gradients(self, outputs: Batches) -> Batches:
-        decoder = make_outer(self.source.config, self.placement.tree(dict(self.source.outer())))
+        decoder = make_outer(self.source.config, self.placement.tree(computed(self.source.outer())))
         rows = map(self.placement.samples, sample_batches(self.tokens, self.placement.devices))
         return self.start.keep(
             _loss_gradient(decoder, h, batch, placement=self.placement) for h, batch in zip(outputs, rows)

@@ -17,7 +17,7 @@ from slim_jax.config import Settings
 from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.tune import Batch, Fixed, Learned, Tuner, no_change, stacked
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.params import Params
+from slim_jax.model.params import Params, computed
 from slim_jax.report import TuningReport
 from slim_jax.run.activations import Activations
 from slim_jax.run.ends import head_inputs
@@ -67,7 +67,7 @@ def tune(
       file: where an unfinished tuning is kept, to be resumed; None keeps nothing.
       on_step: called after every step.
     """
-    full = placement.tree(dict(source.outer()))
+    full = placement.tree(computed(source.outer()))
     if reference is None:
         reference = Activations.of(source, tokens, offload, placement)
         for index in range(source.config.num_layers):
