@@ -1,11 +1,13 @@
 """The README.md of a model that is passed on: what it is, what is stored, how it was made."""
 
+import html
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from convert.display import layer_kinds
 from slim_jax.rules import Rule
+from slim_jax.run.hub import is_hub_name
 from slim_jax.run.manifest import Manifest, summary
 
 
@@ -21,7 +23,7 @@ def model_card(title: str, manifest: Manifest, size: int, perplexity: Sequence[t
     found = summary(manifest)
     origin = manifest.origin.get("name") or manifest.origin.get("path") or "a model in memory"
     header = ["library_name: slim-jax", "pipeline_tag: text-generation", "tags:", "- slim-jax", "- quantized"]
-    if origin.count("/") == 1:
+    if is_hub_name(origin):
         header.append(f"base_model: {origin}")
     rows = [
         ("made from", origin),
@@ -34,7 +36,7 @@ def model_card(title: str, manifest: Manifest, size: int, perplexity: Sequence[t
     ]
     parts = [
         "---\n" + "\n".join(header) + "\n---",
-        f"# {title}",
+        f"# {_text(title)}",
         "Packed by [SliM-LLM](https://arxiv.org/abs/2405.14917) in JAX; `slim-jax` runs it as it is stored."
         if found["layers"]
         else "A model that is not quantized, as `slim-jax` stores it.",
@@ -102,4 +104,10 @@ def _layers(found: dict[str, Any]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines)
+
+
+def _text(value: str) -> str:
+    """A stranger's words, in which nothing is HTML, a link or the end of a cell."""
+    plain = html.escape(" ".join(value.split()), quote=False)
+    return plain.replace("|", "/").replace("[", "\\[")

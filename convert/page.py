@@ -1,4 +1,7 @@
-"""The page ``report.html``: what was quantized and how well. One file, no scripts, nothing fetched."""
+"""The page ``report.html``: what was quantized and how well. One file, no scripts, nothing fetched.
+
+The manifest may be a stranger's: whatever the page takes from it is escaped, numbers too.
+"""
 
 import html
 from collections.abc import Sequence
@@ -13,6 +16,8 @@ COLORS = {
     1: "#5e4fa2", 2: "#3288bd", 3: "#66c2a5", 4: "#fdae61",
     5: "#f46d43", 6: "#d53e4f", 7: "#9e0142", 8: "#6b0030",
 }  # fmt: skip
+MOST_GROUPS = 1 << 16
+"""Of a layer that is drawn."""
 PARTS = {
     "codes": "#3288bd",
     "scales": "#66c2a5",
@@ -68,7 +73,7 @@ def report_page(title: str, manifest: Manifest) -> str:
       title: of the page, such as the checkpoint's name.
       manifest: what `slim.json` says.
     """
-    found, title = summary(manifest), html.escape(title)
+    found, title = summary(manifest), _text(title)
     sections = [_tiles(found, manifest), _where(manifest)]
     if found["layers"]:
         sections += [_heat_map(found, manifest), _errors(manifest), _losses(manifest), _table(found)]
@@ -97,13 +102,13 @@ def _tiles(found: dict[str, Any], manifest: Manifest) -> str:
         tiles.insert(1, (f"{found['bits_per_weight']:.3f}", told))
     if (settings := manifest.told) is not None:
         tiles.append((settings.method, f"{settings.bits:g} bits, groups of {settings.group_size}"))
-    cells = "".join(f"<div><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>" for b, s in tiles)
+    cells = "".join(f"<div><b>{_text(b)}</b><span>{_text(s)}</span></div>" for b, s in tiles)
     return f'<div class="tiles">{cells}</div>'
 
 
 def _key(colors: dict[str, str]) -> str:
     return "".join(
-        f'<span class="entry"><span class="key" style="background:{color}"></span>{html.escape(name)}</span> '
+        f'<span class="entry"><span class="key" style="background:{color}"></span>{_text(name)}</span> '
         for name, color in colors.items()
     )
 
@@ -142,7 +147,8 @@ def _heat_map(found: dict[str, Any], manifest: Manifest) -> str:
     for layer in found["layers"]:
         if layer["name"] not in given and len(layer["bits"] or {}) == 1:
             ((bits, count),) = layer["bits"].items()
-            given[layer["name"]] = [int(bits)] * count
+            if count <= MOST_GROUPS:
+                given[layer["name"]] = [int(bits)] * count
     panels = []
     for kind, layers in layer_kinds(found["layers"]).items():
         if all(layer["name"] in given for layer in layers):
@@ -171,12 +177,12 @@ def _panel(kind: str, layers: Sequence[dict[str, Any]], rows: Sequence[Sequence[
     across, down = max(map(len, rows)), len(rows)
     hover = "".join(
         f'<rect x="0" y="{y}" width="{across}" height="1" fill="transparent"><title>'
-        f"{html.escape(layer['name'])}: {layer['bits_per_weight']:.3f} bits per weight</title></rect>"
+        f"{_text(layer['name'])}: {layer['bits_per_weight']:.3f} bits per weight</title></rect>"
         for y, layer in enumerate(layers)
     )
     size = f'width="{max(120, min(8 * across, 480))}" height="{max(40, min(8 * down, 320))}"'
     return (
-        f"<figure><figcaption>{html.escape(kind)}: {down} × {across}</figcaption>"
+        f"<figure><figcaption>{_text(kind)}: {down} × {across}</figcaption>"
         f'<svg {size} viewBox="0 0 {across} {down}" preserveAspectRatio="none" shape-rendering="crispEdges">'
         f"{cells}{hover}</svg></figure>"
     )
@@ -223,7 +229,7 @@ def _chart(
             f'width="{width:.3f}" height="{100 * values[i] / highest:.2f}" fill="{color}"/>'
             for j, (values, color) in enumerate(zip(series, colors))
         )
-        bars.append(f"<g>{inside}<title>{html.escape(text)}</title></g>")
+        bars.append(f"<g>{inside}<title>{_text(text)}</title></g>")
     return (
         f'<h2>{title}</h2>\n<p class="note">{note}</p>\n'
         f'<svg class="chart" viewBox="0 0 {count} 100" preserveAspectRatio="none">{"".join(bars)}</svg>'
@@ -234,10 +240,13 @@ def _table(found: dict[str, Any]) -> str:
     head = ("layer", "shape", "group size", "groups", "bits per weight", "error", "expected rise, nats")
     rows = "\n".join(_row(layer) for layer in [*found["ends"], *found["layers"]])
     heads = "".join(f"<th>{name}</th>" for name in head)
-    skipped = (
-        f"\n<p>In full precision: {html.escape(', '.join(found['skipped']))}</p>" if found["skipped"] else ""
-    )
+    skipped = f"\n<p>In full precision: {_text(', '.join(found['skipped']))}</p>" if found["skipped"] else ""
     return f"<h2>Layers</h2>\n<table>\n<tr>{heads}</tr>\n{rows}\n</table>{skipped}"
+
+
+def _text(value: Any) -> str:
+    """A value of the manifest as the page shows it."""
+    return html.escape(str(value))
 
 
 def _bits(bits: int) -> str:
@@ -247,20 +256,16 @@ def _bits(bits: int) -> str:
 def _row(layer: dict[str, Any]) -> str:
     counts = {int(bits): count for bits, count in (layer["bits"] or {}).items() if count}
     bar = "".join(
-        f'<span style="flex:{count};background:{COLORS[bits]}" '
-        f'title="{count} groups of {_bits(bits)}"></span>'
+        f'<span style="flex:{_text(count)};background:{COLORS[bits]}" '
+        f'title="{_text(count)} groups of {_bits(bits)}"></span>'
         for bits, count in sorted(counts.items())
     )
     error = "" if layer.get("error") is None else f"{layer['error']:.4g}"
     rise = "" if layer.get("rise") is None else f"{layer['rise']:.5f}"
-    cells = (
-        html.escape(layer["name"]),
-        " × ".join(map(str, layer["shape"])),
-        str(layer["group_size"]),
-    )
+    cells = (layer["name"], " × ".join(map(str, layer["shape"])), layer["group_size"])
     return (
         "<tr>"
-        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "".join(f"<td>{_text(cell)}</td>" for cell in cells)
         + f'<td class="bar"><div>{bar}</div></td><td>{layer["bits_per_weight"]:.3f}</td>'
         + f"<td>{error}</td><td>{rise}</td></tr>"
     )

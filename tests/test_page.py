@@ -1,22 +1,29 @@
 """The report: what it shows of a manifest, that it needs nothing but itself, and that a browser takes it."""
 
+import contextlib
+import copy
 import dataclasses
+import functools
+import json
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from golden_models import load_golden, write_hf
 from test_packed import packed_source
 
 from convert import load_source
+from convert.card import model_card
 from convert.packed import export_packed
 from convert.page import byte_parts, report_page, write_report
 from slim_jax.report import BlockReport, LayerReport, LearningReport
-from slim_jax.run.manifest import Manifest, read_manifest, summary
+from slim_jax.run.manifest import CheckpointError, Manifest, read_manifest, summary
 
 CHROMIUM = next(
     filter(
@@ -113,13 +120,48 @@ def test_errors_and_losses(manifest: Manifest) -> None:
     assert "Where the bytes went" in report_page("a model", plain)
 
 
-def test_it_escapes(manifest: Manifest) -> None:
-    settings = {"method": "<i>", "bits": 2, "group_size": 32}
-    changed = dataclasses.replace(manifest, quantization=settings)
-    page = report_page("<b>", changed)
-    assert "<b>\n" not in page
-    assert "<title><b>" not in page
-    assert "<i>" not in page
+HOSTILE = "</td><script>alert('1')</script>|\n[x](javascript:y)"
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all strings and numbers of a JSON document."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, (*path, key))
+    else:
+        yield path
+
+
+def test_a_strangers_words_are_words(manifest: Manifest, tmp_path: Path) -> None:
+    """Every value, number or string, and every name; of numbers, reading refuses what is none."""
+    fields = json.loads(json.dumps(manifest.to_json()))
+    calibration = {"samples": 1, "length": 2, "sha256": "0123456789abcdef"}
+    rules = [["*", {"bits": 3}]]
+    fields["quantization"] = {"method": "m", "bits": 2, "group_size": 32, "rules": rules}
+    fields["quantization"] |= {"sqc": "paper", "calibration": calibration}
+    fields["origin"] = {"kind": "hf", "path": "owner/name", "name": "owner/name"}
+    layer = json.dumps(HOSTILE)[1:-1]
+    documents = [json.loads(json.dumps(fields).replace("attn.q", f"attn.{layer}"))]
+    alike = {
+        tuple("*" if type(key) is int or "." in key else key for key in path): path for path in leaves(fields)
+    }
+    for path in alike.values():
+        document = copy.deepcopy(fields)
+        *way, last = path
+        functools.reduce(lambda inner, key: inner[key], way, document)[last] = HOSTILE
+        documents.append(document)
+    read, pages, cards = 0, [], []
+    for document in documents:
+        (tmp_path / "slim.json").write_text(json.dumps(document))
+        with contextlib.suppress(CheckpointError):
+            found = read_manifest(tmp_path)
+            read += 1
+            pages.append(report_page(HOSTILE, found))
+            cards.append(model_card(HOSTILE, found, 1, [(HOSTILE, 2.0)]))
+    assert len(cards) == read > 8
+    assert not any("<script" in text for text in (*pages, *cards))
+    assert not any(re.search(r"(?<!\\)\[x\]\(javascript", card) for card in cards)
+    assert not any("alert" in card.split("---")[1] for card in cards)
 
 
 def test_of_a_dense_model(tmp_path: Path) -> None:
