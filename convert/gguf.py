@@ -26,6 +26,9 @@ from slim_jax.run.source import SAMPLED
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 
+ROWS = 8192
+"""Of a tensor that are dequantized at once."""
+
 NUMBER_FORMATS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -166,7 +169,12 @@ class GGUFStore:
         if kind == GGMLQuantizationType.BF16:
             return raw.view(ml_dtypes.bfloat16).reshape(shape)
         try:
-            return dequantize(raw.reshape(*shape[:-1], -1), kind)
+            rows, found = raw.reshape(math.prod(shape[:-1]), -1), np.empty(shape, np.float32)
+            # Some at a time: it makes several copies of what it is given.
+            for start in range(0, len(rows), ROWS):
+                part = slice(start, start + ROWS)
+                found.reshape(len(rows), -1)[part] = dequantize(rows[part], kind)
+            return found
         except (NotImplementedError, ValueError):
             raise ConvertError(f"{self.path}: {name} is {kind.name}, which cannot be dequantized") from None
 

@@ -20,12 +20,13 @@ def test_operations_by_hand():
     weights = d * heads + 2 * d * kv + heads * d + 3 * d * inner
     forward = 2 * (weights + 2 * length * heads)
     grams = 1.5 * (2 * d**2 + heads**2 + inner**2)
+    solving = effort.SOLVED * layers * weights
     count = effort.operations(CONFIG, PLAIN, 4, length)
-    assert count == pytest.approx(4 * length * layers * (forward + grams))
+    assert count == pytest.approx(4 * length * layers * (forward + grams) + solving)
     drifts = 2 * (2 * d**2 + heads**2 + inner**2) + 2 * (heads * d + inner * d)
     makes_up = dataclasses.replace(PLAIN, asymmetric=0.5)
     assert effort.operations(CONFIG, makes_up, 4, length) == pytest.approx(
-        4 * length * layers * (2 * forward + grams + drifts)
+        4 * length * layers * (2 * forward + grams + drifts) + solving
     )
 
 
@@ -39,12 +40,20 @@ def test_operations_by_hand():
 )
 def test_whatever_is_done_beside_takes_longer(more):
     plain, longer = (
-        effort.operations(CONFIG, SlimConfig(**fields), 4, 16) for fields in (FIELDS, FIELDS | more)
+        effort.operations(CONFIG, SlimConfig(**fields), 4096, 16) for fields in (FIELDS, FIELDS | more)
     )
     assert longer > 1.2 * plain
 
 
 FIELDS = {"bits": 2, "group_size": 32, "criterion": "kl", "asymmetric": 0.0, "tune": False}
+
+
+def test_writing_takes_longer_with_more_words():
+    few, many = (dataclasses.replace(CONFIG, vocab_size=size) for size in (64, 640))
+    one, two = (
+        effort.operations(c, PLAIN, 4, 16, 2) - effort.operations(c, PLAIN, 4, 16) for c in (few, many)
+    )
+    assert two > 5 * one > 0
 
 
 def test_a_token_passes_few_experts():

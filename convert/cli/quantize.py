@@ -144,16 +144,13 @@ def quantize(
     require_positions("--length", length, model)
     if target_size is not None:
         config = for_size(model.config, config, parse_size(target_size))
-    plan = _forecast(model, config, texts, samples, length, offload)
-    fitting = _that_fit(texts, plan)
-    if fitting is not texts:
-        plan = _forecast(model, config, fitting, samples, length, offload)
+    fitting, plan = _that_fit(texts, partial(_forecast, model, config, samples, length, offload))
     tokenizer, make = _calibration(model, fitting, samples, length, seed)
     ctx.obj.on_interrupt = (
         f"interrupted; the same command with --resume goes on after {out}'s last whole block"
     )
     if not resume:
-        if fitting is not texts:
+        if fitting != texts:
             say("the model is too large for this memory to write text itself: calibrating on the other texts")
         _announce(model, config, plan, samples, length, written(fitting, samples), devices)
     with progress("quantizing", model.config.num_layers) as step:
@@ -222,10 +219,10 @@ def _print_report(out: Path, report: "Report", plan: "Plan", as_json: bool) -> N
 def _forecast(
     source: "Source",
     config: "SlimConfig",
-    texts: "list[Part]",
     samples: int,
     length: int,
     offload: bool,
+    texts: "list[Part]",
 ) -> "Plan":
     from convert.calibration import written
     from slim_jax.run.plan import DEVICES, make_plan
@@ -241,14 +238,15 @@ def _forecast(
     )
 
 
-def _that_fit(texts: "list[Part]", plan: "Plan") -> "list[Part]":
-    """The texts without what the model would write, if there are others and there is no memory for it."""
+def _that_fit(texts: "list[Part]", forecast: "Callable[[list[Part]], Plan]") -> "tuple[list[Part], Plan]":
+    """The texts, without what the model would write if there are others and there is no memory for it; and
+    what is forecast with them."""
     from slim_jax.run.memory import available
 
-    room, others = available(), [part for part in texts if part.text is not None]
-    if room is None or plan.writing_bytes <= room or not others or len(others) == len(texts):
-        return texts
-    return others
+    plan, room, others = forecast(texts), available(), [part for part in texts if part.text is not None]
+    if room is None or plan.writing_bytes <= room or not others:
+        return texts, plan
+    return others, forecast(others)
 
 
 def _announce(

@@ -1,14 +1,13 @@
 """How long a quantization may take: the operations of its large products, by the rate of the machine at hand.
 
-What passes through the model and is multiplied with itself is counted, which is nearly all of it where there
-are many calibration tokens. The search of grids, the solver and compilation are not: for a small model they
-take a minute or two, whatever the number of tokens.
+What passes through the model and is multiplied with itself is counted; the search of grids, the solver and
+the draw of written tokens by as many operations as take their time. Compilation, a minute or two, is not.
 """
 
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from slim_jax.config import Settings, SlimConfig
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import COMPUTE_DTYPE
-from slim_jax.model.params import block_params
+from slim_jax.model.params import block_params, outer_params
 from slim_jax.run.activations import BATCH_TOKENS
 from slim_jax.run.sweep import BUDGET_TOKENS, without_choice
 
@@ -27,6 +26,13 @@ TUNING = 6.0
 
 LEARNING = 5.0
 """The same of an epoch of "slim-plus", by its time beside the full-precision gradient's (docs/tried.md)."""
+
+SOLVED, ROUNDED = 1.2e5, 3e4
+"""Operations that take as long as to search and solve a weight of a layer, or of embedding and head; the
+second holds for layers whose scales are not searched, too. Measured on Qwen2.5-Coder 0.5B on a CPU."""
+
+DRAWN = 1.5e4
+"""The same of the draw of a token that the model writes, for each token of the vocabulary."""
 
 LARGEST = 2048
 """Rows and columns of the matrix whose product is timed, at most."""
@@ -46,7 +52,7 @@ def operations(
     attended = sum(2 * length * kind.num_heads * kind.head_dim for kind in config.blocks())
     forward = 2.0 * (weights + attended)
     head = 2.0 * config.hidden_size * config.vocab_size
-    count = written * length * (forward + head)
+    count = written * length * (forward + head + DRAWN * config.vocab_size) + _solving(config, settings)
     if settings.method != "rtn":
         count += solved * sum(_observed(kind, settings) for kind in config.blocks())
     count += solved * forward * (2 if settings.corrects or settings.method == "slim-plus" else 1)
@@ -61,10 +67,25 @@ def operations(
     return count
 
 
+def _solving(config: DecoderConfig, settings: Settings) -> float:
+    """What does not depend on the number of tokens."""
+    if settings.method == "rtn":
+        return 0.0
+    outer = outer_params(config)
+    tables = sum(math.prod(outer[name].shape) for name in ("embed", "head.weight") if name in outer)
+    layers = sum(math.prod(block_params(k)[f"{n}.weight"].shape) for k in config.blocks() for n in _linear(k))
+    of_layer = SOLVED if settings.sqc == "search" else ROUNDED
+    return of_layer * layers + ROUNDED * tables * settings.packs_ends
+
+
+def _linear(kind: DecoderConfig) -> Iterator[str]:
+    return itertools.chain(*linear_groups(kind))
+
+
 def _weights(kind: DecoderConfig) -> float:
     """Of a block's linear layers, those that a token passes."""
     shapes, count = block_params(kind), 0.0
-    for name in itertools.chain(*linear_groups(kind)):
+    for name in _linear(kind):
         share = kind.experts_per_token / kind.num_experts if ".experts." in name else 1.0
         count += share * math.prod(shapes[f"{name}.weight"].shape)
     return count

@@ -91,13 +91,19 @@ def _reading(shapes: Shapes) -> int:
     return 4 * (shapes.outer + shapes.head)
 
 
+DRAWING = 48
+"""Bytes for each logit of a step: as it is, random numbers and what comes of them."""
+
+
 def _writing_bytes(config: DecoderConfig, shapes: Shapes, rows: int, length: int) -> int:
     """The model in bfloat16; its tables while it is read, then the cache, which is copied to grow, and the
     logits of a step with random numbers for them."""
     model = 2 * (sum(shapes.blocks) + shapes.outer)
     rows = min(rows, SAMPLE_ROWS)
     cache = sum(2 * 2 * kind.num_kv_heads * kind.head_dim for kind in config.blocks())
-    return model + max(_reading(shapes), rows * (2 * cache * length + 4 * 4 * config.vocab_size))
+    table = 4 * config.vocab_size * (config.embed_size or config.hidden_size)  # XLA's CPU code copies it once
+    step = table + rows * (2 * cache * length + DRAWING * config.vocab_size)
+    return model + max(_reading(shapes), step)
 
 
 def held_bytes(kind: DecoderConfig, settings: Settings, size: int, tokens: int) -> int:

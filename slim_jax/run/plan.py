@@ -137,14 +137,9 @@ def make_plan(
     room = capacity - weights - working
     device_bytes = weights + working + batch * context * cache_here
     packed_bytes = sum(blocks.packed.values())
-    shapes = memory.Shapes(
-        blocks.sizes,
-        outside,
-        math.prod(outer["head.weight"].shape) if "head.weight" in outer else 0,
-        packed_bytes,
-        blocks.quantized // settings.group_size,
-        sum(ends.values()),
-    )
+    head = math.prod(outer["head.weight"].shape) if "head.weight" in outer else 0
+    scales = blocks.quantized // settings.group_size
+    shapes = memory.Shapes(blocks.sizes, outside, head, packed_bytes, scales, sum(ends.values()))
     phases = memory.phases(config, settings, shapes, samples, length, written, offload) if samples else {}
     return Plan(
         parameters=blocks.parameters + outside,
