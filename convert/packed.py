@@ -54,16 +54,16 @@ def export_packed(
     with new_folder(out) as folder:
         entries: list[dict[str, Any]] = []
         write_tensors(_arrays(source, entries), folder, shard_bytes)
+        outer = None if known is None else known.outer
+        reports = {} if known is None else {i: block.report for i, block in enumerate(known.blocks)}
         manifest = Manifest(
             source.config,
             origin,
             settings,
             complete=True,
-            outer=Outer(**entries[0], report=known and known.outer and known.outer.report),
-            blocks=tuple(
-                Block(**entry, report=known and known.blocks[i].report) for i, entry in enumerate(entries[1:])
-            ),
-            tuning=known and known.tuning,
+            outer=Outer(**entries[0], report=None if outer is None else outer.report),
+            blocks=tuple(Block(**entry, report=reports.get(i)) for i, entry in enumerate(entries[1:])),
+            tuning=None if known is None else known.tuning,
             files={file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))},
         )
         write_json(folder / MANIFEST, manifest.to_json())

@@ -189,7 +189,7 @@ def test_a_head_is_solved_once():
     seen = Observation(jnp.eye(64), jnp.ones((8, 64)), 500)
     weight = np.random.default_rng(0).normal(size=(64, 67)).astype(np.float32)
     tables = [
-        ends.TableSolver(dataclasses.replace(ENDS, refine=n), ends.Placement()).solve(
+        ends.TableSolver(dataclasses.replace(ENDS, refine=n).resolved(), ends.Placement()).solve(
             "head.weight", weight, seen
         )[0]
         for n in (0, 2)

@@ -43,7 +43,8 @@ def check_dense(source: Source) -> None:
     Raises:
       ValueError: a layer of its blocks is packed.
     """
-    packed = source.packed if isinstance(source, CheckpointSource | DecoderSource) else []
+    inside = source.source if isinstance(source, FiniteSource) else source
+    packed = inside.packed if isinstance(inside, CheckpointSource | DecoderSource) else []
     if packed:
         raise ValueError(f"{packed[0]} is already quantized, expected a dense model")
 

@@ -62,8 +62,8 @@ def _own(path: Path) -> list[Path]:
 class CheckpointWriter:
     """Writes a checkpoint block by block; a killed run leaves all finished blocks readable.
 
-    As a context it keeps other processes from the folder, and leaves nothing of a run that ends before its
-    first block, nor of an unfinished conversion.
+    As a context it keeps other processes from the folder, and leaves nothing of a run that fails before its
+    first block, unless it has swept, nor of an unfinished conversion.
 
     Args:
       path: the folder; must not exist or be empty, unless ``resume``.
@@ -107,10 +107,11 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._lock:
-            swept = any(self.path.glob("drafts/*.npz"))
-            if jax.process_index() == 0 and _worthless(self._manifest) and not swept:
+            failed = kind is not None and issubclass(kind, Exception)  # not interrupted, so it is not resumed
+            dear = "drafts/sweep.npz" if failed else "drafts/*.npz"
+            if jax.process_index() == 0 and _worthless(self._manifest) and not any(self.path.glob(dear)):
                 remove(*_own(self.path))
 
     def _open(self, wanted: Manifest, resume: bool, notify: Callable[[str], None]) -> None:
