@@ -43,12 +43,13 @@ def locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _hold(folder)
+        descriptor = None if fcntl is None else _hold(folder)
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
-            os.close(descriptor)
+            if descriptor is not None:
+                (folder / LOCK).unlink(missing_ok=True)
+                os.close(descriptor)
     finally:
         with contextlib.suppress(OSError):  # the first that holds something stays, and those above it
             for path in made:
@@ -75,8 +76,6 @@ def _hold(folder: Path) -> int:
 
 
 def _try_lock(folder: Path, descriptor: int) -> None:
-    if fcntl is None:
-        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
