@@ -15,9 +15,9 @@ from convert.families.family import Family, field
 from convert.source import ModelSource, parse_dtype, sampled
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
+from slim_jax.run.hub import INDEX, SINGLE
 from slim_jax.run.source import SAMPLED
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F32", "F16", "BF16")
 
 

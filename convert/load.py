@@ -23,7 +23,7 @@ def load_source(spec: str | Path, dtype: Any = None) -> ModelSource:
 
     Args:
       spec: a Hugging Face directory, a ``.gguf`` file, the built-in name ``smollm2``, or a name
-        ``owner/model`` on the Hugging Face hub.
+        ``owner/model`` or ``owner/model@revision`` on the Hugging Face hub.
       dtype: of the parameters, float32 or bfloat16. None keeps the file's; float16 and quantized
         weights become float32.
 
@@ -83,7 +83,7 @@ def load_config(spec: str | Path) -> DecoderConfig:
       ConvertError: as :func:`load_source`.
       CheckpointError: the checkpoint's manifest cannot be read.
     """
-    spec = _fetched(spec, hub.JSON_FILES)
+    spec = _fetched(spec, weights=False)
     if is_checkpoint(spec):
         return read_manifest(spec).decoder
     path = Path(spec)
@@ -100,11 +100,15 @@ def _built_in(name: str) -> Path:
     return files[0]
 
 
-def _fetched(spec: str | Path, files: tuple[str, ...] = hub.FILES) -> str | Path:
-    """``spec``, or the folder of what it names on the hub."""
+def _fetched(spec: str | Path, *, weights: bool = True) -> str | Path:
+    """``spec``, or the folder of what it names on the hub.
+
+    Raises:
+      ConvertError: the hub does not give it.
+    """
     if Path(spec).suffix == ".gguf":
         return spec
     try:
-        return hub.download(str(spec), files) if hub.is_hub_name(spec) else spec
+        return hub.find(spec, weights=weights)
     except CheckpointError as error:
         raise ConvertError(str(error)) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.display import layer_kinds
-from slim_jax.run.hub import JSON_FILES, find
+from slim_jax.run.hub import find
 from slim_jax.run.manifest import LEAVES, Manifest, array_bytes, layer_reports, read_manifest, summary
 
 COLORS = {
@@ -62,7 +62,7 @@ def write_report(checkpoint: str | Path, file: Path) -> None:
       CheckpointError: there is no finished checkpoint.
       OSError: the file cannot be written.
     """
-    manifest = read_manifest(find(checkpoint, JSON_FILES))
+    manifest = read_manifest(find(checkpoint, weights=False))
     file.write_text(report_page(Path(checkpoint).resolve().name, manifest), encoding="utf-8")
 
 

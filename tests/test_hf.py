@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import golden_models
-import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -316,15 +315,3 @@ def test_bad_dtypes(tmp_path: Path) -> None:
     refused(write_hf(golden, tmp_path), "float16", "bfloat16", dtype="float16")
     refused(tmp_path, "'nonsense'", dtype="nonsense")
     refused(write_hf(golden, tmp_path / "ints", dtype=np.int32), "I32", "BF16")
-
-
-def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = write_hf(load_golden("opt_pre_norm"), tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(directory))
-    assert load_source("facebook/opt-tiny").config.family == "opt"
-
-    def fail(name: str, **_: object) -> str:
-        raise OSError("no network\nat all")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refused("facebook/opt-tiny", "facebook/opt-tiny", "no network")

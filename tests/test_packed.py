@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,31 +133,6 @@ def test_the_card_tells_what_is_stored(room: Path) -> None:
     assert f"{found['bits_per_weight']:.3f}" in card
     assert f"{found['parameters']:,}" in card
     assert "/home/" not in card
-
-
-def test_the_hub(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        return str(room / "packed")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert same_leaves(slim_jax.load("someone/model-slim"), slim_jax.load(room / "orbax"))
-    assert slim_jax.inspect("someone/model-slim")["layers"]
-    assert isinstance(open_model("someone/model-slim"), slim_jax.CheckpointSource)
-    assert load_config("someone/model-slim") == load_config(room / "hf")
-    assert {name for name, _ in asked} == {"someone/model-slim"}
-    assert all("*.safetensors" in files for _, files in (asked[0], asked[2]))
-    assert not any("*.safetensors" in files for _, files in (asked[1], asked[3]))  # a few kilobytes
-    assert not any("bin" in pattern or "pt" in pattern for _, files in asked for pattern in files)
-
-    def fail(name: str, **_: object) -> str:
-        raise OSError("no network\nat all")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(slim_jax.CheckpointError, match=r"^someone/model-slim is not a local path.*network$"):
-        slim_jax.load("someone/model-slim")
 
 
 def without_the_weights(folder: Path) -> str:

@@ -13,13 +13,14 @@ from convert.cli.options import (
     MaxTokens,
     MinP,
     RepetitionPenalty,
+    Revision,
     Seed,
     SourceArgument,
     Temperature,
     TopK,
     TopP,
 )
-from convert.cli.sources import devices_mesh, open_source, tokenizer_of, whole_decoder
+from convert.cli.sources import at_revision, devices_mesh, open_source, tokenizer_of, whole_decoder
 from convert.display import Stream, say
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def chat(
     seed: Seed = 0,
     cache_dtype: CacheDtype = None,
     devices: Devices = 1,
+    revision: Revision = None,
 ) -> None:
     """Talk with a model, by its own chat template. A line is a message; Ctrl-C ends an answer.
 
@@ -56,7 +58,7 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     mesh = devices_mesh(devices, cores=True)
-    opened = open_source(source)
+    opened = open_source(at_revision(source, revision))
     conversation = Conversation(tokenizer_of(opened), source, system)
     stop = [*opened.config.eos_token_ids, *conversation.end_of_turn()]
     generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh, consume=True)

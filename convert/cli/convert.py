@@ -1,12 +1,16 @@
 """``slim-jax convert``."""
 
-from convert.cli.options import DtypeOption, JsonOption, OutArgument, SourceArgument
-from convert.cli.sources import keep_tokenizer, open_source, optional_tokenizer
+from convert.cli.options import DtypeOption, JsonOption, OutArgument, Revision, SourceArgument
+from convert.cli.sources import at_revision, keep_tokenizer, open_source, optional_tokenizer
 from convert.display import print_result, progress
 
 
 def convert(
-    source: SourceArgument, out: OutArgument, dtype: DtypeOption = None, as_json: JsonOption = False
+    source: SourceArgument,
+    out: OutArgument,
+    dtype: DtypeOption = None,
+    revision: Revision = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Convert a model to a slim-jax checkpoint, without quantizing it.
 
@@ -20,7 +24,7 @@ def convert(
     from slim_jax.run.writer import require_new
 
     require_new(out)
-    model = open_source(source, dtype)
+    model = open_source(at_revision(source, revision), dtype)
     tokenizer = optional_tokenizer(model)
     with progress("converting", model.config.num_layers) as advance:
 

@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convert.cli.options import SourceArgument
-from convert.cli.sources import encode, open_source, require_positions, tokenizer_of, whole_decoder
+from convert.cli.options import Revision, SourceArgument
+from convert.cli.sources import (
+    at_revision,
+    encode,
+    open_source,
+    require_positions,
+    tokenizer_of,
+    whole_decoder,
+)
 from convert.display import print_json, progress
 
 if TYPE_CHECKING:
@@ -62,6 +69,7 @@ def evaluate(
         int | None,
         typer.Option(min=0, metavar="K", help="Solved questions before each. [dim]Default: the task's.[/]"),
     ] = None,
+    revision: Revision = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON on standard output and nothing else.")
     ] = False,
@@ -78,6 +86,7 @@ def evaluate(
     """
     if (text is None) == (tasks is None):
         raise ValueError("expected either --text or --tasks")
+    source = at_revision(source, revision)
     if tasks is not None:
         if against is not None:
             raise ValueError("--against goes with --text")

@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
-from convert.cli.options import OutArgument, SourceArgument
-from convert.cli.sources import open_source, optional_tokenizer
+from convert.cli.options import OutArgument, Revision, SourceArgument
+from convert.cli.sources import at_revision, open_source, optional_tokenizer
 
 
 def export(
     source: SourceArgument,
     out: OutArgument,
+    revision: Revision = None,
     format: Annotated[
         str,
         typer.Option(
@@ -50,6 +51,6 @@ def export(
 
     measured = check_options(format, dtype, perplexity or [])
     require_new(out)
-    model = open_source(source)
+    model = open_source(at_revision(source, revision))
     said = write(format, model, out, dtype, optional_tokenizer(model), measured)
     typer.echo(f"{out}: {model.config.num_layers} blocks, {said}")

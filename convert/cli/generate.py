@@ -15,6 +15,7 @@ from convert.cli.options import (
     MaxTokens,
     MinP,
     RepetitionPenalty,
+    Revision,
     Seed,
     SourceArgument,
     Temperature,
@@ -22,6 +23,7 @@ from convert.cli.options import (
     TopP,
 )
 from convert.cli.sources import (
+    at_revision,
     devices_mesh,
     encode,
     open_source,
@@ -65,6 +67,7 @@ def generate(
     seed: Seed = 0,
     cache_dtype: CacheDtype = None,
     devices: Devices = 1,
+    revision: Revision = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, token by token to the terminal.
@@ -87,7 +90,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     mesh = devices_mesh(devices, cores=True)
-    opened = open_source(source)
+    opened = open_source(at_revision(source, revision))
     tokenizer = tokenizer_of(opened)
     ids = [encode(tokenizer, text) for text in wanted]
     for text, tokens in zip(wanted, ids):

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from convert.cli.options import JsonOption
-from convert.cli.sources import require_folder
+from convert.cli.options import JsonOption, Revision
+from convert.cli.sources import at_revision, require_folder
 from convert.display import print_json, print_layers
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", show_default=False, help="A slim-jax checkpoint.")],
+    revision: Revision = None,
     as_json: JsonOption = False,
     html: Annotated[
         Path | None,
@@ -31,6 +32,7 @@ def inspect(
     require_folder("--html", html)
     from slim_jax.run import checkpoint
 
+    path = Path(at_revision(str(path), revision))
     found = checkpoint.inspect(path)
     if html is not None:
         from convert.page import write_report

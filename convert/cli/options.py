@@ -13,6 +13,15 @@ SourceArgument = Annotated[
         help="A Hugging Face directory, .gguf file, slim-jax checkpoint, owner/model on the hub, or smollm2.",
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="NAME",
+        show_default=False,
+        help="Of a SOURCE on the hub: a branch, tag or commit, also written owner/model@NAME.",
+    ),
+]
 OutArgument = Annotated[
     Path, typer.Argument(metavar="OUT", show_default=False, help="Directory to write; new or empty.")
 ]

@@ -12,6 +12,7 @@ from convert.cli.options import (
     JsonOption,
     Length,
     Preset,
+    Revision,
     RuleOption,
     RulesFile,
     Samples,
@@ -20,7 +21,7 @@ from convert.cli.options import (
     TargetSize,
 )
 from convert.cli.settings import check_size, make_rules, make_settings
-from convert.cli.sources import read_config, window_length
+from convert.cli.sources import at_revision, read_config, window_length
 from convert.display import print_json, print_plan
 
 
@@ -41,6 +42,7 @@ def plan(
     context: Annotated[int, typer.Option(min=1, help="Tokens that each has room for.")] = 4096,
     samples: Samples = 128,
     length: Length = None,
+    revision: Revision = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model would need at a bit width, whether it fits, and how long quantizing would take here.
@@ -64,7 +66,7 @@ def plan(
         embedding_bits=embedding_bits,
         rules=make_rules(rule, rules),
     )
-    config = read_config(source)
+    config = read_config(at_revision(source, revision))
     if target_size is not None:
         settings = for_size(config, settings, parse_size(target_size))
     length = window_length(length, config)

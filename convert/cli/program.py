@@ -154,9 +154,8 @@ def main() -> None:
     if os.environ.get("SLIM_JAX_DEBUG") is None and "--debug" not in sys.argv:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        for name in ("absl", "jax", "orbax", "transformers", "flax"):
+        for name in ("absl", "jax", "orbax", "transformers", "flax", "huggingface_hub"):
             logging.getLogger(name).setLevel(logging.ERROR)
         if not sys.warnoptions:
             warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from convert.cli.options import (
     Length,
     OutArgument,
     Preset,
+    Revision,
     RuleOption,
     RulesFile,
     Samples,
@@ -24,6 +25,7 @@ from convert.cli.options import (
 )
 from convert.cli.settings import check_size, make_rules, make_settings
 from convert.cli.sources import (
+    at_revision,
     devices_mesh,
     encode,
     keep_tokenizer,
@@ -102,6 +104,7 @@ def quantize(
     devices: Annotated[
         int, typer.Option(min=1, help="Share the work among so many of this machine's devices.")
     ] = 1,
+    revision: Revision = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model with SliM-LLM and store it packed.
@@ -139,7 +142,7 @@ def quantize(
     require_folder("--save-allocation", save_allocation)
     _require_free(out, resume)
     mesh = _mesh(devices, samples, config)
-    model = _opened(source, config)
+    model = _opened(at_revision(source, revision), config)
     length = window_length(length, model.config)
     require_positions("--length", length, model)
     if target_size is not None:

@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from slim_jax.run.source import Source
 
 
+def at_revision(spec: str, revision: str | None) -> str:
+    """A SOURCE with what ``--revision`` says of it.
+
+    Raises:
+      ValueError: the SOURCE is not a name on the hub.
+    """
+    from slim_jax.run.hub import is_hub_name
+
+    if revision is None:
+        return spec
+    if not is_hub_name(named := f"{spec}@{revision}") or "@" in spec:
+        raise ValueError(f"--revision {revision} is of a model on the hub, SOURCE is {spec}")
+    return named
+
+
 def open_source(spec: str, dtype: str | None = None) -> "Source":
     """The model that a SOURCE argument names; no weights are read yet."""
     from convert.load import open_model

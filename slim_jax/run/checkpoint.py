@@ -28,7 +28,7 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params
 from slim_jax.report import Report
 from slim_jax.run.entries import load_params
-from slim_jax.run.hub import JSON_FILES, find
+from slim_jax.run.hub import find
 from slim_jax.run.manifest import CheckpointError as CheckpointError
 from slim_jax.run.manifest import Entry, stored_params, summary
 from slim_jax.run.manifest import is_checkpoint as is_checkpoint
@@ -42,7 +42,8 @@ class CheckpointSource:
     """A `slim_jax.run.source.Source` that reads a checkpoint block by block, every file verified.
 
     Args:
-      path: the checkpoint's folder, of Orbax or of safetensors files, or ``owner/model`` on the hub.
+      path: the checkpoint's folder, of Orbax or of safetensors files, or on the hub ``owner/model``, also
+        ``owner/model@revision``.
       dtype: of dense parameters and of products with packed ones; by default dense ones as they are
         stored, products as `slim_jax.model.linear.product_dtype` says.
       mesh: devices over which the output channels of every weight are cut; the default device has all
@@ -116,7 +117,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
       CheckpointError: see :func:`read_manifest`; or the hub does not give it.
     """
-    return summary(read_manifest(find(path, JSON_FILES)))
+    return summary(read_manifest(find(path, weights=False)))
 
 
 def save_source(source: Source, path: str | Path, on_block: Callable[[int, int], None] | None = None) -> None:
