@@ -169,9 +169,8 @@ def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool, consu
 def _joined_on_gpu(weights: Sequence[MixedTensor], feeds: int = 0) -> Prepared | None:
     try:
         with importing("mosaic_gpu"):
-            from pallas_kernels.gpu import config, joined, kernel
-
-            del kernel
+            import pallas_kernels.gpu.kernel  # noqa: F401
+            from pallas_kernels.gpu import config, joined
         config.check_supported(devices.of_target(), jnp.dtype(jnp.bfloat16), 1, weights[0].group_size, None)
     except NotImplementedError:
         return None
@@ -192,7 +191,8 @@ def mixed_matmul(
 
     Differentiable in ``x``, ``bias`` and ``residual``, forwards and backwards; ``w`` is a constant. Off CPUs,
     or with more than a few rows of ``x``, XLA's result is that of a dense product in ``w.dtype``; else
-    products are taken in float32. Operands over several devices: docs/kernels.md.
+    products are taken in float32. Gradients are products in ``w.dtype``. Operands over several devices:
+    docs/kernels.md.
 
     Args:
       x: ``[..., K]``; rounded to float32 where it is neither that nor bfloat16.
@@ -371,11 +371,12 @@ def _batched(
 
         def one(own: list[jax.Array]) -> jax.Array:
             turn = iter(own)
-            return product(*structure.unflatten([next(turn) if b else a for a, b in zip(operands, several)]))
+            leaves = [next(turn) if b else a for a, b in zip(operands, several)]
+            return product(*jax.tree.unflatten(structure, leaves))
 
         return lax.map(one, [a for a, b in zip(operands, several) if b]), True
     if not batched[0]:
-        return residual + product(x, w, None)[None], True
+        return _plus(residual, product(x, w, None)[None]), True
     if residual is not None:
         residual = jnp.broadcast_to(residual, (*x.shape[:2], w.shape[1])).reshape(-1, w.shape[1])
     y = product(x.reshape(-1, x.shape[2]), w, residual)
