@@ -81,7 +81,7 @@ def test_the_bias_of_a_packed_linear_and_a_layer_before_it():
     class Net(nnx.Module):
         def __init__(self) -> None:
             self.first = nnx.Linear(4, 32, rngs=nnx.Rngs(0))
-            self.second = PackedLinear(weight, jnp.zeros(8), 1, (8,))
+            self.second = PackedLinear(nnx.Linear(32, 8, rngs=nnx.Rngs(1)), weight)
 
     x, y = jax.random.normal(jax.random.key(0), (16, 4)), jax.random.normal(jax.random.key(1), (16, 8))
     net = Net()

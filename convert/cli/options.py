@@ -33,7 +33,7 @@ EmbeddingBits = Annotated[
     typer.Option(
         metavar="2…8|16",
         show_default=False,
-        help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 3, at most 8; sqc paper: 16.[/]",
+        help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 2, at most 8; sqc paper: 16.[/]",
     ),
 ]
 TargetSize = Annotated[
@@ -62,7 +62,7 @@ Preset = Annotated[
         metavar="fast|good|best",
         show_default=False,
         help="fast learns nothing; good tunes scales and norms of the whole model in the end; best also "
-        "learns block by block (SliM-LLM+, and codes too), ten times as long. [dim]Default: good.[/]",
+        "learns block by block (SliM-LLM+, and codes too), several times as long. [dim]Default: good.[/]",
     ),
 ]
 Set = Annotated[

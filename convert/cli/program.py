@@ -77,7 +77,7 @@ def slim_jax_options(
 
     [bold]Try it[/] on the built-in model:
 
-      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64 --length 128
+      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64
 
       slim-jax inspect out/q3
 

@@ -112,7 +112,7 @@ def quantize(
     Block after block; each finished one is on disk before the next starts, so a run that was
     interrupted goes on with --resume and ends with the same bits.
 
-      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64 --length 512
+      slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64
 
       slim-jax quantize models/Llama-3.2-1B out/q --target-size 500MB --preset best --calibration text.txt
 
