@@ -290,9 +290,12 @@ def _own_text(
     import numpy as np
 
     from slim_jax.model.generate import sample_text
+    from slim_jax.run.source import FiniteSource
 
     say(f"the model writes {samples} windows of {length} tokens to calibrate on")
-    tokens = sample_text(whole_decoder(source, rounded=True), samples=samples, length=length, seed=seed)
+    tokens = sample_text(
+        whole_decoder(FiniteSource(source), rounded=True), samples=samples, length=length, seed=seed
+    )
     return np.asarray(tokens, np.int32)
 
 
