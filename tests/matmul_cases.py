@@ -15,6 +15,10 @@ from test_layout import oracle_weight, random_parts
 
 from bench import check
 from pallas_kernels import devices, mixed_matmul, pack, scales
+from pallas_kernels.gpu import config as gpu_config
+
+MOSAIC_GPU = jax.__version_info__ >= gpu_config.JAX
+"""Whether the GPU kernel can be built with this version of JAX."""
 
 ALLOCATIONS = {
     "balanced": lambda g, n: [n - 1] * (g // 3) + [n + 1] * (g // 3) + [n] * (g - 2 * (g // 3)),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
+from matmul_cases import MOSAIC_GPU
 from test_step import packed_model
 
 from pallas_kernels import mixed_matmul, mixed_ragged_dot
@@ -125,7 +126,8 @@ def test_the_path_of_a_program(target, name, caplog):
         text = PROGRAMS[name](target)
     assert caplog.records == []
     many = name == "300 rows" and target in GPUS  # which a dense product takes sooner
-    by_kernel = target not in REFUSED and name != "auto" and not many
+    served = target in TPUS or (target in GPUS and MOSAIC_GPU)
+    by_kernel = served and name != "auto" and not many
     assert ("tpu_custom_call" in text or "mosaic_gpu" in text) == by_kernel
     if target not in TPUS:
         loops = text.count("stablehlo.while")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu import core as mosaic_core
-from matmul_cases import random_weight
+from matmul_cases import MOSAIC_GPU, random_weight
 
 from pallas_kernels import api, devices, mixed_matmul, prepare, prepare_joined
 from pallas_kernels.devices import BY_SHORT_NAME
@@ -121,7 +121,7 @@ def lowered(platform, dtype="bfloat16", **kwargs):
 
 def test_cuda_and_rocm_are_told_apart():
     both = ("mosaic_gpu", "xla")
-    assert "mosaic_gpu" in lowered("cuda", implementation=both)
+    assert ("mosaic_gpu" in lowered("cuda", implementation=both)) is MOSAIC_GPU
     assert "mosaic_gpu" not in lowered("rocm", implementation=both)
     with devices.target("mi300x"):
         assert "mosaic_gpu" not in lowered("rocm")
@@ -151,6 +151,7 @@ def test_many_rows_are_not_the_gpu_kernels():
 def test_the_target_decides(target, platform, dtype, kernel):
     with devices.target(target):
         found = lowered(platform, dtype)
+    kernel = kernel and (platform != "cuda" or MOSAIC_GPU)
     assert ("mosaic_gpu" in found or "tpu_custom_call" in found) is kernel
 
 
@@ -195,3 +196,14 @@ def test_one_jitted_function_takes_each_implementation(monkeypatch):
     assert traced == [1.0, 2.0]
     with pytest.raises(ValueError, match="implementation is"):
         api.use_implementation("three")
+
+
+def test_the_gpu_kernel_needs_a_version_of_jax(monkeypatch):
+    """Before it, XLA takes the product; nothing is prepared for the kernel."""
+    monkeypatch.setattr(gpu_config, "JAX", (99, 1))
+    w, _ = random_weight(64, 64, 32, [1, 2])
+    with devices.target(dataclasses.replace(H100, name="an H100 of another kind")):
+        assert "mosaic_gpu" not in lowered("cuda")
+        assert prepare(w) is w
+        with pytest.raises(NotImplementedError, match=f"needs jax 99.1 or newer, this is {jax.__version__}"):
+            gpu.mixed_matmul(jnp.ones((2, 64)), w)

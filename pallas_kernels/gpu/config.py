@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import Device, describe
 from pallas_kernels.gpu.operands import ROW_TILE
 from pallas_kernels.tuning import tuned
+
+JAX = (0, 12)
+"""From which version the kernel can be built."""
 
 DECODE_ROWS = 64
 # For which the compilers have taken the kernel (tests/test_aot.py); for 12.0 Mosaic of jax 0.12 has failed.
@@ -129,17 +133,16 @@ def check_supported(device: Device, dtype: jnp.dtype, m: int, group_size: int, c
         raise NotImplementedError("mosaic_gpu has no block for a product without rows")
     if device.platform == "rocm":
         raise NotImplementedError(f"mosaic_gpu runs on NVIDIA GPUs, not on {device.name}")
-    if device.platform != "cuda":
-        return
-    if device.compute_capability not in (None, *CAPABILITIES):
+    if device.platform == "cuda" and device.compute_capability not in (None, *CAPABILITIES):
         raise NotImplementedError(
             f"mosaic_gpu is for compute capability {', '.join(CAPABILITIES)}, "
             f"{device.name} has {device.compute_capability}"
         )
-    if config is None or device.scratch_bytes is None:
-        return
-    if (needed := shared_bytes(config, group_size)) > device.scratch_bytes:
+    limit = device.scratch_bytes if device.platform == "cuda" else None
+    if config is not None and limit is not None and (needed := shared_bytes(config, group_size)) > limit:
         raise NotImplementedError(
-            f"mosaic_gpu needs {needed} bytes of shared memory for {config}, {device.name} has "
-            f"{device.scratch_bytes}"
+            f"mosaic_gpu needs {needed} bytes of shared memory for {config}, {device.name} has {limit}"
         )
+    if jax.__version_info__ < JAX:  # Mosaic GPU's loads and stores had other names and layouts
+        least = ".".join(map(str, JAX))
+        raise NotImplementedError(f"mosaic_gpu needs jax {least} or newer, this is {jax.__version__}")
