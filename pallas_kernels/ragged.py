@@ -53,13 +53,15 @@ def mixed_ragged_dot(
         raise ValueError(f"x has shape {x.shape}, expected [M, {w.shape[0]}] for weights of shape {w.shape}")
     if group_sizes.shape != (len(w),):
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, expected [{len(w)}], one per expert")
+    known = isinstance(x.shape[0], int)  # else the program's caller will say how many there are
     if rows is None:
-        rows = rows_of_turn(x.shape[0], len(w))
+        rows = rows_of_turn(x.shape[0], len(w)) if known else LEAST_ROWS
     if rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     several = implementation is not None and not isinstance(implementation, str)
     names = tuple(implementation or ()) if several else implementation
-    static, operands = (min(rows, max(x.shape[0], 1)), names), (x, w, group_sizes.astype(jnp.int32))
+    rows = min(rows, max(x.shape[0], 1)) if known else rows
+    static, operands = (rows, names), (x, w, group_sizes.astype(jnp.int32))
     spread = meshes.spread(operands)
     if spread.explicit:  # whose rows are where is data: each device takes all
         y = meshes.gathered(_ragged, static, spread.mesh, *operands)

@@ -228,13 +228,13 @@ def test_export_of_a_symbolic_batch(name):
         w = w.behind(InputNorm(jnp.ones(64), 1e-6))
     (rows,) = jax.export.symbolic_shape("rows")
     x = jax.ShapeDtypeStruct((rows, 64), jnp.float32)
-    product = jax.jit(lambda x, w: mixed_matmul(x, w, bias=jnp.ones(32)))
+    product = jax.jit(lambda x, w: mixed_matmul(x, w, bias=jnp.ones(32), residual=x[:, :32]))
     stored = jax.export.export(product, platforms=["cpu", "cuda", "tpu"])(x, w).serialize()
     call = jax.export.deserialize(stored).call
     for m in (1, 3, 20):
         x = random_x(m, 64)
         own = np.asarray(w.norm(x)) if name == "mosaic_gpu" else np.asarray(x)
-        np.testing.assert_allclose(call(x, w), own @ dense + 1, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(call(x, w), own @ dense + 1 + x[:, :32], rtol=1e-4, atol=1e-4)
 
 
 def test_export_and_import():

@@ -4,6 +4,7 @@ import re
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,6 +77,16 @@ def test_the_gradient_is_taken_in_the_weights_dtype():
     operands = re.findall(r"dot_general.*: \((.*)\) ->", text)
     assert operands
     assert all(found.count("bf16") == 2 for found in operands)
+
+
+def test_export_of_a_symbolic_number_of_rows():
+    w, dense = experts(2)
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, K), jnp.float32)
+    sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
+    call = jax.export.export(jax.jit(mixed_ragged_dot))(x, w, sizes).call
+    x, own = random_x(5, K), [2, 3]
+    np.testing.assert_allclose(call(x, w, jnp.asarray(own)), expected(x, dense, own), atol=2e-4)
 
 
 def test_only_turns_with_rows_are_taken(monkeypatch):
