@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import os
 import subprocess
 import sys
 
@@ -130,7 +131,8 @@ def packed(shape):
     leaves = {"order": np.arange(groups, dtype=np.int32), "segments": np.array([groups], np.int32)}
     for name in ("words", "scale", "zero"):
         kind = getattr(w, name)
-        leaves[name] = rng.integers(0, 1 << 8, kind.nbytes, np.uint8).view(kind.dtype).reshape(kind.shape)
+        size = kind.size * kind.dtype.itemsize
+        leaves[name] = rng.integers(0, 1 << 8, size, np.uint8).view(kind.dtype).reshape(kind.shape)
     return type(w)(**{**vars(w), **{name: jnp.asarray(a) for name, a in leaves.items()}})
 
 
@@ -160,7 +162,10 @@ print(size, memory("VmHWM") - before)
 def peak(how: str) -> tuple[int, int]:
     """Bytes of a model, and how much more there is of resident memory at most while it is made ready."""
     command = [sys.executable, "-c", PROGRAM, how]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    as_commands_have_it = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # convert.cli.program
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300, env=as_commands_have_it
+    )
     size, more = map(int, run.stdout.split())
     return size, more
 

@@ -57,7 +57,8 @@ def attention(
     b, t, h, d = q.shape
     many = b * h * t * k.shape[2] > SCORES
     visible = partial(_visible, window=window)
-    attend = partial(_attend, scale=scale, softcap=softcap, dtype=q.dtype if on_cpu else k.dtype)
+    dtype = q.dtype if on_cpu else k.dtype
+    attend: Callable[..., jax.Array] = partial(_attend, scale=scale, softcap=softcap, dtype=dtype)
 
     def by_head(q: jax.Array) -> jax.Array:
         return q.reshape(b, q.shape[1], k.shape[1], -1, d).transpose(0, 2, 3, 1, 4)  # [b, kv, h / kv, t, d]
@@ -198,8 +199,8 @@ def _head_by_head(
     """``[b, kv, r, t, d]``: a loop over samples and key-value heads, and in it over runs of queries."""
     t, s = positions.shape[1], key_positions.shape[1]
     # Of the same tokens, none sees a later one.
-    runs = [(start, min(start + QUERIES, t)) for start in range(0, t, QUERIES)]
-    runs = [(slice(start, end), slice(end if t == s else s)) for start, end in runs]
+    ends = [(start, min(start + QUERIES, t)) for start in range(0, t, QUERIES)]
+    runs = [(slice(start, end), slice(end if t == s else s)) for start, end in ends]
 
     def sample(one: tuple[jax.Array, ...]) -> jax.Array:
         *heads, positions, key_positions = one

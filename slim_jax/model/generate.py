@@ -173,7 +173,6 @@ class Generator:
                 tokens, positions = _joined(seen)
                 state = self._empty(batch, round_up(tokens.shape[1] + max_tokens - 1 - done))
                 chosen, state, choice = self._read(state, tokens, positions, choice)
-                chosen = np.asarray(chosen)[None]
             else:
                 left = border - next_position if border is not None and next_position < border else max_tokens
                 steps, start = min(size, left, max_tokens - done), time.perf_counter()
@@ -195,16 +194,14 @@ class Generator:
 
     def _read(
         self, state: State, tokens: np.ndarray, positions: np.ndarray, choice: Choice
-    ) -> tuple[jax.Array, State, Choice]:
+    ) -> tuple[np.ndarray, State, Choice]:
         """:func:`slim_jax.model.loop.read` in chunks, of which the first has what is left over."""
         structure, size = self._structure_for(int(positions.max()) + 1), self._prompt_chunk
         ends = range(tokens.shape[1] % size or size, tokens.shape[1] + 1, size)
         for start, end in itertools.pairwise((0, *ends)):
             part = np.s_[:, start:end]
-            chosen, state, choice = read(
-                structure, self._leaves, state, tokens[part], positions[part], choice
-            )
-        return chosen, state, choice
+            found, state, choice = read(structure, self._leaves, state, tokens[part], positions[part], choice)
+        return np.asarray(found)[None], state, choice
 
     def sample_text(self, *, samples: int, length: int, seed: int) -> Int32[np.ndarray, "samples length"]:
         """See :func:`sample_text`."""

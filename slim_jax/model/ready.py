@@ -90,7 +90,7 @@ def _with_weights_prepared(block: Block) -> Block:
         norm = NORMS.get(names[0]) if block.pre_norm else None
         join([part_of(block, name) for name in names], _behind_norm(block, norm, weight))
     block = _prepared(block)
-    if experts is not None:
+    if block.moe is not None and experts is not None:
         block.moe.stacked = experts
     return block
 
