@@ -2,6 +2,7 @@
 
 import json
 from importlib import resources
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from convert import calibration
 from slim_jax.model.windows import draw_windows
 from slim_jax.run import drawn
-from slim_jax.run.files import write_json
 
 
 def letters(text: str) -> list[int]:
@@ -55,29 +55,26 @@ def test_counts_are_as_near_to_the_shares_as_can_be(samples):
     assert all(abs(n - part.share * samples) < 1 for n, part in zip(found, mix))
 
 
-def test_windows_are_drawn_once(tmp_path):
+def test_windows_are_drawn_once(tmp_path, monkeypatch):
+    run = SimpleNamespace(complete=False, quantization=None)
+    monkeypatch.setattr(drawn, "is_checkpoint", lambda path: run.quantization is not None)
+    monkeypatch.setattr(drawn, "read_manifest", lambda path, complete: run)
     tokens, calls = np.arange(12).reshape(3, 4), []
-    draw = drawn.Draw(["a text", 1], lambda: calls.append(1) or tokens)
 
-    def windows(given: drawn.Draw = draw) -> drawn.Windows:
-        return drawn.Windows.of(given, None, tmp_path, resume=True)
-
-    def write(found: drawn.Windows, *, complete: bool) -> None:
-        manifest = {"format": "slim-jax", "complete": complete, "blocks": [], "decoder": {"num_layers": 1}}
-        quantization = {"calibration": json.loads(json.dumps(found.fingerprint))}
-        write_json(tmp_path / "slim.json", manifest | {"quantization": quantization})
-        found.keep(tmp_path)
+    def windows(recipe: str = "a text") -> drawn.Windows:
+        draw = drawn.Draw([recipe, 1], lambda: calls.append(1) or tokens)
+        return drawn.Windows.of(draw, None, tmp_path, resume=True)
 
     first = windows()
-    write(first, complete=False)
-    np.testing.assert_array_equal(windows().tokens, tokens)
-    assert windows().fingerprint == first.fingerprint
-    assert len(calls) == 1
+    first.keep(tmp_path)
+    run.quantization = {"calibration": json.loads(json.dumps(first.fingerprint))}
+    again = windows()
+    np.testing.assert_array_equal(again.tokens, tokens)
+    assert (again.fingerprint, len(calls)) == (first.fingerprint, 1)
     (tmp_path / drawn.KEPT).write_bytes(b"damaged")
-    assert windows().fingerprint == first.fingerprint
-    windows(drawn.Draw(["another text", 1], draw.make))
-    assert len(calls) == 3
-    write(first, complete=True)
+    assert (windows().fingerprint, len(calls)) == (first.fingerprint, 2)
+    assert windows("another text").fingerprint != first.fingerprint
+    run.complete = True
     assert windows() == (None, first.fingerprint)
     assert len(calls) == 3
 

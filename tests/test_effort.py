@@ -42,7 +42,7 @@ def test_whatever_is_done_beside_takes_longer(more):
     plain, longer = (
         effort.operations(CONFIG, SlimConfig(**fields), 4096, 16) for fields in (FIELDS, FIELDS | more)
     )
-    assert longer > 1.2 * plain
+    assert longer > 1.05 * plain
 
 
 FIELDS = {"bits": 2, "group_size": 32, "criterion": "kl", "asymmetric": 0.0, "tune": False}

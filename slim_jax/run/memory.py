@@ -8,7 +8,6 @@ largest program. Sources are taken to give float32.
 import contextlib
 import dataclasses
 import math
-import resource
 import sys
 from pathlib import Path
 
@@ -206,9 +205,13 @@ def available() -> int | None:
 
 
 def peak_bytes() -> int:
-    """Returns the most memory that this process, or the first device if it is no CPU, has held at once."""
+    """Returns the most memory that this process, or the first accelerator, has held at once; 0 if unknown."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
