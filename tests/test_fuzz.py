@@ -24,7 +24,7 @@ from convert.hf import read_config
 from convert.packed import export_packed
 from convert.page import report_page
 from convert.tokenizer import gguf_tokenizer
-from slim_jax.run.checkpoint import CheckpointError, CheckpointSource
+from slim_jax.run.checkpoint import CheckpointError, CheckpointSource, save_source
 from slim_jax.run.manifest import read_manifest, summary
 
 MORE_MEMORY = 1 << 29
@@ -217,9 +217,10 @@ def test_gguf_tokenizers(vocabulary: Callable[[], dict[str, Any]], examples: int
     check()
 
 
-@counts(60)
-def test_manifest(examples: int, tmp_path: Path) -> None:
-    export_packed(packed_source("llama_untied", tmp_path / "hf", (2,)), tmp_path / "packed")
+@counts(30)
+@pytest.mark.parametrize("write", [export_packed, save_source])
+def test_manifest(write: Callable[..., Any], examples: int, tmp_path: Path) -> None:
+    write(packed_source("llama_untied", tmp_path / "hf", (2,)), tmp_path / "packed")
     file = tmp_path / "packed" / "slim.json"
     whole = json.loads(file.read_text())
 

@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 from slim_jax.devices import Placement
 from slim_jax.model.params import Params
 from slim_jax.run.files import remove, sync
-from slim_jax.run.manifest import CheckpointError, Entry, listed, stored_arrays, stored_params
+from slim_jax.run.manifest import MANIFEST, CheckpointError, Entry, listed, stored_arrays, stored_params
 from slim_jax.run.shards import digest, verify
 
 
@@ -61,6 +61,8 @@ def verify_entry(path: Path, entry: Entry, folder_name: str) -> Path:
       CheckpointError: one is missing or damaged.
     """
     folder = path / (entry.folder or folder_name)
+    if not entry.files:
+        raise CheckpointError(f"{folder} cannot be verified: {MANIFEST} lists no files of it")
     for name, expected in entry.files.items():
         verify(folder / name, expected)
     return folder
