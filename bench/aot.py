@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import aot_gpu, aot_token, aot_tpu
 from bench.shapes import SHAPES
-from pallas_kernels.devices import BY_SHORT_NAME, Device
+from pallas_kernels.chips import BY_SHORT_NAME, Device
 from pallas_kernels.layout import group_count
 
 Row = dict[str, Any]

@@ -10,14 +10,14 @@ from flax import nnx
 
 from pallas_kernels import MixedTensor, use_implementation
 from pallas_kernels.layout import abstract_tensor, group_count
+from slim_jax.infer.forward import forward, stackable
+from slim_jax.infer.fuse import ready
 from slim_jax.model.block import linear_groups
 from slim_jax.model.cache import Run, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Packed
-from slim_jax.model.ready import ready
 from slim_jax.model.stage import part_of
-from slim_jax.model.step import forward, stackable
 
 LLAMA_2_7B = DecoderConfig(
     family="llama",
@@ -46,7 +46,7 @@ def decode_step(
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Builder: one token of Llama-2-7B, or of so many ``layers``, with a cache of ``slots``, in bfloat16.
 
-    As `slim_jax.model.generate.Generator` runs it. A quarter of the groups has a bit less than ``bits``, a
+    As `slim_jax.infer.generate.Generator` runs it. A quarter of the groups has a bit less than ``bits``, a
     quarter a bit more; embedding and head are packed.
 
     Returns:

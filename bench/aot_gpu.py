@@ -6,7 +6,7 @@ XLA compiles for a GPU that is only described (``bench/targets/*.txtpb``); Palla
 their PTX in a directory, ``ptxas -v`` says registers, spills and shared memory, and ``nvdisasm`` the
 instructions, which are counted by innermost loop. Nothing here is a time: ``memory_us`` is bytes over the
 datasheet's bandwidth, and no kernel is faster than that. What is compiled is what the device would run: the
-kernels choose their blocks for the target (:func:`pallas_kernels.devices.target`).
+kernels choose their blocks for the target (:func:`pallas_kernels.chips.target`).
 
 It needs ``jax[cuda13-local] nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-nvdisasm``. Every
 compile runs in a process of its own, for XLA reads its flags once per process.
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.hlo import kernels_of
-from pallas_kernels import devices
-from pallas_kernels.devices import Device, find
+from pallas_kernels import chips
+from pallas_kernels.chips import Device, find
 
 TARGETS = Path(__file__).parent / "targets"
 Record = dict[str, Any]
@@ -97,7 +97,7 @@ def device(target: str) -> Device:
     """
     found = find(kind := described(target, "device_description_str"))
     if found is None or found.bandwidth is None or found.bfloat16_flops is None:
-        raise ValueError(f"{target}.txtpb describes {kind!r}, expected a device of pallas_kernels.devices")
+        raise ValueError(f"{target}.txtpb describes {kind!r}, expected a device of pallas_kernels.chips")
     return found
 
 
@@ -168,11 +168,11 @@ def _child(target: str, builder: str, arguments: dict, directory: str, kernels: 
         platform="cuda", topology_name="", target_config=description, topology="1x1x1"
     ).devices[0]
     placed = SingleDeviceSharding(gpu)
-    with devices.target(gpu):
+    with chips.target(gpu):
         function, operands = getattr(importlib.import_module(module), name)(**arguments)
     operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), operands)
     # Mosaic asks the default device for its compute capability, and without one takes sm_90.
-    with jax.default_device(gpu), devices.target(gpu):
+    with jax.default_device(gpu), chips.target(gpu):
         traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*operands)
         compiled = traced.lower().compile()
     memory: Any = compiled.memory_analysis()

@@ -4,7 +4,7 @@ from typing import Any
 
 from bench import aot_tpu
 from bench.aot_decoder import LLAMA_2_7B, tpu_products
-from pallas_kernels.devices import BY_SHORT_NAME
+from pallas_kernels.chips import BY_SHORT_NAME
 
 STEP = "bench.aot_decoder:decode_step"
 ARGUMENTS = {"implementation": "mosaic_tpu"}

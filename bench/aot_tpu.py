@@ -28,8 +28,8 @@ import numpy as np
 
 from bench import llo
 from bench.hlo import brought_bytes, kernels_of, looped
-from pallas_kernels.devices import BY_SHORT_NAME
-from pallas_kernels.devices import target as target_of_program
+from pallas_kernels.chips import BY_SHORT_NAME
+from pallas_kernels.chips import target as target_of_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Target:
     Attributes:
       topology: the smallest topology that libtpu has for it.
       options: further arguments of ``get_topology_desc``.
-      device: its short name in :mod:`pallas_kernels.devices`.
+      device: its short name in :mod:`pallas_kernels.chips`.
       clock: Hz, as follows from the peak FLOP/s and the size of the matrix units.
       estimates: whether libtpu's cycle estimate exists (elsewhere it aborts).
     """
@@ -291,7 +291,7 @@ def packed(
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.devices import of_target
+    from pallas_kernels.chips import of_target
     from pallas_kernels.layout import abstract_tensor
     from pallas_kernels.tpu import decode as kernel
     from pallas_kernels.tpu.layers import prepare as prepare_layers

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import devices
-from pallas_kernels.gpu.attend import Scores, attend, parts_of
+from pallas_kernels import chips
+from pallas_kernels.gpu.attention import Scores, attend, parts_of
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
 """Largest error, relative to the largest output, by the cache's dtype, to which all operands are rounded."""
@@ -65,7 +65,7 @@ def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
     first = np.zeros((case.batch, 1), int)
     first[0] = min(case.padding, case.start)
     places = np.where((slot >= first) & (slot <= case.start), slot - first, -1)
-    parts = case.parts or parts_of(devices.of_target(), case.batch * case.kv, case.slots)
+    parts = case.parts or parts_of(chips.of_target(), case.batch * case.kv, case.slots)
     scores = Scores(case.width**-0.5, case.softcap)
     window = np.iinfo(np.int32).max if case.window is None else case.window
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.cli.sources import encode, open_source, tokenizer_of, whole_decoder
+from slim_jax.eval.windows import draw_windows
+from slim_jax.infer.forward import forward
+from slim_jax.infer.generate import CACHE_DTYPES, Generator
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import CACHE_DTYPES, Generator
-from slim_jax.model.step import forward
-from slim_jax.model.windows import draw_windows
 
 BATCH = 8
 TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"

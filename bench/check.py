@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.decode import random_packed
-from pallas_kernels import InputNorm, MixedTensor, devices, mixed_matmul, prepare_joined
+from pallas_kernels import InputNorm, MixedTensor, chips, mixed_matmul, prepare_joined
 
 TOLERANCE = 0.01
 """Largest error, relative to the largest output. Rounding x or weights to bfloat16 makes some 0.001, one of
@@ -91,7 +91,7 @@ def check(
       or one that is not finite; ``reason``: one line, if it is not ok; ``seconds`` that it took, compilation
       and all.
     """
-    on_gpu = devices.of_target().platform == "cuda" and implementation in (None, "mosaic_gpu")
+    on_gpu = chips.of_target().platform == "cuda" and implementation in (None, "mosaic_gpu")
     start = time.monotonic()
     known = [case for case in cases if case.split_k is None or on_gpu]
     for _, sharing in itertools.groupby(known, lambda case: case.weight):
@@ -184,7 +184,7 @@ def _product(case: Case, implementation: str | None) -> Callable[[jax.Array, Mix
     from pallas_kernels.gpu.config import fitted
 
     config = kernel.Config(block_n=128 // case.split_k, stages=2, split_k=case.split_k)
-    config = fitted(config, devices.of_target(), case.group_size)
+    config = fitted(config, chips.of_target(), case.group_size)
     return lambda x, w: kernel.mixed_matmul(x, w, config=config)
 
 

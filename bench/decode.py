@@ -17,13 +17,13 @@ from convert import load_source
 from convert.cli.sources import devices_mesh
 from pallas_kernels import MixedTensor, pack, scales
 from slim_jax.config import SlimConfig
+from slim_jax.infer.generate import Generator
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
 from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_params, make_decoder
-from slim_jax.run.source import Source, read_decoder
+from slim_jax.store.source import Source, read_decoder
 
 
 def random_packed(
@@ -91,7 +91,7 @@ def random_table(name: str, value: Any, bits: int, rng: np.random.Generator) -> 
 
 def load_packed(path: str) -> Decoder:
     """A quantized checkpoint."""
-    from slim_jax.run.checkpoint import load  # not needed for random codes
+    from slim_jax.store.checkpoint import load  # not needed for random codes
 
     return load(path)
 

@@ -28,17 +28,17 @@ from rich.table import Table
 from convert import calibration
 from convert.cli.sources import encode
 from convert.display import progress
-from convert.load import open_model, source_tokenizer
-from convert.packed import export_packed
-from convert.page import COLORS
+from convert.readers.load import open_model, source_tokenizer
+from convert.report import COLORS
+from convert.writers.packed import export_packed
+from slim_jax.calibrate.pipeline import quantize_to_checkpoint
 from slim_jax.config import SlimConfig
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.infer.generate import Generator
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
-from slim_jax.model.perplexity import perplexity
-from slim_jax.run.checkpoint import CheckpointSource, is_checkpoint
-from slim_jax.run.manifest import summary
-from slim_jax.run.pipeline import quantize_to_checkpoint
-from slim_jax.run.source import Source, read_decoder
+from slim_jax.store.checkpoint import CheckpointSource, is_checkpoint
+from slim_jax.store.manifest import summary
+from slim_jax.store.source import Source, read_decoder
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "bench/data/pride_and_prejudice.txt", ROOT / "docs/usage.md")

@@ -21,17 +21,17 @@ from bench import decode, device_values, machine, matmul, timing
 from bench.quantize import RandomSource, peak_mib
 from convert import load_source
 from convert.errors import ConvertError, first_line
-from pallas_kernels import api, devices
+from pallas_kernels import api, chips
 from pallas_kernels.layout import abstract_tensor
+from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.eval.windows import draw_windows
+from slim_jax.infer.generate import Generator
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
-from slim_jax.model.perplexity import perplexity
-from slim_jax.model.windows import draw_windows
 from slim_jax.report import BlockReport
-from slim_jax.run.pipeline import quantize
-from slim_jax.run.source import read_decoder
+from slim_jax.store.source import read_decoder
 
 Record = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Record]]]
@@ -72,7 +72,7 @@ def _describe() -> Record:
         memory = {}
     record["memory_bytes"] = memory.get("bytes_limit")
     record["devices"] = jax.device_count()
-    record["known_as"] = dataclasses.asdict(devices.of_target())
+    record["known_as"] = dataclasses.asdict(chips.of_target())
     size = record["memory_bytes"]
     parts = [
         f"{record['devices']} x {record['kind']} ({record['platform']})",

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import attention, gated
 from bench import check as values
-from pallas_kernels import devices
+from pallas_kernels import chips
 from pallas_kernels.tpu import config
 
 Record = dict[str, Any]
@@ -33,7 +33,7 @@ def _likeliest(case: values.Case) -> bool:
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     """A stage, the cases that say most first; ``quick`` takes a few tiny ones. TPUs begin with these, checked
     (`pallas_kernels.tpu.config.checked`)."""
-    if devices.of_target().platform == "cuda" and not quick:
+    if chips.of_target().platform == "cuda" and not quick:
         for case in attention.CASES:
             yield str(case), partial(_compared, attention, case)
         for mlp in gated.CASES:
@@ -41,13 +41,13 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     wanted = list(values.CASES)
     if quick:
         wanted = [case for case in wanted if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
-    elif devices.of_target().platform != "cuda":
+    elif chips.of_target().platform != "cuda":
         wanted = [case for case in wanted if case.split_k is None]
     wanted.sort(key=lambda case: not _likeliest(case))
     # A TPU is one process's. On a GPU compiling a case takes much longer than running it.
-    alone = quick or devices.of_target().platform != "cuda"
+    alone = quick or chips.of_target().platform != "cuda"
     processes = 1 if alone else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
-    if devices.of_target().platform == "tpu":
+    if chips.of_target().platform == "tpu":
         first = [case for case in wanted if quick or _likeliest(case)]
         with contextlib.closing(values.check(first)) as records:
             for case in first:

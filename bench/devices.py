@@ -21,14 +21,14 @@ import numpy as np
 
 import convert
 from pallas_kernels import MixedTensor
+from slim_jax.calibrate.pipeline import quantize_to_checkpoint
 from slim_jax.config import SlimConfig
 from slim_jax.model.params import Params
-from slim_jax.run.checkpoint import CheckpointSource, read_manifest
-from slim_jax.run.pipeline import quantize_to_checkpoint
+from slim_jax.store.checkpoint import CheckpointSource, read_manifest
 
 
 class _FirstBlocks:
-    """The first blocks of a model, as a `slim_jax.run.source.Source`."""
+    """The first blocks of a model, as a `slim_jax.store.source.Source`."""
 
     def __init__(self, blocks: int) -> None:
         self._source = convert.load_source("smollm2")

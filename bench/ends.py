@@ -12,14 +12,14 @@ import numpy as np
 
 import convert
 from bench.quantize import tokens_of
+from slim_jax.calibrate.activations import Activations
+from slim_jax.calibrate.embeddings import TableSolver, observe_head
 from slim_jax.config import SlimConfig
-from slim_jax.devices import ONE_DEVICE
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.eval.windows import draw_windows
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder
-from slim_jax.model.perplexity import perplexity
-from slim_jax.model.windows import draw_windows
-from slim_jax.run.activations import Activations
-from slim_jax.run.ends import TableSolver, observe_head
+from slim_jax.placement import ONE_DEVICE
 
 
 def main() -> None:

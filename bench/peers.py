@@ -10,7 +10,7 @@ are the linear layers of the blocks; embedding, head and norms stay as they are,
 
     slim-jax export smollm2 out/dense --format hf --dtype float32
     python -c "import convert, numpy; from bench.quantize import tokens_of; \\
-        from slim_jax.model.windows import draw_windows; \\
+        from slim_jax.eval.windows import draw_windows; \\
         tokens = tokens_of(convert.load_source('smollm2'), 'wt2_calib.txt'); \\
         numpy.save('out/tokens.npy', draw_windows(tokens, 64, 512, 0))"
 

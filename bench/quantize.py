@@ -25,21 +25,21 @@ import numpy as np
 import convert
 from convert import calibration
 from pallas_kernels import MixedTensor
+from slim_jax.calibrate.activations import Activations
+from slim_jax.calibrate.learning import BlockLearner
+from slim_jax.calibrate.pipeline import quantize, quantize_to_checkpoint
+from slim_jax.calibrate.quantizer import BlockQuantizer
 from slim_jax.config import SlimConfig
-from slim_jax.method.plus import Samples
+from slim_jax.duration import least_seconds
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.eval.windows import draw_windows
+from slim_jax.infer.generate import sample_text
+from slim_jax.method.learnable import Samples
 from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.generate import sample_text
 from slim_jax.model.params import block_params, make_block, outer_params
-from slim_jax.model.perplexity import perplexity
-from slim_jax.model.windows import draw_windows
-from slim_jax.run.activations import Activations
-from slim_jax.run.effort import least_seconds
-from slim_jax.run.learning import BlockLearner
-from slim_jax.run.pipeline import quantize, quantize_to_checkpoint
-from slim_jax.run.quantizer import BlockQuantizer
-from slim_jax.run.source import Source, read_decoder
+from slim_jax.store.source import Source, read_decoder
 
 
 @partial(jax.jit, static_argnames="group_size")
@@ -130,11 +130,11 @@ class RandomSource:
         }
 
     def outer(self) -> dict[str, np.ndarray]:
-        """See `slim_jax.run.source.Source`."""
+        """See `slim_jax.store.source.Source`."""
         return self._random(outer_params(self.config), 0)
 
     def block(self, index: int) -> dict[str, np.ndarray]:
-        """See `slim_jax.run.source.Source`."""
+        """See `slim_jax.store.source.Source`."""
         if not self._alike:
             return self._random(block_params(self.config), 1 + index)
         if self._block is None:

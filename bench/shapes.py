@@ -1,6 +1,6 @@
 """The linear layers of well-known models, ``(K, N)``, and what a device can do at best."""
 
-from pallas_kernels.devices import DEVICES
+from pallas_kernels.chips import DEVICES
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "smollm2-135m": ((576, 576), (576, 192), (576, 1536), (1536, 576)),

@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 
 import convert
 from bench.quantize import peak_mib
+from slim_jax.calibrate.pipeline import quantize_to_checkpoint
 from slim_jax.config import SlimConfig
-from slim_jax.run.pipeline import quantize_to_checkpoint
 
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY, LENGTH = 2048, 5632, 16, 32_000, 256
 

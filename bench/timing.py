@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import devices
+from pallas_kernels import chips
 
 CACHES = 3  # a cache that replaces at random still keeps 0.06 of what is three times its size
 MOST_WEIGHTS = 48
@@ -81,7 +81,7 @@ def copies(weight: Any, rows: int) -> tuple[Any, ...]:
     if on_accelerator():
         count = 4  # where there is no cache, or weights are little of what a product costs
         if jax.default_backend() == "gpu" and rows <= FEW_ROWS:
-            known = devices.of_target().l2_bytes
+            known = chips.of_target().l2_bytes
             count = min(MOST_WEIGHTS, max(2, math.ceil(CACHES * (known or UNKNOWN_CACHE) / size)))
     return (weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1)))
 
@@ -103,7 +103,7 @@ def _chain(
 
 def _turns(product: Product) -> int:
     """How often the shorter loop takes each weight: some milliseconds, if products ran at the peak."""
-    device = devices.of_target()
+    device = chips.of_target()
     by_bytes = product.bytes / (device.bandwidth or 1e12)
     by_flops = product.flops / (device.bfloat16_flops or 1e14)
     floor = max(by_bytes, by_flops, 1e-6) * len(product.weights)
@@ -179,7 +179,7 @@ def take_turns[K: Hashable](
 
 def rates(product: Product, timing: Timing) -> dict[str, Any]:
     """What a time means: microseconds, and the shares of the device's bandwidth and matrix peak."""
-    device = devices.of_target()
+    device = chips.of_target()
     row: dict[str, Any] = {
         "microseconds": 1e6 * timing.median,
         "least": 1e6 * timing.least,

@@ -30,7 +30,7 @@ from bench.limits import Limit
 from bench.shapes import SHAPES
 from bench.timing import Prepared, Product, Timing, copies, prepare, take_turns
 from convert.errors import first_line
-from pallas_kernels import devices, tuning
+from pallas_kernels import autotune, chips
 
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "mosaic_gpu": {
@@ -132,7 +132,7 @@ def tune(
     x = jnp.asarray(rng.normal(size=(m, shape[0])), jnp.bfloat16)
     wanted = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
     weights = copies(w, m)
-    start = kernel.heuristic(devices.of_target().name, m, *shape)
+    start = kernel.heuristic(chips.of_target().name, m, *shape)
 
     def products() -> Iterator[tuple[Any, Product]]:
         for config in candidates(start, FIELDS[kernel.NAME]):
@@ -157,7 +157,7 @@ def tune(
 
 def store(table: Path, name: str, key: str, fields: dict[str, Any]) -> None:
     """Adds an entry; the file is written whole and then renamed."""
-    content = tuning.read_table(table)
+    content = autotune.read_table(table)
     content.setdefault(name, {})[key] = fields
     table.parent.mkdir(parents=True, exist_ok=True)
     part = table.with_suffix(f".{os.getpid()}.part")
@@ -183,13 +183,13 @@ def main() -> None:
         from pallas_kernels.tpu import decode as kernel  # type: ignore[no-redef]
     else:
         sys.exit(f"bench.tune: JAX's platform is {platform}, expected a GPU or a TPU")
-    name, kind = kernel.NAME, devices.of_target().name
-    table, end = tuning.user_table(), time.monotonic() + 60 * arguments.minutes
-    known = tuning.read_table(table).get(name, {})
+    name, kind = kernel.NAME, chips.of_target().name
+    table, end = autotune.user_table(), time.monotonic() + 60 * arguments.minutes
+    known = autotune.read_table(table).get(name, {})
     wanted = []
     for k, n in SHAPES[arguments.shapes]:
         for m in map(int, arguments.rows.split(",")):
-            key = tuning.key(kind, m, k, n, arguments.bits, arguments.group_size)
+            key = autotune.key(kind, m, k, n, arguments.bits, arguments.group_size)
             if key not in known or arguments.again:
                 wanted.append((key, m, (k, n)))
     for i, (key, m, shape) in enumerate(wanted):

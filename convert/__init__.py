@@ -1,9 +1,9 @@
 """Other people's formats: Hugging Face directories, GGUF files, tokenizers; and the command line."""
 
 from convert.errors import ConvertError
-from convert.export import export_hf
-from convert.load import load_source
-from convert.source import ModelSource
+from convert.readers.load import load_source
+from convert.readers.source import ModelSource
 from convert.tokenizer import load_tokenizer, save_tokenizer
+from convert.writers.export import export_hf
 
 __all__ = ["ConvertError", "ModelSource", "export_hf", "load_source", "load_tokenizer", "save_tokenizer"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from slim_jax.model.windows import draw_windows
+from slim_jax.eval.windows import draw_windows
 
 SELF, MIX = "self", "mix"
 

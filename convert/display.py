@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from convert.text import Text
-    from slim_jax.run.plan import Plan
+    from slim_jax.plan import Plan
 
 
 def print_json(document: dict[str, Any], indent: int | None = 2) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 
 from convert.display import progress
 from convert.errors import ConvertError, listed
-from convert.load import open_model, source_tokenizer
+from convert.readers.load import open_model, source_tokenizer
 from convert.text import Text, as_template
+from slim_jax.eval.likelihood import judge
+from slim_jax.eval.perplexity import Reader
+from slim_jax.infer.generate import Generator
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
-from slim_jax.model.likelihood import judge
-from slim_jax.model.perplexity import Reader
-from slim_jax.run.source import Source, read_decoder
+from slim_jax.store.source import Source, read_decoder
 
 NAME = "slim-jax"
 ROWS = 16

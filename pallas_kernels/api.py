@@ -15,10 +15,11 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import devices, meshes, xla
+from pallas_kernels import chips, meshes
 from pallas_kernels.layout import MixedTensor, stack, vary_like
 from pallas_kernels.prepared import Prepared, stack_consumed
-from pallas_kernels.steps import joinable, prepare_stack
+from pallas_kernels.xla import product as xla
+from pallas_kernels.xla.prepared import joinable, prepare_stack
 
 Kernel = Callable[..., jax.Array]
 
@@ -68,7 +69,7 @@ PLATFORM = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
 """Where an implementation runs that does not run everywhere."""
 
 BY_PLATFORM = {"tpu": ("mosaic_tpu", "xla"), "cuda": ("mosaic_gpu", "xla")}
-"""What is tried, in order, for a target of each platform (:func:`pallas_kernels.devices.of_target`); XLA on
+"""What is tried, in order, for a target of each platform (:func:`pallas_kernels.chips.of_target`); XLA on
 all others."""
 
 MOST_ROWS = {"cuda": 128}
@@ -82,7 +83,7 @@ def use_implementation(*names: str) -> AbstractContextManager[None]:
     """Products traced inside, of whole models too, try these implementations where none is named.
 
     To compare implementations, and for a program that is compiled ahead of time where no target is set
-    (:func:`pallas_kernels.devices.target`). A jitted function is traced again for other names.
+    (:func:`pallas_kernels.chips.target`). A jitted function is traced again for other names.
     """
     return _chosen(_names(names))
 
@@ -152,7 +153,7 @@ def prepare_joined(
 
 def _on_cpu() -> bool:
     """Whether the target has loops that multiply packed words: elsewhere XLA dequantizes."""
-    return devices.of_target().platform == "cpu"
+    return chips.of_target().platform == "cpu"
 
 
 def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool, consume: bool) -> Prepared | None:
@@ -171,7 +172,7 @@ def _joined_on_gpu(weights: Sequence[MixedTensor], feeds: int = 0) -> Prepared |
         with importing("mosaic_gpu"):
             import pallas_kernels.gpu.kernel  # noqa: F401
             from pallas_kernels.gpu import config, joined
-        config.check_supported(devices.of_target(), jnp.dtype(jnp.bfloat16), 1, weights[0].group_size, None)
+        config.check_supported(chips.of_target(), jnp.dtype(jnp.bfloat16), 1, weights[0].group_size, None)
     except NotImplementedError:
         return None
     return joined.join(weights, feeds=feeds) if joined.joinable(weights) else None
@@ -271,7 +272,7 @@ def tried(rows: Any) -> tuple[str, ...]:
 
     A number of rows that only the program's caller will say (`jax.export.symbolic_shape`) is XLA's.
     """
-    platform = devices.of_target().platform
+    platform = chips.of_target().platform
     if not isinstance(rows, int) or rows > MOST_ROWS.get(platform, rows):
         return ("xla",)
     return BY_PLATFORM.get(platform, ("xla",))

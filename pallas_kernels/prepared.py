@@ -3,7 +3,7 @@
 What a product works out of the weights alone (where each plane lies, what its codes are worth, zero codes a
 byte each) is the same for every token, so a model that generates works it out once. Weights that read one
 input become one product here, each with bits and an order of groups of its own. Nothing here is stored. What
-a back end wants beside that is its own: `pallas_kernels.steps`, `pallas_kernels.gpu.joined`.
+a back end wants beside that is its own: `pallas_kernels.xla.prepared`, `pallas_kernels.gpu.joined`.
 """
 
 import dataclasses

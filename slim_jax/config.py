@@ -45,14 +45,14 @@ class SlimConfig:
       method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then
         learns, block by block; "gptq" gives all groups ``bits``; "rtn" rounds to nearest, without
         calibration of the rounding.
-      sqc: how scales and zero points are found, a name of `slim_jax.method.sqc.FITS`. "paper" repeats
-        the choices of the authors' code, in the allocation and the order of work too. By default
+      sqc: how scales and zero points are found, a name of `slim_jax.method.scale_search.FITS`. "paper"
+        repeats the choices of the authors' code, in the allocation and the order of work too. By default
         "search" for "slim", "minmax" for the two baselines.
       criterion: what the bit search minimizes: "model", the expected rise of the model's loss, over all
         layers at once (`slim_jax.method.budget`); within each layer "kl", "error" (see
         `slim_jax.method.sba.scores`) or "paper". By default "paper" where ``sqc`` is, "model" elsewhere.
       guide: whether tokens count in the Hessians by the gradient of the model's loss
-        (`slim_jax.run.sweep`), which sweeps over all of them, not over a few thousand.
+        (`slim_jax.calibrate.sensitivity`), which sweeps over all of them, not over a few thousand.
       sequential: True calibrates each layer on what the quantized layers before it in its block give,
         False on the outputs of the unquantized block. By default False where ``sqc`` is "paper".
       asymmetric: how much of what quantized layers have cost its input, and the residual stream that it adds
@@ -65,7 +65,7 @@ class SlimConfig:
         where scales are not searched.
       search_tokens: calibration tokens, evenly spread, that the bit search looks at.
       learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+, "clip-gptq", "grid" and "rounding"
-        are not in the paper, see `slim_jax.method.plus`. The fields below are for "slim-plus" too.
+        are not in the paper, see `slim_jax.method.learnable`. The fields below are for "slim-plus" too.
       epochs: passes over the calibration samples, at most.
       learning_rate: of the default optimizer; by default 1e-2 where clipping is learned (the
         paper's), else 5e-3.
@@ -76,8 +76,8 @@ class SlimConfig:
       embedding_group_size: their input channels that share scale and zero point; by default 64, and 32 where
         their codes have 4 bits or less.
       tune: whether scales and norms of the whole model are tuned in the end, by the divergence of its logits
-        from the full-precision model's (`slim_jax.run.tuning`). By default where the method is "slim" or
-        "slim-plus" and ``sqc`` not "paper".
+        from the full-precision model's (`slim_jax.calibrate.fine_tuning`). By default where the method is
+        "slim" or "slim-plus" and ``sqc`` not "paper".
       tune_samples: how many of the calibration samples, the last, are left to tuning; no layer is solved on
         them. On samples that layers were solved on, less than half shows of what was lost. By default half
         (:meth:`Settings.samples_to_tune`); with 0 tuning looks at those that the layers were solved on.

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from convert.cli import run
-from slim_jax.run import checkpoint
+from slim_jax.store import checkpoint
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64))]
 QUANTIZE = ["--bits", "2", "--group-size", "32", "--samples", "4", "--length", "32", "--preset", "fast"]

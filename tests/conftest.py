@@ -23,13 +23,13 @@ UNCHECKED = (
     # gradients without a type), which the fields' annotations would refuse.
     "pallas_kernels.layout",
     "pallas_kernels.prepared",
-    "pallas_kernels.steps",
+    "pallas_kernels.xla.prepared",
     "pallas_kernels.gpu.joined",
     "pallas_kernels.tpu.layers",
     "slim_jax.model.cache",
-    "slim_jax.model.sampling",
+    "slim_jax.infer.sampling",
     # Tests describe devices that are not here by records that look like JAX's.
-    "pallas_kernels.devices",
+    "pallas_kernels.chips",
     # What runs inside a kernel there is given Mosaic's registers where interpret mode gives arrays.
     "pallas_kernels.gpu.registers",
     # Typer reads these annotations as how to parse, and passes other things (its own click's Context).

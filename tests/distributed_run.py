@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from slim_jax.calibrate import pipeline
 from slim_jax.config import SlimConfig
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.report import BlockReport
-from slim_jax.run import pipeline
-from slim_jax.run.source import DecoderSource
+from slim_jax.store.source import DecoderSource
 
 CONFIG = DecoderConfig(
     family="llama",

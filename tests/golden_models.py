@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from slim_jax.infer.forward import forward
 from slim_jax.model.block import Block, sequence_positions
 from slim_jax.model.cache import Run, State
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, make_outer, split_params
-from slim_jax.model.step import forward
-from slim_jax.run.source import Source
+from slim_jax.store.source import Source
 
 HERE = Path(__file__).parent / "goldens"
 NAMES = sorted(path.stem for path in HERE.glob("*.npz"))

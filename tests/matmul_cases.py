@@ -14,7 +14,7 @@ import pytest
 from test_layout import oracle_weight, random_parts
 
 from bench import check
-from pallas_kernels import devices, mixed_matmul, pack, scales
+from pallas_kernels import chips, mixed_matmul, pack, scales
 from pallas_kernels.gpu import config as gpu_config
 
 MOSAIC_GPU = jax.__version_info__ >= gpu_config.JAX
@@ -193,7 +193,7 @@ class MatmulCases:
 
 def on_device(platform):
     """Marks tests of a kernel that need a device of its platform, "cuda" or "tpu"."""
-    here = devices.of_target()
+    here = chips.of_target()
     return pytest.mark.skipif(
         here.platform != platform,
         reason=f"needs a device of platform {platform}, found {here.name}; run this file on one",

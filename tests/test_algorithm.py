@@ -9,6 +9,7 @@ import oracles
 import pytest
 
 from pallas_kernels import pack, scales
+from slim_jax.calibrate.activations import sample_positions
 from slim_jax.config import SlimConfig
 from slim_jax.method.gptq import solve
 from slim_jax.method.hessian import Observation, dampen, gram, inverse_cholesky, statistics
@@ -21,8 +22,7 @@ from slim_jax.method.sba import (
     save_allocation,
     scores,
 )
-from slim_jax.method.sqc import FITS, fit_min_max, fit_paper, fit_search, stored_grids
-from slim_jax.run.activations import sample_positions
+from slim_jax.method.scale_search import FITS, fit_min_max, fit_paper, fit_search, stored_grids
 
 G, ZERO_BITS = 32, 4
 

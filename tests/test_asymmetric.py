@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 from test_pipeline import CONFIG
 
+from slim_jax.calibrate.activations import Inputs, observe
+from slim_jax.calibrate.embeddings import TableSolver
+from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
-from slim_jax.devices import Placement
+from slim_jax.eval.perplexity import perplexity
 from slim_jax.method.hessian import Observation, corrected
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.perplexity import perplexity
-from slim_jax.run.activations import Inputs, observe
-from slim_jax.run.ends import TableSolver
-from slim_jax.run.pipeline import quantize
+from slim_jax.placement import Placement
 
 UNIFORM = SlimConfig(bits=2, group_size=32, method="gptq", sqc="search", embedding_bits=16)
 

@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas
 
 from bench.attention import Case, compare
-from pallas_kernels import devices
-from pallas_kernels.gpu import attend
+from pallas_kernels import chips
+from pallas_kernels.gpu import attention
 from slim_jax.model.attention import attend_cached
 from slim_jax.model.cache import Int8Rows, KeyValues
 from slim_jax.model.rotary import Rotation, frequencies
@@ -40,15 +40,15 @@ def test_values_and_what_is_written(case):
 def test_a_token_that_is_padding_gives_numbers():
     token, keys = jnp.ones((1, 6 * 16)), jnp.ones((1, 2, 64, 16))
     at = (jnp.full(1, -1), jnp.full((1, 64), -1), jnp.int32(5), jnp.int32(9))
-    scores = attend.Scores(1.0)
-    y, *_ = attend.attend(token, None, keys, keys, *at, scores=scores, parts=1, interpret=True)
+    scores = attention.Scores(1.0)
+    y, *_ = attention.attend(token, None, keys, keys, *at, scores=scores, parts=1, interpret=True)
     assert np.isfinite(np.asarray(y)).all()
 
 
 def test_parts_fill_the_chip_and_no_more():
-    h100 = devices.describe("h100")
-    assert [attend.parts_of(h100, heads, 4096) for heads in (1, 8, 32, 64, 256)] == [8, 8, 4, 2, 1]
-    assert attend.parts_of(h100, 8, 128) == 2  # blocks of slots there are
+    h100 = chips.describe("h100")
+    assert [attention.parts_of(h100, heads, 4096) for heads in (1, 8, 32, 64, 256)] == [8, 8, 4, 2, 1]
+    assert attention.parts_of(h100, 8, 128) == 2  # blocks of slots there are
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_parts_fill_the_chip_and_no_more():
     ],
 )
 def test_what_is_supported(device, width, dtype, wanted):
-    assert attend.supported(devices.describe(device), width, jnp.dtype(dtype)) == wanted
+    assert attention.supported(chips.describe(device), width, jnp.dtype(dtype)) == wanted
 
 
 @pytest.mark.parametrize("left", [(), ("CompilerParams", "load", "dot")], ids=["nothing", "some"])
@@ -73,13 +73,13 @@ def test_without_what_the_kernel_stands_on(left, monkeypatch, kernel):
     """JAX has announced that Pallas's lowering to Triton will go; XLA takes the token then."""
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     monkeypatch.delattr(pallas, "triton")
-    spec = importlib.util.spec_from_file_location("attend_again", attend.__file__)
+    spec = importlib.util.spec_from_file_location("attend_again", attention.__file__)
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, again)
     spec.loader.exec_module(again)
     assert again.triton is None
-    monkeypatch.setattr(attend, "triton", SimpleNamespace(**dict.fromkeys(left)) if left else again.triton)
-    assert not attend.supported(devices.describe("h100"), 16, jnp.dtype("float32"))
+    monkeypatch.setattr(attention, "triton", SimpleNamespace(**dict.fromkeys(left)) if left else again.triton)
+    assert not attention.supported(chips.describe("h100"), 16, jnp.dtype("float32"))
     q, k, cache = jnp.ones((2, 1, 4, 16)), jnp.ones((2, 1, 2, 16)), random_cache(np.random.default_rng(0))
     attend_cached(q, k, k, jnp.full((2, 1), 66), cache, rotation=None, scale=0.25, one_device=True)
     assert kernel == []
@@ -101,10 +101,10 @@ def kernel(monkeypatch):
         calls.append(how)
         return run(*arrays, **how, interpret=True)
 
-    run = attend.attend
-    monkeypatch.setattr(attend, "attend", interpreted)
+    run = attention.attend
+    monkeypatch.setattr(attention, "attend", interpreted)
     monkeypatch.setattr(lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
-    with devices.target("h100"):
+    with chips.target("h100"):
         yield calls
 
 

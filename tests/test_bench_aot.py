@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from bench import aot, aot_gpu, aot_tpu, hlo
-from pallas_kernels import devices
+from pallas_kernels import chips
 from pallas_kernels.gpu import kernel
 
 HLO = """
@@ -33,7 +33,7 @@ def test_launches_and_bytes_of_an_hlo_program():
 
 def test_floor_is_the_larger_of_memory_and_matrix_units():
     """H100, 4096 x 4096: 16 rows are bound by memory, 2048 by 989.4 TFLOP/s, whatever the bytes."""
-    h100 = devices.BY_SHORT_NAME["h100"]
+    h100 = chips.BY_SHORT_NAME["h100"]
     decode = aot.against_floor(h100, 16, 4096, 4096, memory_us=1.5, takes_us=3.0)
     assert decode == {"floor_us": 1.5, "bound": "memory", "ratio": 2.0}
     prefill = aot.against_floor(h100, 2048, 4096, 4096, memory_us=16.4, takes_us=61.3)
@@ -56,7 +56,7 @@ def test_described_gpus_are_in_the_table(target):
 
 @pytest.mark.parametrize("target", aot_tpu.TARGETS)
 def test_tpus_are_in_the_table(target):
-    assert devices.BY_SHORT_NAME[aot_tpu.TARGETS[target].device].platform == "tpu"
+    assert chips.BY_SHORT_NAME[aot_tpu.TARGETS[target].device].platform == "tpu"
 
 
 @pytest.mark.parametrize("target", ["h100", "a100", "b200"])
@@ -70,7 +70,7 @@ def test_the_gpu_kernel_is_that_of_the_target(target, monkeypatch):
 
     monkeypatch.setattr(kernel, "choose", spy)
     product, arguments = aot_gpu.matmul(n=11008)
-    with devices.target(aot_gpu.device(target)):
+    with chips.target(aot_gpu.device(target)):
         grids = aot_gpu.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
     assert grids == {"mixed_matmul": [[1, 344]]}
     ((name, config),) = chosen

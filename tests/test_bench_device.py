@@ -16,7 +16,7 @@ import pytest
 
 from bench import attention, device, device_stages, device_values, gated, machine, timing
 from bench.limits import Limit
-from pallas_kernels import devices
+from pallas_kernels import chips
 from pallas_kernels.tpu import config
 
 
@@ -66,7 +66,7 @@ def test_the_stages_are_those_that_are_offered():
 
 def test_every_kernel_is_asked_on_a_gpu(monkeypatch):
     """Attention and MLPs before products; what a case gives is what its module says of it."""
-    with devices.target("h100"):
+    with chips.target("h100"):
         labels = [label for label, _ in itertools.islice(device_values.cases(quick=False), 12)]
         monkeypatch.setattr(attention, "compare", lambda case: {"ok": False})
         monkeypatch.setattr(attention, "line", lambda record: "wrong")
@@ -85,7 +85,7 @@ def test_a_tpu_begins_with_its_checks_on(monkeypatch):
 
     monkeypatch.setattr(device_values.values, "check", check)
     monkeypatch.setattr(device_values.values, "line", str)
-    with devices.target("v6e"):
+    with chips.target("v6e"):
         labels = [label for label, run in device_values.cases(quick=True) if run()["ok"]]
     (first, second), more = asked[:2], asked[2:]
     assert [checked for _, checked in (first, second)] == [True, True]

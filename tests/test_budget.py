@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slim_jax.calibrate import activations, sensitivity
+from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.method.budget import LayerCosts, group_errors, spend
-from slim_jax.method.sqc import fit_search
+from slim_jax.method.scale_search import fit_search
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
-from slim_jax.run import activations, sweep
-from slim_jax.run.pipeline import quantize
-from slim_jax.run.source import DecoderSource
+from slim_jax.store.source import DecoderSource
 from tests.test_pipeline import CONFIG, TOKENS
 
 WIDTHS = (1, 2, 3, 4)
@@ -105,11 +105,11 @@ def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
     """Against central differences: each output of a layer at a token moved a little, the whole loss taken."""
     monkeypatch.setattr(activations, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
     tokens = TOKENS[:2]
-    found = sweep.Sweep(DecoderSource(model), tokens, SlimConfig(group_size=32, guide=True).resolved())
+    found = sensitivity.Sweep(DecoderSource(model), tokens, SlimConfig(group_size=32, guide=True).resolved())
     inputs = found._inputs()
     gradients = found._loss_gradients(inputs.pop())
     raw = {}
-    monkeypatch.setattr(sweep, "limited", lambda w: (raw.setdefault(len(raw), w), 1.0))
+    monkeypatch.setattr(sensitivity, "limited", lambda w: (raw.setdefault(len(raw), w), 1.0))
     for index in reversed(range(CONFIG.num_layers)):
         raw.clear()
         found._weigh(index, inputs.pop(), gradients)
@@ -141,23 +141,23 @@ def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
 
 
 def test_limited():
-    weights, mean = sweep.limited(np.r_[np.ones(99), 1e6])
-    assert weights.max() / weights.min() == pytest.approx(sweep.LIMIT * (99 + 1e6) / 100, rel=1e-3)
+    weights, mean = sensitivity.limited(np.r_[np.ones(99), 1e6])
+    assert weights.max() / weights.min() == pytest.approx(sensitivity.LIMIT * (99 + 1e6) / 100, rel=1e-3)
     assert weights.mean() == pytest.approx(1)
     assert mean == pytest.approx((99 + 0.3 * (99 + 1e6)) / 100)
-    assert np.all(sweep.limited(np.zeros(4))[0] == 1)
+    assert np.all(sensitivity.limited(np.zeros(4))[0] == 1)
 
 
 def test_without_a_choice_nothing_is_weighed(model):
     config = SlimConfig(bits=2, group_size=32, rules=[("*.attn.k", "skip"), ("*.attn.v", {"group_size": 64})])
     config = config.resolved()
-    found = sweep.without_choice(model.config, config)
-    assert found == sweep.Sweep(DecoderSource(model), TOKENS, config).run().allocation
-    assert sweep.without_choice(model.config, SlimConfig(bits=2.25, group_size=32).resolved()) is None
+    found = sensitivity.without_choice(model.config, config)
+    assert found == sensitivity.Sweep(DecoderSource(model), TOKENS, config).run().allocation
+    assert sensitivity.without_choice(model.config, SlimConfig(bits=2.25, group_size=32).resolved()) is None
     other = SlimConfig(bits=2, group_size=32, rules=[("blocks.1.attn.q", {"bits": 3})])
-    assert set(sweep.without_choice(model.config, other.resolved())["blocks.1.attn.q"]) == {3}
+    assert set(sensitivity.without_choice(model.config, other.resolved())["blocks.1.attn.q"]) == {3}
     one_may_choose = SlimConfig(bits=2, group_size=32, rules=[("blocks.1.attn.q", {"bits": 2.5})])
-    assert sweep.without_choice(model.config, one_may_choose.resolved()) is None
+    assert sensitivity.without_choice(model.config, one_may_choose.resolved()) is None
 
 
 @pytest.mark.slow

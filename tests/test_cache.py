@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from test_step import CONFIG, packed_model
 
-from pallas_kernels.tpu.slot import write_slot
+from pallas_kernels.tpu.cache_write import write_slot
+from slim_jax.infer.decode_loop import next_logits, read
+from slim_jax.infer.generate import Generator
+from slim_jax.infer.sampling import Sampling
 from slim_jax.model.cache import Int8Rows
-from slim_jax.model.generate import Generator
-from slim_jax.model.loop import next_logits, read
-from slim_jax.model.sampling import Sampling
 
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 16)).astype(np.int32)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from convert import calibration
-from slim_jax.model.windows import draw_windows
-from slim_jax.run import drawn
+from slim_jax.calibrate import drawn_windows
+from slim_jax.eval.windows import draw_windows
 
 
 def letters(text: str) -> list[int]:
@@ -57,13 +57,13 @@ def test_counts_are_as_near_to_the_shares_as_can_be(samples):
 
 def test_windows_are_drawn_once(tmp_path, monkeypatch):
     run = SimpleNamespace(complete=False, quantization=None)
-    monkeypatch.setattr(drawn, "is_checkpoint", lambda path: run.quantization is not None)
-    monkeypatch.setattr(drawn, "read_manifest", lambda path, complete: run)
+    monkeypatch.setattr(drawn_windows, "is_checkpoint", lambda path: run.quantization is not None)
+    monkeypatch.setattr(drawn_windows, "read_manifest", lambda path, complete: run)
     tokens, calls = np.arange(12).reshape(3, 4), []
 
-    def windows(recipe: str = "a text") -> drawn.Windows:
-        draw = drawn.Draw([recipe, 1], lambda: calls.append(1) or tokens)
-        return drawn.Windows.of(draw, None, tmp_path, resume=True)
+    def windows(recipe: str = "a text") -> drawn_windows.Windows:
+        draw = drawn_windows.Draw([recipe, 1], lambda: calls.append(1) or tokens)
+        return drawn_windows.Windows.of(draw, None, tmp_path, resume=True)
 
     first = windows()
     first.keep(tmp_path)
@@ -71,7 +71,7 @@ def test_windows_are_drawn_once(tmp_path, monkeypatch):
     again = windows()
     np.testing.assert_array_equal(again.tokens, tokens)
     assert (again.fingerprint, len(calls)) == (first.fingerprint, 1)
-    (tmp_path / drawn.KEPT).write_bytes(b"damaged")
+    (tmp_path / drawn_windows.KEPT).write_bytes(b"damaged")
     assert (windows().fingerprint, len(calls)) == (first.fingerprint, 2)
     assert windows("another text").fingerprint != first.fingerprint
     run.complete = True

@@ -10,7 +10,7 @@ import pytest
 from matmul_cases import MOSAIC_GPU
 
 from bench import check, matmul
-from pallas_kernels import api, devices
+from pallas_kernels import api, chips
 from pallas_kernels.gpu import kernel as gpu
 
 SMALL = (check.Case(64, 40, 2, 32, 9), check.Case(64, 40, 2, 32, 17))
@@ -121,6 +121,6 @@ def test_split_k_is_forced_upon_the_gpu_kernel_only(monkeypatch, exact, made, ta
     monkeypatch.setattr(gpu, "mixed_matmul", kernel)
     cases = [dataclasses.replace(SMALL[0], group_size=128, split_k=split) for split in (1, 2, 4)]
     assert not list(check.check(cases))  # on a CPU
-    with devices.target(target):
+    with chips.target(target):
         assert all(record["ok"] for record in check.check(cases))
     assert forced == [(1, 4), (2, 4), (4, 4 if target == "h100" else 2)]

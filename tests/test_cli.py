@@ -15,11 +15,12 @@ from command_line import QUANTIZE, make_room, refused, said, same_weights, tiny_
 
 from convert.cli import program, run
 from convert.display import layer_kinds, print_json
-from convert.load import load_source
-from convert.source import ModelSource
+from convert.readers.load import load_source
+from convert.readers.source import ModelSource
 from convert.tokenizer import load_tokenizer
-from slim_jax.model.perplexity import Perplexity
-from slim_jax.run import memory, quantizer
+from slim_jax import memory
+from slim_jax.calibrate import quantizer
+from slim_jax.eval.perplexity import Perplexity
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_numbers_that_json_has_not(room, capsys, monkeypatch):
     def broken(*_: object, **how: object) -> Perplexity:
         return Perplexity(math.nan, 64, 2, math.inf, 0.5, 1.0)
 
-    monkeypatch.setattr("slim_jax.model.perplexity.perplexity", broken)
+    monkeypatch.setattr("slim_jax.eval.perplexity.perplexity", broken)
     out = said(capsys, "eval", room / "q2", "--text", room / "test.txt", "--window", "32", "--json")
     found = json.loads(out, parse_constant=pytest.fail)
     assert (found["perplexity"], found["against_perplexity"], found["kl"]) == (None, None, 0.5)

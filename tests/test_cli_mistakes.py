@@ -14,11 +14,11 @@ from test_tokenizer import byte_level
 
 from convert import export_hf, load_source
 from convert.cli import run
-from convert.folder import PARTIAL
 from convert.tokenizer import gguf_tokenizer, load_tokenizer
-from slim_jax.run import checkpoint
-from slim_jax.run.files import LOCK, locked
-from slim_jax.run.writer import CheckpointWriter
+from convert.writers.folder import PARTIAL
+from slim_jax.store import checkpoint
+from slim_jax.store.files import LOCK, locked
+from slim_jax.store.writer import CheckpointWriter
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_too_little_memory_is_said(room, capsys, monkeypatch):
     def much(*_: object) -> None:
         raise MemoryError("Unable to allocate 3.64 TiB")
 
-    monkeypatch.setattr("convert.load.open_model", much)
+    monkeypatch.setattr("convert.readers.load.open_model", much)
     assert "3.64 TiB" in refused(capsys, "generate", room / "q2", "--prompt", "w5")
 
 

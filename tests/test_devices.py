@@ -12,16 +12,17 @@ from distributed_run import CONFIG, SLIM, TOKENS
 from flax import nnx
 from test_pipeline import assert_same_checkpoint
 
+from slim_jax.calibrate import pipeline
+from slim_jax.calibrate.activations import Activations
 from slim_jax.config import SlimConfig
-from slim_jax.devices import Placement
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.infer.generate import Generator
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
 from slim_jax.model.params import split_params
-from slim_jax.model.perplexity import perplexity
-from slim_jax.run import checkpoint, pipeline
-from slim_jax.run.activations import Activations
-from slim_jax.run.manifest import Block
-from slim_jax.run.source import DecoderSource
+from slim_jax.placement import Placement
+from slim_jax.store import checkpoint
+from slim_jax.store.manifest import Block
+from slim_jax.store.source import DecoderSource
 
 
 @pytest.fixture(scope="module")

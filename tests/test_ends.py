@@ -12,18 +12,20 @@ from test_generate import forward, oracle, tiny
 from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint
 from test_training import next_token_loss, train
 
-from convert.export import export_hf
-from convert.hf import load_hf
+from convert.readers.hf import load_hf
+from convert.writers.export import export_hf
 from pallas_kernels import MixedTensor, Prepared, pack, side_by_side
+from slim_jax import plan
+from slim_jax.calibrate import embeddings, pipeline, quantizer
 from slim_jax.config import SlimConfig
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.infer.generate import Generator
 from slim_jax.method.hessian import Observation
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
 from slim_jax.model.linear import Packed
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.model.perplexity import perplexity
-from slim_jax.run import checkpoint, ends, entries, pipeline, plan, quantizer, writer
-from slim_jax.run.source import DecoderSource
+from slim_jax.store import checkpoint, entries, writer
+from slim_jax.store.source import DecoderSource
 
 ENDS = SlimConfig(
     bits=2, group_size=32, criterion="kl", embedding_bits=4, embedding_group_size=32, tune=False
@@ -162,7 +164,7 @@ def test_the_tables_are_close_and_the_report_says_how(model, quantized):
 
 
 def test_chunks_change_nothing(model, quantized, monkeypatch):
-    monkeypatch.setattr(ends, "CHUNK", 30)
+    monkeypatch.setattr(embeddings, "CHUNK", 30)
     outer, _ = split_params(pipeline.quantize(model, TOKENS, ENDS)[0])
     for name, value in split_params(quantized[0])[0].items():
         jax.tree.map(np.testing.assert_array_equal, outer[name], value)
@@ -177,7 +179,9 @@ def test_a_head_is_rounded_for_its_inputs():
     errors = {}
     for method in ("rtn", "gptq"):
         config = SlimConfig(method=method, embedding_bits=3, embedding_group_size=32).resolved()
-        tensor, report = ends.TableSolver(config, ends.Placement()).solve("head.weight", weight, seen)
+        tensor, report = embeddings.TableSolver(config, embeddings.Placement()).solve(
+            "head.weight", weight, seen
+        )
         off = x @ (np.asarray(tensor.dequantize(), np.float64) - weight)
         errors[method] = np.sum(off**2) / np.sum((x @ weight) ** 2)
         assert report.error == pytest.approx(errors[method], rel=0.01)
@@ -189,7 +193,7 @@ def test_a_head_is_solved_once():
     seen = Observation(jnp.eye(64), jnp.ones((8, 64)), 500)
     weight = np.random.default_rng(0).normal(size=(64, 67)).astype(np.float32)
     tables = [
-        ends.TableSolver(dataclasses.replace(ENDS, refine=n).resolved(), ends.Placement()).solve(
+        embeddings.TableSolver(dataclasses.replace(ENDS, refine=n).resolved(), embeddings.Placement()).solve(
             "head.weight", weight, seen
         )[0]
         for n in (0, 2)
@@ -254,7 +258,9 @@ def test_four_devices_pack_a_table_alike(vocab):
     x = jnp.asarray(rng.normal(size=(200, 64)), jnp.float32)
     seen, weight = Observation(x.T @ x, x[:8], 200), rng.normal(size=(64, vocab)).astype(np.float32)
     one, four = (
-        ends.TableSolver(ENDS.resolved(), ends.Placement(over)).solve("head.weight", weight, seen)[0]
+        embeddings.TableSolver(ENDS.resolved(), embeddings.Placement(over)).solve(
+            "head.weight", weight, seen
+        )[0]
         for over in (None, mesh)
     )
     assert len({shard.index for shard in four.words.addressable_shards}) == (4 if vocab == 64 else 1)

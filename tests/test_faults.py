@@ -13,10 +13,10 @@ from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint
 
 from convert.cli import run
 from slim_jax import Decoder
+from slim_jax.calibrate import pipeline, quantizer
 from slim_jax.method.hessian import Observation
 from slim_jax.method.layer import LayerSolver
-from slim_jax.run import pipeline, quantizer
-from slim_jax.run.source import DecoderSource
+from slim_jax.store.source import DecoderSource
 
 
 @contextlib.contextmanager

@@ -17,16 +17,16 @@ import convert
 import slim_jax
 from convert.cli import run
 from slim_jax import Decoder, SlimConfig, quantize_module
-from slim_jax.devices import ONE_DEVICE
+from slim_jax.calibrate import fine_tuning
+from slim_jax.calibrate.embeddings import TableSolver
+from slim_jax.calibrate.learning import best_of_epochs
 from slim_jax.method.budget import LayerCosts, spend
 from slim_jax.method.hessian import Observation
 from slim_jax.method.layer import LayerSolver
+from slim_jax.placement import ONE_DEVICE
 from slim_jax.report import TuningReport
-from slim_jax.run import tuning
-from slim_jax.run.checkpoint import CheckpointSource, save, save_source
-from slim_jax.run.ends import TableSolver
-from slim_jax.run.learning import best_of_epochs
-from slim_jax.run.source import FiniteSource
+from slim_jax.store.checkpoint import CheckpointSource, save, save_source
+from slim_jax.store.source import FiniteSource
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -116,7 +116,7 @@ def test_learning_that_begins_without_a_finite_loss_keeps_its_start(loss):
     np.testing.assert_array_equal(kept["layer"]["log_scale"], 1.0)
     assert (report.losses, report.kept_epoch) == ([], 0)
     assert report.note == f"the loss of the start values is {loss}; they are kept"
-    history = tuning.History()
+    history = fine_tuning.History()
     assert not history.judge(0, loss)
     assert history.over
     assert history.report(7) == TuningReport([], 0, 7, f"the loss is {loss} at the start")

@@ -18,14 +18,14 @@ from test_packed import packed_source
 from test_tokenizer import byte_level, pieces
 
 from convert import ConvertError, load_source
-from convert.card import model_card
-from convert.gguf import GGUFStore
-from convert.hf import read_config
-from convert.packed import export_packed
-from convert.page import report_page
+from convert.readers.gguf import GGUFStore
+from convert.readers.hf import read_config
+from convert.report import report_page
 from convert.tokenizer import gguf_tokenizer
-from slim_jax.run.checkpoint import CheckpointError, CheckpointSource, save_source
-from slim_jax.run.manifest import read_manifest, summary
+from convert.writers.card import model_card
+from convert.writers.packed import export_packed
+from slim_jax.store.checkpoint import CheckpointError, CheckpointSource, save_source
+from slim_jax.store.manifest import read_manifest, summary
 
 MORE_MEMORY = 1 << 29
 """Bytes, far more than any of these files needs, far less than what a damaged header may claim."""

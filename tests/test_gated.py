@@ -11,7 +11,7 @@ from matmul_cases import MOSAIC_GPU, random_weight, random_x, slow
 from test_matmul_gpu import QUICK
 
 from bench.gated import EXACT, Case, compare, line
-from pallas_kernels import InputNorm, devices, mixed_matmul, prepare, prepare_joined
+from pallas_kernels import InputNorm, chips, mixed_matmul, prepare, prepare_joined
 from pallas_kernels.gpu import gated, joined
 from pallas_kernels.gpu.config import Config
 from pallas_kernels.mlp import few_launches
@@ -90,7 +90,7 @@ def on_gpu(monkeypatch):
     run = gated.mlp
     monkeypatch.setattr(gated, "mlp", partial(run, interpret=True))
     monkeypatch.setattr(lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
-    with devices.target("h100"):
+    with chips.target("h100"):
         yield
 
 
@@ -106,5 +106,5 @@ def test_the_rows_that_it_takes(on_gpu):
     assert few_launches(random_x(1, 17, 128), w, last, "silu") is None
     assert few_launches(x, w, last, "relu") is None
     assert few_launches(x, prepare_joined([[gate, up]]), last, "silu") is None
-    with devices.target("v6e"):
+    with chips.target("v6e"):
         assert few_launches(x, w, last, "silu") is None

@@ -11,15 +11,15 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import pack
+from slim_jax.infer.decode_loop import CHUNK
+from slim_jax.infer.generate import Generator, generate, sample_text
 from slim_jax.model.block import Block, linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator, generate, sample_text
 from slim_jax.model.linear import Linear, Packed
-from slim_jax.model.loop import CHUNK
 
 # `slim_jax.generate` is the function of that name.
-generation = importlib.import_module("slim_jax.model.generate")
+generation = importlib.import_module("slim_jax.infer.generate")
 
 PROMPTS = [[5, 9, 2, 11, 7, 3], [4], [8, 1, 30]]
 

@@ -158,7 +158,7 @@ def test_gemma_defaults_of_llama_cpp(architecture: str, largest: int) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1])
 def test_stored_types(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.gguf.ROWS", 24)
+    monkeypatch.setattr("convert.readers.gguf.ROWS", 24)
 
     def choose(name: str, value: np.ndarray) -> Kind:
         return kind if value.ndim == 2 and value.shape[1] % 32 == 0 else Kind.F32

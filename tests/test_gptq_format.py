@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import GPTQConfig
 
 from convert import ConvertError
 from convert.families import by_architecture
-from convert.gptq import export_gptq
+from convert.writers.gptq import export_gptq
 from pallas_kernels import pack
 from pallas_kernels.layout import zero_bits
 from slim_jax.model.params import block_buffers, block_params, outer_params

@@ -15,8 +15,8 @@ from huggingface_hub import errors
 from test_packed import packed_source
 
 import slim_jax
-from convert.load import load_config, load_source, open_model
-from convert.packed import export_packed
+from convert.readers.load import load_config, load_source, open_model
+from convert.writers.packed import export_packed
 
 COMMIT = "0123abc"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from command_line import QUANTIZE, write_model, write_text
 
-from convert.load import load_source
+from convert.readers.load import load_source
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "slim_jax", "convert")

@@ -19,12 +19,13 @@ from test_pipeline import TOKENS, assert_same_checkpoint
 
 from convert import load_source
 from slim_jax import CheckpointError, Decoder, SlimConfig
+from slim_jax.calibrate import pipeline
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.report import TuningReport
-from slim_jax.run import checkpoint, entries, pipeline
-from slim_jax.run.files import LOCK, locked
-from slim_jax.run.source import DecoderSource
-from slim_jax.run.writer import CheckpointWriter
+from slim_jax.store import checkpoint, entries
+from slim_jax.store.files import LOCK, locked
+from slim_jax.store.source import DecoderSource
+from slim_jax.store.writer import CheckpointWriter
 
 CONFIG = dataclasses.replace(
     WIDE, hidden_size=32, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1

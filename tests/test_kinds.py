@@ -9,16 +9,17 @@ import pytest
 from flax import nnx
 from test_pipeline import CONFIG, TOKENS, dense
 
+from slim_jax.calibrate import activations, pipeline
 from slim_jax.config import SlimConfig
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.infer.generate import Generator
 from slim_jax.model import block
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
-from slim_jax.model.perplexity import perplexity
 from slim_jax.model.stage import Stage
-from slim_jax.run import activations, checkpoint, pipeline
-from slim_jax.run.plan import make_plan
-from slim_jax.run.source import DecoderSource
+from slim_jax.plan import make_plan
+from slim_jax.store import checkpoint
+from slim_jax.store.source import DecoderSource
 
 TUNED = SlimConfig(bits=2, group_size=32, method="slim", tune=True)
 WIDE = (("head_dim", 32), ("num_kv_heads", 1), ("intermediate_size", 64))

@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import MixedTensor
-from pallas_kernels.devices import Device
+from pallas_kernels.chips import Device
 from slim_jax import SlimConfig, quantize
 from slim_jax.model import linear
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import dense_product, unembed
 from slim_jax.model.params import split_params
-from slim_jax.run import checkpoint
+from slim_jax.store import checkpoint
 
 CONFIG = DecoderConfig(
     family="llama",

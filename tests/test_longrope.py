@@ -11,8 +11,8 @@ import pytest
 from golden_models import decoder_of, load_golden, run_cached, write_hf
 
 from convert import load_source
+from slim_jax.infer.generate import Generator, sample_text
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator, sample_text
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.model.rotary import frequencies
 

@@ -16,12 +16,12 @@ from matmul_cases import MOSAIC_GPU
 from test_step import packed_model
 
 from pallas_kernels import mixed_matmul, mixed_ragged_dot
-from pallas_kernels.devices import BY_SHORT_NAME
+from pallas_kernels.chips import BY_SHORT_NAME
 from pallas_kernels.layout import abstract_tensor
 from pallas_kernels.tpu import config
+from slim_jax.infer.forward import forward, stackable
+from slim_jax.infer.fuse import ready
 from slim_jax.model.cache import Run, State
-from slim_jax.model.ready import ready
-from slim_jax.model.step import forward, stackable
 
 TPUS, GPUS, REFUSED = ("v6e", "v5e", "v7x"), ("h100", "a100-80", "b200"), ("t4", "rtx5090", "mi300x")
 K = N = 128

@@ -9,8 +9,8 @@ from golden_models import load_golden, write_hf
 from test_page import with_reports
 
 from convert import load_source
-from convert.packed import export_packed
-from slim_jax.run.manifest import CheckpointError, Manifest, read_manifest
+from convert.writers.packed import export_packed
+from slim_jax.store.manifest import CheckpointError, Manifest, read_manifest
 
 LAYER = "blocks.0.report.layers.0"
 CASES = [

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x, slow
 
 from pallas_kernels.tpu import decode as kernel
-from pallas_kernels.tpu import layers, lookup
+from pallas_kernels.tpu import gather, layers
 from pallas_kernels.tpu.decode import Config, heuristic
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
@@ -313,5 +313,5 @@ def test_a_prepared_table_is_looked_up():
     found = layers.prepare([[w]], stacked=False).columns(index, jnp.float32)
     np.testing.assert_array_equal(found, np.float32(dense).T[np.asarray(index)])
     words = layers.prepare([[w]], stacked=False).words[0]
-    found = lookup.columns_of(words, index.reshape(-1), interpret=True)
+    found = gather.columns_of(words, index.reshape(-1), interpret=True)
     np.testing.assert_array_equal(found, words[:, index.reshape(-1)])

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from matmul_cases import ALLOCATIONS, SWEPT, MatmulCases, random_weight, random_x, swept_in_pairs
 
-from pallas_kernels import InputNorm, mixed_matmul, prepare, prepare_joined, steps, use_implementation
+from pallas_kernels import InputNorm, mixed_matmul, prepare, prepare_joined, use_implementation
 from pallas_kernels.gpu.config import Config
 from pallas_kernels.layout import stack
+from pallas_kernels.xla import prepared
 
 
 class TestXla(MatmulCases):
@@ -209,7 +210,7 @@ def test_weights_joined_for_a_tpu_are_multiplied_elsewhere():
 
 
 def test_columns_of_a_weight_in_tiles(monkeypatch):
-    monkeypatch.setattr(steps, "TILE", 512)
+    monkeypatch.setattr(prepared, "TILE", 512)
     w, dense = random_weight(96, 1536, 32, [1, 2, 3])
     ready = prepare(w, implementation="xla")
     assert ready.words.shape[1] == 512

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from slim_jax import SlimConfig, quantize_module
-from slim_jax.run import activations, calls, module
-from slim_jax.run.module import PackedKernel, PackedLinear
+from slim_jax.calibrate import activations
+from slim_jax.modules import capture, quantize
+from slim_jax.modules.quantize import PackedKernel, PackedLinear
 
 CONFIG = SlimConfig(bits=4, group_size=32)
 PLUS = SlimConfig(bits=2, group_size=32, method="slim-plus", refine=0, epochs=5)
@@ -203,7 +204,7 @@ def assert_same(found: tuple, wanted: tuple) -> None:
 @pytest.mark.parametrize("sqc", ["search", "paper"])  # scales in bytes, and in bfloat16
 def test_an_interrupted_run_goes_on(net, batches, tmp_path, monkeypatch, sqc):
     config = SlimConfig(bits=4, group_size=32, sqc=sqc, sequential=True)
-    solve, left = module._quantize_layers, 2
+    solve, left = quantize._quantize_layers, 2
 
     def interrupted(*arguments):
         nonlocal left
@@ -212,7 +213,7 @@ def test_an_interrupted_run_goes_on(net, batches, tmp_path, monkeypatch, sqc):
             raise KeyboardInterrupt
         return solve(*arguments)
 
-    monkeypatch.setattr(module, "_quantize_layers", interrupted)
+    monkeypatch.setattr(quantize, "_quantize_layers", interrupted)
     folder = tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
         quantize_module(net, batches, config, resume=folder)
@@ -221,7 +222,7 @@ def test_an_interrupted_run_goes_on(net, batches, tmp_path, monkeypatch, sqc):
     found = quantize_module(net, batches, config, resume=folder)
     monkeypatch.undo()
     assert_same(found, quantize_module(net, batches, config))
-    monkeypatch.setattr(module, "_quantize_layers", interrupted)
+    monkeypatch.setattr(quantize, "_quantize_layers", interrupted)
     assert_same(quantize_module(net, batches, config, resume=folder), found)  # solves nothing
 
 
@@ -254,15 +255,15 @@ def test_a_stage_is_what_does_not_depend_on_one_another(net, batches, monkeypatc
         return module(batch)
 
     found = []
-    monkeypatch.setattr(module, "find_stages", lambda *a: found.extend(calls.find_stages(*a)) or found)
-    monkeypatch.setattr(module, "observe", lambda *a: observed.append(a) or activations.observe(*a))
+    monkeypatch.setattr(quantize, "find_stages", lambda *a: found.extend(capture.find_stages(*a)) or found)
+    monkeypatch.setattr(quantize, "observe", lambda *a: observed.append(a) or activations.observe(*a))
     quantized, _ = quantize_module(net, batches, CONFIG, forward=forward)
     assert [sorted(stage) for stage in found] == STAGES
     assert len(observed) == len(STAGES)  # query, key and value share what they were given
     # One to see what is called, one more before stages are looked for; one a stage, and that on every batch.
     assert len(runs) == 2 + len(STAGES) + len(STAGES) * len(batches)
     one_by_one = [[path] for stage in found for path in stage]
-    monkeypatch.setattr(module, "find_stages", lambda *a: one_by_one)
+    monkeypatch.setattr(quantize, "find_stages", lambda *a: one_by_one)
     expected, _ = quantize_module(net, batches, CONFIG)
     for a, b in zip(jax.tree.leaves(nnx.state(quantized)), jax.tree.leaves(nnx.state(expected)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -282,7 +283,7 @@ class Noisy(nnx.Module):
 
 def test_layers_of_a_noisy_module_are_stages_of_their_own(monkeypatch):
     found = []
-    monkeypatch.setattr(module, "find_stages", lambda *a: found.extend(calls.find_stages(*a)) or found)
+    monkeypatch.setattr(quantize, "find_stages", lambda *a: found.extend(capture.find_stages(*a)) or found)
     _, report = quantize_module(
         Noisy(nnx.Rngs(0)), [jnp.ones((4, 32))], SlimConfig(method="rtn", group_size=32)
     )

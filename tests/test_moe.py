@@ -12,22 +12,22 @@ from test_generate import packed, tiny
 from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint, dense
 
 from pallas_kernels import MixedTensor, pack, use_implementation
+from slim_jax.calibrate import activations, pipeline
+from slim_jax.calibrate.activations import Activations, Inputs, observe
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.infer.decode_loop import read
+from slim_jax.infer.fuse import with_experts_as_one
+from slim_jax.infer.generate import Generator, generate
+from slim_jax.infer.sampling import Sampling
 from slim_jax.method import gptq, hessian
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator, generate
 from slim_jax.model.linear import Packed
-from slim_jax.model.loop import read
 from slim_jax.model.mlp import MoE
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.model.perplexity import perplexity
-from slim_jax.model.ready import with_experts_as_one
-from slim_jax.model.sampling import Sampling
 from slim_jax.report import BlockReport
-from slim_jax.run import activations, pipeline
-from slim_jax.run.activations import Activations, Inputs, observe
-from slim_jax.run.records import from_json
-from slim_jax.run.source import DecoderSource
+from slim_jax.store.records import from_json
+from slim_jax.store.source import DecoderSource
 
 MOE = dataclasses.replace(CONFIG, num_layers=2, num_experts=3, experts_per_token=1)
 UNREACHED = "blocks.1.moe.experts.2"

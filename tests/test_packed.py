@@ -16,11 +16,11 @@ from test_tokenizer import byte_level
 
 import slim_jax
 from convert import ConvertError, load_source
-from convert.load import load_config, open_model, source_tokenizer
-from convert.packed import export_packed
+from convert.readers.load import load_config, open_model, source_tokenizer
 from convert.tokenizer import gguf_tokenizer, save_tokenizer
+from convert.writers.packed import export_packed
 from pallas_kernels import MixedTensor, pack
-from slim_jax.run import checkpoint
+from slim_jax.store import checkpoint
 
 
 def packed_weight(weight: Any, rng: np.random.Generator, widths: tuple[int, ...]) -> MixedTensor:

@@ -19,11 +19,11 @@ from golden_models import load_golden, write_hf
 from test_packed import packed_source
 
 from convert import load_source
-from convert.card import model_card
-from convert.packed import export_packed
-from convert.page import byte_parts, report_page, write_report
+from convert.report import byte_parts, report_page, write_report
+from convert.writers.card import model_card
+from convert.writers.packed import export_packed
 from slim_jax.report import BlockReport, LayerReport, LearningReport
-from slim_jax.run.manifest import CheckpointError, Manifest, read_manifest, summary
+from slim_jax.store.manifest import CheckpointError, Manifest, read_manifest, summary
 
 CHROMIUM = next(
     filter(

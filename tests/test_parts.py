@@ -9,11 +9,11 @@ from flax import nnx
 from test_generate import PROMPTS, packed, tiny
 
 from pallas_kernels import MixedTensor, pack
+from slim_jax.infer.decode_loop import next_logits
+from slim_jax.infer.generate import Generator, generate
+from slim_jax.infer.tensor_parallel import Cuts, cut
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator, generate
 from slim_jax.model.linear import Packed
-from slim_jax.model.loop import next_logits
-from slim_jax.model.parts import Cuts, cut
 
 BIASED = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "gated": False, "norm": "layer"}
 WIDER = {"vocab_size": 64, "intermediate_size": 128}

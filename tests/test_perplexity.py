@@ -11,8 +11,8 @@ from flax import nnx
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 
-# `slim_jax.model.perplexity` is the function of that name.
-module = importlib.import_module("slim_jax.model.perplexity")
+# `slim_jax.eval.perplexity` is the function of that name.
+module = importlib.import_module("slim_jax.eval.perplexity")
 CONFIG = DecoderConfig("llama", 61, 32, 48, 1, 2, 1, 16, 64)
 
 

@@ -9,15 +9,16 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import MixedTensor
+from slim_jax.calibrate import activations, pipeline, quantizer
 from slim_jax.config import SlimConfig
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.eval.windows import select_windows
 from slim_jax.method import gptq, hessian, refine, sba
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.model.perplexity import perplexity
-from slim_jax.model.windows import select_windows
-from slim_jax.run import activations, checkpoint, manifest, pipeline, quantizer
-from slim_jax.run.source import DecoderSource
+from slim_jax.store import checkpoint, manifest
+from slim_jax.store.source import DecoderSource
 
 CONFIG = DecoderConfig(
     family="llama",

@@ -17,13 +17,13 @@ from golden_models import load_golden, write_hf
 from test_pipeline import CONFIG
 
 from bench.aot_decoder import LLAMA_2_7B
-from convert.hf import load_hf
-from convert.source import ModelSource
-from slim_jax import quantize
+from convert.readers.hf import load_hf
+from convert.readers.source import ModelSource
+from slim_jax import memory, plan, quantize
+from slim_jax.calibrate import activations, quantizer
 from slim_jax.config import SlimConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import split_params
-from slim_jax.run import activations, memory, plan, quantizer
 
 GROUPS = ("--group-size", 32)
 
@@ -81,17 +81,17 @@ def test_memory_is_that_of_the_arrays_at_the_worst_moment(model, monkeypatch, as
 
 QUANTIZE_TWO_BLOCKS = """
 import dataclasses
-import convert.load
+import convert.readers.load
 from convert.cli.program import main
 
-whole = convert.load.open_model
+whole = convert.readers.load.open_model
 
 def first_blocks(spec, dtype=None):
     source = whole(spec, dtype)
     source.config = dataclasses.replace(source.config, num_layers=2)
     return source
 
-convert.load.open_model = first_blocks
+convert.readers.load.open_model = first_blocks
 main()
 """
 

@@ -13,16 +13,23 @@ from test_pipeline import CONFIG, assert_same_checkpoint, dense
 
 import convert
 from pallas_kernels import pack, scales
+from slim_jax.calibrate import learning, pipeline, quantizer
+from slim_jax.calibrate.activations import Activations
+from slim_jax.calibrate.learning import BlockLearner
 from slim_jax.config import SlimConfig
-from slim_jax.method.plus import SlimPlus, clip_start, dense_weights, pack_learned, quantized, solved_start
-from slim_jax.method.sqc import fit_search
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.method.learnable import (
+    SlimPlus,
+    clip_start,
+    dense_weights,
+    pack_learned,
+    quantized,
+    solved_start,
+)
+from slim_jax.method.scale_search import fit_search
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.model.perplexity import perplexity
-from slim_jax.run import learning, pipeline, quantizer
-from slim_jax.run.activations import Activations
-from slim_jax.run.learning import BlockLearner
-from slim_jax.run.source import DecoderSource
+from slim_jax.store.source import DecoderSource
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (64, 32))
 # Solved in the plainest way, so that there is something to learn.

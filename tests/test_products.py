@@ -11,8 +11,9 @@ from flax import nnx
 
 from pallas_kernels import pack
 from slim_jax import SlimConfig, quantize_module
-from slim_jax.run import calls, module_learning, products
-from slim_jax.run.module import PackedLinear
+from slim_jax.modules import capture, products
+from slim_jax.modules import learning as module_learning
+from slim_jax.modules.quantize import PackedLinear
 
 EINSUMS = [
     ("BTD,DNH->BTNH", (8, 4, 32), (32, 2, 16), (2, 16), {}),
@@ -44,7 +45,7 @@ def test_a_packed_einsum_is_the_einsum(equation, given, shape, bias, options):
     np.testing.assert_allclose(packed(x), exact + (bias is not None), **tolerance)
     assert packed(x).dtype == layer(x).dtype
     seen = []
-    calls.watch({"layer": layer}, lambda: layer(x), lambda _, rows: seen.append(rows))
+    capture.watch({"layer": layer}, lambda: layer(x), lambda _, rows: seen.append(rows))
     rows = np.asarray(seen[0], np.float64) @ np.asarray(tensor.dequantize(), np.float64)
     np.testing.assert_allclose(np.sort(rows, axis=None), np.sort(exact, axis=None), **tolerance)
 

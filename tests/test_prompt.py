@@ -12,24 +12,24 @@ import pytest
 from test_generate import VARIANTS, packed, tiny
 from test_parts import WIDER, mesh_of
 
-from pallas_kernels import devices
+from pallas_kernels import chips
+from slim_jax.infer import decode_loop
+from slim_jax.infer.forward import forward
+from slim_jax.infer.generate import PROMPT_CHUNK, Generator
+from slim_jax.infer.sampling import Choice, Sampling
 from slim_jax.model import attention as module
-from slim_jax.model import loop
 from slim_jax.model.attention import attention
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import PROMPT_CHUNK, Generator
-from slim_jax.model.sampling import Choice, Sampling
-from slim_jax.model.step import forward
 
-generation = importlib.import_module("slim_jax.model.generate")
+generation = importlib.import_module("slim_jax.infer.generate")
 MOE = {"num_experts": 4, "experts_per_token": 2}
 LENGTH = 8192
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-@loop._on_each_device(False, True, False)
+@decode_loop._on_each_device(False, True, False)
 def logits_and_state(tree, leaves, state, tokens, positions, choice):
-    """In the place of `slim_jax.model.loop.read`, whose result shows only the likeliest token."""
+    """In the place of `slim_jax.infer.decode_loop.read`, whose result shows only the likeliest token."""
     outer, runs = jax.tree.unflatten(tree, leaves)
     return *forward(outer, runs, state, tokens, positions), choice.reads(tokens, positions)
 
@@ -106,7 +106,7 @@ def test_memory_grows_with_a_prompt_s_length_at_most(long, monkeypatch):
     for length in (LENGTH, 4 * LENGTH - 100):
         seen = reads_of(long, monkeypatch, length)
         assert max(tokens.shape[1] for _, _, _, tokens, *_ in seen) == PROMPT_CHUNK
-        read = loop.read.lower(*seen[-1]).compile()
+        read = decode_loop.read.lower(*seen[-1]).compile()
         temporary[length] = read.memory_analysis().temp_size_in_bytes
     least, most = temporary.values()
     assert 0 < most < 4.5 * least
@@ -135,7 +135,7 @@ def sizes(text: str) -> list[list[int]]:
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_no_device_has_all_scores_at_once(target, softcap, monkeypatch):
     """Of whole windows, with and without a gradient, and of a chunk of 512 against a long cache."""
-    device = devices.BY_SHORT_NAME.get(target)
+    device = chips.BY_SHORT_NAME.get(target)
     platform = "cpu" if device is None else device.platform
 
     def lowered(queries: int, keys: int, gradient: bool) -> list[list[int]]:
@@ -151,7 +151,7 @@ def test_no_device_has_all_scores_at_once(target, softcap, monkeypatch):
 
     monkeypatch.setattr(module, "SCORES", 2**24)
     long = LENGTH // 4
-    with devices.target(target if device else devices.of_target()):
+    with chips.target(target if device else chips.of_target()):
         for case in [(long, long, False), (long, long, True), (PROMPT_CHUNK, LENGTH, False)]:
             found = lowered(*case)
             assert len(found) > 50
@@ -177,7 +177,7 @@ def test_queries_in_turns_find_what_all_at_once_find(softcap, monkeypatch):
         return [y, *gradients]
 
     at_once = found()
-    with devices.target("h100"):
+    with chips.target("h100"):
         results = [found()]
         monkeypatch.setattr(module, "SCORES", 2 * 4 * 9 * 3)  # three queries: turns of 3, 3 and 1
         results.append(found())

@@ -12,10 +12,10 @@ import pytest
 import test_step
 from test_generate import PROMPTS, packed, tiny
 
-from pallas_kernels import devices, prepared
+from pallas_kernels import chips, prepared
 from pallas_kernels.tpu import layers
-from slim_jax.model import ready as module
-from slim_jax.model.generate import Generator
+from slim_jax.infer import fuse as module
+from slim_jax.infer.generate import Generator
 from slim_jax.model.params import split_params
 
 MIXTURE = {"num_experts": 4, "experts_per_token": 2}
@@ -56,7 +56,7 @@ def many_blocks(monkeypatch):
 
 @pytest.mark.parametrize("target", [None, "v6e", pytest.param("mi300x", marks=pytest.mark.slow)])
 def test_no_more_than_the_model_and_a_block_is_in_memory(target, many_blocks, monkeypatch):
-    with devices.target(target or devices.of_target()):
+    with chips.target(target or chips.of_target()):
         wanted = module.ready(many_blocks())[1]  # constants of what is compiled stay
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(wanted))
         model = many_blocks()
@@ -72,7 +72,7 @@ def test_no_more_than_the_model_and_a_block_is_in_memory(target, many_blocks, mo
 def test_blocks_that_stay_apart_go_one_by_one(monkeypatch):
     """As on NVIDIA GPUs; what of a block is dense is shared with the model."""
     seen, prepared_block = [], module._with_weights_prepared
-    with devices.target("h100"):
+    with chips.target("h100"):
         model = test_step.packed_model()
         norm = model.blocks[0].attn.q.bias
 
@@ -118,7 +118,7 @@ from pallas_kernels.layout import abstract_tensor
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_params, make_decoder, outer_params
-from slim_jax.model.ready import ready
+from slim_jax.infer.fuse import ready
 
 LAYERS = 10
 config = DecoderConfig("llama", 64, 2048, 8192, LAYERS, 16, 4, 128, 64)

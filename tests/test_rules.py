@@ -12,15 +12,16 @@ from flax import nnx
 from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint, dense
 
 from pallas_kernels import MixedTensor
-from slim_jax import SlimConfig, generate
+from slim_jax import SlimConfig, generate, plan
+from slim_jax.calibrate import pipeline
+from slim_jax.eval.perplexity import perplexity
+from slim_jax.infer.generate import Generator
 from slim_jax.model.block import linear_names
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.model.perplexity import perplexity
 from slim_jax.rules import Rule, check_rules
-from slim_jax.run import checkpoint, manifest, pipeline, plan
-from slim_jax.run.source import DecoderSource
+from slim_jax.store import checkpoint, manifest
+from slim_jax.store.source import DecoderSource
 
 SQUARE = dataclasses.replace(CONFIG, num_layers=2, intermediate_size=64, num_kv_heads=4)  # little to compile
 SLIM = SlimConfig(bits=2, group_size=32, sqc="minmax", embedding_bits=16, tune=False)

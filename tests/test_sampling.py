@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slim_jax.model.sampling import Sampling, likely, penalized, sample
+from slim_jax.infer.sampling import Sampling, likely, penalized, sample
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (5, 41)).astype(np.float32)

@@ -19,16 +19,16 @@ from transformers import PreTrainedTokenizerFast
 
 from convert.cli import run
 from convert.errors import ConvertError
-from convert.load import load_source
+from convert.readers.load import load_source
 from convert.scores import Scores, harness_class
-from slim_jax.model import likelihood
+from slim_jax.eval import likelihood
+from slim_jax.eval.likelihood import judge
+from slim_jax.eval.perplexity import Reader
+from slim_jax.infer.generate import generate
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import generate
-from slim_jax.model.likelihood import judge
-from slim_jax.model.perplexity import Reader
 from slim_jax.model.rotary import RopeScaling
-from slim_jax.run.source import read_decoder
+from slim_jax.store.source import read_decoder
 
 CONFIG = DecoderConfig("llama", 64, 32, 48, 2, 2, 1, 16, 40, eos_token_ids=(2,))
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import devices, pack, scales
+from pallas_kernels import chips, pack, scales
 from pallas_kernels.gpu.joined import Joined
+from slim_jax.infer.decode_loop import Tokens, write
+from slim_jax.infer.fuse import ready
+from slim_jax.infer.generate import Generator
+from slim_jax.infer.sampling import Sampling
 from slim_jax.model.block import Unchanged, linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
-from slim_jax.model.loop import Tokens, write
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.model.ready import ready
-from slim_jax.model.sampling import Sampling
 
 SLOTS, G = 48, 32
 CONFIG = DecoderConfig(
@@ -92,7 +92,7 @@ def test_the_cache_is_written_where_it_lies(step):
 
 
 def on_an_nvidia_gpu(model: Decoder) -> Generator:
-    with devices.target("h100"):
+    with chips.target("h100"):
         return Generator(model)
 
 
@@ -103,7 +103,7 @@ def test_an_nvidia_gpu_scans_over_no_packed_blocks():
 
 
 def test_an_nvidia_gpu_multiplies_what_reads_one_input_in_one_launch():
-    with devices.target("h100"):
+    with chips.target("h100"):
         _, (blocks,), _ = ready(packed_model())
     for block in blocks:
         layers = block.attn.q, block.attn.o, block.mlp.gate, block.mlp.down

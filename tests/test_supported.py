@@ -12,8 +12,8 @@ import pytest
 from jax.experimental.mosaic.gpu import core as mosaic_core
 from matmul_cases import MOSAIC_GPU, random_weight
 
-from pallas_kernels import api, devices, mixed_matmul, prepare, prepare_joined
-from pallas_kernels.devices import BY_SHORT_NAME
+from pallas_kernels import api, chips, mixed_matmul, prepare, prepare_joined
+from pallas_kernels.chips import BY_SHORT_NAME
 from pallas_kernels.gpu import config as gpu_config
 from pallas_kernels.gpu import kernel as gpu
 from pallas_kernels.layout import abstract_tensor
@@ -64,7 +64,7 @@ def test_gpu_refuses(device, dtype, m, group_size, config, message):
     ],
 )
 def test_tpu_refuses(device, dtype, m, group_size, config, message):
-    described = devices.describe("TPU v9" if device == "unknown" else device)
+    described = chips.describe("TPU v9" if device == "unknown" else device)
     config = dataclasses.replace(tpu_config.Config(unpack="bfloat16"), **config)
     with pytest.raises(NotImplementedError, match=message):
         tpu_config.check_supported(described, jnp.dtype(dtype), m, group_size, config)
@@ -79,7 +79,7 @@ def test_tpus_that_are_served():
 def test_tpu_refuses_what_vmem_cannot_hold():
     groups = 65536 // 32
     w = abstract_tensor((65536, 8192), widths=(2,), segments=(groups,), group_size=32)
-    with devices.target("v6e"), pytest.raises(NotImplementedError, match="VMEM"):
+    with chips.target("v6e"), pytest.raises(NotImplementedError, match="VMEM"):
         jax.eval_shape(tpu.mixed_matmul, jax.ShapeDtypeStruct((32, 65536), jnp.bfloat16), w)
 
 
@@ -123,7 +123,7 @@ def test_cuda_and_rocm_are_told_apart():
     both = ("mosaic_gpu", "xla")
     assert ("mosaic_gpu" in lowered("cuda", implementation=both)) is MOSAIC_GPU
     assert "mosaic_gpu" not in lowered("rocm", implementation=both)
-    with devices.target("mi300x"):
+    with chips.target("mi300x"):
         assert "mosaic_gpu" not in lowered("rocm")
         with pytest.raises(NotImplementedError, match="NVIDIA"):
             lowered("rocm", implementation="mosaic_gpu")
@@ -132,10 +132,10 @@ def test_cuda_and_rocm_are_told_apart():
 def test_many_rows_are_not_the_gpu_kernels():
     """Unless it is named: on an H200 a dequantization and cuBLAS are faster from 256 rows on."""
     assert api.tried(4096) == ("xla",)
-    with devices.target("h100"):
+    with chips.target("h100"):
         assert api.tried(128) == ("mosaic_gpu", "xla")
         assert api.tried(129) == ("xla",)
-    with devices.target("v6e"):
+    with chips.target("v6e"):
         assert api.tried(4096) == ("mosaic_tpu", "xla")
 
 
@@ -149,7 +149,7 @@ def test_many_rows_are_not_the_gpu_kernels():
     ],
 )
 def test_the_target_decides(target, platform, dtype, kernel):
-    with devices.target(target):
+    with chips.target(target):
         found = lowered(platform, dtype)
     kernel = kernel and (platform != "cuda" or MOSAIC_GPU)
     assert ("mosaic_gpu" in found or "tpu_custom_call" in found) is kernel
@@ -165,7 +165,7 @@ def test_without_what_a_kernel_stands_on(platform, monkeypatch):
     w, dense = random_weight(64, 64, 32, [1, 2])
     name = f"mosaic_{'gpu' if platform == 'cuda' else 'tpu'}"
     device = BY_SHORT_NAME["h100" if platform == "cuda" else "v6e"]
-    with devices.target(dataclasses.replace(device, name="for which nothing has been traced")):
+    with chips.target(dataclasses.replace(device, name="for which nothing has been traced")):
         assert "mosaic_gpu" not in (text := lowered(platform))
         assert "tpu_custom_call" not in text
         assert prepare(w) is w
@@ -202,7 +202,7 @@ def test_the_gpu_kernel_needs_a_version_of_jax(monkeypatch):
     """Before it, XLA takes the product; nothing is prepared for the kernel."""
     monkeypatch.setattr(gpu_config, "JAX", (99, 1))
     w, _ = random_weight(64, 64, 32, [1, 2])
-    with devices.target(dataclasses.replace(H100, name="an H100 of another kind")):
+    with chips.target(dataclasses.replace(H100, name="an H100 of another kind")):
         assert "mosaic_gpu" not in lowered("cuda")
         assert prepare(w) is w
         with pytest.raises(NotImplementedError, match=f"needs jax 99.1 or newer, this is {jax.__version__}"):

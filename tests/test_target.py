@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from pallas_kernels import devices
-from pallas_kernels.devices import BY_SHORT_NAME, find
+from pallas_kernels import chips
+from pallas_kernels.chips import BY_SHORT_NAME, find
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ from pallas_kernels.devices import BY_SHORT_NAME, find
     ],
 )
 def test_names(kind, short):
-    assert find(kind) is devices.BY_SHORT_NAME[short]
+    assert find(kind) is chips.BY_SHORT_NAME[short]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_names(kind, short):
 def test_unknown_names(kind):
     assert find(kind) is None
     with pytest.raises(ValueError, match="expected one of v4"):
-        devices.target(kind)
+        chips.target(kind)
 
 
 def test_the_table_is_whole():
     """Every name is found, by its own record; what all devices have is there, in plausible units."""
-    for device in devices.DEVICES:
+    for device in chips.DEVICES:
         assert find(device.name) is find(device.short) is device
         assert 2**34 <= device.memory_bytes < 2**38
         assert 1e11 < device.bandwidth < 1e13
@@ -73,12 +73,12 @@ def test_what_the_table_lacks_the_device_says():
         shared_memory_per_block_optin=101376,
         core_count=84,
     )
-    found = devices.describe(gpu)
+    found = chips.describe(gpu)
     assert (found.platform, found.scratch_bytes, found.processors) == ("cuda", 101376, 84)
     assert found.bandwidth is None
     amd = SimpleNamespace(platform="gpu", device_kind="AMD Radeon", compute_capability="gfx1100")
-    assert devices.describe(amd).platform == "rocm"
-    assert devices.describe(jax.devices()[0]).platform == "cpu"
+    assert chips.describe(amd).platform == "rocm"
+    assert chips.describe(jax.devices()[0]).platform == "cpu"
 
 
 def test_the_target_is_part_of_the_key():
@@ -86,24 +86,24 @@ def test_the_target_is_part_of_the_key():
 
     @jax.jit
     def program(x):
-        names.append(devices.of_target().short)
+        names.append(chips.of_target().short)
         return x + 1
 
-    for device in ("h100", "TPU v5 lite", devices.BY_SHORT_NAME["h100"]):
-        with devices.target(device):
+    for device in ("h100", "TPU v5 lite", chips.BY_SHORT_NAME["h100"]):
+        with chips.target(device):
             program(jnp.ones(3))
             program(jnp.ones(3))
     assert names == ["h100", "v5e"]
-    assert devices.of_target().platform == "cpu"
+    assert chips.of_target().platform == "cpu"
 
 
 def test_the_target_of_an_abstract_mesh():
     device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
     with use_abstract_mesh(mesh):
-        assert devices.of_target().short == "v6e"
-        with devices.target("l4"):
-            assert devices.of_target().short == "l4"
+        assert chips.of_target().short == "v6e"
+        with chips.target("l4"):
+            assert chips.of_target().short == "l4"
 
 
 @pytest.mark.parametrize(("short", "platform"), [("mi300x", "rocm"), ("h100", "cuda")])
@@ -111,8 +111,8 @@ def test_a_gpu_in_an_abstract_mesh(short, platform):
     """Whose platform is "gpu", whoever made it."""
     device = AbstractDevice(device_kind=BY_SHORT_NAME[short].name, num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
-        assert devices.of_target() is BY_SHORT_NAME[short]
-        assert devices.of_target().platform == platform
+        assert chips.of_target() is BY_SHORT_NAME[short]
+        assert chips.of_target().platform == platform
 
 
 def test_what_an_abstract_mesh_lacks_the_device_says(monkeypatch):
@@ -121,10 +121,10 @@ def test_what_an_abstract_mesh_lacks_the_device_says(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [here])
     device = AbstractDevice(device_kind=here.device_kind, num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
-        assert devices.of_target().compute_capability == "12.0"
+        assert chips.of_target().compute_capability == "12.0"
 
 
 def test_a_described_device_is_a_target():
-    small = dataclasses.replace(devices.BY_SHORT_NAME["h100"], scratch_bytes=1000)
-    with devices.target(small):
-        assert devices.of_target() is small
+    small = dataclasses.replace(chips.BY_SHORT_NAME["h100"], scratch_bytes=1000)
+    with chips.target(small):
+        assert chips.of_target() is small

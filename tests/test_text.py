@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from convert import text as growing
 from convert.errors import ConvertError
-from convert.load import load_source
+from convert.readers.load import load_source
 from convert.text import Conversation, Text, as_template
 
 

@@ -9,11 +9,11 @@ from flax import nnx
 from test_generate import packed, tiny
 
 from pallas_kernels import MixedTensor, pack
+from slim_jax.infer.generate import Generator
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.generate import Generator
 from slim_jax.model.linear import Packed
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.run.module import PackedLinear
+from slim_jax.modules.quantize import PackedLinear
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 12))
 

@@ -12,15 +12,16 @@ from flax import nnx
 from test_pipeline import CONFIG, GEMMA, TOKENS, assert_same_checkpoint
 
 from pallas_kernels import MixedTensor
+from slim_jax.calibrate import fine_tuning, pipeline
+from slim_jax.calibrate.activations import Activations
+from slim_jax.calibrate.embeddings import head_inputs
 from slim_jax.config import SlimConfig
-from slim_jax.method import tune
+from slim_jax.method import fine_tune
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.run import checkpoint, pipeline, tuning, writer
-from slim_jax.run.activations import Activations
-from slim_jax.run.ends import head_inputs
-from slim_jax.run.source import DecoderSource
+from slim_jax.store import checkpoint, writer
+from slim_jax.store.source import DecoderSource
 
 # Judged by what it learns from: what a random model learns of one sample says nothing of others.
 TUNED = SlimConfig(
@@ -66,7 +67,9 @@ def divergence(full: Decoder, packed: Decoder, tokens: np.ndarray) -> float:
     return float(np.mean(np.sum(np.exp(p) * (p - q), -1)))
 
 
-def parts(full: Decoder, packed: Decoder, tokens: np.ndarray) -> tuple[tune.Fixed, tune.Learned, tune.Batch]:
+def parts(
+    full: Decoder, packed: Decoder, tokens: np.ndarray
+) -> tuple[fine_tune.Fixed, fine_tune.Learned, fine_tune.Batch]:
     """What the loss is a function of."""
     source = DecoderSource(full)
     outer, blocks = split_params(packed)
@@ -74,14 +77,14 @@ def parts(full: Decoder, packed: Decoder, tokens: np.ndarray) -> tuple[tune.Fixe
     for index in range(source.config.num_layers):
         reference = reference.behind(index, source.block(index))
     target = jnp.concatenate(list(head_inputs(source.config, source.outer(), reference)))
-    fixed = tune.Fixed(tune.stacked(source.config, blocks), outer, source.outer())
-    inside = {run: tune.no_change(params, inside=True) for run, params in fixed.blocks.items()}
-    learned = tune.Learned(inside, tune.no_change(outer, inside=False))
-    return fixed, learned, tune.Batch(jnp.asarray(tokens, jnp.int32), target)
+    fixed = fine_tune.Fixed(fine_tune.stacked(source.config, blocks), outer, source.outer())
+    inside = {run: fine_tune.no_change(params, inside=True) for run, params in fixed.blocks.items()}
+    learned = fine_tune.Learned(inside, fine_tune.no_change(outer, inside=False))
+    return fixed, learned, fine_tune.Batch(jnp.asarray(tokens, jnp.int32), target)
 
 
-def tuner(config, rate: float = 1e-2) -> tune.Tuner:
-    return tune.Tuner(config, optax.adam(rate))
+def tuner(config, rate: float = 1e-2) -> fine_tune.Tuner:
+    return fine_tune.Tuner(config, optax.adam(rate))
 
 
 def test_the_loss_is_the_divergence_of_the_stored_model(models):
@@ -93,8 +96,8 @@ def test_the_loss_is_the_divergence_of_the_stored_model(models):
     moved = jax.tree.map(lambda a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32), learned)
     outer, blocks = split_params(packed)
     offset = full.config.norm_offset
-    stored = [tune.apply(block, moved.of(i), offset) for i, block in enumerate(blocks)]
-    other = make_decoder(full.config, tune.apply(outer, moved.outer, offset), stored)
+    stored = [fine_tune.apply(block, moved.of(i), offset) for i, block in enumerate(blocks)]
+    other = make_decoder(full.config, fine_tune.apply(outer, moved.outer, offset), stored)
     found = tuner(full.config).evaluate(moved, fixed, batch)
     assert float(found) == pytest.approx(divergence(full, other, TOKENS[:2]), rel=0.03)
 
@@ -105,10 +108,10 @@ def test_gains_of_norms_are_multiplied(dtype):
     config = dataclasses.replace(CONFIG, norm_offset=1.0, qk_norm=True, output_norms=True, num_layers=1)
     outer, (block,) = split_params(Decoder(config, rngs=nnx.Rngs(0)))
     params = {name: jnp.full_like(value, 0.5, dtype) for name, value in (outer | block).items()}
-    start = tune.no_change(params, inside=False)
+    start = fine_tune.no_change(params, inside=False)
     assert set(start) == {name for name in params if "norm" in name}
     assert len(start) == 7
-    found = tune.apply(params, {name: jnp.full_like(a, 0.1) for name, a in start.items()}, 1.0)
+    found = fine_tune.apply(params, {name: jnp.full_like(a, 0.1) for name, a in start.items()}, 1.0)
     expected = np.asarray(1.5 * np.exp(0.1) - 1, dtype)
     for name in start:
         assert found[name].dtype == dtype
@@ -120,8 +123,8 @@ def test_gains_of_norms_are_multiplied(dtype):
 def test_the_gradient_is_that_of_finite_differences(models, monkeypatch):
     """Without rounding to bfloat16, which differences would feel."""
     full, packed = models
-    monkeypatch.setattr(tune, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
-    monkeypatch.setattr(tune, "straight_through", lambda x, rounded: x)
+    monkeypatch.setattr(fine_tune, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
+    monkeypatch.setattr(fine_tune, "straight_through", lambda x, rounded: x)
     fixed, learned, batch = parts(full, packed, TOKENS[:2])
     loss = jax.jit(lambda learned: tuner(full.config).loss(learned, fixed, batch))
     rng = np.random.default_rng(1)
@@ -193,23 +196,23 @@ def test_how_many_samples_tuning_has():
 def test_a_tuning_that_only_harms_changes_nothing(models, monkeypatch):
     full, packed = models
     uphill = optax.adam(-0.1)
-    monkeypatch.setattr(tuning, "default_optimizer", lambda rate, steps: uphill)
+    monkeypatch.setattr(fine_tuning, "default_optimizer", lambda rate, steps: uphill)
     found, report = pipeline.quantize(full, TOKENS, dataclasses.replace(TUNED, tune_epochs=12))
     assert report.tuning.kept == 0
     assert report.tuning.note
-    assert len(report.tuning.losses) <= 1 + tuning.PATIENCE  # nor does it go on
+    assert len(report.tuning.losses) <= 1 + fine_tuning.PATIENCE  # nor does it go on
     for before, after in zip(jax.tree.leaves(nnx.state(packed)), jax.tree.leaves(nnx.state(found))):
         np.testing.assert_array_equal(before, after)
 
 
 def test_history_keeps_the_best_and_ends_in_time():
-    history = tuning.History()
+    history = fine_tuning.History()
     assert [history.judge(step, loss) for step, loss in enumerate([3.0, 2.0, 2.5])] == [True, True, False]
     assert not history.over
     assert not history.judge(3, 2.1)
     assert history.over
-    assert history.report(7) == tuning.TuningReport([(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.1)], 1, 7)
-    broken = tuning.History(losses=[(0, 1.0)])
+    assert history.report(7) == fine_tuning.TuningReport([(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.1)], 1, 7)
+    broken = fine_tuning.History(losses=[(0, 1.0)])
     assert not broken.judge(5, float("nan"))
     assert broken.over
     assert "nan by step 5" in broken.report(0).note
@@ -225,7 +228,7 @@ class Killed(Exception):
 )
 def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, monkeypatch):
     source = DecoderSource(confident(CONFIG))
-    monkeypatch.setattr(tuning, "SAVED", 1)
+    monkeypatch.setattr(fine_tuning, "SAVED", 1)
     pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "whole")
 
     def kill(step, of, loss):

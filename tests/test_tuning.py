@@ -13,7 +13,7 @@ import pytest
 
 from bench import tune
 from bench.timing import Product
-from pallas_kernels import pack, tuning
+from pallas_kernels import autotune, pack
 from pallas_kernels.gpu import kernel as gpu
 from pallas_kernels.tpu import decode as tpu
 
@@ -28,11 +28,11 @@ def name_of(kernel) -> str:
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
     """The packaged table, then the user's; neither exists."""
-    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged.json")
+    monkeypatch.setattr(autotune, "PACKAGED", tmp_path / "packaged.json")
     monkeypatch.setenv("SLIM_JAX_CACHE", str(tmp_path / "cache"))
-    tuning.forget()
-    yield tmp_path / "packaged.json", tuning.user_table()
-    tuning.forget()
+    autotune.forget()
+    yield tmp_path / "packaged.json", autotune.user_table()
+    autotune.forget()
 
 
 @KERNELS
@@ -41,9 +41,9 @@ def test_the_table_comes_before_the_heuristic(tables, kernel):
     by_heuristic = kernel.heuristic("Some device", 16, 4096, 4096)
     assert kernel.choose("Some device", 16, *product) == by_heuristic
     measured = dataclasses.replace(by_heuristic, **{FIELD[name_of(kernel)]: 2})
-    key = tuning.key("Some device", 16, *product)
+    key = autotune.key("Some device", 16, *product)
     tune.store(tables[1], name_of(kernel), key, dataclasses.asdict(measured))
-    tuning.forget()
+    autotune.forget()
     for m in (9, 16):
         assert kernel.choose("Some device", m, *product) == measured
     assert kernel.choose("Some device", 8, *product) == kernel.heuristic("Some device", 8, 4096, 4096)
@@ -67,19 +67,19 @@ def test_a_kernel_asks_for_its_weight(kernel, monkeypatch):
 
 
 def test_mean_widths_count_as_the_nearest(tables):
-    assert tuning.key("a", 1, 2, 3, 2.1, 64) == tuning.key("a", 1, 2, 3, 2, 64) == "a/1x2x3/2bit-g64"
+    assert autotune.key("a", 1, 2, 3, 2.1, 64) == autotune.key("a", 1, 2, 3, 2, 64) == "a/1x2x3/2bit-g64"
 
 
 def test_the_users_entries_win(tables):
-    key = tuning.key("a", 16, 1, 1, 2, 64)
+    key = autotune.key("a", 16, 1, 1, 2, 64)
     for path, stages in zip(tables, (2, 4)):
         tune.store(path, "mosaic_gpu", key, {"stages": stages})
-    tuning.forget()
-    found = tuning.tuned("mosaic_gpu", gpu.Config, "a", 16, 1, 1, 2, 64)
+    autotune.forget()
+    found = autotune.tuned("mosaic_gpu", gpu.Config, "a", 16, 1, 1, 2, 64)
     assert found == gpu.Config(stages=4)
     tables[1].unlink()
-    tuning.forget()
-    found = tuning.tuned("mosaic_gpu", gpu.Config, "a", 16, 1, 1, 2, 64)
+    autotune.forget()
+    found = autotune.tuned("mosaic_gpu", gpu.Config, "a", 16, 1, 1, 2, 64)
     assert found == gpu.Config(stages=2)
 
 
@@ -87,18 +87,18 @@ def test_where_the_users_table_is(monkeypatch):
     for name in ("SLIM_JAX_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/somebody")
-    assert str(tuning.user_table()) == "/somebody/.cache/slim-jax/tuned.json"
+    assert str(autotune.user_table()) == "/somebody/.cache/slim-jax/tuned.json"
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert str(tuning.user_table()) == "/cache/slim-jax/tuned.json"
+    assert str(autotune.user_table()) == "/cache/slim-jax/tuned.json"
     monkeypatch.setenv("SLIM_JAX_CACHE", "/here")
-    assert str(tuning.user_table()) == "/here/tuned.json"
+    assert str(autotune.user_table()) == "/here/tuned.json"
 
 
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"mosaic_gpu": 1}', '{"mosaic_gpu": {"KEY": {"nothing": 1}}}']
 )
 def test_a_broken_cache_stops_no_product(tables, content):
-    key = tuning.key("a", 16, 4096, 4096, 2, 64)
+    key = autotune.key("a", 16, 4096, 4096, 2, 64)
     tables[1].parent.mkdir()
     tables[1].write_text(content.replace("KEY", key))
     with pytest.warns(UserWarning, match="ignored"):

@@ -25,7 +25,7 @@ from convert.display import Stream, say
 
 if TYPE_CHECKING:
     from convert.text import Conversation
-    from slim_jax.model.generate import Generator
+    from slim_jax.infer.generate import Generator
 
 
 def chat(
@@ -53,8 +53,8 @@ def chat(
     slim-jax chat out/q3 --system "Answer in one sentence." --temperature 0
     """
     from convert.text import Conversation
-    from slim_jax.model.generate import Generator
-    from slim_jax.model.sampling import Sampling
+    from slim_jax.infer.generate import Generator
+    from slim_jax.infer.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     mesh = devices_mesh(devices, cores=True)

@@ -20,7 +20,7 @@ from convert.display import print_json, progress
 if TYPE_CHECKING:
     import numpy as np
 
-    from slim_jax.model.perplexity import Perplexity
+    from slim_jax.eval.perplexity import Perplexity
 
 
 def evaluate(
@@ -132,7 +132,7 @@ def _perplexities(
     contents = {path: read_text(path) for path in text}
     import numpy as np
 
-    from slim_jax.model.perplexity import perplexity
+    from slim_jax.eval.perplexity import perplexity
 
     opened = open_source(source)
     dense = None if against is None else open_source(against)

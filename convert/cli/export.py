@@ -46,8 +46,8 @@ def export(
 
     slim-jax export out/q4 out/q4-gptq --format gptq
     """
-    from convert.folder import require_new
-    from convert.formats import check_options, write
+    from convert.writers.folder import require_new
+    from convert.writers.formats import check_options, write
 
     measured = check_options(format, dtype, perplexity or [])
     require_new(out)

@@ -35,7 +35,7 @@ from convert.display import Stream, print_json
 
 if TYPE_CHECKING:
     from convert.text import Text
-    from slim_jax.model.generate import Generator
+    from slim_jax.infer.generate import Generator
 
 ROWS = 16
 """Prompts that are continued at once."""
@@ -85,8 +85,8 @@ def generate(
     if "" in stops:
         raise ValueError("--stop is empty, expected some text")
     from convert.text import Text
-    from slim_jax.model.generate import Generator
-    from slim_jax.model.sampling import Sampling
+    from slim_jax.infer.generate import Generator
+    from slim_jax.infer.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     mesh = devices_mesh(devices, cores=True)

@@ -30,12 +30,12 @@ def inspect(
     slim-jax inspect out/q2 --html layers.html
     """
     require_folder("--html", html)
-    from slim_jax.run import checkpoint
+    from slim_jax.store import checkpoint
 
     path = Path(at_revision(str(path), revision))
     found = checkpoint.inspect(path)
     if html is not None:
-        from convert.page import write_report
+        from convert.report import write_report
 
         write_report(path, html)
     if as_json:

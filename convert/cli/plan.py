@@ -54,8 +54,8 @@ def plan(
     slim-jax plan models/Llama-2-70b --bits 2 --devices v5e:4 --context 2048 --json
     """
     from convert.calibration import parts, written
-    from slim_jax.run.effort import in_words, operations, rate
-    from slim_jax.run.plan import for_size, make_plan, parse_devices, parse_size
+    from slim_jax.duration import in_words, operations, rate
+    from slim_jax.plan import for_size, make_plan, parse_devices, parse_size
 
     check_size(bits, target_size)
     settings = make_settings(

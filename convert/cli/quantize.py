@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 
     from convert.calibration import Part
     from slim_jax.config import SlimConfig
+    from slim_jax.plan import Plan
     from slim_jax.report import BlockReport, Report
-    from slim_jax.run.plan import Plan
-    from slim_jax.run.source import Source
+    from slim_jax.store.source import Source
 
 
 def quantize(
@@ -133,10 +133,10 @@ def quantize(
     from convert.calibration import parts, recipe, written
 
     texts = parts(calibration or ())
+    from slim_jax.calibrate.drawn_windows import Draw
+    from slim_jax.calibrate.pipeline import quantize_to_checkpoint
     from slim_jax.method.sba import load_allocation
-    from slim_jax.run.drawn import Draw
-    from slim_jax.run.pipeline import quantize_to_checkpoint
-    from slim_jax.run.plan import for_size, parse_size
+    from slim_jax.plan import for_size, parse_size
 
     chosen = None if allocation is None else load_allocation(allocation)
     require_folder("--save-allocation", save_allocation)
@@ -176,9 +176,9 @@ def quantize(
 
 def _opened(source: str, config: "SlimConfig") -> "Source":
     """The model, for whose layers the rules are."""
+    from slim_jax.calibrate.pipeline import check_dense
     from slim_jax.model.block import linear_names
     from slim_jax.rules import check_rules
-    from slim_jax.run.pipeline import check_dense
 
     model = open_source(source)
     check_dense(model)
@@ -187,8 +187,8 @@ def _opened(source: str, config: "SlimConfig") -> "Source":
 
 
 def _require_free(out: Path, resume: bool) -> None:
-    from slim_jax.run.files import refuse_if_locked
-    from slim_jax.run.writer import require_new
+    from slim_jax.store.files import refuse_if_locked
+    from slim_jax.store.writer import require_new
 
     if resume:
         refuse_if_locked(out)
@@ -198,7 +198,7 @@ def _require_free(out: Path, resume: bool) -> None:
 
 def _tell(out: Path, report: "Report", plan: "Plan", save_allocation: Path | None, as_json: bool) -> None:
     """Writes the page and the bits of all groups, and prints a line."""
-    from convert.page import write_report
+    from convert.report import write_report
     from slim_jax.method.sba import save_allocation as write_allocation
 
     if report.tuning is not None and report.tuning.note:
@@ -210,7 +210,7 @@ def _tell(out: Path, report: "Report", plan: "Plan", save_allocation: Path | Non
 
 
 def _print_report(out: Path, report: "Report", plan: "Plan", as_json: bool) -> None:
-    from slim_jax.run.memory import peak_bytes
+    from slim_jax.memory import peak_bytes
 
     peak = peak_bytes()
     found = {**report.to_json(), "forecast_bytes": plan.calibration_bytes, "peak_bytes": peak}
@@ -228,7 +228,7 @@ def _forecast(
     texts: "list[Part]",
 ) -> "Plan":
     from convert.calibration import written
-    from slim_jax.run.plan import DEVICES, make_plan
+    from slim_jax.plan import DEVICES, make_plan
 
     return make_plan(
         source.config,
@@ -244,7 +244,7 @@ def _forecast(
 def _that_fit(texts: "list[Part]", forecast: "Callable[[list[Part]], Plan]") -> "tuple[list[Part], Plan]":
     """The texts, without what the model would write if there are others and there is no memory for it; and
     what is forecast with them."""
-    from slim_jax.run.memory import available
+    from slim_jax.memory import available
 
     plan, room, others = forecast(texts), available(), [part for part in texts if part.text is not None]
     if room is None or plan.writing_bytes <= room or not others:
@@ -262,7 +262,7 @@ def _announce(
     devices: int,
 ) -> None:
     """What the run is expected to need."""
-    from slim_jax.run.effort import in_words, operations, rate
+    from slim_jax.duration import in_words, operations, rate
 
     count = operations(source.config, config, samples, length, written)
     seconds = count / (devices * rate(source.config))
@@ -289,8 +289,8 @@ def _own_text(
     """Calibration text that the model writes itself."""
     import numpy as np
 
-    from slim_jax.model.generate import sample_text
-    from slim_jax.run.source import FiniteSource
+    from slim_jax.infer.generate import sample_text
+    from slim_jax.store.source import FiniteSource
 
     say(f"the model writes {samples} windows of {length} tokens to calibrate on")
     tokens = sample_text(

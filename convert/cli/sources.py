@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from slim_jax.model.config import DecoderConfig
     from slim_jax.model.decoder import Decoder
-    from slim_jax.run.source import Source
+    from slim_jax.store.source import Source
 
 
 def at_revision(spec: str, revision: str | None) -> str:
@@ -21,7 +21,7 @@ def at_revision(spec: str, revision: str | None) -> str:
     Raises:
       ValueError: the SOURCE is not a name on the hub.
     """
-    from slim_jax.run.hub import is_hub_name
+    from slim_jax.store.hub import is_hub_name
 
     if revision is None:
         return spec
@@ -32,27 +32,27 @@ def at_revision(spec: str, revision: str | None) -> str:
 
 def open_source(spec: str, dtype: str | None = None) -> "Source":
     """The model that a SOURCE argument names; no weights are read yet."""
-    from convert.load import open_model
+    from convert.readers.load import open_model
 
     return open_model(spec, dtype)
 
 
 def read_config(spec: str) -> "DecoderConfig":
     """The config of the model that a SOURCE argument names."""
-    from convert.load import load_config
+    from convert.readers.load import load_config
 
     return load_config(spec)
 
 
 def whole_decoder(source: "Source", *, rounded: bool = False) -> "Decoder":
-    """The whole model in memory, see `slim_jax.run.source.read_decoder`."""
-    from slim_jax.run.source import read_decoder
+    """The whole model in memory, see `slim_jax.store.source.read_decoder`."""
+    from slim_jax.store.source import read_decoder
 
     return read_decoder(source, rounded=rounded)
 
 
 def tokenizer_of(source: "Source") -> Any:
-    from convert.load import source_tokenizer
+    from convert.readers.load import source_tokenizer
 
     return source_tokenizer(source)
 

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.devices import Device, describe
+from pallas_kernels.autotune import tuned
+from pallas_kernels.chips import Device, describe
 from pallas_kernels.gpu.operands import ROW_TILE
-from pallas_kernels.tuning import tuned
 
 JAX = (0, 12)
 """From which version the kernel can be built."""

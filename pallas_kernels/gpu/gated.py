@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import devices
+from pallas_kernels import chips
 from pallas_kernels.gpu import kernel
 from pallas_kernels.gpu.config import Config, shared_bytes
 from pallas_kernels.gpu.joined import DEPTH, Joined
@@ -72,7 +72,7 @@ def plan(m: int, dtype: jnp.dtype, w: Joined, down: Joined, activation: str) -> 
         return None
     entry = dataclasses.replace(entry, block_n=COLUMNS, split_blocks=1)
     kept = 2 * math.prod(_shares(entry)) * 4  # beside what a product needs
-    limit = devices.of_target().scratch_bytes
+    limit = chips.of_target().scratch_bytes
     if limit is not None and shared_bytes(entry, w.group_size) + kept > limit:
         return None
     return Plan(entry, exit_)

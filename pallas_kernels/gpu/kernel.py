@@ -46,7 +46,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import devices
+from pallas_kernels import chips
 from pallas_kernels.gpu.config import NAME as NAME
 from pallas_kernels.gpu.config import Config as Config
 from pallas_kernels.gpu.config import check_supported, fitted
@@ -109,7 +109,7 @@ def mixed_matmul(
 
 def configured(m: int, dtype: jnp.dtype, w: MixedTensor | Joined, config: Config | None) -> Config:
     """How a product of so many rows of x is cut; raises as :func:`mixed_matmul`."""
-    device = devices.of_target()
+    device = chips.of_target()
     if config is None and m:
         config = choose(device.name, m, *w.shape, w.mean_width, w.group_size)
         config = fitted(config, device, w.group_size)

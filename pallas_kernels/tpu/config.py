@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.devices import Device, describe
-from pallas_kernels.tuning import tuned
+from pallas_kernels.autotune import tuned
+from pallas_kernels.chips import Device, describe
 
 LANES = 128
 SUBLANES = 8

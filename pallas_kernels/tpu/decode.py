@@ -51,7 +51,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import devices
+from pallas_kernels import chips
 from pallas_kernels.layout import MixedTensor, result_type
 from pallas_kernels.planes import WORD_BITS, pieces
 from pallas_kernels.tpu.config import DECODE_ROWS as DECODE_ROWS
@@ -60,7 +60,6 @@ from pallas_kernels.tpu.config import NAME as NAME
 from pallas_kernels.tpu.config import Config as Config
 from pallas_kernels.tpu.config import choose as choose
 from pallas_kernels.tpu.config import heuristic as heuristic
-from pallas_kernels.tpu.cut import Cut, strips_for
 from pallas_kernels.tpu.layers import Layers, padded, whole
 from pallas_kernels.tpu.operands import (
     Segment,
@@ -71,6 +70,7 @@ from pallas_kernels.tpu.operands import (
 )
 from pallas_kernels.tpu.prefill import prefill
 from pallas_kernels.tpu.tile import Memory, Tile
+from pallas_kernels.tpu.tiling import Cut, strips_for
 from pallas_kernels.tpu.unpack import unpack
 
 WORD_BYTES, OTHER_BYTES = 40 << 20, 16 << 20  # of VMEM, at most
@@ -204,7 +204,7 @@ def mixed_matmul(
         :func:`~pallas_kernels.tpu.config.check_supported`, or K is too large for VMEM.
     """
     m, (k, n) = x.shape[0], w.shape
-    device = devices.of_target()
+    device = chips.of_target()
     sizes = w.sizes if isinstance(w, Layers) else (n,)
     config = config or choose(device.name, m, k, max(sizes), w.mean_width, w.group_size)
     check_supported(device, x.dtype, m, w.group_size, config)

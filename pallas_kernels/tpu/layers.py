@@ -15,7 +15,7 @@ from pallas_kernels.layout import MixedTensor, exported, stack, zero_bits
 from pallas_kernels.planes import WORD_BITS
 from pallas_kernels.prepared import Prepared, consumed, fit_together, one_by_one
 from pallas_kernels.tpu.config import LANES, SUBLANES
-from pallas_kernels.tpu.lookup import MOST, columns_of
+from pallas_kernels.tpu.gather import MOST, columns_of
 
 REGISTER_ROWS = 32
 """Of a register of bytes."""

@@ -11,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import scales
 from pallas_kernels.layout import MixedTensor
 from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, Config
-from pallas_kernels.tpu.cut import Cut, chosen
 from pallas_kernels.tpu.operands import (
     correct,
     measure_groups,
@@ -20,6 +19,7 @@ from pallas_kernels.tpu.operands import (
     truncate,
     zero_codes,
 )
+from pallas_kernels.tpu.tiling import Cut, chosen
 
 
 class Memory(NamedTuple):

@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from slim_jax.devices import ONE_DEVICE, Placement
 from slim_jax.method.sba import Allocation, quantized_at, weighted_errors
+from slim_jax.placement import ONE_DEVICE, Placement
 
 SHAPES = 4
 """A layer's mean width is a multiple of one over this, where its number of groups allows: compiled programs

@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import scales
-from slim_jax.devices import ONE_DEVICE, Placement, in_panels
-from slim_jax.method.sqc import FITS, Grid
-from slim_jax.method.sqc import scale_dtype as default_scale_dtype
+from slim_jax.method.scale_search import FITS, Grid
+from slim_jax.method.scale_search import scale_dtype as default_scale_dtype
+from slim_jax.placement import ONE_DEVICE, Placement, in_panels
 
 
 class Solution(NamedTuple):
@@ -85,10 +85,10 @@ def solve(
       bits: bit width of every group and output channel.
       group_size: channels per group.
       zero_bits: bits of a stored zero point.
-      sqc: a name of `slim_jax.method.sqc.FITS`.
+      sqc: a name of `slim_jax.method.scale_search.FITS`.
       feedback: False rounds to nearest, the error stays where it is.
       grids: what to round to, ``[G, N]``, instead of a fit.
-      scale_dtype: of the stored scales; `slim_jax.method.sqc.scale_dtype` if None.
+      scale_dtype: of the stored scales; `slim_jax.method.scale_search.scale_dtype` if None.
       placement: the devices that share the output channels.
     """
 

@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import scales
-from slim_jax.devices import ONE_DEVICE, Placement, in_panels
 from slim_jax.method.gptq import Solution
+from slim_jax.placement import ONE_DEVICE, Placement, in_panels
 
 
 @partial(jax.jit, static_argnames=("group_size", "zero_bits", "sweeps", "grids", "placement"))

@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from slim_jax.devices import ONE_DEVICE, Placement, in_panels
-from slim_jax.method.sqc import FITS
-from slim_jax.method.sqc import scale_dtype as default_scale_dtype
+from slim_jax.method.scale_search import FITS
+from slim_jax.method.scale_search import scale_dtype as default_scale_dtype
+from slim_jax.placement import ONE_DEVICE, Placement, in_panels
 
 Allocation = dict[str, list[int]]
 """Bit width of every group, by the layer's name (``"blocks.3.attn.q"``)."""
@@ -49,7 +49,7 @@ def quantized_at(
 ) -> Float[Array, "k n"]:
     """``w`` with every group rounded to nearest at one width, on the grid that ``sqc`` fits to it.
 
-    Its scales are stored in ``scale_dtype``, `slim_jax.method.sqc.scale_dtype` if None.
+    Its scales are stored in ``scale_dtype``, `slim_jax.method.scale_search.scale_dtype` if None.
     """
     dtype = default_scale_dtype(sqc) if scale_dtype is None else scale_dtype
 
@@ -138,7 +138,7 @@ def scores(
       bits: the mean width ``N``.
       group_size: channels per group.
       zero_bits: bits of a stored zero point.
-      sqc: the calibration that candidates are rounded with, a name of `slim_jax.method.sqc.FITS`.
+      sqc: the calibration that candidates are rounded with, a name of `slim_jax.method.scale_search.FITS`.
       criterion: "kl"; "paper" for the authors' variant; "error" for ``sum (w - w_hat)^2 / u^2``.
       scale_dtype: of the scales that candidates are rounded with, see :func:`quantized_at`.
       placement: the devices that share the output channels.

@@ -3,7 +3,7 @@
 On accelerators it is `jax.nn.dot_product_attention` for several tokens. On CPUs that function writes all
 scores of all heads to memory several times; here one key-value head at a time keeps them in cache, which is
 three to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded). On NVIDIA GPUs one new
-token against the cache is one launch (`pallas_kernels.gpu.attend`).
+token against the cache is one launch (`pallas_kernels.gpu.attention`).
 
 Nowhere are there scores of all queries with all keys at once, but where these are few (:data:`SCORES`).
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices, meshes
+from pallas_kernels import chips, meshes
 from slim_jax.model.cache import Int8Rows, KeyValues
 from slim_jax.model.rotary import Rotation
 
@@ -53,7 +53,7 @@ def attention(
       window: a query sees this many positions, its own included; all by default.
       softcap: scores ``s`` become ``softcap * tanh(s / softcap)``.
     """
-    on_cpu = devices.of_target().platform == "cpu"
+    on_cpu = chips.of_target().platform == "cpu"
     b, t, h, d = q.shape
     many = b * h * t * k.shape[2] > SCORES
     visible = partial(_visible, window=window)
@@ -115,9 +115,9 @@ def attend_cached(
     one_device = one_device and not meshes.spread(q, cache).several
     if not one_device or q.shape[1] > 1 or cache.layer is not None or isinstance(cache.keys, Int8Rows):
         return by_xla(q, k, v, cache)
-    from pallas_kernels.gpu import attend  # takes a second that CPUs need not spend
+    from pallas_kernels.gpu import attention as attend  # takes a second that CPUs need not spend
 
-    device, (batch, heads, slots, width) = devices.of_target(), cache.keys.shape
+    device, (batch, heads, slots, width) = chips.of_target(), cache.keys.shape
     if not attend.supported(device, width, cache.keys.dtype):
         return by_xla(q, k, v, cache)
 

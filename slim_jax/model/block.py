@@ -2,8 +2,8 @@
 
 Activations are float32; each product is taken in the dtype of its weight (float32, bfloat16 or packed) and
 accumulated in float32. A block is a list of :func:`stages`, and all that passes a block folds over them: the
-model itself here, calibration in `slim_jax.run.activations`. What differs from block to block of one kind
-(whether its attention is local) is data: a :class:`Buffer` among its parameters.
+model itself here, calibration in `slim_jax.calibrate.activations`. What differs from block to block of one
+kind (whether its attention is local) is data: a :class:`Buffer` among its parameters.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import devices
+from pallas_kernels import chips
 from slim_jax.model.config import DecoderConfig
 
 
@@ -89,13 +89,13 @@ class KeyValues:
 
     def _by_kernel(self, k: jax.Array) -> bool:
         """Whether a TPU has a kernel for these tokens."""
-        if self.layer is None or k.shape[2] > 1 or devices.of_target().platform != "tpu":
+        if self.layer is None or k.shape[2] > 1 or chips.of_target().platform != "tpu":
             return False
         return isinstance(self.keys, jax.Array) and self.keys.dtype in (jnp.bfloat16, jnp.float32)
 
     def _with_slot(self, k: jax.Array, v: jax.Array) -> "KeyValues":
         """:meth:`write` of one token, by the kernel."""
-        from pallas_kernels.tpu.slot import write_slot  # takes a second that CPUs need not spend
+        from pallas_kernels.tpu.cache_write import write_slot  # takes a second that CPUs need not spend
 
         def by_xla(keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, *at: jax.Array):
             after = self.write(k, v)

@@ -27,7 +27,7 @@ class Decoder(nnx.Module):
         that one weight serves the look-up and, where the head is tied, the product.
       mesh: over which a packed table's tokens are cut; None on one device.
       axis: over whose devices tables' tokens are cut, in a program that runs on each with its own
-        (`slim_jax.model.parts`).
+        (`slim_jax.infer.tensor_parallel`).
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:

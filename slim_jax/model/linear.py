@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from pallas_kernels import MixedTensor, Prepared, devices, mixed_matmul, sharded_matmul
+from pallas_kernels import MixedTensor, Prepared, chips, mixed_matmul, sharded_matmul
 from pallas_kernels.layout import vary_like
 
 COMPUTE_DTYPE = jnp.dtype(jnp.bfloat16)
@@ -31,7 +31,7 @@ def product_dtype() -> jnp.dtype:
 
     It holds for a model that was just quantized and for one that is loaded.
     """
-    return jnp.dtype(jnp.float32 if devices.of_target().platform == "cpu" else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if chips.of_target().platform == "cpu" else jnp.bfloat16)
 
 
 def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
@@ -130,7 +130,7 @@ class Linear(nnx.Module):
       weight: an `nnx.Param` where it is dense, :class:`Packed` where it is not.
       mesh: over which a packed weight's output channels are cut; None on one device.
       axis: over whose devices the input channels are cut, in a program that runs on each with its own
-        (`slim_jax.model.parts`): what they give is summed.
+        (`slim_jax.infer.tensor_parallel`): what they give is summed.
     """
 
     axis: str | None = None

@@ -1,7 +1,7 @@
 """The MLP of a block, and mixtures of experts, each an MLP that takes the tokens which chose it.
 
 Experts are modules of their own, as they are calibrated and stored. For generating, packed ones become one
-(`slim_jax.model.ready`): what is compiled does not grow with their number then, and a token passes the
+(`slim_jax.infer.fuse`): what is compiled does not grow with their number then, and a token passes the
 experts that it chose and no others.
 """
 

@@ -1,0 +1,1 @@
+"""Checkpoints for others to read."""

@@ -1,0 +1,65 @@
+"""The formats of ``slim-jax export``, by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slim_jax.store.source import Source
+
+FORMATS = {
+    "safetensors": "as it is, to pass on",
+    "hf": "dequantized",
+    "gptq": "packed, embedding and head dequantized",
+}
+"""Name -> what becomes of the weights."""
+
+
+def check_options(format: str, dtype: str | None, perplexity: Sequence[str]) -> list[tuple[str, float]]:
+    """Whether the options fit the format; the perplexities by text.
+
+    Raises:
+      ValueError: the format is not known, an option is not for it, or a perplexity is not ``TEXT=VALUE``.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"--format is {format!r}, expected one of {', '.join(FORMATS)}")
+    if format == "safetensors" and dtype is not None:
+        raise ValueError("--dtype is for hf and gptq, safetensors keeps every array as it is")
+    if format != "safetensors" and perplexity:
+        raise ValueError("--perplexity is for the model card of --format safetensors")
+    measured = []
+    for given in perplexity:
+        text, equals, value = given.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not (equals and text and 1 <= number < float("inf")):
+            raise ValueError(f"--perplexity is {given!r}, expected one such as wikitext2=17.35")
+        measured.append((text, number))
+    return measured
+
+
+def write(
+    format: str,
+    source: Source,
+    out: Path,
+    dtype: str | None,
+    tokenizer: Any,
+    perplexity: Sequence[tuple[str, float]],
+) -> str:
+    """Writes a model in one of :data:`FORMATS`, and says what became of its weights.
+
+    Raises:
+      ValueError: the format has no place for this model, or ``out`` cannot be written.
+    """
+    from convert.writers.export import export_hf
+    from convert.writers.gptq import export_gptq
+    from convert.writers.packed import export_packed
+
+    if format == "safetensors":
+        export_packed(source, out, tokenizer=tokenizer, perplexity=perplexity)
+    elif format == "gptq":
+        export_gptq(source, out, dtype, tokenizer=tokenizer)
+    else:
+        export_hf(source, out, dtype, tokenizer=tokenizer)
+    return FORMATS[format]

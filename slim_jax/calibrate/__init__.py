@@ -1,0 +1,1 @@
+"""Quantizing a decoder block by block."""

@@ -1,0 +1,329 @@
+"""The calibration activations, carried through one block after another, stage by stage.
+
+Every stage is a jitted step of its own that compiles once per kind of block. A block that is quantized and
+one that a resumed run only passes through go through the same steps, so the activations behind it
+are the same to the last bit.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels import MixedTensor
+from pallas_kernels.planes import WORD_BITS
+from slim_jax.calibrate.offload import Batches, OnDisk
+from slim_jax.method.hessian import Observation, cross_gram, gram, spread
+from slim_jax.model.block import stages
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import embed
+from slim_jax.model.linear import COMPUTE_DTYPE
+from slim_jax.model.params import Params, as_computed, make_part, without_tables
+from slim_jax.model.stage import Stage
+from slim_jax.placement import ONE_DEVICE, Placement
+from slim_jax.store.source import Source
+
+BATCH_TOKENS = 4096
+"""Calibration tokens that pass through a block at once, on each device."""
+
+
+class Inputs(NamedTuple):
+    """The inputs of a group of layers.
+
+    Attributes:
+      x: ``[B, T, K]`` a batch.
+      seen: ``bool[B, T]`` a batch, the tokens that go through these layers; None for all.
+      weights: ``float32[samples, length]``, how much each token counts; None where all count alike.
+      residual: ``[B, T, N]`` a batch, the residual stream that the layers add to; None where they do not.
+      reference: the same where no layer before is quantized; None where that is not looked at.
+    """
+
+    x: Batches
+    seen: list[jax.Array] | None = None
+    weights: np.ndarray | None = None
+    residual: Batches | None = None
+    reference: "Inputs | None" = None
+
+    def lost(self, batch: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """Of a batch, ``x`` and, if there is one, the residual stream: of the reference, and here."""
+        if self.reference is None:
+            return ()
+        found = ((self.reference.x[batch], self.x[batch]),)
+        if self.residual is None or self.reference.residual is None:
+            return found
+        return (*found, (self.reference.residual[batch], self.residual[batch]))
+
+
+LOST = ("drift", "shortfall")
+"""What an `Observation` has of :meth:`Inputs.lost`, in order."""
+
+
+def sample_positions(tokens: int, stride: int) -> np.ndarray:
+    """One of every ``stride`` of so many tokens, ``int32``: the first of them here, the last there.
+
+    At a fixed distance that divides the windows' length, it would be the same few positions of every
+    window, the very first (where attention piles up) among them.
+    """
+    size = len(range(0, tokens, stride))
+    return ((np.arange(size) + spread(size)) * (tokens / size)).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames=("stride", "placement"))
+def _observe(
+    x: Float[Array, "b t k"],
+    seen: Bool[Array, "b t"] | None,
+    weights: Float[Array, "b t"] | None,
+    lost: tuple[tuple[jax.Array, jax.Array], ...],
+    *,
+    stride: int,
+    placement: Placement,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """Of every device's tokens that are ``seen``: Gram matrix ``[devices, K, K]``, sample, number, weight,
+    and of each pair ``(full, here)`` in ``lost`` the product of the inputs with ``full - here``.
+
+    The sample has its usual size: few tokens are in it several times, and zeros where there are none.
+    """
+
+    def own(_: Any, inputs: tuple[Any, Any, Any, Any]):
+        x, seen, weights, lost = inputs
+        tokens = x.reshape(-1, x.shape[-1])
+        positions: Any = sample_positions(len(tokens), stride)
+        count = jnp.int32(len(tokens))
+        if seen is not None:
+            mask = seen.reshape(-1)
+            tokens = jnp.where(mask[:, None], tokens, 0)
+            count = jnp.sum(mask, dtype=jnp.int32)
+            ordered = jnp.argsort(~mask, stable=True)  # the seen tokens, in order, then the others
+            evenly = positions / np.float32(len(mask)) * count
+            positions = ordered[jnp.minimum(evenly.astype(jnp.int32), jnp.maximum(count - 1, 0))]
+        sample, weight = tokens[positions].astype(jnp.float32), count.astype(jnp.float32)
+        apart = [_apart(full, here).astype(tokens.dtype) for full, here in lost]
+        if weights is not None:
+            flat = weights.reshape(-1) if seen is None else jnp.where(mask, weights.reshape(-1), 0)
+            weight, root = jnp.sum(flat), jnp.sqrt(flat)[:, None].astype(tokens.dtype)
+            tokens, apart = tokens * root, [difference * root for difference in apart]
+        crossed = tuple(cross_gram(tokens, difference)[None] for difference in apart)
+        return gram(tokens)[None], sample, count[None], weight[None], crossed
+
+    return placement.over_samples(own)((), (x, seen, weights, lost))
+
+
+def _apart(full: Float[Array, "b t n"], here: Float[Array, "b t n"]) -> Float[Array, "tokens n"]:
+    difference = full.astype(jnp.float32) - here.astype(jnp.float32)
+    return difference.reshape(-1, here.shape[-1])
+
+
+@jax.jit
+def _add_in_order(total: jax.Array | None, parts: Float[Array, "devices k n"]) -> Float[Array, "k n"]:
+    return reduce(jnp.add, list(parts) if total is None else [total, *parts])
+
+
+def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> Observation:
+    """Sums the Gram matrices of all batches and joins one of every ``stride`` of their inputs.
+
+    A device's batch is as large as it would be if there were no others, and the sums are taken in the
+    order of samples: GPTQ would turn a difference in their last bits into other codes.
+
+    Weights are normalized: the Gram matrix is that of as many tokens as there were.
+    """
+    total, samples, tokens, weight, row = None, [], 0, 0.0, 0
+    lost: dict[str, jax.Array] = {}
+    for i, x in enumerate(inputs.x):
+        rows = None if inputs.weights is None else placement.samples(inputs.weights[row : row + len(x)])
+        seen = None if inputs.seen is None else inputs.seen[i]
+        parts, sample, counts, weights, crossed = _observe(
+            x, seen, rows, inputs.lost(i), stride=stride, placement=placement
+        )
+        tokens += int(np.sum(placement.fetch(counts)))
+        weight += float(np.sum(placement.fetch(weights), dtype=np.float64))
+        row += len(x)
+        total = _add_in_order(total, placement.rows(parts))
+        for name, cross in zip(LOST, crossed):
+            lost[name] = _add_in_order(lost.get(name), placement.rows(cross))
+        samples.append(placement.whole(sample))
+    assert total is not None
+    if inputs.weights is not None and weight > 0:
+        total, lost = jax.tree.map(lambda a: a * np.float32(tokens / weight), (total, lost))
+    drift, shortfall = (None if cross is None else placement.whole(cross) for cross in map(lost.get, LOST))
+    return Observation(
+        placement.whole(total), jnp.concatenate(samples), tokens, drift=drift, shortfall=shortfall
+    )
+
+
+@partial(jax.jit, static_argnames=("run", "reads", "rounded", "placement"))
+def _run(
+    part: Any,
+    expert: jax.Array | None,
+    given: tuple[Any, ...],
+    *,
+    run: Callable[..., tuple[Any, ...]],
+    reads: tuple[str, ...],
+    rounded: tuple[bool, ...],
+    placement: Placement,
+) -> tuple[Any, ...]:
+    """What a stage gives for a batch (see `slim_jax.model.stage.Stage`), some of it in the compute dtype."""
+
+    # On CPUs attention loops over samples: each device must have a loop over its own.
+    def own(whole: tuple[Any, jax.Array | None], given: tuple[Any, ...]) -> tuple[Any, ...]:
+        part, expert = whole
+        given = tuple(
+            field if name != "route" or expert is None else jnp.take(field, expert, axis=-1)
+            for name, field in zip(reads, given)
+        )
+        found = zip(run(part, *given), rounded, strict=True)
+        return tuple(field.astype(COMPUTE_DTYPE) if round_it else field for field, round_it in found)
+
+    return placement.over_samples(own)((part, expert), given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """The residual stream of all calibration samples in front of a block; passing the block gives another.
+
+    Attributes:
+      config: the decoder's.
+      batches: ``float32[B, T, D]`` each.
+      offload: a folder for the activations of all but one batch; None keeps them in memory.
+      placement: the devices that share the samples; they divide their number.
+    """
+
+    config: DecoderConfig
+    batches: Batches
+    offload: Path | None = None
+    placement: Placement = ONE_DEVICE
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        tokens: np.ndarray,
+        offload: Path | None = None,
+        placement: Placement = ONE_DEVICE,
+    ) -> "Activations":
+        """In front of the first block.
+
+        Args:
+          source: whose embeddings they start from.
+          tokens: ``int[samples, length]``.
+          offload: see the attributes.
+          placement: see the attributes.
+        """
+        outer, numbers = without_tables(source.config, source.outer(), tokens)
+        outer = placement.tree(outer)
+        batches = sample_batches(numbers, placement.devices)
+        empty = cls(source.config, [], offload, placement)
+        return empty.with_batches(embed(outer, placement.samples(rows)) for rows in batches)
+
+    def with_batches(self, batches: Iterable[jax.Array]) -> "Activations":
+        """The same with others in place of its batches."""
+        return dataclasses.replace(self, batches=self.keep(batches))
+
+    def through(self, index: int, params: Params) -> "Passing":
+        """On the way through block ``index``, whose parameters are dense; what the caller does to the
+        weights in ``params`` between two stages takes effect from there on."""
+        return Passing(self, index, params)
+
+    def behind(self, index: int, params: Params) -> "Activations":
+        """Behind block ``index``, whose weights may be dense or packed."""
+        passing = self.through(index, {name: dense_weight(value) for name, value in params.items()})
+        for _ in passing:
+            pass
+        return passing.after
+
+    def keep(self, arrays: Iterable[jax.Array]) -> Batches:
+        """The arrays, in memory or offloaded."""
+        return list(arrays) if self.offload is None else OnDisk(arrays, self.offload)
+
+    def part(self, index: int, name: str, params: Params) -> Any:
+        """A part of block ``index`` (all of it if ``name`` is empty), with matrices dense in the compute
+        dtype, the rest in float32."""
+        own = {n: v for n, v in params.items() if not name or n.startswith(f"{name}.")}
+        computed = {n: self.placement.whole(as_computed(n, value)) for n, value in own.items()}
+        return make_part(self.config.block(index), name, computed)
+
+
+class Passing:
+    """One passage of a block: iterating gives, stage by stage, the linear layers and what they read.
+
+    Attributes:
+      after: the activations behind the block, once the iteration has ended.
+    """
+
+    after: Activations
+
+    def __init__(self, before: Activations, index: int, params: Params) -> None:
+        self.before, self.index, self.params = before, index, params
+
+    def __iter__(self) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+        stream: dict[str, Batches] = {"h": self.before.batches}
+        whole = stages(self.before.config.block(self.index))
+        every = [stage for outer in whole for stage in outer.inside or (outer,)]
+        inputs = {stage.input for stage in every if stage.layers}
+        for stage in every:
+            if stage.run is not None:
+                self._pass(stage, stream, inputs)
+            if stage.layers:
+                residual = stream["h"] if stage.adds else None
+                yield stage.layers, Inputs(stream[stage.input], _seen(stage, stream), residual=residual)
+        self.after = dataclasses.replace(self.before, batches=stream["h"])
+
+    def _pass(self, stage: Stage, stream: dict[str, Batches], inputs: set[str]) -> None:
+        """Takes all batches through a stage. What it gives takes the place of what this passage has made.
+
+        ``inputs`` are the fields that linear layers read.
+        """
+        before, part = self.before, self.before.part(self.index, stage.part, self.params)
+        expert = None if stage.expert is None else jnp.int32(stage.expert)
+        held = [stream.get("routes" if name == "route" else name) for name in stage.reads]
+        made = {name: before.keep([]) for name in stage.gives}
+        for name, batches in stream.items():
+            if name in made and batches is not before.batches:
+                made[name] = batches
+        for i in range(len(before.batches)):
+            given = tuple(None if batches is None else batches[i] for batches in held)
+            found = _run(
+                part,
+                expert,
+                given,
+                run=stage.run,
+                reads=stage.reads,
+                rounded=tuple(name in inputs for name in stage.gives),
+                placement=before.placement,
+            )
+            for name, array in zip(stage.gives, found):
+                if array is None:
+                    continue
+                if i < len(made[name]):
+                    made[name][i] = array
+                else:
+                    made[name].append(array)
+        stream.update({name: batches for name, batches in made.items() if len(batches)})
+
+
+def _seen(stage: Stage, stream: Mapping[str, Batches]) -> list[jax.Array] | None:
+    if stage.expert is None:
+        return None
+    return [routes[..., stage.expert] > 0 for routes in stream["routes"]]
+
+
+def dense_weight(value: Any) -> Any:
+    """A packed weight as calibration computes with it; anything else as it is."""
+    if not isinstance(value, MixedTensor):
+        return value
+    rows = value.groups * value.group_size * max(value.widths) // WORD_BITS
+    return value.with_rows(rows).dequantize(COMPUTE_DTYPE)  # one program for every mean width
+
+
+def sample_batches(tokens: np.ndarray, devices: int) -> Iterator[np.ndarray]:
+    """Rows of ``tokens [samples, length]`` in equal batches, so that one program serves all of them."""
+    batch = max(1, BATCH_TOKENS // tokens.shape[1])
+    while tokens.shape[0] % (devices * batch):
+        batch -= 1
+    for start in range(0, tokens.shape[0], devices * batch):
+        yield tokens[start : start + devices * batch]

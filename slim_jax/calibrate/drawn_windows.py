@@ -1,0 +1,80 @@
+"""The calibration windows of a run that can be resumed: drawn once, and kept with it until it is finished."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slim_jax.store.files import write_arrays
+from slim_jax.store.manifest import is_checkpoint, read_manifest
+
+KEPT = "drafts/calibration.npz"
+
+
+class Draw(NamedTuple):
+    """Calibration windows that are drawn when a run needs them, which may have them from an earlier part.
+
+    Attributes:
+      recipe: JSON value; draws of one model by equal recipes give equal windows.
+      make: gives ``int[samples, length]``.
+    """
+
+    recipe: Any
+    make: Callable[[], np.ndarray]
+
+
+class Windows(NamedTuple):
+    """Calibration windows of a run.
+
+    Attributes:
+      tokens: ``int[samples, length]``; None where the run is finished and needs none.
+      fingerprint: JSON values that a resumed run must share.
+    """
+
+    tokens: np.ndarray | None
+    fingerprint: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, given: np.ndarray | Draw, allocation: Mapping[str, list[int]] | None, path: Path, resume: bool
+    ) -> "Windows":
+        """Returns the windows of a run into the folder ``path``, drawn only where it has none."""
+        recipe = _digest(given.recipe) if isinstance(given, Draw) else None
+        beside = {"recipe": recipe, "allocation": None if allocation is None else _digest(allocation)}
+        if not isinstance(given, Draw):
+            tokens = np.asarray(given)
+        else:
+            found = read_manifest(path, complete=False) if resume and is_checkpoint(path) else None
+            before = ((found and found.quantization) or {}).get("calibration") or {}
+            same = beside.items() <= before.items()
+            if found is not None and found.complete and same:
+                return cls(None, before)
+            kept = _read(path / KEPT) if same else None
+            tokens = kept if kept is not None else np.asarray(given.make())
+        shape = dict(zip(("samples", "length"), tokens.shape))
+        return cls(tokens, {**shape, "sha256": _sha256(tokens), **beside})
+
+    def keep(self, path: Path) -> None:
+        """Writes windows that were drawn to the run's folder."""
+        if self.tokens is not None and self.fingerprint["recipe"]:
+            write_arrays(path / KEPT, {"tokens": self.tokens})
+
+
+def _read(file: Path) -> np.ndarray | None:
+    try:
+        with np.load(file) as saved:
+            return saved["tokens"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # then they are drawn again
+        return None
+
+
+def _sha256(tokens: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

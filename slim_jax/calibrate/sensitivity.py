@@ -1,0 +1,358 @@
+"""The gradient sweep: how much every calibration token counts at every layer, and what bits are worth there.
+
+Forward and backward once over the full-precision model, a block at a time: block inputs are kept (or
+offloaded), gradients are taken from the last block to the first. With ``L`` the sum of the tokens' losses
+and ``y_t [N]`` a layer's output at token ``t``, the weight of that token is
+
+    w_t = mean_n (dL / dy_tn)^2,
+
+so that ``sum_t w_t |(W - W_hat)^T x_t|^2 / 2`` is about how much ``L`` rises when ``W`` becomes ``W_hat``.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.layout import vary_like
+from slim_jax.calibrate.activations import Activations, observe, sample_batches
+from slim_jax.calibrate.offload import Batches
+from slim_jax.config import Settings
+from slim_jax.method.budget import LayerCosts, expected_rise, spend
+from slim_jax.method.layer import LayerSolvers
+from slim_jax.method.sba import Allocation
+from slim_jax.model.block import Block, linear_groups, linear_names, sequence_positions
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import Linear
+from slim_jax.model.params import block_params, computed, make_outer
+from slim_jax.model.stage import part_of
+from slim_jax.placement import ONE_DEVICE, Placement
+from slim_jax.store.files import write_arrays
+from slim_jax.store.source import Source
+
+LIMIT = 30.0
+"""A token counts at most so many times the mean: in the first block of a small model a single one would
+weigh 18,000 times the mean, and the Hessian would be that token's alone."""
+
+OnSweep = Callable[[int, int], None]
+"""Called after every block, from the last to the first, with how many are done, and of how many."""
+
+BUDGET_TOKENS, BUDGET_LENGTH = 4096, 256
+"""Calibration tokens that the costs of bits are summed over, and at most how many of one sample: samples are
+evenly spread, and cut short so that they are more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What a sweep found.
+
+    Attributes:
+      weights: of every group of layers that share an input, by block and a name such as ``"attn.o"``:
+        ``float32[samples, length]``, mean 1. Experts of a block share theirs.
+      allocation: widths of the whole model's groups, where they were asked for.
+      rises: by how much each layer is then expected to raise the loss, in nats a token.
+    """
+
+    weights: Mapping[tuple[int, str], np.ndarray]
+    allocation: Allocation | None = None
+    rises: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def of(self, index: int, names: tuple[str, ...]) -> np.ndarray:
+        """The weights of the tokens at some layers of block ``index`` that share an input."""
+        return self.weights[index, _group(names[0])]
+
+    def save(self, file: Path) -> None:
+        """Writes it; see `slim_jax.store.files.write_arrays`."""
+        told = json.dumps({"allocation": self.allocation, "rises": dict(self.rises)})
+        arrays = {f"{index} {group}": weight for (index, group), weight in self.weights.items()}
+        write_arrays(file, {"told": np.asarray(told), **arrays})
+
+    @classmethod
+    def load(cls, file: Path) -> "Guide":
+        """Reads what :meth:`save` wrote."""
+        with np.load(file) as saved:
+            told = json.loads(str(saved["told"]))
+            keys = {key: key.split(" ") for key in saved.files if key != "told"}
+            weights = {(int(index), group): saved[key] for key, (index, group) in keys.items()}
+        return cls(weights, told["allocation"], told["rises"])
+
+
+def _kind(name: str) -> str:
+    """A layer's name, without the number of an expert."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def _group(name: str) -> str:
+    """What names the input of a layer, alike for all experts."""
+    kind = _kind(name)
+    return kind if kind.endswith((".o", ".down")) else kind.rpartition(".")[0]
+
+
+@jax.custom_vjp
+def _tap(y: Float[Array, "b t n"], weight: Float[Array, "b t"]) -> Float[Array, "b t n"]:
+    """``y``; what is propagated to ``weight`` is not a gradient but the token's weight."""
+    return y
+
+
+def _tap_forward(y: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+    return y, None
+
+
+def _tap_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient, jnp.mean(gradient * gradient, axis=-1)
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+class _Tapped(Linear):
+    """A linear layer whose output is tapped."""
+
+    def __init__(self, linear: Linear, token_weight: jax.Array) -> None:
+        self.weight, self.bias, self.mesh = linear.weight, linear.bias, linear.mesh
+        self.token_weight = nnx.Variable(token_weight)
+
+    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
+        return _tap(super().__call__(x), self.token_weight[...])
+
+
+def _with_taps(block: Block, weights: Mapping[str, jax.Array]) -> Block:
+    block = nnx.merge(*nnx.split(block))
+    if block.moe is not None:
+        block.moe.by_turns = False  # taps tell tokens apart by their places
+    for name, weight in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(part_of(block, owner), leaf, _Tapped(part_of(block, name), weight))
+    return block
+
+
+@partial(jax.jit, static_argnames="placement")
+def _forward(block: Block, h: jax.Array, *, placement: Placement) -> jax.Array:
+    def own(block: Block, h: jax.Array) -> jax.Array:
+        h = h.astype(jnp.float32)
+        return block(h, sequence_positions(h))[0].astype(jnp.bfloat16)
+
+    return placement.over_samples(own)(block, h)
+
+
+@partial(jax.jit, static_argnames=("names", "placement"), donate_argnames="gradient")
+def _backward(
+    block: Block, h: jax.Array, gradient: jax.Array, *, names: tuple[str, ...], placement: Placement
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss's gradient at the block's input, and the tokens' weights at its layers."""
+
+    def own(block: Block, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        h, gradient = inputs
+        taps = {name: vary_like(jnp.zeros(h.shape[:2]), h) for name in names}
+
+        def run(h: jax.Array, taps: dict[str, jax.Array]) -> jax.Array:
+            return _with_taps(block, taps)(h, sequence_positions(h))[0]
+
+        _, pull_back = jax.vjp(run, h.astype(jnp.float32), taps)
+        return pull_back(gradient)
+
+    return placement.over_samples(own)(block, (h, gradient))
+
+
+@partial(jax.jit, static_argnames="placement")
+def _loss_gradient(
+    outer: Decoder, h: Float[Array, "b t d"], tokens: Int[Array, "b t"], *, placement: Placement
+) -> Float[Array, "b t d"]:
+    """Gradient of the summed loss at the last block's output; logits are made for one sample at a time."""
+
+    def own(outer: Decoder, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def of_sample(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
+            h, tokens = sample
+
+            def loss(h: jax.Array) -> jax.Array:
+                logits = outer.logits(h[:-1])
+                chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
+                return jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen)
+
+            return jax.grad(loss)(h.astype(jnp.float32))
+
+        return jax.lax.map(of_sample, inputs)
+
+    return placement.over_samples(own)(outer, (h, tokens))
+
+
+class Sweep:
+    """One pass over a model, forward and backward.
+
+    Args:
+      source: the full-precision model.
+      tokens: ``int[samples, length]``.
+      config: of the quantization.
+      offload: a folder for activations; None keeps them in memory.
+      placement: the devices that share the samples.
+      prices: whether widths are to be chosen; else only tokens are weighed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokens: np.ndarray,
+        config: Settings,
+        offload: Path | None = None,
+        placement: Placement = ONE_DEVICE,
+        *,
+        prices: bool = True,
+    ) -> None:
+        if not config.guide:  # then only sums over tokens are asked for
+            tokens = some_samples(tokens, placement.devices)
+        self.source, self.tokens, self.config, self.placement = source, tokens, config, placement
+        self.prices = prices
+        self.start = Activations.of(source, tokens, offload, placement)
+        self.solvers = LayerSolvers(config, None, placement=placement)
+        self.names = [tuple(itertools.chain(*linear_groups(block))) for block in source.config.blocks()]
+        self.weights: dict[tuple[int, str], np.ndarray] = {}
+        self.costs: dict[str, LayerCosts] = {}
+
+    def run(self, on_sweep: OnSweep | None = None) -> Guide:
+        """Sweeps, and spends the budget of bits if the config asks for it; see :data:`OnSweep`."""
+        inputs = self._inputs()
+        gradients = self._loss_gradients(inputs.pop())
+        for index in reversed(range(self.source.config.num_layers)):
+            h = inputs.pop()
+            scales = self._weigh(index, h, gradients)
+            if self.prices:
+                self._cost(index, h, scales)
+            if on_sweep is not None:
+                on_sweep(self.source.config.num_layers - index, self.source.config.num_layers)
+        if not self.costs:
+            return Guide(self.weights)
+        names = [name for name in linear_names(self.source.config) if name in self.costs]
+        return Guide(self.weights, *spend_all({name: self.costs[name] for name in names}, self.config))
+
+    def _inputs(self) -> list[Batches]:
+        """What every block reads, bfloat16, and last what the last one gives."""
+        keep = self.start.keep
+        inputs = [keep(h.astype(jnp.bfloat16) for h in self.start.batches)]
+        self.start = dataclasses.replace(self.start, batches=[])
+        for index in range(self.source.config.num_layers):
+            block = self.start.part(index, "", self.source.block(index))
+            inputs.append(keep(_forward(block, h, placement=self.placement) for h in inputs[-1]))
+        return inputs
+
+    def _loss_gradients(self, outputs: Batches) -> Batches:
+        decoder = make_outer(self.source.config, self.placement.tree(computed(self.source.outer())))
+        rows = map(self.placement.samples, sample_batches(self.tokens, self.placement.devices))
+        return self.start.keep(
+            _loss_gradient(decoder, h, batch, placement=self.placement) for h, batch in zip(outputs, rows)
+        )
+
+    def _weigh(self, index: int, inputs: Batches, gradients: Batches) -> dict[str, float]:
+        """Passes the gradients back over a block; every layer's mean weight of a token, limited."""
+        block = self.start.part(index, "", self.source.block(index))
+        found: dict[str, list[np.ndarray]] = {name: [] for name in self.names[index]}
+        for i, h in enumerate(inputs):
+            gradients[i], weights = _backward(
+                block, h, gradients[i], names=self.names[index], placement=self.placement
+            )
+            for name, weight in weights.items():
+                found[name].append(self.placement.fetch(weight))
+        scales: dict[str, float] = {}
+        kinds: dict[str, Any] = {}
+        for name, parts in found.items():
+            weight, scales[name] = limited(np.concatenate(parts))
+            kinds[_kind(name)] = kinds.get(_kind(name), 0.0) + scales[name] * weight
+        for kind, weight in kinds.items():
+            profile = limited(weight)[0]
+            key = index, _group(kind)
+            shared = sum(_group(other) == key[1] for other in kinds)
+            self.weights[key] = self.weights.get(key, np.float32(0)) + np.float32(1 / shared) * profile
+        return scales
+
+    def _cost(self, index: int, inputs: Batches, scales: Mapping[str, float]) -> None:
+        """What every width of every group of the block's layers would cost."""
+        before = self.start.with_batches(h.astype(jnp.float32) for h in inputs)
+        params = self.source.block(index)
+        guide = Guide(self.weights)
+        for names, seen in before.through(index, params):
+            layers = {f"blocks.{index}.{name}": name for name in names}
+            by_solver = [(s, some) for s, some in self.solvers.of(list(layers)) if s.config.over_model]
+            if not by_solver:
+                continue
+            weighted = seen._replace(weights=guide.of(index, names))
+            observation = observe(weighted, 1 << 30, self.placement)
+            share = observation.tokens / self.tokens.size
+            for solver, some in by_solver:
+                weights = {full: params[f"{layers[full]}.weight"] for full in some}
+                for full, error in solver.errors(weights, observation).items():
+                    rise = 0.25 * scales[layers[full]] * share * error.astype(np.float64)
+                    group = solver.config.group_size * weights[full].shape[1]
+                    self.costs[full] = LayerCosts(rise, group)
+
+
+def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Allocation, dict[str, float]]:
+    """Widths of every group, and by how much each layer is then expected to raise the loss.
+
+    Layers share one budget, but those whose bits a rule gives: each of these spends its own.
+    """
+    budgets: dict[str, list[str]] = {"": []}
+    for name in costs:
+        rule = config.rule(name)
+        budgets.setdefault("" if rule is None or rule.bits is None else name, []).append(name)
+    allocation: Allocation = {}
+    rises: dict[str, float] = {}
+    for names in filter(None, budgets.values()):
+        layers, settings = {name: costs[name] for name in names}, list(map(config.of_layer, names))
+        assert settings[0] is not None
+        widths, budget, weights = settings[0].widths, Fraction(0), 0
+        for layer, own in zip(layers.values(), settings):  # exact: of equal means the mean is the same
+            assert own is not None
+            size = layer.weights * len(layer.rise)
+            budget, weights = budget + Fraction(own.mean_width) * size, weights + size
+        spent = spend(layers, widths, float(budget / weights))
+        allocation |= spent
+        rises |= expected_rise(layers, widths, spent)
+    return {name: allocation[name] for name in costs}, {name: rises[name] for name in costs}
+
+
+def without_choice(model: DecoderConfig, config: Settings) -> Allocation | None:
+    """Widths of all groups where no layer may have more than one; None where there is a choice."""
+    allocation: Allocation = {}
+    for index, kind in enumerate(model.blocks()):
+        shapes = block_params(kind)
+        for name in itertools.chain(*linear_groups(kind)):
+            full = f"blocks.{index}.{name}"
+            own = config.of_layer(full)
+            if own is None or not own.over_model:
+                continue
+            if len(own.widths) > 1:
+                return None
+            channels = shapes[f"{name}.weight"].shape[0]
+            allocation[full] = [own.widths[0]] * -(-channels // own.group_size)
+    return allocation
+
+
+def some_samples(tokens: np.ndarray, devices: int) -> np.ndarray:
+    """Of about :data:`BUDGET_TOKENS` tokens in all, a number of samples that the devices divide."""
+    length = min(tokens.shape[1], BUDGET_LENGTH)
+    count = min(len(tokens), max(1, BUDGET_TOKENS // length))
+    count = -(-count // devices) * devices
+    return tokens[np.arange(count) * len(tokens) // count, :length]
+
+
+def limited(weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights limited to :data:`LIMIT` times their mean, as ``float32`` of mean 1, and the mean left.
+
+    Ones and 0 where all weights are 0.
+    """
+    weights = weights.astype(np.float64)
+    weights = np.minimum(weights, LIMIT * weights.mean())
+    mean = float(weights.mean())
+    if mean == 0:
+        return np.ones(weights.shape, np.float32), 0.0
+    return (weights / mean).astype(np.float32), mean

@@ -1,0 +1,1 @@
+"""Judging decoders: perplexity and likelihoods of text."""

@@ -1,0 +1,1 @@
+"""Running decoders: fused for speed, generating, sharing devices."""

@@ -1,0 +1,163 @@
+"""One pass of a decoder against the cache of what a batch has seen.
+
+Blocks of one kind that follow one another and are packed alike are stacked and scanned over, which compiles
+one body; their products read a layer's part of a prepared weight where it lies. Dense blocks run unrolled,
+because XLA copies each slice of a weight that it scans over, and on NVIDIA GPUs packed ones too, of which it
+would copy a layer's words.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import MixedTensor, Prepared, chips
+from slim_jax.model.block import Block
+from slim_jax.model.cache import KeyValues, Rows, State
+from slim_jax.model.decoder import Decoder
+
+Through = Callable[..., tuple[Any, ...]]
+"""From a block, the residual stream, and keys and values (of all layers, then also which is meant)."""
+
+
+def stackable(blocks: Sequence[Block]) -> bool:
+    """Whether blocks are packed :func:`alike`, and the target gains by a scan over them."""
+    return chips.of_target().platform != "cuda" and alike(blocks)
+
+
+def alike(parts: Sequence[Any]) -> bool:
+    """Whether parts of models are packed, and alike in all but the values of their leaves and the rows of
+    words."""
+    rows = most_rows(parts)
+    if not rows[0]:
+        return False
+    filled = [jax.eval_shape(lambda one, own=own: with_rows(one, own), p) for p, own in zip(parts, rows)]
+    kinds: list[Any] = [
+        (jax.tree.structure(one), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(one)])
+        for one in filled
+    ]
+    return all(kind == kinds[0] for kind in kinds)
+
+
+def with_scales_alike[T](blocks: Sequence[T]) -> list[T]:
+    """The blocks, or parts of them; where scales of a weight are bytes in some and bfloat16 in others, which
+    is all that keeps them from being stacked, bfloat16 in all: it holds the value of every byte."""
+    weights = map(_packed_weights, blocks)
+    kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
+    if any(kind != kinds[0] for kind in kinds):
+        return list(blocks)
+    mixed = [len({w.scale.dtype for w in same}) > 1 for same in zip(*weights)]
+    if not any(mixed):
+        return list(blocks)
+
+    def in_one_dtype(block: T) -> T:
+        differs = iter(mixed)
+        return jax.tree.map(
+            lambda leaf: leaf.with_bfloat16_scales() if is_packed(leaf) and next(differs) else leaf,
+            block,
+            is_leaf=is_packed,
+        )
+
+    return [in_one_dtype(block) for block in blocks]
+
+
+def most_rows(blocks: Sequence[Any]) -> list[list[int]]:
+    """For each block, of each of its packed weights in order, the most rows of words that one of the blocks
+    has that are packed alike."""
+    rows = [[w.words.shape[-2] for w in _packed_weights(block)] for block in blocks]
+    kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
+    alike = [[own for kind, own in zip(kinds, rows) if kind == wanted] for wanted in kinds]
+    return [[max(same) for same in zip(*own)] for own in alike]
+
+
+def with_rows[T](block: T, rows: Sequence[int]) -> T:
+    """The block with its packed weights' words filled up, so that one program serves all blocks."""
+    wanted = iter(rows)
+    return jax.tree.map(
+        lambda leaf: leaf.with_rows(next(wanted)) if is_packed(leaf) else leaf, block, is_leaf=is_packed
+    )
+
+
+def _packed_weights(block: Any) -> list[MixedTensor]:
+    """In order."""
+    return [leaf for leaf in jax.tree.leaves(block, is_leaf=is_packed) if is_packed(leaf)]
+
+
+def is_packed(value: Any) -> bool:
+    """Whether it is a packed weight: where the leaves of a model end."""
+    return isinstance(value, MixedTensor)
+
+
+def forward(
+    outer: Decoder, runs: Sequence[Any], state: State, tokens: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, State]:
+    """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them.
+
+    Args:
+      outer: what stands outside the blocks.
+      runs: the blocks of every run, a list or stacked.
+      state: what has been seen.
+      tokens: to be read.
+      positions: theirs, ``[B, T]``; -1 for padding.
+    """
+    start = state.length
+    slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
+
+    def through(block: Block, h: jax.Array, k: Rows, v: Rows, layer: jax.Array | None = None):
+        h, cache = block(h, positions, KeyValues(k, v, slots, start, layer))
+        assert cache is not None
+        return h, cache.keys, cache.values
+
+    h, kv = outer.embed_tokens(tokens, positions), []
+    for blocks, seen in zip(runs, state.kv, strict=True):
+        h, seen = (_one_by_one if isinstance(blocks, list) else _scanned)(through, blocks, h, seen)
+        kv.append(seen)
+    return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
+
+
+def _one_by_one(through: Through, blocks: list[Block], h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
+    after = []
+    for block, (k, v) in zip(blocks, kv, strict=True):
+        h, *seen = through(block, h, k, v)
+        after.append(tuple(seen))
+    return h, after
+
+
+def _scanned(through: Through, blocks: Any, h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
+    whole, cut = _split_stack(blocks)
+
+    def layer(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, h, k, v = carry
+        one = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
+        block = _one_of_stack(whole, jax.tree.map(one, cut), i)
+        return i + 1, *through(block, h, k, v, i)
+
+    # Not a scan, whose layers are numbered by a list of numbers beside its own count.
+    count = jax.tree.leaves(kv)[0].shape[0]
+    _, h, *kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, *kv))
+    return h, tuple(kv)
+
+
+def is_prepared(value: Any) -> bool:
+    """Whether it is a prepared weight."""
+    return isinstance(value, Prepared)
+
+
+def _split_stack(blocks: Block) -> tuple[Any, Any]:
+    """Stacked blocks as prepared weights, which stay whole, and the rest, of which a scan cuts a layer."""
+    whole = jax.tree.map(lambda leaf: leaf if is_prepared(leaf) else None, blocks, is_leaf=is_prepared)
+    cut = jax.tree.map(lambda leaf: None if is_prepared(leaf) else leaf, blocks, is_leaf=is_prepared)
+    return whole, cut
+
+
+def _one_of_stack(whole: Any, cut: Any, layer: jax.Array) -> Block:
+    """The block that :func:`_split_stack` has taken apart, of one layer."""
+    return jax.tree.map(
+        lambda leaf, prepared: leaf if prepared is None else prepared.at(layer),
+        cut,
+        whole,
+        is_leaf=lambda value: value is None or is_prepared(value),
+    )

@@ -1,0 +1,237 @@
+"""Tuning end to end: a packed model's scales and norms move until its logits are the full-precision model's.
+
+Codes and zero points stay as they are, and with them what is stored of each weight. Every scale and every
+gain of a norm is multiplied by the exponential of what is learned, by the gradient of
+
+    KL(p || q) = sum_v p_v (log p_v - log q_v),
+
+the mean over tokens, with ``p`` of the full-precision model and ``q`` of the packed one. Blocks are scanned
+over and what happens inside them is computed again on the way back, but for the results of products. Where
+not all are of one kind and packed alike, those in a row that are, a run, are scanned over.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels import MixedTensor, scales
+from pallas_kernels.layout import stack
+from slim_jax.method.learnable import straight_through, undecided
+from slim_jax.method.scale_search import stored_grids
+from slim_jax.model.block import sequence_positions
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import COMPUTE_DTYPE
+from slim_jax.model.params import Params, as_computed, make_block, make_outer
+from slim_jax.placement import ONE_DEVICE, Placement
+
+Run = tuple[int, int]
+"""The first of some blocks in a row that are of one kind and packed alike, and the one behind their last."""
+
+
+class Learned(NamedTuple):
+    """Logarithms of factors, by parameter, ``float32``.
+
+    Attributes:
+      blocks: ``[L, ...]``, of all blocks of a run.
+      outer: of what stands outside.
+    """
+
+    blocks: dict[Run, dict[str, jax.Array]]
+    outer: dict[str, jax.Array]
+
+    def of(self, index: int) -> dict[str, jax.Array]:
+        """Of one block."""
+        start, stop = next((start, stop) for start, stop in self.blocks if start <= index < stop)
+        return {name: factors[index - start] for name, factors in self.blocks[start, stop].items()}
+
+
+class Fixed(NamedTuple):
+    """What stays.
+
+    Attributes:
+      blocks: all parameters of the blocks, those of a run stacked.
+      outer: of the packed model.
+      full: of the full-precision model, for its head alone.
+    """
+
+    blocks: dict[Run, dict[str, Any]]
+    outer: Params
+    full: Params
+
+
+class Batch(NamedTuple):
+    """Some samples: tokens ``int32[B, T]`` and the full-precision model's head inputs ``[B, T, e]``."""
+
+    tokens: jax.Array
+    target: jax.Array
+
+
+@jax.jit
+def scaled(tensor: MixedTensor, log_factor: Float[Array, "g n"]) -> MixedTensor:
+    """A packed weight with its scales multiplied; groups of ``log_factor`` in storage order."""
+    scale = tensor.scales() * jnp.exp(log_factor)
+    return dataclasses.replace(tensor, scale=scales.stored(scale, tensor.scale.dtype))
+
+
+def _weight(tensor: MixedTensor, log_factor: jax.Array) -> jax.Array:
+    """What :func:`scaled` gives, dense and differentiable."""
+    grid, order = stored_grids(tensor), jnp.argsort(tensor.order)
+    scale = grid.scale * jnp.exp(log_factor[order])
+    scale = straight_through(scale, scales.rounded(scale, tensor.scale.dtype))
+    g, (k, n) = tensor.group_size, tensor.shape
+    code = jnp.pad(tensor.codes(), ((0, tensor.groups * g - k), (0, 0))).reshape(-1, g, n)
+    w = scale[:, None] * (code.astype(jnp.float32) - grid.zero[:, None])
+    return w.reshape(-1, n)[:k].astype(COMPUTE_DTYPE)
+
+
+def _applied(params: Params, factors: Mapping[str, jax.Array], norm_offset: float) -> dict[str, jax.Array]:
+    """Dense parameters as calibration computes with them, what is learned applied."""
+
+    def value(name: str, value: Any) -> jax.Array:
+        if isinstance(value, MixedTensor):
+            return _weight(value, factors[name])
+        return _gain(value, factors[name], norm_offset) if name in factors else as_computed(name, value)
+
+    return {name: value(name, given) for name, given in params.items()}
+
+
+def _gain(value: jax.Array, log_factor: jax.Array, norm_offset: float) -> jax.Array:
+    """A norm's scale, to which the model adds ``norm_offset``, with the sum multiplied, as it is stored."""
+    gain = (jnp.asarray(value, jnp.float32) + norm_offset) * jnp.exp(log_factor) - norm_offset
+    return straight_through(gain, gain.astype(value.dtype).astype(jnp.float32))
+
+
+def apply(params: Params, factors: Mapping[str, jax.Array], norm_offset: float) -> dict[str, Any]:
+    """Packed parameters as they are stored, what is learned applied; the offset is the decoder config's."""
+
+    def value(name: str, value: Any) -> Any:
+        if name not in factors:
+            return value
+        if isinstance(value, MixedTensor):
+            return scaled(value, factors[name])
+        return _gain(value, factors[name], norm_offset).astype(value.dtype)
+
+    return {name: value(name, given) for name, given in params.items()}
+
+
+def stacked(config: DecoderConfig, blocks: Sequence[Params]) -> dict[Run, dict[str, Any]]:
+    """The blocks' parameters, those of a run on a leading axis."""
+
+    def join(values: list[Any]) -> Any:
+        return stack(values) if isinstance(values[0], MixedTensor) else jnp.stack(values)
+
+    kinds = [(config.block(index), _packing(block)) for index, block in enumerate(blocks)]
+    starts = [i for i in range(len(blocks)) if i == 0 or kinds[i] != kinds[i - 1]]
+    return {
+        (start, end): {name: join([block[name] for block in blocks[start:end]]) for name in blocks[start]}
+        for start, end in zip(starts, [*starts[1:], len(blocks)])
+    }
+
+
+def _packing(block: Params) -> dict[str, Any]:
+    """What parameters that are stacked have in common."""
+
+    def of(w: Any) -> tuple[Any, ...]:
+        if isinstance(w, MixedTensor):
+            return w.shape, w.group_size, w.widths, w.scale.dtype, w.dtype
+        return w.shape, w.dtype
+
+    return {name: of(w) for name, w in block.items()}
+
+
+def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
+    """What is learned at first, of the gains of norms and, inside blocks, of scales: zeros, but for scales in
+    eight bits numbers that change none of them, see `slim_jax.method.learnable.undecided`."""
+    start, leading = {}, 1 if inside else 0  # blocks are stacked
+    for name, value in params.items():
+        if isinstance(value, MixedTensor):
+            if inside:
+                scale = value.scales()
+                start[name] = jnp.log(undecided(scale, value.scale.dtype) / scale)
+        elif name.endswith("norm.scale") and value.ndim == 1 + leading:
+            start[name] = jnp.zeros(value.shape)
+    return start
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuner:
+    """The steps of one model's tuning; hashable, so that each compiles once.
+
+    Attributes:
+      config: the decoder's.
+      optimizer: any gradient transformation.
+      placement: the devices that share a batch's samples, where they divide their number.
+    """
+
+    config: DecoderConfig
+    optimizer: optax.GradientTransformation
+    placement: Placement = ONE_DEVICE
+
+    def loss(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
+        """Divergence of the packed model's next token from the full-precision one's, mean over tokens."""
+        outer = make_outer(self.config, apply(fixed.outer, learned.outer, self.config.norm_offset))
+        positions = sequence_positions(batch.tokens)
+
+        def through(kind: DecoderConfig, h: jax.Array, layer: tuple[Params, dict[str, jax.Array]]):
+            return make_block(kind, _applied(*layer, kind.norm_offset))(h, positions)[0], None
+
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        h = outer.embed_tokens(batch.tokens, positions)
+        for run in sorted(fixed.blocks):
+            of_kind = partial(through, self.config.block(run[0]))
+            layers = fixed.blocks[run], learned.blocks[run]
+            h, _ = lax.scan(jax.checkpoint(of_kind, policy=keep, prevent_cse=False), h, layers)
+        full = make_outer(self.config, fixed.full)
+        return _divergence(outer, full, outer.head_input(h), batch.target) / batch.tokens.size
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def step(
+        self, learned: Learned, state: Any, fixed: Fixed, batch: Batch
+    ) -> tuple[Learned, Any, Float[Array, ""]]:
+        """One step, and the loss before it."""
+        loss, gradient = jax.value_and_grad(self.loss)(learned, fixed, self._cut(batch))
+        updates, state = self.optimizer.update(gradient, state, learned)
+        changed = self.placement.gathered((optax.apply_updates(learned, updates), state))
+        return *changed, loss
+
+    @partial(jax.jit, static_argnums=0)
+    def evaluate(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
+        """The loss of some samples."""
+        return self.loss(learned, fixed, self._cut(batch))
+
+    def _cut(self, batch: Batch) -> Batch:
+        sharding = self.placement.of_samples()
+        if sharding is None or len(batch.tokens) % sharding.num_devices:
+            return batch
+        return lax.with_sharding_constraint(batch, sharding)
+
+
+def _divergence(
+    outer: Decoder, full: Decoder, x: Float[Array, "b t e"], target: Float[Array, "b t e"]
+) -> Float[Array, ""]:
+    """Sum over tokens of ``KL(p || q)`` by the inputs of both heads.
+
+    Logits are made for a sample at a time, and the gradient in ``x`` along with them: on the way back there
+    would be nothing left to make it from but the logits themselves.
+    """
+
+    def of_sample(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, target = pair
+        wanted = jax.nn.log_softmax(full.head_output(target))
+
+        def divergence(x: jax.Array) -> jax.Array:
+            found = jax.nn.log_softmax(outer.head_output(x.astype(COMPUTE_DTYPE)))
+            return jnp.sum(jnp.exp(wanted) * (wanted - found))
+
+        return jax.value_and_grad(divergence)(x)
+
+    values, gradient = lax.map(of_sample, lax.stop_gradient((x, target)))
+    return jnp.sum(values) + jnp.sum(gradient * (x - lax.stop_gradient(x)))

@@ -1,0 +1,281 @@
+"""Method "slim-plus": the quantization of a block, improved by gradient until its output matches.
+
+Bits stay as SBA chose them. What is learned is named by ``learn``. The paper's SliM-LLM+ is
+
+* "clip": how far the range of each group and channel is clipped; weights are rounded to nearest on the
+  grid that results.
+
+Not in the paper, and the last is the default:
+
+* "clip-gptq": as "clip", and at the end GPTQ rounds to that grid;
+* "grid": scale and zero point of each group and channel, the codes that the solver chose stay;
+* "rounding": the codes too, each moving from where the solver left it.
+
+Rounding passes gradients straight through (the derivative of ``round`` is taken as 1). What the loss
+sees is what will be stored: scales in eight bits, or in bfloat16 where they were so, and zero points on the
+grid of their codes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import MixedTensor, pack, scales
+from pallas_kernels.layout import zero_bits
+from slim_jax.method.hessian import spread
+from slim_jax.method.scale_search import Grid, stored_grids
+from slim_jax.model.block import sequence_positions
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.linear import COMPUTE_DTYPE
+from slim_jax.model.params import Params, block_params, make_block
+
+CLIP_START = 4.0
+"""Where the paper starts its clipping parameters: ``sigmoid(4) = 0.982`` of the range."""
+
+MARGIN = 0.4
+"""How far from the solver's code a learned code may start; at 0.5 it would round to the next."""
+
+Learned = dict[str, dict[str, jax.Array]]
+"""What is learned of each layer, by its name in the block: see the functions that end in ``_start``."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=["zero_bits", "scale_dtype"],
+    data_fields=["weight", "low", "high", "bits"],
+)
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What stays fixed of a layer while it is learned; ``K`` padded to whole groups, ``[G, g, N]``.
+
+    Attributes:
+      weight: full-precision weight, or the solver's codes.
+      low: ``[G, 1, N]``, lower end of the range that "clip" clips.
+      high: ``[G, 1, N]``, its upper end.
+      bits: ``[G, 1, 1]``.
+      zero_bits: bits of a stored zero point, static.
+      scale_dtype: of a stored scale, static.
+    """
+
+    weight: jax.Array
+    low: jax.Array
+    high: jax.Array
+    bits: jax.Array
+    zero_bits: int
+    scale_dtype: jnp.dtype
+
+
+def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """``rounded`` with the gradient of ``x``."""
+    return x + lax.stop_gradient(rounded - x)
+
+
+def stored_grid(scale: jax.Array, zero: jax.Array, layer: Layer) -> Grid:
+    """The grid as it will be stored, differentiable in ``scale`` and ``zero``."""
+    scale = jnp.maximum(scale, 1e-30)
+    step = jnp.exp2(layer.bits - layer.zero_bits)
+    zero_code = jnp.clip(zero / step, 0.0, 2.0**layer.zero_bits - 1)
+    return Grid(
+        straight_through(scale, scales.rounded(scale, layer.scale_dtype)),
+        straight_through(zero_code, jnp.round(zero_code)) * step,
+        jnp.exp2(layer.bits) - 1,
+    )
+
+
+def quantized(learned: Mapping[str, jax.Array], layer: Layer) -> tuple[jax.Array, Grid]:
+    """Codes ``[G, g, N]`` as whole float32 numbers and the grid ``[G, 1, N]``, differentiable."""
+    if "up" in learned:
+        offset = jnp.where(layer.bits == 1, learned["offset"], 0.0)
+        high = jax.nn.sigmoid(learned["up"]) * layer.high + offset
+        low = jax.nn.sigmoid(learned["down"]) * layer.low + offset
+        scale = (high - low) / (jnp.exp2(layer.bits) - 1)
+        zero = -low / scale
+        # As in the paper's code, weights of 0 stay 0; the two values of 1 bit lie where they may.
+        zero = jnp.where(layer.bits == 1, zero, straight_through(zero, jnp.round(zero)))
+        grid = stored_grid(scale, zero, layer)
+        code = layer.weight / grid.scale + grid.zero
+    else:
+        grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer)
+        code = learned.get("code", layer.weight)
+    code = jnp.clip(code, 0.0, grid.levels)
+    return straight_through(code, jnp.round(code)), grid
+
+
+@partial(jax.jit, static_argnames=("zero_bits", "scale_dtype"))
+def clip_start(
+    w: jax.Array, bits: jax.Array, *, zero_bits: int, scale_dtype: jnp.dtype
+) -> tuple[dict[str, jax.Array], Layer]:
+    """Clipping of full-precision weights ``[G, g, N]``, barely any at first.
+
+    A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values, and ``offset`` moves both.
+    """
+    one = bits == 1
+    mean = jnp.mean(w, axis=1, keepdims=True)
+    deviation = jnp.mean(jnp.abs(w - mean), axis=1, keepdims=True)
+    low = jnp.where(one, mean - deviation, jnp.minimum(jnp.min(w, axis=1, keepdims=True), 0.0))
+    high = jnp.where(one, mean + deviation, jnp.maximum(jnp.max(w, axis=1, keepdims=True), 0.0))
+    high = jnp.where(low == high, low + 1.0, high)
+    gamma = jnp.full_like(low, CLIP_START)
+    learned = {"up": gamma, "down": gamma, "offset": jnp.zeros_like(low)}
+    return learned, Layer(w, low, high, bits, zero_bits, scale_dtype)
+
+
+def undecided(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Scales that are stored as the given ones are, spread over all that do if they are stored in eight bits.
+    Else none would change before it has moved by half a step, and then all would at once."""
+    if dtype != jnp.uint8:
+        return scale
+    shares = jnp.asarray(spread(scale.size).reshape(scale.shape), jnp.float32)
+    return scales.within(scales.encoded(scale), shares)
+
+
+@partial(jax.jit, static_argnames="rounding")
+def solved_start(
+    tensor: MixedTensor, w: jax.Array, bits: jax.Array, *, rounding: bool
+) -> tuple[dict[str, jax.Array], Layer]:
+    """Scales, zeros and, for ``rounding``, codes as the solver chose them.
+
+    A code starts at the weight's own place on the grid, but within ``MARGIN`` of the solver's code: the
+    start is the solver's result, and weights near a border are the first to cross.
+    """
+    groups, g, n = w.shape
+    codes = jnp.pad(tensor.codes().astype(jnp.float32), ((0, groups * g - tensor.shape[0]), (0, 0)))
+    code = codes.reshape(groups, g, n)
+    scale, zero, _ = (value[:, None] for value in stored_grids(tensor))
+    learned = {"log_scale": jnp.log(undecided(scale, tensor.scale.dtype)), "zero": zero}
+    if rounding:
+        learned["code"] = code + jnp.clip(w / scale + zero - code, -MARGIN, MARGIN)
+    empty = jnp.zeros((groups, 1, n))
+    return learned, Layer(code, empty, empty, bits, zero_bits(tensor.widths), tensor.scale.dtype)
+
+
+def dense_weights(learned: Learned, layers: Mapping[str, Layer]) -> dict[str, jax.Array]:
+    """Every layer's quantized weight ``[K', N]``, padded to whole groups, differentiable."""
+    out = {}
+    for name, layer in layers.items():
+        code, grid = quantized(learned[name], layer)
+        w = grid.scale * (code - grid.zero)
+        out[name] = w.reshape(-1, w.shape[-1])
+    return out
+
+
+def pack_learned(learned: Mapping[str, jax.Array], layer: Layer, like: MixedTensor) -> MixedTensor:
+    """The packed weight that the loss has seen, with the shape and widths of ``like``."""
+    code, grid = quantized(learned, layer)
+    step = jnp.exp2(layer.bits - layer.zero_bits)
+    k, n = like.shape
+    return pack(
+        np.asarray(code, np.uint8).reshape(-1, n)[:k],
+        np.asarray(scales.stored(grid.scale[:, 0], layer.scale_dtype)),
+        np.rint(np.asarray(grid.zero / step)[:, 0]).astype(np.uint8),
+        np.asarray(layer.bits, np.int64).reshape(-1),
+        group_size=like.group_size,
+        widths=like.widths,
+        dtype=like.dtype,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a block learns from.
+
+    Attributes:
+      x: ``[S, T, D]``, its inputs behind the quantized blocks.
+      y: ``[S, T, D]``, the output of the full-precision block behind full-precision blocks.
+      y_here: ``[S, T, D]``, the output of the full-precision block for ``x``; None where the loss has no
+        augmented term.
+    """
+
+    x: jax.Array
+    y: jax.Array
+    y_here: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimPlus:
+    """Learning of one block; hashable, so that each of its steps compiles once per model.
+
+    Attributes:
+      config: the decoder's.
+      optimizer: any gradient transformation; its state starts anew for every block.
+      augmented: weight of the paper's augmented term, which asks for the full-precision block's output
+        on the quantized block's own inputs.
+      sharding: of a batch's samples over several devices, where these divide it.
+    """
+
+    config: DecoderConfig
+    optimizer: optax.GradientTransformation
+    augmented: float = 1.0
+    sharding: NamedSharding | None = None
+
+    def loss(
+        self, learned: Learned, layers: Mapping[str, Layer], rest: Params, batch: Samples
+    ) -> Float[Array, ""]:
+        """Mean squared difference of the block's output from its targets."""
+        params = dict(rest)
+        shapes = block_params(self.config)
+        for layer, w in dense_weights(learned, layers).items():
+            name = f"{layer}.weight"
+            params[name] = w[: shapes[name].shape[0]].astype(COMPUTE_DTYPE)  # padding goes
+        block = make_block(self.config, params)
+        y, _ = block(batch.x, sequence_positions(batch.x))
+        loss = jnp.mean((y - batch.y) ** 2)
+        if self.augmented and batch.y_here is not None:
+            loss += self.augmented * jnp.mean((y - batch.y_here) ** 2)
+        return loss
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def epoch(
+        self,
+        learned: Learned,
+        state: Any,
+        layers: Mapping[str, Layer],
+        rest: Params,
+        samples: Samples,
+        order: Int[Array, "steps batch"],
+    ) -> tuple[Learned, Any, Float[Array, " steps"]]:
+        """One pass over the samples in the given order; the loss of every step."""
+
+        def step(carry: tuple[Learned, Any], rows: jax.Array):
+            learned, state = carry
+            batch = self._batch(samples, rows)
+            loss, gradient = jax.value_and_grad(self.loss)(learned, layers, rest, batch)
+            updates, state = self.optimizer.update(gradient, state, learned)
+            return (optax.apply_updates(learned, updates), state), loss
+
+        (learned, state), losses = lax.scan(step, (learned, state), order)
+        return learned, state, losses
+
+    @partial(jax.jit, static_argnums=0)
+    def evaluate(
+        self,
+        learned: Learned,
+        layers: Mapping[str, Layer],
+        rest: Params,
+        samples: Samples,
+        order: Int[Array, "steps batch"],
+    ) -> Float[Array, ""]:
+        """Mean loss over the rows of ``order``."""
+
+        def step(total: jax.Array, rows: jax.Array):
+            batch = self._batch(samples, rows)
+            return total + self.loss(learned, layers, rest, batch), None
+
+        return lax.scan(step, jnp.zeros(()), order)[0] / order.shape[0]
+
+    def _batch(self, samples: Samples, rows: jax.Array) -> Samples:
+        batch = jax.tree.map(lambda a: a[rows], samples)
+        if self.sharding is None or len(rows) % self.sharding.num_devices:
+            return batch
+        return lax.with_sharding_constraint(batch, self.sharding)

@@ -1,0 +1,1 @@
+"""Quantizing the linear layers of any NNX module."""

@@ -1,0 +1,108 @@
+"""Method "slim-plus" over a module: its packed layers learn until it gives what it gave in full precision.
+
+What is learned of a layer, and what the loss sees of it, is as for a decoder's blocks
+(`slim_jax.method.learnable`); here all layers learn at once, by the outputs of the whole module.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from pallas_kernels import MixedTensor
+from slim_jax.calibrate.learning import OnEpoch, best_of_epochs, default_optimizer, held_out, start_of
+from slim_jax.config import Settings
+from slim_jax.method.learnable import Layer, Learned, dense_weights, pack_learned
+from slim_jax.modules.capture import Forward, layers_of
+from slim_jax.modules.products import product_of
+from slim_jax.report import LearningReport
+
+
+def improve(
+    module: Any,
+    packed: Mapping[str, MixedTensor],
+    batches: Sequence[Any],
+    run: Forward,
+    config: Settings,
+    on_epoch: OnEpoch | None = None,
+) -> tuple[dict[str, MixedTensor], LearningReport]:
+    """Better packed weights, or the given ones where learning gave none.
+
+    A batch is one step; every eighth is held out to judge, where there are two or more.
+
+    Args:
+      module: in full precision; every call of it begins with the state that it has here.
+      packed: its quantized layers, by path.
+      batches: trees of arrays.
+      run: ``run(module, batch)``, which JAX can trace and differentiate.
+      config: of the quantization.
+      on_epoch: called after every epoch.
+
+    Raises:
+      ValueError: the module cannot be traced, or gives no floating-point array.
+    """
+    given, learned, layers = layers_of(module), Learned(), dict[str, Layer]()
+    for path, tensor in packed.items():
+        w = product_of(given[path]).matrix(jnp.asarray(given[path].kernel[...]))
+        learned[path], layers[path] = start_of(tensor, w, config.learn)
+    judges, learners = held_out(len(batches), 1)
+    graph, weights = nnx.split(module)
+    targets = [_floats(run(nnx.merge(graph, weights), batch)) for batch in batches]
+    if not targets[0]:
+        raise ValueError("the module gives no floating-point array, expected one for slim-plus to learn from")
+    optimizer = default_optimizer(config, config.epochs * len(learners))
+
+    def loss(learned: Learned, layers: dict[str, Layer], weights: Any, batch: Any, target: list[jax.Array]):
+        found = _floats(run(_with_weights(nnx.merge(graph, weights), dense_weights(learned, layers)), batch))
+        return sum(_difference(*pair) for pair in zip(found, target, strict=True))
+
+    @jax.jit
+    def step(learned: Learned, state: Any, *rest: Any) -> tuple[Learned, Any]:
+        updates, state = optimizer.update(jax.grad(loss)(learned, *rest), state, learned)
+        return optax.apply_updates(learned, updates), state
+
+    state, rng, evaluate = optimizer.init(learned), np.random.default_rng(0), jax.jit(loss)
+
+    def epoch(learned: Learned) -> Learned:
+        nonlocal state
+        for i in rng.permutation(learners):
+            learned, state = step(learned, state, layers, weights, batches[i], targets[i])
+        return learned
+
+    def judge(learned: Learned) -> float:
+        losses = [evaluate(learned, layers, weights, batches[i], targets[i]) for i in judges]
+        return float(np.mean(losses))
+
+    try:
+        best, report = best_of_epochs(learned, config.epochs, epoch, judge, on_epoch)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"slim-plus needs a module that JAX can trace, but this one: {reason}") from error
+    if report.kept_epoch == 0 and not config.clips:
+        return dict(packed), report
+    return {path: pack_learned(best[path], layers[path], packed[path]) for path in packed}, report
+
+
+def _floats(outputs: Any) -> list[jax.Array]:
+    """What a module gives that learning can go by."""
+    leaves = map(jnp.asarray, jax.tree.leaves(outputs))
+    return [leaf.astype(jnp.float32) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _difference(y: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared, over the target squared."""
+    return jnp.sum((y - target) ** 2) / jnp.maximum(jnp.sum(target**2), jnp.finfo(jnp.float32).tiny)
+
+
+def _with_weights(module: Any, weights: Mapping[str, jax.Array]) -> Any:
+    """``module`` itself, other matrices ``[K', N]`` (rows beyond ``K`` are padding) in its layers."""
+    for path, layer in layers_of(module).items():
+        if path in weights:
+            kernel, w = layer.kernel[...], weights[path]
+            rows = kernel.size // w.shape[1]
+            layer.kernel = nnx.Param(product_of(layer).kernel(w[:rows]).astype(kernel.dtype))
+    return module

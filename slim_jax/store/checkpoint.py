@@ -1,0 +1,152 @@
+"""Checkpoints on disk: Orbax folders, one per block, and a manifest `slim.json` that vouches for them.
+
+    out/slim.json      what is here, how it was made, a digest of every file
+    out/outer/         embeddings, last norm, head
+    out/blocks/007/    one block
+    out/tokenizer/     the tokenizer's own files
+    out/drafts/        until all is done: calibration windows, what the sweep found, blocks that
+                       tuning is going to replace
+    out/.lock          while it is written: the process that does
+
+A finished checkpoint is also read from safetensors files, which people pass on (`slim_jax.store.shards`).
+
+The manifest is rewritten, whole, after every block, so a folder whose manifest says
+``"complete": false`` is a run that can be resumed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from slim_jax.model.decoder import Decoder
+from slim_jax.model.params import Params
+from slim_jax.placement import Placement
+from slim_jax.report import Report
+from slim_jax.store.entries import load_params
+from slim_jax.store.hub import find
+from slim_jax.store.manifest import CheckpointError as CheckpointError
+from slim_jax.store.manifest import Entry, stored_params, summary
+from slim_jax.store.manifest import is_checkpoint as is_checkpoint
+from slim_jax.store.manifest import read_manifest as read_manifest
+from slim_jax.store.shards import Shards
+from slim_jax.store.source import SAMPLED, DecoderSource, FiniteSource, Source, read_decoder
+from slim_jax.store.writer import CheckpointWriter
+
+
+class CheckpointSource:
+    """A `slim_jax.store.source.Source` that reads a checkpoint block by block, every file verified.
+
+    Args:
+      path: the checkpoint's folder, of Orbax or of safetensors files, or on the hub ``owner/model``, also
+        ``owner/model@revision``.
+      dtype: of dense parameters and of products with packed ones; by default dense ones as they are
+        stored, products as `slim_jax.model.linear.product_dtype` says.
+      mesh: devices over which the output channels of every weight are cut; the default device has all
+        without.
+
+    Attributes:
+      path: the folder.
+      manifest: what `slim.json` says.
+
+    Raises:
+      CheckpointError: on construction as :func:`read_manifest`, or where the hub does not give it; on
+        reading, where a file is damaged.
+    """
+
+    def __init__(self, path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> None:
+        self.path, self._dtype, self.placement = find(path), dtype, Placement(mesh)
+        self.manifest = read_manifest(self.path)
+        self.config = self.manifest.decoder
+        digest = hashlib.sha256(json.dumps(self.manifest.to_json(), sort_keys=True).encode())
+        fingerprint = digest.hexdigest()
+        self.origin = {
+            "kind": "checkpoint",
+            "path": str(self.path.absolute()),
+            "fingerprint": SAMPLED + fingerprint,
+        }
+        files = self.manifest.files
+        self._shards = None if files is None else Shards(self.path, files)
+
+    @property
+    def packed(self) -> list[str]:
+        """The packed parameters of the blocks."""
+        return [prefix + name for prefix, entry in self.manifest.entries if prefix for name in entry.packed]
+
+    def outer(self) -> Params:
+        """See `Source`."""
+        assert self.manifest.outer is not None
+        return self._read(self.manifest.outer, None)
+
+    def block(self, index: int) -> Params:
+        """See `Source`."""
+        return self._read(self.manifest.blocks[index], index)
+
+    def _read(self, entry: Entry, index: int | None) -> Params:
+        if self._shards is None:
+            folder = "outer" if index is None else f"blocks/{index:03d}"
+            return load_params(self.path, entry, folder, self._dtype, self.placement)
+        arrays = self._shards.read(index, entry.arrays)
+        placed = {name: self.placement.channels(value) for name, value in arrays.items()}
+        return stored_params(entry.packed, placed, self._dtype)
+
+
+def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Decoder:
+    """Loads a checkpoint, dense or packed; arguments and errors are those of :class:`CheckpointSource`.
+
+    ``slim_jax.load("out/q2")``, ``slim_jax.load("owner/model")``.
+    """
+    source = CheckpointSource(path, dtype, mesh)
+    return read_decoder(source, source.placement.mesh)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Sizes and bits of a checkpoint, local or on the hub, from its manifest alone.
+
+    Returns:
+      ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
+      layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
+      blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
+      (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``; in ``skipped`` the names of
+      linear layers of the blocks that are not packed beside such that are.
+
+    Raises:
+      CheckpointError: see :func:`read_manifest`; or the hub does not give it.
+    """
+    return summary(read_manifest(find(path, weights=False)))
+
+
+def save_source(source: Source, path: str | Path, on_block: Callable[[int, int], None] | None = None) -> None:
+    """Writes any source as a checkpoint, one block in memory at a time.
+
+    Raises:
+      CheckpointError: ``path`` exists and is not an empty folder, or is being written by another process.
+      ValueError: a dense parameter is not finite.
+    """
+    _save(FiniteSource(source), path, None, on_block)
+
+
+def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> None:
+    """Writes a decoder, dense or packed, and the report of its quantization.
+
+    Raises:
+      CheckpointError: ``path`` exists and is not an empty folder, or is being written by another process.
+    """
+    _save(DecoderSource(decoder), path, report, None)
+
+
+def _save(
+    source: Source, path: str | Path, report: Report | None, on_block: Callable[[int, int], None] | None
+) -> None:
+    total = source.config.num_layers
+    with CheckpointWriter(Path(path), source.config, source.origin, None) as writer:
+        writer.write_outer(source.outer(), () if report is None else report.ends)
+        for index in range(total):
+            writer.write_block(source.block(index), None if report is None else report.blocks[index])
+            if on_block is not None:
+                on_block(index + 1, total)
+        writer.finish()

@@ -1,0 +1,266 @@
+"""Writing a checkpoint: who may write to its folder, what an interrupted run left there, block by block."""
+
+import contextlib
+import dataclasses
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slim_jax.model.config import DecoderConfig
+from slim_jax.model.params import Params
+from slim_jax.placement import ONE_DEVICE, Placement
+from slim_jax.report import BlockReport, LayerReport, Report, TuningReport
+from slim_jax.store.entries import barrier, load_params, save_params, verify_entry
+from slim_jax.store.files import locked, refuse_if_locked, remove, require_empty, write_json
+from slim_jax.store.manifest import (
+    MANIFEST,
+    Block,
+    CheckpointError,
+    Ends,
+    Entry,
+    Manifest,
+    Outer,
+    is_checkpoint,
+    layer_reports,
+    read_manifest,
+    summary,
+)
+from slim_jax.store.source import SAMPLED
+
+
+def require_new(path: Path, hint: str = "") -> None:
+    """Asks whether a checkpoint can be written to a folder.
+
+    It can where there is nothing, or what begins anew in any case: an unfinished conversion, or a run
+    without a finished block.
+
+    Raises:
+      CheckpointError: it cannot, or another process writes there.
+    """
+    refuse_if_locked(path)
+    ours = []
+    if is_checkpoint(path) and _worthless(read_manifest(path, complete=False)):
+        ours = [own.name for own in _own(path)]
+    require_empty(path, hint, ours)
+
+
+def _worthless(manifest: Manifest) -> bool:
+    return not manifest.complete and (manifest.quantization is None or not manifest.entries)
+
+
+def _own(path: Path) -> list[Path]:
+    """What a run that did not end has written to its folder, the manifest last."""
+    names = ("outer", "blocks", "tokenizer", "drafts", "activations.*", "*.tmp", MANIFEST)
+    return [own for name in names for own in path.glob(name)]
+
+
+class CheckpointWriter:
+    """Writes a checkpoint block by block; a killed run leaves all finished blocks readable.
+
+    As a context it keeps other processes from the folder, and leaves nothing of a run that fails before its
+    first block, unless it has swept, nor of an unfinished conversion.
+
+    Args:
+      path: the folder; must not exist or be empty, unless ``resume``.
+      config: the decoder's.
+      origin: of the source.
+      quantization: settings that a resumed run must share, as JSON values; None for dense weights.
+      resume: continue in a folder that an interrupted run left.
+      drafts: what is written first will be replaced by :meth:`write_tuned`.
+      placement: the devices that have the arrays.
+      notify: told what is damaged in the folder and will be done again.
+
+    Raises:
+      CheckpointError: the folder holds something else, a run with other settings, or is being written by
+        another process.
+      OSError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: DecoderConfig,
+        origin: dict[str, Any],
+        quantization: dict[str, Any] | None,
+        *,
+        resume: bool = False,
+        drafts: bool = False,
+        placement: Placement = ONE_DEVICE,
+        notify: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.path, self._placement, self._first = Path(path), placement, "drafts/" if drafts else ""
+        wanted = Manifest(config, *json.loads(json.dumps([origin, quantization])))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            if jax.process_index() == 0:
+                self._open(wanted, resume, notify)
+            barrier(f"{self.path} is there")
+            self._manifest = read_manifest(self.path, complete=False)
+            _check_same(self.path, self._manifest, wanted)
+            self._lock = stack.pop_all()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._lock:
+            failed = kind is not None and issubclass(kind, Exception)  # not interrupted, so it is not resumed
+            dear = "drafts/sweep.npz" if failed else "drafts/*.npz"
+            if jax.process_index() == 0 and _worthless(self._manifest) and not any(self.path.glob(dear)):
+                remove(*_own(self.path))
+
+    def _open(self, wanted: Manifest, resume: bool, notify: Callable[[str], None]) -> None:
+        """Makes a folder ready: new, or as an interrupted run left it, without what is damaged."""
+        found = read_manifest(self.path, complete=False) if is_checkpoint(self.path) else None
+        anew = not resume or (found is not None and (_is_older(found, wanted) or _differing(found, wanted)))
+        if found is not None and anew and _worthless(found):
+            remove(*_own(self.path))
+            found = None
+        if found is None or not resume:
+            require_empty(self.path, "" if found is None else ": --resume continues an interrupted run")
+            self._write(wanted)
+        elif not found.complete:
+            _check_same(self.path, found, wanted)
+            self._drop_damaged(found, notify)
+        over = self.path.glob("drafts") if found is not None and found.complete else ()
+        remove(*self.path.glob("activations.*"), *self.path.glob("*.tmp"), *over)  # of a run that was killed
+
+    def _drop_damaged(self, found: Manifest, notify: Callable[[str], None]) -> None:
+        """Takes from the manifest of an unfinished run the first damaged entry, and all after it."""
+        whole = self._undamaged(found.blocks, notify)
+        outer = found.outer if whole == len(found.blocks) else None  # it was quantized for what these gave
+        if outer is not None and not self._undamaged([outer], notify, "outer"):
+            outer = None
+        tuned = found.tuned[: min(whole, self._undamaged(found.tuned, notify))]
+        self._write(found, blocks=found.blocks[:whole], outer=outer, tuned=tuned)
+        for file in self.path.glob("drafts/*.npz"):
+            if not _is_sound(file):
+                notify(f"{file} is damaged: it is made again")
+                file.unlink()
+
+    def _undamaged(
+        self, entries: Sequence[Entry], notify: Callable[[str], None], folder: str = "blocks/{:03d}"
+    ) -> int:
+        """The number of entries before the first damaged one."""
+        for index, entry in enumerate(entries):
+            try:
+                verify_entry(self.path, entry, folder.format(index))
+            except CheckpointError as error:
+                notify(f"{error}; what is there from {folder.format(index)} on is made again")
+                return index
+        return len(entries)
+
+    def _write(self, manifest: Manifest, **changes: Any) -> None:
+        """Writes the manifest, with some fields changed."""
+        self._manifest = dataclasses.replace(manifest, **changes)
+        write_json(self.path / MANIFEST, self._manifest.to_json())
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The manifest's entries of the blocks written so far."""
+        return self._manifest.blocks
+
+    @property
+    def complete(self) -> bool:
+        """Whether :meth:`finish` was called, by this run or an earlier one."""
+        return self._manifest.complete
+
+    @property
+    def all_written(self) -> bool:
+        """Whether nothing is missing, though what is there may be a draft."""
+        return len(self.blocks) == self._manifest.decoder.num_layers and self._manifest.outer is not None
+
+    @property
+    def _outer(self) -> Outer:
+        assert self._manifest.outer is not None
+        return self._manifest.outer
+
+    def report(self) -> Report:
+        """What was done so far, by earlier runs too."""
+        blocks = [block.report for block in self.blocks if block.report is not None]
+        sizes, ends = summary(self._manifest), list(layer_reports(self._outer))
+        return Report(blocks, ends, sizes["parameters"], sizes["bytes"], self._manifest.tuning)
+
+    def write_outer(self, params: Params, ends: Sequence[LayerReport] = ()) -> None:
+        """Writes the parameters outside the blocks, and what was done to embedding and head."""
+        outer = Outer(**self._save(f"{self._first}outer", params), report=Ends(list(ends)))
+        self._write(self._manifest, outer=outer)
+
+    def write_block(self, params: Params, report: BlockReport | None = None) -> None:
+        """Writes the next block."""
+        block = Block(**self._save(f"{self._first}blocks/{len(self.blocks):03d}", params), report=report)
+        self._write(self._manifest, blocks=(*self.blocks, block))
+
+    def read_outer(self) -> dict[str, Any]:
+        """Reads back what stands outside the blocks."""
+        return load_params(self.path, self._outer, "outer", None, self._placement)
+
+    def read_block(self, index: int) -> dict[str, Any]:
+        """Reads a finished block back."""
+        return load_params(self.path, self.blocks[index], f"blocks/{index:03d}", None, self._placement)
+
+    def write_tuned(self, outer: Params, block: Callable[[int], Params], report: TuningReport) -> None:
+        """Writes ``outer`` and what ``block(index)`` gives; :meth:`finish` puts them in the drafts' place."""
+        for index in range(len(self._manifest.tuned), len(self.blocks)):
+            saved = self._save(f"blocks/{index:03d}", block(index))
+            tuned = Block(**saved, report=self.blocks[index].report)
+            self._write(self._manifest, tuned=(*self._manifest.tuned, tuned))
+        last = Outer(**self._save("outer", outer), report=self._outer.report)
+        self._manifest = dataclasses.replace(
+            self._manifest, outer=last, blocks=self._manifest.tuned, tuned=(), tuning=report
+        )
+
+    def finish(self) -> None:
+        """Declares the checkpoint complete."""
+        self._write(self._manifest, complete=True)
+        if jax.process_index() == 0:
+            remove(self.path / "drafts")
+
+    def _save(self, folder: str, params: Params) -> dict[str, Any]:
+        draft = self._first and folder.startswith(self._first)
+        fields = save_params(self.path / folder, params, self._placement)
+        return {**fields, "folder": folder if draft else None}
+
+
+def _is_sound(file: Path) -> bool:
+    """Whether every array of an ``.npz`` file has its checksum."""
+    try:
+        with zipfile.ZipFile(file) as arrays:
+            return arrays.testzip() is None
+    except Exception:  # of damaged bytes anything is raised
+        return False
+
+
+def _is_older(found: Manifest, wanted: Manifest) -> bool:
+    return found.version != wanted.version or _is_sampled(found) < _is_sampled(wanted)
+
+
+def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
+    if _is_older(found, wanted) and not found.complete:
+        raise CheckpointError(f"{path} was begun by an earlier version of slim-jax: start anew elsewhere")
+    if changes := _differing(found, wanted):
+        raise CheckpointError(f"{path} cannot be resumed with other settings: {', '.join(changes)}")
+
+
+def _is_sampled(manifest: Manifest) -> bool:
+    return manifest.origin.get("fingerprint", "").startswith(SAMPLED)
+
+
+def _differing(found: Manifest, wanted: Manifest) -> list[str]:
+    """In what two runs differ, a line each; where the model lies and what it is called does not count."""
+    changes = []
+    for old, new in (
+        (found.decoder.to_json(), wanted.decoder.to_json()),
+        (found.quantization or {}, wanted.quantization or {}),
+    ):
+        differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        changes += [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing]
+    was, now = ({**run.origin, "path": None, "name": None} for run in (found, wanted))
+    if was != now and _is_sampled(found) == _is_sampled(wanted):
+        changes.append("the model is another, its weights or its files differ")
+    return changes
