@@ -234,7 +234,7 @@ def test_nothing_of_a_loop_is_left_out():
 
 def test_rates():
     product = timing.Product(jnp.matmul, jnp.ones((1, 8)), (), 3_350_000, 989_400_000)
-    with timing.devices.target("NVIDIA H100 80GB HBM3"):
+    with timing.chips.target("NVIDIA H100 80GB HBM3"):
         row = timing.rates(product, timing.Timing(2e-6, 1e-6, 3e-6, 5, 4))
     assert row["percent_of_bandwidth"] == pytest.approx(50)
     assert row["percent_of_matrix_peak"] == pytest.approx(50)
@@ -246,11 +246,11 @@ def test_copies_exceed_the_cache(monkeypatch):
     weight = {"a": jnp.ones(1 << 20, jnp.uint8)}
     assert len(timing.copies(weight, 1)) == 1
     monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(timing.devices, "of_target", lambda: dataclasses.replace(H100, l2_bytes=5 << 20))
+    monkeypatch.setattr(timing.chips, "of_target", lambda: dataclasses.replace(H100, l2_bytes=5 << 20))
     found = timing.copies(weight, 1)
     assert len(found) == 15
     assert len({one["a"].unsafe_buffer_pointer() for one in found}) == 15
     assert len(timing.copies(weight, 2048)) == 4
 
 
-H100 = timing.devices.find("h100")
+H100 = timing.chips.find("h100")

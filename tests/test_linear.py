@@ -41,7 +41,7 @@ def test_a_model_in_memory_equals_the_same_model_loaded(platform, expected, tmp_
     tokens = np.random.default_rng(0).integers(0, 40, (2, 8))
     # Not for all: kernels for other back ends would not run here.
     target = Device(name="a target", platform=platform)
-    monkeypatch.setattr(linear, "devices", SimpleNamespace(of_target=lambda: target))
+    monkeypatch.setattr(linear, "chips", SimpleNamespace(of_target=lambda: target))
     memory, _ = quantize(model, tokens, SlimConfig(bits=2, group_size=32, method="rtn"))
     checkpoint.save(memory, tmp_path / "model")
     loaded = checkpoint.load(tmp_path / "model")
