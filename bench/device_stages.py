@@ -21,7 +21,7 @@ from bench import decode, device_values, machine, matmul, timing
 from bench.quantize import RandomSource, peak_mib
 from convert import load_source
 from convert.errors import ConvertError, first_line
-from pallas_kernels import api, chips
+from pallas_kernels import backends, chips
 from pallas_kernels.layout import abstract_tensor
 from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
@@ -101,9 +101,9 @@ def _implementation(m: int, group_size: int) -> Record:
     w = abstract_tensor((4096, 4096), widths=(1, 2, 3), segments=segments, group_size=group_size)
     x = jax.ShapeDtypeStruct((m, 4096), jnp.bfloat16)
     refused = []
-    for name in api.tried(m):
+    for name in backends.tried(m):
         try:
-            jax.eval_shape(api.IMPLEMENTATIONS[name], x, w)
+            jax.eval_shape(backends.IMPLEMENTATIONS[name], x, w)
         except NotImplementedError as error:
             refused.append(f"not {name}: {first_line(error)}")
             continue
@@ -289,7 +289,7 @@ def _perplexities(source: Any, model: Decoder, tokens: np.ndarray, window: int, 
     """Before and after; and after by XLA, which must agree with what the platform takes."""
     found = {"dense": perplexity(read_decoder(source), tokens, window, 4).perplexity}
     found["packed"] = perplexity(model, tokens, window, 4).perplexity
-    with api.use_implementation("xla"):
+    with backends.use_implementation("xla"):
         found["packed_by_xla"] = perplexity(model, tokens, window, 4).perplexity
     figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
     record = {"perplexity": found, "text": f"{text}; perplexity {figures}"}

@@ -1,11 +1,11 @@
 """Packed mixed-precision weights and their matmul. Knows JAX, not models."""
 
 from pallas_kernels.api import mixed_matmul as mixed_matmul
-from pallas_kernels.api import prepare as prepare
-from pallas_kernels.api import prepare_joined as prepare_joined
-from pallas_kernels.api import use_implementation as use_implementation
+from pallas_kernels.backends import use_implementation as use_implementation
 from pallas_kernels.layout import MixedTensor as MixedTensor
 from pallas_kernels.packing import pack as pack
+from pallas_kernels.preparation import prepare as prepare
+from pallas_kernels.preparation import prepare_joined as prepare_joined
 from pallas_kernels.prepared import InputNorm as InputNorm
 from pallas_kernels.prepared import Prepared as Prepared
 from pallas_kernels.ragged import mixed_ragged_dot as mixed_ragged_dot

@@ -8,7 +8,8 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels import meshes
-from pallas_kernels.api import first_tried, importing, taken
+from pallas_kernels.api import taken
+from pallas_kernels.backends import first_tried, importing
 from pallas_kernels.prepared import Prepared
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from matmul_cases import random_weight, random_x
 
-from pallas_kernels import api, mixed_ragged_dot
+from pallas_kernels import backends, mixed_ragged_dot
 from pallas_kernels.layout import stack
 from pallas_kernels.ragged import rows_of_turn
 
@@ -95,9 +95,9 @@ def test_only_turns_with_rows_are_taken(monkeypatch):
 
     def product(x, w, residual):
         jax.debug.callback(lambda: taken.append(len(x)))
-        return api.xla.mixed_matmul(x, w)
+        return backends.xla.mixed_matmul(x, w)
 
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", product)
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "xla", product)
     w, _ = experts(64)
     sizes = jnp.zeros(64, jnp.int32).at[jnp.asarray([5, 60])].set(jnp.asarray([8, 4]))
     mixed_ragged_dot(random_x(12, K), w, sizes, rows=4, implementation="xla").block_until_ready()
@@ -116,7 +116,7 @@ def test_kernels(name, monkeypatch):
     def product(x, w, residual):
         return mixed_matmul(x, w, interpret=interpret)
 
-    monkeypatch.setitem(api.IMPLEMENTATIONS, name, product)
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, name, product)
     bits = [[1, 3], [2, 2], [3, 3]]
     made = [random_weight(256, 128, 128, bits[i], seed=i, widths=(1, 2, 3)) for i in range(3)]
     w, sizes = stack([w for w, _ in made]), [5, 0, 6]

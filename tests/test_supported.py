@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.mosaic.gpu import core as mosaic_core
 from matmul_cases import MOSAIC_GPU, random_weight
 
-from pallas_kernels import api, chips, mixed_matmul, prepare, prepare_joined
+from pallas_kernels import backends, chips, mixed_matmul, prepare, prepare_joined
 from pallas_kernels.chips import BY_SHORT_NAME
 from pallas_kernels.gpu import config as gpu_config
 from pallas_kernels.gpu import kernel as gpu
@@ -131,12 +131,12 @@ def test_cuda_and_rocm_are_told_apart():
 
 def test_many_rows_are_not_the_gpu_kernels():
     """Unless it is named: on an H200 a dequantization and cuBLAS are faster from 256 rows on."""
-    assert api.tried(4096) == ("xla",)
+    assert backends.tried(4096) == ("xla",)
     with chips.target("h100"):
-        assert api.tried(128) == ("mosaic_gpu", "xla")
-        assert api.tried(129) == ("xla",)
+        assert backends.tried(128) == ("mosaic_gpu", "xla")
+        assert backends.tried(129) == ("xla",)
     with chips.target("v6e"):
-        assert api.tried(4096) == ("mosaic_tpu", "xla")
+        assert backends.tried(4096) == ("mosaic_tpu", "xla")
 
 
 @pytest.mark.parametrize(
@@ -188,14 +188,14 @@ def test_one_jitted_function_takes_each_implementation(monkeypatch):
         return kernel
 
     for name, value in (("one", 1.0), ("two", 2.0)):
-        monkeypatch.setitem(api.IMPLEMENTATIONS, name, fake(value))
+        monkeypatch.setitem(backends.IMPLEMENTATIONS, name, fake(value))
     product = jax.jit(lambda x: mixed_matmul(x, w))
     for name, value in (("one", 1.0), ("two", 2.0), ("one", 1.0)):
-        with api.use_implementation(name):
+        with backends.use_implementation(name):
             np.testing.assert_array_equal(product(jnp.ones((1, 32))), np.full((1, 4), value))
     assert traced == [1.0, 2.0]
     with pytest.raises(ValueError, match="implementation is"):
-        api.use_implementation("three")
+        backends.use_implementation("three")
 
 
 def test_the_gpu_kernel_needs_a_version_of_jax(monkeypatch):
