@@ -68,7 +68,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--length", "128"], "64 positions"),
         (["--seed", "-1"], "--seed"),
         (["--calibration", "{room}/none.txt"], "none.txt"),
-        (["--calibration", "{room}/short.txt"], "has 20 tokens, expected at least 32"),
         (["--calibration", "{room}/hf/model.safetensors"], "not UTF-8"),
         (["--allocation", "{room}/none.json"], "none.json"),
         (["--allocation", "{room}/calib.txt"], "calib.txt"),
@@ -84,6 +83,14 @@ def test_quantize_refuses(room, capsys, tmp_path, options, expected):
     line = refused(capsys, "quantize", room / "hf", tmp_path / "out", *calibration, *QUANTIZE, *given)
     assert expected in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_is_too_short(room, capsys, tmp_path):
+    """It is read once the run is announced."""
+    command = ["quantize", room / "hf", tmp_path / "out", "--calibration", room / "short.txt", *QUANTIZE]
+    assert run([*map(str, command)]) == 2
+    assert "has 20 tokens, expected at least 32" in capsys.readouterr().err.splitlines()[-1]
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("command", ["convert", "quantize", "export"])

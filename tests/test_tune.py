@@ -237,10 +237,10 @@ def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, m
 
     save = writer.CheckpointWriter._save
 
-    def kill_writing(self, folder, params, report):
+    def kill_writing(self, folder, params):
         if folder == {"first block": "blocks/001", "blocks": "outer"}.get(after):
             raise Killed
-        return save(self, folder, params, report)
+        return save(self, folder, params)
 
     with monkeypatch.context() as patch:
         patch.setattr(writer.CheckpointWriter, "_save", kill_writing)
