@@ -30,7 +30,7 @@ CONFIG = DecoderConfig(
 )
 
 
-def packed_model(layers: int = CONFIG.num_layers) -> Decoder:
+def packed_model(layers: int = CONFIG.num_layers, widths: tuple[int, ...] = (1, 2, 3)) -> Decoder:
     rng, config = np.random.default_rng(0), dataclasses.replace(CONFIG, num_layers=layers)
     outer, blocks = split_params(Decoder(config, rngs=nnx.Rngs(0)))
     names = [f"{name}.weight" for group in linear_groups(CONFIG) for name in group]
@@ -39,7 +39,7 @@ def packed_model(layers: int = CONFIG.num_layers) -> Decoder:
         groups = shape[0] // G
         codes = rng.integers(0, 2, shape)
         scale, zero = scales.encoded(np.ones((groups, shape[1]))), np.zeros((groups, shape[1]), np.uint8)
-        return pack(codes, scale, zero, np.full(groups, 2), group_size=G, widths=(1, 2, 3))
+        return pack(codes, scale, zero, np.full(groups, 2), group_size=G, widths=widths)
 
     blocks = [{**block, **{name: packed(block[name].shape) for name in names}} for block in blocks]
     return make_decoder(config, outer, blocks)
