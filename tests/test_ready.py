@@ -1,6 +1,5 @@
 """A model made ready for decoding is not held twice: what is in memory meanwhile."""
 
-import dataclasses
 import operator
 import os
 import subprocess
@@ -47,19 +46,12 @@ def sampled(monkeypatch, before: int) -> list[int]:
     return seen
 
 
-@pytest.fixture
-def many_blocks(monkeypatch):
-    """:func:`packed_model` of eight blocks."""
-    monkeypatch.setattr(test_step, "CONFIG", dataclasses.replace(test_step.CONFIG, num_layers=8))
-    return test_step.packed_model
-
-
 @pytest.mark.parametrize("target", [None, "v6e", pytest.param("mi300x", marks=pytest.mark.slow)])
-def test_no_more_than_the_model_and_a_block_is_in_memory(target, many_blocks, monkeypatch):
+def test_no_more_than_the_model_and_a_block_is_in_memory(target, monkeypatch):
     with chips.target(target or chips.of_target()):
-        wanted = module.ready(many_blocks())[1]  # constants of what is compiled stay
+        wanted = module.ready(test_step.packed_model(8))[1]  # constants of what is compiled stay
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(wanted))
-        model = many_blocks()
+        model = test_step.packed_model(8)
         stored = sum(value.nbytes for params in split_params(model)[1] for value in params.values())
         seen = sampled(monkeypatch, live() - stored)
         _, found, stacked = module.ready(model, consume=True)

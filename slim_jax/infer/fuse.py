@@ -4,7 +4,7 @@ All of it is worked out once, on the device, and nothing of it is stored.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -180,12 +180,20 @@ def _stacked(parts: Sequence[Any], groups: Groups, ready: bool, consume: bool = 
     def together(*leaves: Any) -> Any:
         if isinstance(leaves[0], MixedTensor):
             return prepare(leaves, consume=consume) if ready else stack(leaves)
-        return one_by_one((leaf[None] for leaf in leaves), len(leaves)) if consume else jnp.stack(leaves)
+        return one_by_one(_given_up(leaves), len(leaves)) if consume else jnp.stack(leaves)
 
     whole = jax.tree.map(together, *parts, is_leaf=is_packed)
     for names, weight in joined.items():
         join([part_of(whole, name) for name in names], weight)
     return whole
+
+
+def _given_up(leaves: Sequence[jax.Array]) -> Iterator[jax.Array]:
+    """Each as a stack of one; those that are large are deleted then."""
+    for leaf in leaves:
+        yield leaf[None]
+        if leaf.ndim > 1:
+            delete(leaf)
 
 
 def _prepared(model: Any, consume: bool = False) -> Any:
