@@ -1,1 +1,1 @@
-"""Quantizing the linear layers of any NNX module."""
+"""Quantizing the linear layers of Flax NNX modules."""
