@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from slim_jax.report import BlockReport, Report
     from slim_jax.store.source import Source
 
+INTERRUPTED = "interrupted; the same command with --resume goes on after {out}'s last whole block"
+NO_OWN_TEXT = "the model is too large for this memory to write text itself: calibrating on the other texts"
+LARGER = "note: {bytes:,} bytes are stored: some layers need scales of two bytes, not one"
+
 
 def quantize(
     ctx: typer.Context,
@@ -149,12 +153,10 @@ def quantize(
         config = for_size(model.config, config, parse_size(target_size))
     fitting, plan = _that_fit(texts, partial(_forecast, model, config, samples, length, offload))
     tokenizer, make = _calibration(model, fitting, samples, length, seed)
-    ctx.obj.on_interrupt = (
-        f"interrupted; the same command with --resume goes on after {out}'s last whole block"
-    )
+    ctx.obj.on_interrupt = INTERRUPTED.format(out=out)
     if not resume:
         if fitting != texts:
-            say("the model is too large for this memory to write text itself: calibrating on the other texts")
+            say(NO_OWN_TEXT)
         _announce(model, config, plan, samples, length, written(fitting, samples), devices)
     with progress("quantizing", model.config.num_layers) as step:
         report = quantize_to_checkpoint(
@@ -170,7 +172,7 @@ def quantize(
         )
     keep_tokenizer(tokenizer, out)
     if target_size is not None and report.stored_bytes > parse_size(target_size):
-        say(f"note: {report.stored_bytes:,} bytes are stored: some layers need scales of two bytes, not one")
+        say(LARGER.format(bytes=report.stored_bytes))
     _tell(out, report, plan, save_allocation, as_json)
 
 
