@@ -53,8 +53,7 @@ class LayerReport:
         damping: float | None,
         borrowed: float = 0.0,
     ) -> "LayerReport":
-        """Makes a report; shape and bits are read from ``tensor``, and ``errors`` are ``error`` and
-        ``worst``."""
+        """Makes a report, shape and bits read from ``tensor``; ``errors`` are ``error`` and ``worst``."""
         counts = {str(width): n for width, n in sorted(Counter(tensor.bits().tolist()).items())}
         stored = tensor.bits_per_weight
         return cls(name, tensor.shape, tensor.group_size, counts, stored, *errors, mixed, damping, borrowed)

@@ -28,7 +28,7 @@ def draw_windows(
 
 
 def select_windows(tokens: np.ndarray, window: int, max_windows: int | None = None) -> np.ndarray:
-    """Returns windows ``[W, window]`` of a text without its rest, or at most ``max_windows`` of them.
+    """Returns windows ``[W, window]`` of a text without the remainder, or at most ``max_windows`` of them.
 
     These are then every ``ceil(total / max_windows)``-th of the ``total`` windows.
 

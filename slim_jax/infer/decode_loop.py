@@ -119,12 +119,12 @@ def write(
     stops: jax.Array,
     steps: jax.Array,
 ) -> tuple[jax.Array, jax.Array, State, Choice]:
-    """Writes up to ``steps`` tokens per row, fewer if every row ends before.
+    """Writes up to ``steps`` tokens per row, fewer if every row ends earlier.
 
     Args:
       tree: structure of the model's weights.
       leaves: leaves of the model's weights.
-      state: state of the batch, without ``at.last``.
+      state: state of the batch before ``at.last`` is read.
       at: progress of the batch.
       choice: sampling settings and state.
       stops: ``int32[n]``, tokens that end a row.

@@ -2,8 +2,8 @@
 
 The blocks of a scan segment, adjacent blocks of one kind that are packed alike, are stacked and scanned over,
 which compiles one body; their products read a layer's part of a prepared weight in place. Dense blocks run
-unrolled, because XLA copies each slice of a weight that it scans over. On NVIDIA GPUs packed blocks do too,
-because XLA would copy each layer's words.
+unrolled, because XLA copies each slice of a weight that it scans over. On NVIDIA GPUs packed blocks run
+unrolled too, because XLA would copy each layer's words.
 """
 
 from collections.abc import Callable, Sequence

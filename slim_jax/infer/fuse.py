@@ -56,7 +56,7 @@ def ready(model: Decoder, *, consume: bool = False) -> tuple[Decoder, list[Any],
 def _stacked_blocks(blocks: Sequence[Block], alone: bool, *, consume: bool = False) -> Any:
     """Stacks blocks on a leading axis; if they are ``alone`` on a device, prepares their packed weights."""
     experts = _experts_as_one(blocks, consume=consume) if alone else None
-    if experts is not None:  # of all blocks, in order; prepared ones are indexed by products
+    if experts is not None:  # those of all blocks, in order; products index prepared ones
         experts = jax.tree.map(
             lambda leaf: leaf if is_prepared(leaf) else leaf.reshape(len(blocks), -1, *leaf.shape[1:]),
             experts,
@@ -72,8 +72,7 @@ _stacked_at_once = jax.jit(_stacked_blocks, static_argnames=("alone", "consume")
 
 
 def _prepared_block(block: Block, consume: bool) -> Block:
-    """Prepares the weights of a block that is not stacked, merged where they read one input, and its
-    experts."""
+    """Prepares a block that is not stacked: merges weights that read one input, and the experts."""
     packed = [leaf for leaf in jax.tree.leaves(block, is_leaf=is_packed) if is_packed(leaf)]
     if not packed:
         return block
@@ -128,7 +127,7 @@ def _groups(block: Block, experts: MLP | None) -> Groups:
 
 
 def with_experts_as_one(block: Block) -> Block:
-    """Merges a block's packed experts, if they can be merged, for a function that is compiled."""
+    """Merges a block's packed experts if possible, for a function that is compiled."""
     experts = _experts_as_one([block], prepared=False)
     if block.moe is not None and experts is not None:
         block.moe.stacked = experts

@@ -29,7 +29,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
 
-# Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then multiples of it, rarer for long ones.
+# Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then multiples of it, rarer when long.
 LENGTH_STEP = 128
 SAMPLE_ROWS = 64
 
@@ -130,8 +130,7 @@ class Generator:
         on_token: OnToken | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
-        """Continues prompts, see :func:`generate`; ``sampling`` are the fields of
-        `slim_jax.infer.sampling.Sampling`."""
+        """Continues prompts, see :func:`generate`; ``sampling`` are the fields of :class:`Sampling`."""
         how = Sampling(**sampling)
         _check(self.config, prompts, max_tokens)
         stops = set(self.config.eos_token_ids if stop is None else stop)
@@ -152,8 +151,7 @@ class Generator:
     def _chunks(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, choice: Choice, stops: Sequence[int]
     ) -> Iterator[np.ndarray]:
-        """Yields next tokens ``int32[n, B]``, until there are ``max_tokens`` or every row has had a stop
-        token."""
+        """Yields next tokens ``int32[n, B]`` until there are ``max_tokens`` or every row has a stop token."""
         batch = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = round_up(int(lengths.max()))
@@ -228,8 +226,7 @@ class Generator:
         return np.concatenate([*column, np.concatenate(rows)], axis=1)
 
     def _structure_for(self, length: int) -> Structure:
-        """Returns the structure whose program reads texts of ``length``: long ones use long factors
-        throughout."""
+        """Returns the structure whose program reads texts of ``length``; long ones use only long factors."""
         config, border = self.config, _border(self.config)
         if config.rope_scaling is None or border is None or length <= border:
             return self._structure
@@ -255,8 +252,7 @@ class Generator:
     def _continue(
         self, structure: Structure, column: list[np.ndarray], first: np.ndarray, length: int, key: jax.Array
     ) -> np.ndarray:
-        """Returns ``int32[B, length - len(column)]``: ``first`` and the tokens that the model writes after
-        it."""
+        """Returns ``int32[B, length - len(column)]``: ``first`` and the tokens the model writes after it."""
         batch, before = len(first), len(column)
         sizes = _sizes(length)
         state = self._empty(batch, sizes[0])
@@ -342,8 +338,8 @@ def generate(
       max_tokens: maximum number of tokens to write for each prompt.
       temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled from.
       top_k: number of most likely tokens to sample from; 0 for all.
-      top_p: sampling is then limited to the fewest of these whose probabilities sum to this.
-      min_p: then to tokens with at least this fraction of the most likely token's probability.
+      top_p: sampling is limited to the fewest of these whose probabilities sum to at least this.
+      min_p: minimum probability of the sampled token, as a fraction of the most likely token's.
       repetition_penalty: logits of tokens that the row has seen are divided by this where positive,
         multiplied where negative; at temperature 0 too.
       seed: seed of sampling; equal seeds and equal calls give equal results.

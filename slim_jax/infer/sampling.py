@@ -17,8 +17,8 @@ class Sampling:
     Attributes:
       temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled from.
       top_k: number of most likely tokens to sample from; 0 for all.
-      top_p: sampling is then limited to the fewest of these whose probabilities sum to this.
-      min_p: then to tokens with at least this fraction of the most likely token's probability.
+      top_p: sampling is limited to the fewest of these whose probabilities sum to at least this.
+      min_p: minimum probability of the sampled token, as a fraction of the most likely token's.
       repetition_penalty: logits of tokens that the row has seen are divided by this where positive,
         multiplied where negative; at temperature 0 too.
 

@@ -106,7 +106,7 @@ def attend_cached(
       v: values of the same tokens.
       positions: positions of the tokens; -1 for padding.
       cache: keys and values of the tokens before.
-      rotation: rotation still to be applied to queries and keys; None if there is none.
+      rotation: rotation still to be applied to queries and keys; None if none is left.
       scale: see :func:`attention`.
       window: see :func:`attention`.
       softcap: see :func:`attention`.
@@ -165,8 +165,7 @@ def _attend(
     softcap: float | None,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Attends from queries ``[..., r, t, d]`` to the keys ``[..., s, d]`` of their head, products in
-    ``dtype``."""
+    """Attends from queries ``[..., r, t, d]`` to their head's keys ``[..., s, d]``, products in ``dtype``."""
 
     def product(terms: str, *operands: jax.Array) -> jax.Array:
         return jnp.einsum(terms, *(a.astype(dtype) for a in operands), preferred_element_type=jnp.float32)

@@ -88,8 +88,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t hd"], KeyValues | None]:
         """Computes attention up to the output projection.
 
-        The tokens of ``x`` see each other and those of the cache, which they join. Without ``positions``,
-        rows are whole sequences.
+        Each token of ``x`` sees itself, the tokens before it, and those of the cache, which all of them join.
+        Without ``positions``, rows are whole sequences.
         """
         config = self.config
         positions = sequence_positions(x) if positions is None else positions
@@ -165,8 +165,7 @@ class Block(nnx.Module):
         return h if self.pre_norm else self.attn_norm(h)
 
     def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t i"] | Later) -> Float[Array, "b t d"]:
-        """Returns the residual stream after the block; ``x`` is the input of ``down``, or the mixture's
-        output."""
+        """Returns the residual stream after the block; ``x`` is the input of ``down``, or a mixture's sum."""
         down = self.mlp.down if self.mlp is not None else lambda y: y
         give = x.plus_output if isinstance(x, Later) else partial(plus_output, x=x, layer=down)
         h = _plus(h, give, self.mlp_out_norm)

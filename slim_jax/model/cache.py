@@ -68,9 +68,10 @@ class KeyValues:
     layer: jax.Array | None = None
 
     def write(self, k: jax.Array, v: jax.Array, *, one_device: bool = False) -> "KeyValues":
-        """Writes the next tokens' keys and values, ``[B, num_kv_heads, T, head_dim]``, and nothing else.
+        """Returns the cache with the next tokens' rows, ``[B, num_kv_heads, T, head_dim]``, written.
 
-        ``one_device``: if True, all arrays are on one device, and a kernel may write the tokens.
+        Nothing else is written. ``one_device``: if True, all arrays are on one device, and a kernel may
+        write.
         """
         if one_device and self._by_kernel(k):
             return self._with_slot(k, v)

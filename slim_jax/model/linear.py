@@ -27,9 +27,9 @@ class Packed(nnx.Variable):
 
 
 def product_dtype() -> jnp.dtype:
-    """Returns the dtype of products with packed weights: float32 on CPUs, else bfloat16, for matrix units.
+    """Returns the dtype of products with packed weights: float32 on CPUs, else bfloat16.
 
-    It is the same for a model that was just quantized and for one that is loaded.
+    Matrix units take bfloat16. A model that was just quantized and one that is loaded use the same dtype.
     """
     return jnp.dtype(jnp.float32 if chips.of_target().platform == "cpu" else jnp.bfloat16)
 
@@ -57,7 +57,7 @@ def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> F
 def packed_product(
     x: Float[Array, "*batch k"], weight: MixedTensor | Prepared, mesh: Mesh | None
 ) -> Float[Array, "*batch n"]:
-    """Returns ``x @ weight``; if given, ``mesh`` is where a `MixedTensor`'s output channels are split."""
+    """Returns ``x @ weight``; a `MixedTensor`'s output channels are split over ``mesh`` if that is given."""
     if isinstance(weight, MixedTensor) and mesh is not None:
         return sharded_matmul(x, weight, mesh)
     return mixed_matmul(x, weight)

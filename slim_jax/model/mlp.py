@@ -52,8 +52,7 @@ class MLP(nnx.Module):
         return activate(gate) * up
 
     def later(self, x: Float[Array, "... d"]) -> "Later | None":
-        """Returns :meth:`hidden` still to be computed, together with ``down``; None if no back end fuses
-        these."""
+        """Returns :meth:`hidden`, to be computed together with ``down``; None if no back end does that."""
         gate, down = prepared_alone(self.gate), prepared_alone(self.down)
         if gate is None or down is None or self.up.bias is not None:
             return None

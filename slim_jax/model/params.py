@@ -134,9 +134,9 @@ def make_outer(config: DecoderConfig, outer: Params) -> Decoder:
 def without_tables(
     config: DecoderConfig, outer: Params, tokens: np.ndarray | None = None
 ) -> tuple[Decoder, np.ndarray]:
-    """Returns a decoder with no blocks, no head and few embeddings, and the ids of ``tokens`` in it.
+    """Returns a decoder without blocks and head that can embed only ``tokens``, and their ids in it.
 
-    It embeds only the tokens that occur in ``tokens``; a packed embedding is kept whole.
+    A packed embedding is kept whole.
 
     Args:
       config: the decoder's config.
@@ -155,8 +155,7 @@ def without_tables(
 
 
 def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns the parameters outside the blocks, and those of each block: the inverse of
-    :func:`make_decoder`."""
+    """Returns the parameters outside the blocks and those of each block; undoes :func:`make_decoder`."""
     flat = _flat(decoder)
     outer = {name: value for name, value in flat.items() if not name.startswith("blocks.")}
     return outer, [_flat(block) for block in decoder.blocks]
@@ -173,7 +172,7 @@ def as_computed(name: str, value: Any) -> jax.Array:
 
 
 def computed(params: Params) -> dict[str, Any]:
-    """Returns the parameters with dense ones :func:`as_computed` and packed ones unchanged."""
+    """Returns the parameters, dense ones :func:`as_computed` and packed ones unchanged."""
     return {
         name: value if isinstance(value, MixedTensor) else as_computed(name, value)
         for name, value in params.items()
@@ -183,7 +182,7 @@ def computed(params: Params) -> dict[str, Any]:
 def as_stored(name: str, value: Any) -> Any:
     """Returns a dense parameter as it is stored next to packed ones: matrices in bfloat16, others unchanged.
 
-    Norms, biases and routers, which stay as they are, have float32 at most.
+    Those others, norms, biases and routers, are in float32 or narrower.
     """
     return jnp.asarray(value, COMPUTE_DTYPE) if is_rounded(name, value.ndim) else value
 

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 class RopeScaling:
     """Scaling of rotary frequencies that extends the trained context.
 
-    ``kind`` "linear" divides all frequencies by ``factor``; "llama3" divides those whose wavelength is longer
-    than ``original_max_positions / low_freq_factor``, keeps those shorter than ``original_max_positions /
-    high_freq_factor`` and blends between; "longrope" divides each by its own entry of ``short_factors``, or
-    of ``long_factors`` in a pass that reaches beyond ``original_max_positions`` tokens, and multiplies
-    queries and keys by ``attention_factor``.
+    The ``kind`` "linear" divides all frequencies by ``factor``. "llama3" divides those whose wavelength is
+    longer than ``original_max_positions / low_freq_factor``, keeps those whose wavelength is shorter than
+    ``original_max_positions / high_freq_factor`` and blends between. "longrope" divides each by its own entry
+    of ``short_factors``, or of ``long_factors`` in a pass that reaches beyond ``original_max_positions``
+    tokens, and multiplies queries and keys by ``attention_factor``.
     """
 
     kind: Literal["linear", "llama3", "longrope"]
