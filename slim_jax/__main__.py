@@ -5,4 +5,4 @@ from importlib import import_module
 if __name__ == "__main__":
     import_module(
         "convert.cli"
-    ).main()  # by name: an import would point up, from the library to its front end
+    ).main()  # imported by name: an import statement would point up, from the library to its front end

@@ -1,4 +1,4 @@
-"""How to quantize: one frozen record that the Python API, the command line and the manifest share."""
+"""Settings of a quantization: one frozen record for the Python API, the command line and the manifest."""
 
 import dataclasses
 import math
@@ -13,83 +13,88 @@ METHODS = (*MIXED, "gptq", "rtn")
 SQC = ("search", "paper", "minmax")
 CRITERIA = ("model", "kl", "error", "paper")
 WIDE = 3.5
-"""Mean width up to which codes of more than 4 bits, for which all zero points take 8, do not pay."""
+"""Mean width up to which codes of more than 4 bits do not pay: with them, all zero points take 8 bits."""
 
 CLIP = "clip"
 LEARN = (CLIP, "clip-gptq", "grid", "rounding")
 
 SAMPLES, LENGTH = 128, 512
-"""Windows of calibration text, and their tokens, by default. On a CPU tuning takes long, and at 2048 tokens
-four times as long."""
+"""Default number of windows of calibration text, and of tokens in each. Fine-tuning takes long on a CPU, and
+four times as long at 2048 tokens."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"tune": False},
     "good": {"tune": True},
     "best": {"method": "slim-plus", "tune": True},
 }
-"""The ways to quantize that most want: nothing is learned; scales and norms are tuned end to end, as
-``SlimConfig()`` does; before that blocks learn, one by one."""
+"""Settings by preset name. "fast" learns nothing; "good" fine-tunes scales and norms end to end, as
+``SlimConfig()`` does; "best" lets the blocks learn one by one before that."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SlimConfig:
-    """Settings of a quantization, as they are asked for.
+    """Settings of a quantization, as the caller asks for them.
 
-    ``None`` stands for the choice that goes with the other settings; :meth:`resolved` makes all of them.
+    ``None`` stands for the default that goes with the other settings; :meth:`resolved` fills in all of them.
 
     Attributes:
-      bits: the mean width ``N`` of the codes. For uniform bits a whole number from 1 to 8; where they are
-        allocated within each layer one from 2 to 7 (groups get ``N - 1`` to ``N + 1``); over the whole
-        model any number from 1 to 7, such as 2.25: no group gets fewer than its whole part.
-      group_size: input channels that share scale, zero point and width; a multiple of 32.
-      method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then
-        learns, block by block; "gptq" gives all groups ``bits``; "rtn" rounds to nearest, without
-        calibration of the rounding.
-      sqc: how scales and zero points are found, a name of `slim_jax.method.scale_search.FITS`. "paper"
-        repeats the choices of the authors' code, in the allocation and the order of work too. By default
-        "search" for "slim", "minmax" for the two baselines.
-      criterion: what the bit search minimizes: "model", the expected rise of the model's loss, over all
-        layers at once (`slim_jax.method.budget`); within each layer "kl", "error" (see
-        `slim_jax.method.sba.scores`) or "paper". By default "paper" where ``sqc`` is, "model" elsewhere.
-      guide: whether tokens count in the Hessians by the gradient of the model's loss
-        (`slim_jax.calibrate.sensitivity`), which sweeps over all of them, not over a few thousand.
-      sequential: True calibrates each layer on what the quantized layers before it in its block give,
-        False on the outputs of the unquantized block. By default False where ``sqc`` is "paper".
-      asymmetric: how much of what quantized layers have cost its input, and the residual stream that it adds
-        to, a layer's weights make up for, from 0 to 1 (`slim_jax.method.hessian.corrected`). By default 0.5,
-        and 0 for "rtn" and where scales are not searched.
-      damping: fraction of the mean of the Hessian's diagonal that is added to it. By default 0.1, for text
-        that the calibration has not shown, and 0.01, as in GPTQ's code, where scales are not searched.
-      refine: how often the scales, zero points and codes of a solved layer of a block are gone over again
-        (`slim_jax.method.refine`); those of embedding and head never are. By default 2, and 0 for "rtn" and
+      bits: mean width ``N`` of the codes: a whole number from 1 to 8 for uniform bits, and from 2 to 7 where
+        bits are allocated within each layer (groups get ``N - 1`` to ``N + 1``). Where one budget is spent
+        over the whole model it is any number from 1 to 7, such as 2.25; no group then gets fewer bits than
+        its whole part.
+      group_size: input channels that share a scale, a zero point and a width; a multiple of 32.
+      method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then also
+        learns, block by block; "gptq" gives every group ``bits``; "rtn" rounds to nearest, and no calibration
+        influences the rounding.
+      sqc: search for scales and zero points, a name in `slim_jax.method.scale_search.FITS`. "paper" also
+        repeats the choices of the authors' code in the allocation and the order of work. By default "search"
+        for "slim" and "slim-plus", and "minmax" for the two baselines.
+      criterion: quantity that the bit search minimizes. "model" is the predicted loss increase of the model,
+        over all layers at once (`slim_jax.method.budget`); within each layer "kl", "error" (see
+        `slim_jax.method.sba.scores`) or "paper". By default "paper" where ``sqc`` is, else "model" for "slim"
+        and "slim-plus" and "kl" for the baselines.
+      guide: if True, the gradient of the model's loss weights the tokens in the Hessians
+        (`slim_jax.calibrate.sensitivity`). The gradient sweep then covers all tokens, not a few thousand.
+      sequential: if True, each layer is calibrated on the outputs of the quantized layers before it in its
+        block; if False, on those of the unquantized block. By default False where ``sqc`` is "paper", else
+        True.
+      asymmetric: strength of error compensation, from 0 to 1: the share of the upstream error, in a layer's
+        input and in the residual stream that its output is added to, for which its weights compensate
+        (`slim_jax.method.hessian.corrected`). By default 0.5, and 0 for "rtn" and where scales are not
+        searched.
+      damping: fraction of the mean of the Hessian's diagonal that is added to the diagonal. By default 0.1,
+        chosen for text outside the calibration set; 0.01, as in GPTQ's code, for "rtn" and where scales are
+        not searched.
+      refine: coordinate-descent passes over the scales, zero points and codes of each solved layer of a block
+        (`slim_jax.method.refine`); the embedding and LM head never get any. By default 2, and 0 for "rtn" and
         where scales are not searched.
-      search_tokens: calibration tokens, evenly spread, that the bit search looks at.
-      learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+, "clip-gptq", "grid" and "rounding"
-        are not in the paper, see `slim_jax.method.learnable`. The fields below are for "slim-plus" too.
-      epochs: passes over the calibration samples, at most.
-      learning_rate: of the default optimizer; by default 1e-2 where clipping is learned (the
+      search_tokens: calibration tokens, evenly spaced, that the bit search uses.
+      learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+; "clip-gptq", "grid" and "rounding" are
+        not in the paper, see `slim_jax.method.learnable`. The next four fields are for "slim-plus" too.
+      epochs: maximum number of passes over the calibration samples.
+      learning_rate: learning rate of the default optimizer; by default 1e-2 where clipping is learned (the
         paper's), else 5e-3.
-      batch_size: samples of a step.
+      batch_size: samples per step.
       augmented: weight of the paper's augmented loss term.
-      embedding_bits: width of the codes of embedding and head, 2 to 8; 16 leaves them in bfloat16. By default
-        as :func:`default_embedding_bits` says.
-      embedding_group_size: their input channels that share scale and zero point; by default 64, and 32 where
-        their codes have 4 bits or less.
-      tune: whether scales and norms of the whole model are tuned in the end, by the divergence of its logits
-        from the full-precision model's (`slim_jax.calibrate.fine_tuning`). By default where the method is
-        "slim" or "slim-plus" and ``sqc`` not "paper".
-      tune_samples: how many of the calibration samples, the last, are left to tuning; no layer is solved on
-        them. On samples that layers were solved on, less than half shows of what was lost. By default half
-        (:meth:`Settings.samples_to_tune`); with 0 tuning looks at those that the layers were solved on.
-      tune_epochs: of tuning, passes over its samples.
-      tune_batch_size: samples of one of its steps.
-      tune_rate: learning rate of tuning, of the logarithms of scales and gains. By default 2e-3 below 3
-        bits, and a quarter of it with every further one, by measurement at 2, 3 and 4 (docs/tried.md).
-      rules: what holds for some layers of the blocks instead, ``(pattern, options)`` each, see
-        `slim_jax.rules.Rule`, such as ``[("blocks.0.*", "skip"), ("*.mlp.down", {"bits": 3})]``. The first
-        that matches a layer's name holds, alone: the layer is quantized as all would be if what is asked for
-        here had the rule's options instead. ``bits`` above is then the mean of the layers to which no rule
-        gives bits of their own, and that none skips.
+      embedding_bits: width of the codes of the embedding and LM head, 2 to 8; 16 leaves them in bfloat16. The
+        default is :func:`default_embedding_bits`.
+      embedding_group_size: input channels of the embedding and LM head that share a scale and a zero point;
+        by default 64, and 32 where their codes have 4 bits or fewer.
+      tune: if True, the scales and norms of the whole model are fine-tuned at the end, to lower the
+        divergence of its logits from the full-precision model's (`slim_jax.calibrate.fine_tuning`). By
+        default True for "slim" and "slim-plus" unless ``sqc`` is "paper".
+      tune_samples: number of calibration samples, the last ones, that are reserved for fine-tuning; no layer
+        is solved on them. Samples that layers were solved on show less than half of the divergence. By
+        default half of the samples (:meth:`Settings.samples_to_tune`); with 0, fine-tuning uses the samples
+        that the layers were solved on.
+      tune_epochs: passes of fine-tuning over its samples.
+      tune_batch_size: samples per step of fine-tuning.
+      tune_rate: learning rate of fine-tuning, for the logarithms of scales and gains. By default 2e-3 below 3
+        bits and a quarter of that for each further bit, by measurement at 2, 3 and 4 bits (docs/tried.md).
+      rules: exceptions for some layers of the blocks, ``(pattern, options)`` each, see `slim_jax.rules.Rule`,
+        such as ``[("blocks.0.*", "skip"), ("*.mlp.down", {"bits": 3})]``. The first match wins, alone: the
+        layer is quantized as if the rule's options replaced the settings given here. ``bits`` above is then
+        the mean of the layers that no rule skips or gives bits of their own.
 
     Raises:
       ValueError: a setting is out of its range.
@@ -124,11 +129,11 @@ class SlimConfig:
         self.resolved()  # for its errors
 
     def resolved(self, *, decoder: bool = True) -> "Settings":
-        """All settings, those that were not asked for as they go with the others.
+        """Returns all settings, with defaults filled in for those that were not given.
 
         Args:
-          decoder: whether there is a decoder, by whose loss bits are spent over the model; else criterion
-            "model" stands for "kl".
+          decoder: if True, the model is a decoder, whose loss decides how bits are spent over the model; if
+            False, criterion "model" becomes "kl".
 
         Raises:
           ValueError: a setting is out of its range.
@@ -162,7 +167,7 @@ class SlimConfig:
         return Settings(**values, under=under, asked=self)
 
     def _under(self, rule: Rule, decoder: bool) -> "Settings | None":
-        """The settings for the layers of a rule; None where they stay in full precision."""
+        """Returns the settings for the layers of a rule; None where they stay in full precision."""
         if rule.skip:
             return None
         try:
@@ -172,7 +177,7 @@ class SlimConfig:
 
     @staticmethod
     def preset(name: str, **settings: Any) -> "SlimConfig":
-        """The settings of a name in :data:`PRESETS`, and others beside or instead of them.
+        """Returns the settings of a preset in :data:`PRESETS`, with ``settings`` added or replacing them.
 
         Raises:
           ValueError: there is no such preset, or a setting is out of its range.
@@ -181,19 +186,19 @@ class SlimConfig:
         return SlimConfig(**{**PRESETS[name], **settings})
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""
+        """Returns the settings as JSON values; ``SlimConfig(**fields)`` is the inverse."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(SlimConfig)}
         return fields | {"rules": [Rule.of(rule).to_json() for rule in self.rules]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(SlimConfig):
-    """A value for every setting, as `SlimConfig.resolved` makes them; ``tune_samples`` alone may be None.
+    """All settings with values, as `SlimConfig.resolved` returns them; only ``tune_samples`` may be None.
 
     Attributes:
-      rules: as records.
-      under: what holds for the layers of each rule, None where they stay in full precision.
-      asked: what they were made of.
+      rules: the rules as records.
+      under: settings for the layers of each rule, None where they stay in full precision.
+      asked: the settings that these were resolved from.
     """
 
     sqc: str
@@ -243,48 +248,49 @@ class Settings(SlimConfig):
             raise ValueError(f"bits is {self.bits}, expected {low} to {high} for method {self.method}")
 
     def resolved(self, *, decoder: bool = True) -> "Settings":
-        """The same, or as they are for another kind of model."""
+        """Resolves the original settings again, for a model that is a decoder or not."""
         return self.asked.resolved(decoder=decoder)
 
     def rule(self, name: str) -> Rule | None:
-        """The rule that holds for a layer, such as ``"blocks.3.mlp.down"``."""
+        """Returns the rule that applies to a layer, such as ``"blocks.3.mlp.down"``; None if none does."""
         return first_match(self.rules, name)
 
     def of_layer(self, name: str) -> "Settings | None":
-        """The settings for one layer, rules applied; None where it stays in full precision."""
+        """Returns the settings for one layer, rules applied; None where it stays in full precision."""
         return next((own for rule, own in zip(self.rules, self.under) if rule.matches(name)), self)
 
     @property
     def corrects(self) -> bool:
-        """Whether any layer makes up for what those before it have cost."""
+        """True if any layer compensates the upstream error."""
         return bool(self.asymmetric) or any(own is not None and own.corrects for own in self.under)
 
     @property
     def over_model(self) -> bool:
-        """Whether one budget of bits is spent over the whole model."""
+        """True if one budget of bits is spent over the whole model."""
         return self.mixed and self.criterion == "model"
 
     @property
     def packs_ends(self) -> bool:
-        """Whether embedding and head are packed too."""
+        """True if the embedding and LM head are packed too."""
         return self.embedding_bits != 16
 
     @property
     def mixed(self) -> bool:
-        """Whether bits are allocated by salience."""
+        """True if bits are allocated by salience."""
         return self.method in MIXED
 
     @property
     def clips(self) -> bool:
-        """Whether clipping is what "slim-plus" learns."""
+        """True if "slim-plus" learns clipping."""
         return self.learn.startswith(CLIP)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The bit widths that a layer may hold.
+        """Bit widths that a layer may hold.
 
-        Over the whole model a whole mean is every group's width, and a fraction is met by its whole part
-        and wider ones: groups below it cost more than is foretold (docs/tried.md).
+        With one budget over the whole model, a whole mean is every group's width. A fractional mean is
+        reached with its whole part and wider widths: narrower groups cost more than predicted
+        (docs/tried.md).
         """
         if self.over_model:
             lowest, highest = math.floor(self.bits), math.ceil(self.bits) + 2
@@ -296,16 +302,20 @@ class Settings(SlimConfig):
 
     @property
     def mean_width(self) -> float:
-        """The budget of bits per code, which makes up for zero points of 8 bits where widths above 4 occur:
-        as many bits are stored as for uniform codes of ``bits``, rounded up."""
+        """Mean bits per code to spend: ``bits``, less the cost of 8-bit zero points for widths above 4.
+
+        The stored size is then that of ``bits`` with the zero points of uniform codes of ``bits``, rounded
+        up.
+        """
         zeros = zero_bits(self.widths) - zero_bits((math.ceil(self.bits),))
         return self.bits - zeros / self.group_size
 
     def samples_to_tune(self, samples: int, devices: int = 1) -> int:
-        """How many of so many calibration samples are tuning's alone, where ``devices`` share the work.
+        """Returns how many of ``samples`` calibration samples are reserved for fine-tuning.
 
         Raises:
-          ValueError: ``tune_samples`` leaves none to solve the layers on, or the devices do not divide it.
+          ValueError: ``tune_samples`` leaves none to solve the layers on, or is no multiple of ``devices``,
+            the number of devices that share the work.
         """
         if not self.tune:
             return 0
@@ -320,7 +330,10 @@ class Settings(SlimConfig):
         return self.tune_samples
 
     def to_json(self) -> dict[str, Any]:
-        """The values as JSON, and what rules change of them; no inverse, that is :attr:`asked`'s."""
+        """Returns the values as JSON, with the values that rules change.
+
+        They cannot be read back; the JSON of :attr:`asked` can.
+        """
         values = super().to_json()
         if not self.rules:
             return values
@@ -334,8 +347,10 @@ class Settings(SlimConfig):
 
 
 def default_embedding_bits(bits: float, sqc: str | None) -> int:
-    """Width of embedding and head: two bits more than the blocks have, 4 to 8; 16, which packs none, where
-    the paper's code is repeated. What that costs is in `docs/quality.md`."""
+    """Default width of the embedding and LM head: two bits more than the blocks have, 4 to 8.
+
+    It is 16, which packs neither, where ``sqc`` is "paper". The cost in quality is in `docs/quality.md`.
+    """
     return 16 if sqc == "paper" else min(max(round(bits), 2) + 2, 8)
 
 

@@ -1,7 +1,8 @@
-"""How long a quantization may take: the operations of its large products, by the rate of the machine at hand.
+"""Estimated time of a quantization: the operations of its large products, divided by this machine's rate.
 
-What passes through the model and is multiplied with itself is counted; the search of grids, the solver and
-the draw of written tokens by as many operations as take their time. Compilation, a minute or two, is not.
+Counted are the products of tokens with weights in each pass through the model, and of layer inputs with
+themselves. The search of scales, the solver and the sampling of written tokens are entered as the number of
+operations that would take the same time. Compilation, a minute or two, is not counted.
 """
 
 import itertools
@@ -22,29 +23,31 @@ from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import block_params, outer_params
 
 TUNING = 6.0
-"""Operations for each weight and token of a step: forward, and twice on the way back."""
+"""Operations per weight and token in a step of fine-tuning: the forward pass, and twice as many backward."""
 
 LEARNING = 5.0
-"""The same of an epoch of "slim-plus", by its time beside the full-precision gradient's (docs/tried.md)."""
+"""Operations per weight and token in an epoch of "slim-plus", from its time relative to that of the
+full-precision gradient (docs/tried.md)."""
 
 SOLVED, ROUNDED = 1.2e5, 3e4
-"""Operations that take as long as to search and solve a weight of a layer, or of embedding and head; the
-second holds for layers whose scales are not searched, too. Measured on Qwen2.5-Coder 0.5B on a CPU."""
+"""Operations that take as long as to search and solve one weight: of a layer, and of the embedding or LM
+head. The second is also used for layers whose scales are not searched. Measured on Qwen2.5-Coder 0.5B on a
+CPU."""
 
 DRAWN = 1.5e4
-"""The same of the draw of a token that the model writes, for each token of the vocabulary."""
+"""Operations that take as long as to sample a token that the model writes, per token of the vocabulary."""
 
 LARGEST = 2048
-"""Rows and columns of the matrix whose product is timed, at most."""
+"""Maximum number of rows and of columns of the matrix whose product is timed."""
 
 REACHED = 0.75
-"""Of the rate of one product, what a quantization as a whole comes to (SmolLM2 on a CPU core)."""
+"""Rate of a whole quantization as a fraction of the rate of one product (SmolLM2 on a CPU core)."""
 
 
 def operations(
     config: DecoderConfig, settings: SlimConfig, samples: int, length: int, written: int = 0
 ) -> float:
-    """Floating-point operations of quantizing a model on so many windows, ``written`` of which it writes."""
+    """Floating-point operations of quantizing a model on windows, ``written`` of which it writes itself."""
     settings = settings.resolved()
     tuned = settings.samples_to_tune(samples) * length
     solved = samples * length - tuned
@@ -68,7 +71,7 @@ def operations(
 
 
 def _solving(config: DecoderConfig, settings: Settings) -> float:
-    """What does not depend on the number of tokens."""
+    """Operations that do not depend on the number of tokens."""
     if settings.method == "rtn":
         return 0.0
     outer = outer_params(config)
@@ -83,7 +86,7 @@ def _linear(kind: DecoderConfig) -> Iterator[str]:
 
 
 def _weights(kind: DecoderConfig) -> float:
-    """Of a block's linear layers, those that a token passes."""
+    """Number of weights in a block's linear layers that one token passes through."""
     shapes, count = block_params(kind), 0.0
     for name in _linear(kind):
         share = kind.experts_per_token / kind.num_experts if ".experts." in name else 1.0
@@ -92,7 +95,7 @@ def _weights(kind: DecoderConfig) -> float:
 
 
 def _observed(kind: DecoderConfig, settings: Settings) -> float:
-    """Operations for each token of what is summed about the inputs of a block's layers."""
+    """Operations per token of summing the statistics of the inputs of a block's layers."""
     shapes, count = block_params(kind), 0.0
     for group in linear_groups(kind):
         k, n = shapes[f"{group[0]}.weight"].shape
@@ -104,10 +107,10 @@ def _observed(kind: DecoderConfig, settings: Settings) -> float:
 
 
 def rate(config: DecoderConfig) -> float:
-    """Operations a second that a quantization of this model comes to.
+    """Operations per second that a quantization of this model reaches.
 
-    Measured, in less than a second, are those of the product of a batch of calibration tokens with a matrix
-    of its MLP, or as much of it as :data:`LARGEST` allows, on the first device.
+    It is derived from one product, timed in less than a second on the first device: a batch of calibration
+    tokens with a matrix of the model's MLP, cut to :data:`LARGEST`.
     """
     k, n = min(config.hidden_size, LARGEST), min(config.intermediate_size, LARGEST)
     x, w = jnp.ones((BATCH_TOKENS, k), COMPUTE_DTYPE), jnp.ones((k, n), COMPUTE_DTYPE)
@@ -120,7 +123,7 @@ def rate(config: DecoderConfig) -> float:
 
 
 def least_seconds(run: Callable[[], Any], repeats: int = 3) -> float:
-    """Shortest wall seconds of some runs after a warm-up."""
+    """Shortest wall time of ``repeats`` runs in seconds, after a warm-up run."""
     jax.block_until_ready(run())
     found = []
     for _ in range(repeats):
@@ -131,7 +134,7 @@ def least_seconds(run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def in_words(seconds: float) -> str:
-    """A duration that is known roughly: ``"3 minutes"``, ``"2.5 hours"``."""
+    """Formats an approximate duration: ``"3 minutes"``, ``"2.5 hours"``."""
     minutes = seconds / 60
     if minutes < 1.5:
         return "a minute"

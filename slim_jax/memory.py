@@ -1,8 +1,8 @@
-"""How much memory a quantization needs at once: forecast from the config alone, measured, and what there is.
+"""Peak memory of a quantization, predicted from the config alone or measured, and the memory available.
 
-A run goes through phases (the model writes calibration text, the gradient sweep, blocks, embedding and head,
-tuning), and each frees what it had. A phase counts its arrays, what it reads, and the temporaries of its
-largest program. Sources are taken to give float32.
+A run goes through phases (the model writes calibration text, the gradient sweep, blocks, embedding and LM
+head, fine-tuning), and each phase frees its memory at the end. The bytes of a phase are its arrays, the
+weights that it reads, and the temporaries of its largest program. Sources are assumed to give float32.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_params
 
 RUNTIME, OF_TOKEN = 420 * 2**20, 1024
-"""Bytes of Python, JAX, compiled programs and a tokenizer, and for each token of the vocabulary; measured."""
+"""Bytes of Python, JAX, compiled programs and a tokenizer, and bytes per vocabulary token; measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Numbers of a model that phases count with.
+    """Sizes of a model, from which the bytes of each phase are computed.
 
     Attributes:
-      blocks: parameters of every block.
-      outer: parameters outside the blocks.
-      head: of these, of a head that is not tied, which is transposed when it is read.
-      packed: bytes of all packed layers.
-      scales: groups of all packed layers.
-      ends: bytes of embedding and head, packed.
+      blocks: number of parameters of each block.
+      outer: number of parameters outside the blocks.
+      head: number of these in an untied LM head, which is transposed when it is read.
+      packed: bytes of all packed layers of the blocks.
+      scales: number of scales of these layers.
+      ends: bytes of the packed embedding and LM head.
     """
 
     blocks: list[int]
@@ -56,16 +56,16 @@ def phases(
     written: int,
     offload: bool,
 ) -> dict[str, int]:
-    """Returns the bytes that every phase of a quantization holds at once, the runtime's not among them.
+    """Returns the peak bytes of each phase of a quantization, without those of the runtime.
 
     Args:
-      config: the decoder's.
-      settings: how it is quantized.
-      shapes: of the model.
-      samples: calibration windows.
-      length: their tokens.
-      written: how many of them the model writes itself.
-      offload: whether activations are on disk but for a batch.
+      config: the decoder's config.
+      settings: the quantization's settings.
+      shapes: sizes of the model.
+      samples: number of calibration windows.
+      length: tokens per window.
+      written: number of windows that the model writes itself.
+      offload: if True, activations are on disk except for one batch.
     """
     tokens = BATCH_TOKENS if offload else (samples - settings.samples_to_tune(samples)) * length
     sizes = zip(config.blocks(), shapes.blocks)
@@ -81,22 +81,25 @@ def phases(
 
 
 def runtime_bytes(config: DecoderConfig) -> int:
-    """Returns what is held beside a quantization's arrays where these are in the process's memory."""
+    """Returns the bytes held besides the arrays, on a CPU, where both share the process's memory; else 0."""
     return RUNTIME + OF_TOKEN * config.vocab_size if jax.default_backend() == "cpu" else 0
 
 
 def _reading(shapes: Shapes) -> int:
-    """What stands outside the blocks, with a copy of the head."""
+    """Bytes of the parameters outside the blocks in float32, and of a copy of the LM head."""
     return 4 * (shapes.outer + shapes.head)
 
 
 DRAWING = 48
-"""Bytes for each logit of a step: as it is, random numbers and what comes of them."""
+"""Bytes per logit of a step: the logit, its random numbers and the results computed from both."""
 
 
 def _writing_bytes(config: DecoderConfig, shapes: Shapes, rows: int, length: int) -> int:
-    """The model in bfloat16; its tables while it is read, then the cache, which is copied to grow, and the
-    logits of a step with random numbers for them."""
+    """Bytes held while the model writes text: the model in bfloat16, and the larger of two amounts.
+
+    These are the embedding and LM head while they are read; and one step's table, its cache, which is copied
+    to grow, and its logits with random numbers for them.
+    """
     model = 2 * (sum(shapes.blocks) + shapes.outer)
     rows = min(rows, SAMPLE_ROWS)
     cache = sum(2 * 2 * kind.num_kv_heads * kind.head_dim for kind in config.blocks())
@@ -108,9 +111,9 @@ def _writing_bytes(config: DecoderConfig, shapes: Shapes, rows: int, length: int
 def held_bytes(kind: DecoderConfig, settings: Settings, size: int, tokens: int) -> int:
     """Returns the bytes of the arrays that are held while the layers of a block are observed and solved.
 
-    The residual stream in float32, before the block and inside (with the full-precision one, if upstream
-    errors are compensated, and for "slim-plus" two targets too), two stages' inputs in bfloat16, and a block
-    twice in float32.
+    These are the residual stream in float32, before the block and inside it (also the full-precision one if
+    upstream errors are compensated, and two targets for "slim-plus"), the inputs of two stages in bfloat16,
+    and the block's parameters twice in float32.
     """
     beside = 2 if settings.corrects else 1
     streams = beside + (4 if settings.method == "slim-plus" else beside)
@@ -119,16 +122,16 @@ def held_bytes(kind: DecoderConfig, settings: Settings, size: int, tokens: int) 
 
 
 def _block_bytes(kind: DecoderConfig, settings: Settings, size: int, tokens: int) -> int:
-    """What is held, and what the layer with most inputs takes while it is observed, or solved."""
+    """Sums :func:`held_bytes` and the bytes of observing or solving the layer with the most inputs."""
     solving = max(_observing(tokens, _widest(kind)), HESSIANS * 4 * _widest(kind) ** 2)
     return held_bytes(kind, settings, size, tokens) + solving
 
 
 HESSIANS = 8
-"""Matrices ``[K, K]`` at once: two that were observed, the Hessian, its factors, and copies."""
+"""Number of ``[K, K]`` matrices held at once: two observed ones, the Hessian, its factors, and copies."""
 
 OBSERVED = 18
-"""Bytes for each input of each token in a batch that is observed: copies in bfloat16 and in float32."""
+"""Bytes per input channel of each token in an observed batch: copies in bfloat16 and in float32."""
 
 
 def _observing(tokens: int, channels: int) -> int:
@@ -141,7 +144,11 @@ def _widest(kind: DecoderConfig) -> int:
 
 
 def _ends_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, tokens: int) -> int:
-    """What is read, the residual stream, the head's inputs, and as much of a table as is solved at once."""
+    """Bytes held while the embedding and LM head are solved.
+
+    These are what is read, the residual stream, the head's inputs, and the part of a table that is solved at
+    once.
+    """
     d, beside = config.hidden_size, 2 if settings.corrects else 1
     of_token = (4 + 2) * beside * d
     if not settings.packs_ends:
@@ -151,8 +158,11 @@ def _ends_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, token
 
 
 def _sweep_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, tokens: int, length: int) -> int:
-    """All blocks' inputs in bfloat16, the gradient in float32; and what is read outside the blocks, with its
-    copy in bfloat16 and the logits of one sample, or what a block's backward pass keeps of a batch."""
+    """Bytes held in the gradient sweep: all blocks' inputs in bfloat16, the gradient in float32, and a peak.
+
+    The peak is the larger of two amounts: the parameters outside the blocks as they are read, their copy in
+    bfloat16 and the logits of one sample; or what a block's backward pass keeps of a batch.
+    """
     tokens, length = (tokens, length) if settings.guide else (min(tokens, BUDGET_TOKENS), BUDGET_LENGTH)
     d = config.hidden_size
     held = tokens * (2 * (config.num_layers + 1) + 4) * d
@@ -166,7 +176,7 @@ def _sweep_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, toke
 
 
 def _given(kind: DecoderConfig) -> int:
-    """What the layers of a block give for each token that passes."""
+    """Number of values per token that the layers of a block output."""
     shapes, count = block_params(kind), 2 * kind.hidden_size
     for group in linear_groups(kind):
         for name in group:
@@ -178,10 +188,13 @@ def _given(kind: DecoderConfig) -> int:
 def _tuning_bytes(
     config: DecoderConfig, settings: Settings, shapes: Shapes, samples: int, length: int
 ) -> int:
-    """Packed weights, stacked too; what is learned of their scales in float32 five times (as it is, the best,
-    two moments, the gradient); of one step's samples what every product gives; the logits of one sample four
-    times; the full-precision model's embedding and head in bfloat16 and, while they are read, as they are;
-    and its head's inputs for all samples."""
+    """Bytes held in fine-tuning.
+
+    These are the packed weights, also stacked; the parameters learned for their scales in float32 five times
+    (current, best, two moments, gradient); the output of every product for one step's samples; the logits of
+    one sample four times; the full-precision model's embedding and LM head in bfloat16 and, while they are
+    read, as they are; and the inputs of its head for all samples.
+    """
     learned = 5 * 4 * shapes.scales
     tuned = settings.samples_to_tune(samples) or samples
     step = 4 * settings.tune_batch_size * length * sum(map(_given, config.blocks()))
@@ -192,7 +205,7 @@ def _tuning_bytes(
 
 
 def available() -> int | None:
-    """Returns the bytes that this process may still take, of the first device's memory; None if unknown."""
+    """Returns the bytes that this process may still take of the first device's memory; None if unknown."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         told = device.memory_stats() or {}

@@ -1,13 +1,14 @@
-"""Where arrays lie when several devices, of one process or of several, share a quantization.
+"""Placement of arrays where several devices, of one process or of several, share a quantization.
 
-The devices of a mesh stand in one row. While activations pass a block, calibration samples are cut over
-them (Gram matrices are then summed over all); while SBA, SQC and GPTQ solve a layer, its output channels
-are. Everything else is whole on every device. Where last bits matter each device runs the very program
-that it would run alone, on its part; elsewhere XLA's partitioner cuts.
+The devices of a mesh form one row. While activations pass through a block, calibration samples are split over
+the devices (Gram matrices are then summed over all devices); while SBA, SQC and GPTQ solve a layer, its
+output channels are. Everything else is replicated on every device. Where the last bits of a result matter,
+each device runs on its part the very program that it would run alone; elsewhere XLA's partitioner splits the
+work.
 
-*Panels.* The sums in XLA's CPU code for a matrix differ in their last bits with its number of columns, and
-GPTQ turns such a bit into other codes further on. In panels of one width a channel's result does not depend
-on how many others stand beside it, so neither on how many devices share a layer.
+*Panels.* In XLA's CPU code, the last bits of the sums for a matrix depend on its number of columns, and GPTQ
+turns a difference in such a bit into different codes later. In panels of one width, a channel's result does
+not depend on how many other channels are computed with it, and so not on how many devices share a layer.
 """
 
 import dataclasses
@@ -31,10 +32,10 @@ PANEL = 192
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How arrays are laid over devices; without a mesh, JAX's default device has all.
+    """Layout of arrays over devices; without a mesh, all arrays are on JAX's default device.
 
     Attributes:
-      mesh: any mesh; only its devices count, and they are put in a row.
+      mesh: any mesh; only its devices matter, and they are arranged in one row.
     """
 
     mesh: Mesh | None = None
@@ -45,34 +46,37 @@ class Placement:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return 1 if self.mesh is None else self.mesh.size
 
     def whole(self, value: Any) -> jax.Array:
-        """The array on every device."""
+        """Replicates an array on every device."""
         return self._put(value, P())
 
     def tree(self, values: Any) -> Any:
-        """Every array of a tree on every device."""
+        """Replicates every array of a tree on every device."""
         return values if self.mesh is None else jax.tree.map(self.whole, values)
 
     def samples(self, value: Any) -> jax.Array:
-        """The leading axis, a multiple of the number of devices, cut over them."""
+        """Splits an array along its leading axis, a multiple of the number of devices."""
         return self._put(value, P(AXIS))
 
     def channels(self, value: Any) -> jax.Array:
-        """A matrix with its last axis, the output channels, cut over the devices if they divide it.
+        """Splits a matrix along its last axis, the output channels, if the number of devices divides it.
 
-        Other arrays are whole.
+        Other arrays are replicated.
         """
         return self._put(value, self._cut(value.shape))
 
     def rows(self, value: jax.Array) -> jax.Array:
-        """The second of three axes cut over the devices if they divide it; else whole."""
+        """Splits an array of three axes along the second if the number of devices divides it.
+
+        Otherwise the array is replicated.
+        """
         return self._put(value, P() if value.shape[1] % self.devices else P(None, AXIS))
 
     def abstract(self, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-        """What :meth:`channels` would make of an array."""
+        """Returns shape, dtype and sharding of the array that :meth:`channels` would make."""
         if self.mesh is None:
             sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
         else:
@@ -80,26 +84,26 @@ class Placement:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def tensor(self, w: MixedTensor) -> MixedTensor:
-        """A packed weight with its output channels cut over the devices."""
+        """Splits a packed weight along its output channels."""
         if self.mesh is None:
             return w
         return jax.tree.map(self.channels, w)
 
     def fetch(self, value: jax.Array) -> np.ndarray:
-        """The whole array in this process's memory."""
+        """Returns the whole array in this process's memory."""
         return np.asarray(value if value.is_fully_addressable else self.whole(value))
 
     def over_samples(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """``function(whole, samples)``, on every device for its own samples; results are joined."""
+        """Maps ``function(whole, samples)`` over devices, each with its own samples; joins the results."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
 
     def over_channels(self, function: Callable[[Any, Any], Any], n: int) -> Callable[[Any, Any], Any]:
-        """``function(whole, channels)``, on every device for its own; results are joined.
+        """Maps ``function(whole, channels)`` over devices, each with its own channels; joins the results.
 
-        Arrays of ``channels``, and all results, end in the ``n`` output channels. They are not cut if the
-        devices do not divide ``n``.
+        The last axis of each array in ``channels``, and of each result, is the ``n`` output channels. They
+        are not split if the number of devices does not divide ``n``.
         """
         if self.mesh is None or n % self.devices:
             return function
@@ -110,22 +114,22 @@ class Placement:
         def cut(whole: Any, channels: Any) -> Any:
             out = jax.tree.map(last, jax.eval_shape(function, whole, channels))
             specs = (P(), jax.tree.map(last, channels))
-            # Unchecked: loops start from constants, which no device owns.
+            # Unchecked: loop carries start from constants, which do not vary over the devices.
             over = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
             return over(whole, channels)
 
         return cut
 
     def of_samples(self) -> NamedSharding | None:
-        """The sharding that :meth:`samples` gives, None without a mesh."""
+        """Sharding that :meth:`samples` gives; None without a mesh."""
         return None if self.mesh is None else self._sharding(P(AXIS))
 
     def of_whole(self) -> NamedSharding | None:
-        """The sharding that :meth:`whole` gives, None without a mesh."""
+        """Sharding that :meth:`whole` gives; None without a mesh."""
         return None if self.mesh is None else self._sharding(P())
 
     def gathered(self, value: Any) -> Any:
-        """Inside jit, what is to be summed over channels: whole, so that sums are those of one device."""
+        """Replicates, inside jit, what is summed over channels, so that sums equal those of one device."""
         whole = self.of_whole()
         return value if whole is None else jax.lax.with_sharding_constraint(value, whole)
 
@@ -146,18 +150,18 @@ class Placement:
 
 
 ONE_DEVICE = Placement()
-"""JAX's default device."""
+"""Placement on JAX's default device."""
 
 
 def from_host(value: np.ndarray, sharding: Sharding) -> jax.Array:
-    """An array that every process holds whole, laid out; nothing is sent between processes."""
+    """Lays out an array that every process holds whole; nothing is sent between processes."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def in_panels(function: Callable[[Any], Any], channels: Any) -> Any:
-    """``function`` of arrays that all end in the same output channels, ``[..., N]``, a panel at a time.
+    """Applies ``function`` to arrays that all end in the same output channels, ``[..., N]``, panel by panel.
 
-    Its results end in them too. The last panel is filled up with copies of the last channel.
+    Its results end in the output channels too. The last panel is padded with copies of the last channel.
     """
     n = jax.tree.leaves(channels)[0].shape[-1]
     width = PANEL if jax.default_backend() == "cpu" else n

@@ -1,4 +1,4 @@
-"""What a quantized model would need, from its config alone: sizes, cache, memory of each device."""
+"""Resources that a quantized model needs, from its config alone: sizes, cache, memory of each device."""
 
 import dataclasses
 import functools
@@ -20,35 +20,37 @@ from slim_jax.rules import check_rules
 GIB = 2**30
 
 DEVICES = {device.short: device.memory_bytes for device in KNOWN if device.memory_bytes}
-"""Memory in bytes of a device as JAX counts them (half a chip on TPU v7x), by its short name."""
+"""Bytes of memory of a device as JAX counts devices (half a chip on TPU v7x), by its short name."""
 
 USABLE = 0.92
-"""What a program gets of a device's memory; the rest is the runtime's and fragments."""
+"""Fraction of a device's memory that a program gets; the rest is lost to the runtime and to fragmentation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes unless it says otherwise.
+    """Sizes of a quantized model and memory of its run, in bytes unless said otherwise.
 
     Attributes:
       parameters: number of all parameters.
-      quantized: number of those that would be quantized.
+      quantized: number of parameters that would be quantized.
       bfloat16_bytes: the whole model in bfloat16.
-      packed_bytes: the arrays of the whole model as they are stored, norms and biases counted in float32,
-        which those of a bfloat16 model are not.
-      bits_per_weight: of the packed layers of the blocks, everything counted.
-      ends_bytes: of embedding and head, in ``packed_bytes`` too.
+      packed_bytes: the arrays of the whole model as they are stored. Norms and biases are counted in float32,
+        although a bfloat16 model stores them in fewer bytes.
+      bits_per_weight: stored bits per weight of the packed layers of the blocks, everything counted.
+      ends_bytes: the packed embedding and LM head, which ``packed_bytes`` includes.
       cache_bytes_per_token: keys and values of one token in bfloat16.
-      calibration_bytes: the most that quantizing needs at once, see `slim_jax.memory`.
-      writing_bytes: of that, what the model takes while it writes text to calibrate on; 0 if it does not.
+      calibration_bytes: peak memory of quantizing, see `slim_jax.memory`.
+      writing_bytes: memory of the phase in which the model writes text to calibrate on; 0 if it writes none.
       device: a key of :data:`DEVICES`.
-      devices: how many.
+      devices: number of devices.
       capacity: usable memory of one device.
-      device_bytes: what one device would hold, for ``batch`` sequences of ``context`` tokens.
-      fits: whether it does.
+      batch: sequences that run at once.
+      context: tokens that each sequence has room for.
+      device_bytes: memory that one device needs for ``batch`` sequences of ``context`` tokens.
+      fits: True if ``device_bytes`` is at most ``capacity``.
       max_context: tokens that each sequence may have.
-      sharding: layer, embedding and head too where they are packed -> "n" (its output channels are cut over
-        the devices) or "replicated".
+      sharding: layer, including the embedding and LM head where they are packed -> "n" (its output channels
+        are split over the devices) or "replicated".
     """
 
     parameters: int
@@ -72,10 +74,10 @@ class Plan:
 
 
 def parse_devices(text: str) -> tuple[str, int]:
-    """``"v5e:4"`` -> ``("v5e", 4)``; one device where no number follows.
+    """Parses ``"v5e:4"`` to ``("v5e", 4)``; one device where no number follows.
 
     Raises:
-      ValueError: no such device, or no positive number.
+      ValueError: there is no such device, or the number is not positive.
     """
     name, colon, count = text.partition(":")
     if name not in DEVICES:
@@ -101,19 +103,19 @@ def make_plan(
     """Plans the quantization of a model and its run.
 
     Args:
-      config: the decoder's.
-      settings: how it would be quantized; groups are counted at the widths beside the mean.
+      config: the decoder's config.
+      settings: the quantization's settings; groups are counted at the two whole widths around the mean.
       device: a key of :data:`DEVICES`.
-      devices: how many share the model, as `slim_jax.load` with a mesh cuts it.
+      devices: number of devices that share the model, split as `slim_jax.load` with a mesh splits it.
       batch: sequences that run at once.
-      context: tokens that each has room for.
-      samples: calibration windows, those that tuning is left among them; 0 plans no calibration.
-      length: their tokens.
-      written: how many of them the model writes itself.
-      offload: whether activations are kept on disk.
+      context: tokens that each sequence has room for.
+      samples: calibration windows, including those reserved for fine-tuning; 0 plans no calibration.
+      length: tokens per window.
+      written: number of windows that the model writes itself.
+      offload: if True, activations are kept on disk.
 
     Raises:
-      ValueError: a rule of the settings holds for no layer, or tuning leaves no window to the layers.
+      ValueError: a rule of the settings applies to no layer, or fine-tuning leaves no window for the layers.
     """
     settings = settings.resolved()
     outer, blocks = outer_params(config), _Blocks.of(config, settings)
@@ -165,15 +167,16 @@ def make_plan(
 
 @dataclasses.dataclass
 class _Blocks:
-    """What all blocks take.
+    """Sizes of all blocks.
 
     Attributes:
-      sizes: parameters of every block.
-      quantized: how many parameters are packed.
-      rest: bytes of those that are not, see `slim_jax.model.params.as_stored`.
-      packed: bytes of every layer that is packed, by its whole name.
+      sizes: number of parameters of each block.
+      quantized: number of parameters that are packed.
+      rest: bytes of the parameters that are not packed, see `slim_jax.model.params.as_stored`.
+      packed: bytes of every packed layer, by its full name.
       outputs: output channels of layers, by their names in a block.
-      in_budget: weights, those that fill up groups too, of the layers that no rule skips or gives bits.
+      in_budget: number of weights, including the padding of groups, of the layers that no rule skips or gives
+        bits.
     """
 
     sizes: list[int] = dataclasses.field(default_factory=list)
@@ -185,15 +188,15 @@ class _Blocks:
 
     @property
     def parameters(self) -> int:
-        """Of all blocks."""
+        """Number of parameters of all blocks."""
         return sum(self.sizes)
 
     @classmethod
     def of(cls, config: DecoderConfig, settings: Settings) -> "_Blocks":
-        """A model's.
+        """Computes the sizes of a model's blocks.
 
         Raises:
-          ValueError: a rule of the settings holds for no layer.
+          ValueError: a rule of the settings applies to no layer.
         """
         check_rules(settings.rules, linear_names(config))
         found, shapes, size = cls(), functools.cache(block_params), functools.cache(_packed_bytes)
@@ -217,20 +220,20 @@ class _Blocks:
 
 
 def _cache_bytes(kind: DecoderConfig, devices: int) -> int:
-    """Of a block's keys and values of one token, in bfloat16, on one of so many devices."""
+    """Bytes of a block's keys and values of one token, in bfloat16, on one of ``devices`` devices."""
     heads = kind.num_kv_heads if kind.num_kv_heads % devices else kind.num_kv_heads // devices
     return 2 * 2 * heads * kind.head_dim
 
 
 def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConfig:
-    """The settings with the mean width at which the whole model takes at most ``size`` bytes, as stored.
+    """Returns the settings with the largest mean width at which the whole model takes at most ``size`` bytes.
 
-    Embedding and head have the width that was asked for, else the default beside the whole part of the mean.
-    Scales count one byte each: layers whose weights ask for two (`slim_jax.method.scale_search.bytes_hold`)
-    take more.
+    The embedding and LM head have the width that was asked for, else the default for the whole part of the
+    mean. Scales are counted at one byte each; layers whose weights need two
+    (`slim_jax.method.scale_search.bytes_hold`) take more.
 
     Raises:
-      ValueError: the smallest mean width takes more, or one budget over the model is not what is asked for.
+      ValueError: the smallest mean width takes more, or no layers share one budget of bits over the model.
     """
     if not settings.resolved().over_model:
         raise ValueError("a target size needs criterion 'model', which gives any mean width")
@@ -250,7 +253,7 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
         if smallest > size:
             continue
         mixed = dataclasses.replace(settings, embedding_bits=uniform.resolved().embedding_bits)
-        left = size - stored(dataclasses.replace(mixed, bits=whole + 0.001))  # it says too where groups lie
+        left = size - stored(dataclasses.replace(mixed, bits=whole + 0.001))  # includes the order of groups
         if left < 0:
             return uniform
         thousandths = min(1 + math.floor(1000 * left / bytes_per_bit), 999)
@@ -259,7 +262,7 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
 
 
 def parse_size(text: str) -> int:
-    """``"1.5GB"`` -> 1,500,000,000 bytes; kB, MB, GB and KiB, MiB, GiB, and none for bytes.
+    """Parses ``"1.5GB"`` to 1,500,000,000 bytes; units are kB, MB, GB, KiB, MiB, GiB, or none for bytes.
 
     Raises:
       ValueError: it is no positive size.
@@ -279,7 +282,7 @@ def _label(name: str) -> str:
 
 
 def _ends(outer: Mapping[str, Any], settings: Settings) -> dict[str, int]:
-    """Bytes of embedding and head, where they are packed."""
+    """Bytes of the packed embedding and LM head; empty where they are not packed."""
     if not settings.packs_ends:
         return {}
     tables = {"embed": outer["embed"].shape[::-1]}
@@ -295,12 +298,15 @@ def _ends(outer: Mapping[str, Any], settings: Settings) -> dict[str, int]:
 
 
 def _in_block(name: str) -> str:
-    """``"blocks.3.attn.q"`` -> ``"attn.q"``; other names as they are."""
+    """Returns a layer's name in its block, ``"attn.q"`` for ``"blocks.3.attn.q"``; other names unchanged."""
     return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
 def _packed_bytes(shape: tuple[int, int], settings: Settings) -> int:
-    """At the mean width, between those of the whole widths beside it: one layer has more, another less."""
+    """Bytes of a packed layer at the mean width, interpolated between the whole widths around it.
+
+    One layer has more bits than the mean, another fewer.
+    """
     groups, mean = group_count(shape[0], settings.group_size), settings.mean_width
 
     def at(width: int) -> int:

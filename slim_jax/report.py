@@ -1,4 +1,4 @@
-"""What a quantization did, layer by layer."""
+"""Results of a quantization, layer by layer."""
 
 import dataclasses
 from collections import Counter
@@ -12,22 +12,23 @@ class LayerReport:
     """One quantized layer.
 
     Attributes:
-      name: such as ``"blocks.3.attn.q"``.
+      name: layer name, such as ``"blocks.3.attn.q"``.
       shape: ``(K, N)``.
       group_size: input channels per group.
       bits: number of groups of each width.
-      bits_per_weight: stored bits over weights, everything counted.
-      error: growth of the layer's squared output error over the squared output, on the calibration text,
-        as solved: of the weights that make up for what was lost before (``SlimConfig.asymmetric``), and
-        "slim-plus" then lowers the block's, see :class:`LearningReport`.
-      worst: the same of the output channel where it is largest. In ``error``, a channel with a large weight
-        outweighs all others; here it does not hide what becomes of them.
-      mixed: groups at one bit more, which is also the number at one bit less (the ``p`` of the search);
-        None where the bits were given.
-      damping: of its Hessian: the config's, or what it took to make the Hessian positive definite.
-      borrowed: of an expert: the share of its Hessian that is from all tokens of the block, not its own.
-      rise: by how much the layer was expected to raise the model's loss, in nats a token, when one budget of
-        bits was spent over the whole model: bits went where this falls most for a bit.
+      bits_per_weight: stored bits per weight, everything counted.
+      error: squared error of the layer's output relative to the squared output, on the calibration text, as
+        solved. The target is the weight that compensates the upstream error (``SlimConfig.asymmetric``);
+        "slim-plus" afterwards lowers the error of the block, see :class:`LearningReport`.
+      worst: the same ratio for the output channel where it is largest. In ``error``, a channel with a large
+        weight outweighs all others and hides their errors; here it does not.
+      mixed: number of groups with one bit more, which is also the number with one bit less (the ``p`` of the
+        search); None where the bits were given.
+      damping: damping of the layer's Hessian: the config's, or the value that made the Hessian positive
+        definite.
+      borrowed: for an expert, the share of its Hessian that comes from all tokens of the block, not its own.
+      rise: predicted loss increase of the model by this layer, in nats per token, where one budget of bits
+        was spent over the whole model: bits went where each lowers this most.
     """
 
     name: str
@@ -52,7 +53,7 @@ class LayerReport:
         damping: float | None,
         borrowed: float = 0.0,
     ) -> "LayerReport":
-        """Reads shape and bits off the packed weight; ``errors`` are ``error`` and ``worst``."""
+        """Makes a report, shape and bits read from ``tensor``; ``errors`` are ``error`` and ``worst``."""
         counts = {str(width): n for width, n in sorted(Counter(tensor.bits().tolist()).items())}
         stored = tensor.bits_per_weight
         return cls(name, tensor.shape, tensor.group_size, counts, stored, *errors, mixed, damping, borrowed)
@@ -60,13 +61,13 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class LearningReport:
-    """What "slim-plus" learned of a block.
+    """Results of "slim-plus" for a block.
 
     Attributes:
-      losses: on the held-out samples: before the first epoch, after each, and last with codes by GPTQ
-        where that follows. Empty where the first is not finite.
-      kept_epoch: whose parameters were kept, an index into ``losses``; 0 is the start.
-      note: what went wrong, empty if nothing did.
+      losses: losses on the validation samples: before the first epoch, after each, and last with codes by
+        GPTQ where that follows. Empty where the first is not finite.
+      kept_epoch: index into ``losses`` of the parameters that were kept; 0 is the start.
+      note: the problem that occurred, empty if there was none.
     """
 
     losses: list[float]
@@ -76,14 +77,14 @@ class LearningReport:
 
 @dataclasses.dataclass(frozen=True)
 class TuningReport:
-    """How scales and norms of the whole model were tuned.
+    """Results of fine-tuning the scales and norms of the whole model.
 
     Attributes:
-      losses: step, and the divergence from the full-precision model's next token on held-out samples, in
-        nats a token; first the start. Empty where that is not finite.
-      kept: which of ``losses`` was kept, the lowest.
-      tokens: that were learned from, counted as often as they were seen.
-      note: what went wrong, empty if nothing did.
+      losses: pairs of a step and its validation loss, the divergence from the full-precision model's
+        next-token distribution in nats per token; the first is the start. Empty where that is not finite.
+      kept: index into ``losses`` of the parameters that were kept, those of the lowest loss.
+      tokens: number of training tokens, counted as often as they were seen.
+      note: the problem that occurred, empty if there was none.
     """
 
     losses: list[tuple[int, float]]
@@ -97,13 +98,13 @@ class BlockReport:
     """One finished block.
 
     Attributes:
-      index: of the block, of ``total``.
-      total: blocks of the model.
-      layers: as the solver left them.
-      seconds: wall seconds.
+      index: index of the block.
+      total: number of blocks of the model.
+      layers: reports of the layers, as the solver left them.
+      seconds: wall time in seconds.
       allocation: bit widths of every group of every layer.
-      learning: how "slim-plus" went on from there, where it did.
-      expert_tokens: calibration tokens that were routed to each expert; empty where there are none.
+      learning: results of "slim-plus" after that, where it was used.
+      expert_tokens: number of calibration tokens routed to each expert; empty where there are no experts.
     """
 
     index: int
@@ -116,12 +117,12 @@ class BlockReport:
 
     @property
     def unreached(self) -> list[str]:
-        """The experts that calibration never reached, such as ``"blocks.3.moe.experts.7"``."""
+        """Experts that no calibration token was routed to, such as ``"blocks.3.moe.experts.7"``."""
         return [f"blocks.{self.index}.moe.experts.{i}" for i, n in enumerate(self.expert_tokens) if n == 0]
 
     @property
     def warning(self) -> str:
-        """What the user should know of these experts; empty if there are none."""
+        """Warning to the user about these experts; empty if there are none."""
         if not self.unreached:
             return ""
         names = ", ".join(self.unreached)
@@ -138,11 +139,11 @@ class Report:
     """A finished quantization.
 
     Attributes:
-      blocks: in order.
-      ends: embedding and head, where they were packed; what a tied table does is under "embed".
-      parameters: of the whole model.
-      stored_bytes: of the whole model.
-      tuning: how scales and norms were tuned in the end, where they were.
+      blocks: reports of the blocks in order.
+      ends: reports of the embedding and LM head, where they were packed; a tied table is under "embed".
+      parameters: number of parameters of the whole model.
+      stored_bytes: stored bytes of the whole model.
+      tuning: results of fine-tuning scales and norms, where that was done.
     """
 
     blocks: list[BlockReport]
@@ -153,7 +154,7 @@ class Report:
 
     @property
     def layers(self) -> list[LayerReport]:
-        """All layers of the blocks in order."""
+        """Reports of all layers of the blocks in order."""
         return [layer for block in self.blocks for layer in block.layers]
 
     @property
@@ -165,7 +166,7 @@ class Report:
 
     @property
     def times_smaller(self) -> float:
-        """Bytes of the whole model in bfloat16 over those that are stored."""
+        """Bytes of the whole model in bfloat16, divided by its stored bytes."""
         return 2 * self.parameters / self.stored_bytes
 
     @property

@@ -1,8 +1,8 @@
-"""Rules: what to do with which linear layers, where not all are to be treated alike.
+"""Rules: options for some linear layers, where not all layers are to be treated alike.
 
-A rule is a pattern over names and what holds for the layers that it matches, instead of what the other
-settings say. Of several the first that matches a layer holds, and it alone, as in Qwix and in GPTQModel's
-``dynamic``: exceptions come before what is general.
+A rule is a pattern over layer names, and options that replace the other settings for the layers that match.
+Of several rules the first match wins, and it alone, as in Qwix and in GPTQModel's ``dynamic``: exceptions
+come before general rules.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 REGEX = "re:"
-"""Begins a pattern that is a regular expression, for the whole name."""
+"""Prefix of a pattern that is a regular expression for the whole name."""
 
 METHODS = ("slim", "gptq", "rtn")
 KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
@@ -24,25 +24,26 @@ KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "sqc": ("a name", (str,)),
     "damping": ("a number", (int, float)),
 }
-"""The options, and what their values are."""
+"""Options of a rule: a description of the value, and its types."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What is to be done with some layers. Of the options, None leaves what the other settings say.
+    """Options for the layers that match a pattern. An option of None leaves the other settings unchanged.
 
     Attributes:
-      pattern: of names such as ``"blocks.3.mlp.down"``, where ``*`` stands for anything, dots too
-        (`fnmatch`); with ``re:`` before it a regular expression for the whole name.
-      skip: the layers stay in full precision, stored in bfloat16; no other option goes with it.
-      bits: their mean width, outside of a budget that others share.
-      group_size: input channels that share scale, zero point and width.
-      method: how bits and codes are found: "slim", "gptq" or "rtn".
-      sqc: how scales and zero points are found.
-      damping: of the Hessian.
+      pattern: pattern for names such as ``"blocks.3.mlp.down"``, where ``*`` stands for any text, dots
+        included (`fnmatch`); after the prefix ``re:``, a regular expression for the whole name.
+      skip: if True, the layers stay in full precision, stored in bfloat16; no other option may be given.
+      bits: mean width of these layers, outside the budget that other layers share.
+      group_size: input channels that share a scale, a zero point and a width.
+      method: method that finds bits and codes: "slim", "gptq" or "rtn".
+      sqc: search for scales and zero points.
+      damping: damping of the Hessian.
 
     Raises:
-      ValueError: the pattern is no regular expression, or no option is given.
+      ValueError: the pattern is not a valid regular expression, the method is unknown, no option is given, or
+        another one with ``skip``.
     """
 
     pattern: str
@@ -67,10 +68,10 @@ class Rule:
 
     @classmethod
     def of(cls, given: Any) -> "Rule":
-        """A rule from ``(pattern, options)``: options are a mapping, or ``"skip"``.
+        """Makes a rule from ``(pattern, options)``, where options are a mapping or ``"skip"``.
 
         Raises:
-          ValueError: it is something else, there is no such option, or a value has another type.
+          ValueError: the argument is something else, there is no such option, or a value has another type.
         """
         if isinstance(given, cls):
             return given
@@ -96,23 +97,23 @@ class Rule:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The options that the rule gives, but for ``skip``: fields of the config."""
+        """Options that the rule gives, except ``skip``, as fields of the config."""
         given = {name: getattr(self, name) for name in KINDS if name != "skip"}
         given["bits"] = None if self.bits is None else whole(self.bits)
         return {name: value for name, value in given.items() if value is not None}
 
     def matches(self, name: str) -> bool:
-        """Whether the rule is for a layer of this name, if none before it is."""
+        """True if the pattern matches this layer name; an earlier rule may still come first."""
         if self.pattern.startswith(REGEX):
             return re.fullmatch(self.pattern.removeprefix(REGEX), name) is not None
         return fnmatch.fnmatchcase(name, self.pattern)
 
     def error(self, told: str) -> ValueError:
-        """What is wrong with it."""
+        """Returns an error that names the rule and says what is wrong with it."""
         return ValueError(f"rule {self.pattern!r}: {told}")
 
     def to_json(self) -> list[Any]:
-        """``[pattern, options]``; :meth:`of` is the inverse."""
+        """Returns ``[pattern, options]``; :meth:`of` is the inverse."""
         return [self.pattern, {"skip": True} if self.skip else self.changes]
 
     def __str__(self) -> str:
@@ -121,20 +122,20 @@ class Rule:
 
 
 def whole(number: float) -> float:
-    """The number, as an integer if it is one."""
+    """Returns the number, as an integer if it is one."""
     return int(number) if float(number).is_integer() else number
 
 
 def first_match(rules: Sequence[Rule], name: str) -> Rule | None:
-    """The rule that holds for a layer."""
+    """Returns the first rule that matches a layer's name; None if none does."""
     return next((rule for rule in rules if rule.matches(name)), None)
 
 
 def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
-    """Whether every rule holds for one of the layers, and one of these is quantized.
+    """Checks that every rule applies to some layer, and that at least one layer is quantized.
 
     Raises:
-      ValueError: a rule matches no name, or only such as a rule before it matches; or rules skip all.
+      ValueError: a rule matches no name, or only names that rules before it match; or rules skip all layers.
     """
     left = list(names)
     for rule in rules:
@@ -153,7 +154,7 @@ def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
-    """What a user may have meant; numbers in names stand for one another."""
+    """Describes names close to a pattern, for an error message; ``*`` stands for numbers in names."""
     kinds = list(
         dict.fromkeys(".".join("*" if p.isdigit() else p for p in name.split(".")) for name in names)
     )

@@ -1,1 +1,1 @@
-"""Judging decoders: perplexity and likelihoods of text."""
+"""Evaluation of decoders: perplexity and likelihoods of text."""

@@ -1,6 +1,6 @@
-"""What a model makes of given continuations: their log-probabilities, and whether it would write them itself.
+"""Log-probabilities of given continuations, and whether greedy decoding would produce them.
 
-Token ids in, numbers out; which texts are asked about is not this file's business.
+Input is token ids, output is numbers; the choice of texts is not this file's concern.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from slim_jax.model.decoder import Decoder
 
 
 class Judged(NamedTuple):
-    """Of one continuation.
+    """Evaluation of one continuation.
 
     Attributes:
-      log_probability: in nats, of all its tokens.
-      greedy: whether each of them is the likeliest.
+      log_probability: log-probability of all its tokens, in nats.
+      greedy: True if each of them is the most likely token.
     """
 
     log_probability: float
@@ -30,7 +30,7 @@ class Judged(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """``tokens`` to read, of which those from ``start`` on are judged, and of which pair."""
+    """Tokens to read, the start of the ones to be evaluated, and the index of their pair."""
 
     tokens: list[int]
     start: int
@@ -44,19 +44,19 @@ def judge(
     batch_tokens: int = BATCH_TOKENS,
     on_judged: Callable[[int], None] | None = None,
 ) -> list[Judged]:
-    """The log-probability of every continuation after its context.
+    """Returns the log-probability of every continuation after its context.
 
-    Pairs of like length are read together, filled up on the right to one of the few sizes that the generator
-    compiles for. A context that does not fit is cut at its beginning.
+    Pairs of similar length are read together, padded on the right to one of the few sizes that the generator
+    compiles for. A context that does not fit is truncated at its beginning.
 
     Args:
-      reader: of the model.
+      reader: reader of the model.
       pairs: token ids of contexts and continuations, at least one of each.
-      batch_tokens: of the rows that are read together, one row at least.
-      on_judged: called with how many more continuations are done.
+      batch_tokens: maximum number of tokens in the rows that are read together; at least one row is read.
+      on_judged: called with the number of continuations that were just evaluated.
 
     Returns:
-      As many as there are pairs, in their order.
+      One result per pair, in order.
 
     Raises:
       ValueError: a context or continuation is empty, or the model has too few positions for a continuation.
@@ -67,7 +67,7 @@ def judge(
     def width(row: _Row) -> int:
         return _width(reader.outer.config, len(row.tokens) - 1)
 
-    # The longest first: what does not fit into memory fails at once.
+    # The longest first: a row that does not fit into memory fails at once.
     for size, alike in itertools.groupby(sorted(rows, key=width, reverse=True), key=width):
         for batch in itertools.batched(alike, max(1, batch_tokens // size)):
             found |= _judge_batch(reader, batch, size)
@@ -88,7 +88,7 @@ def _row(config: DecoderConfig, index: int, context: Sequence[int], continuation
 
 
 def _width(config: DecoderConfig, length: int) -> int:
-    """Tokens to which a row is filled up; never beyond where positions or their frequencies change."""
+    """Returns the padded length of a row, never beyond where positions end or their frequencies change."""
     edges = [config.max_positions]
     if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
         edges.append(config.rope_scaling.original_max_positions)
@@ -119,7 +119,10 @@ def _judge_batch(reader: Reader, rows: Sequence[_Row], width: int) -> dict[int, 
 def _judge_tokens(
     outer: Decoder, h: jax.Array, places: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of ``targets[B, C]`` after ``places[B, C]`` of ``h[B, T, d]``; which are likely."""
+    """Returns log-probabilities of ``targets[B, C]`` after ``places[B, C]`` of ``h[B, T, d]``.
+
+    Also returns, for each target, True if it is the most likely token.
+    """
 
     def of_part(part: dict[str, jax.Array]) -> dict[str, jax.Array]:
         logits = outer.logits(part["h"])

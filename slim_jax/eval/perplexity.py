@@ -1,4 +1,4 @@
-"""Perplexity over non-overlapping windows, as GPTQ's authors and everyone after them measure it."""
+"""Perplexity over non-overlapping windows, as GPTQ's authors and those after them measure it."""
 
 import dataclasses
 import math
@@ -21,20 +21,20 @@ LOGIT_TOKENS = 256
 """Tokens whose logits are in memory at once."""
 
 BATCH_TOKENS = 8192
-"""Tokens of the windows that pass the blocks together: packed weights are dequantized once for them all."""
+"""Tokens of the windows that pass the blocks together: packed weights are dequantized once for all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """``exp`` of the mean loss per token; ``tokens`` is what the windows hold.
+    """Perplexity of a model on a text: ``exp`` of the mean loss per token.
 
     Attributes:
-      perplexity: of the model.
-      tokens: of all windows.
-      windows: how many.
-      against: perplexity of the model that it was held against; the next two are then known too.
-      divergence: ``KL(p || q)``, mean over tokens, in nats: ``p`` of that model, ``q`` of this one.
-      agreement: share of the tokens after which both find the same token likeliest.
+      perplexity: perplexity of the model.
+      tokens: number of tokens in all windows.
+      windows: number of windows.
+      against: perplexity of the reference model, if there is one; the next two are then known too.
+      divergence: ``KL(p || q)`` in nats, mean over tokens: ``p`` of the reference model, ``q`` of this one.
+      agreement: fraction of tokens after which both models find the same token most likely.
     """
 
     perplexity: float
@@ -54,9 +54,10 @@ def _forward(block: Block, h: jax.Array) -> jax.Array:
 def _loss(
     outer: Decoder, h: jax.Array, tokens: jax.Array, other: tuple[Decoder, jax.Array] | None = None
 ) -> dict[str, jax.Array]:
-    """Means over each of the windows ``tokens[B, T]``; logits are made for a part of them at a time.
+    """Returns means over each of the windows ``tokens[B, T]``, making logits for a part of them at a time.
 
-    ``h[B, T, d]`` is what the last block gives; ``other`` is another model's, to be compared with.
+    ``h[B, T, d]`` is the output of the last block; ``other`` is a reference model without blocks, and the
+    output of its last block.
     """
 
     def of_part(part: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -81,10 +82,10 @@ def _loss(
 def over_parts(
     of_part: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], seen: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """``of_part`` over the rows of ``seen``'s arrays, :data:`LOGIT_TOKENS` at a time: it makes logits."""
+    """Applies ``of_part``, which makes logits, to :data:`LOGIT_TOKENS` rows of ``seen`` at a time."""
     count = len(next(iter(seen.values())))
     parts, even = count // LOGIT_TOKENS, count // LOGIT_TOKENS * LOGIT_TOKENS
-    # Parts of whole rows, not a map of tokens: a product knows how many rows it has.
+    # Mapped over parts of several rows, not over tokens, so that each product sees its number of rows.
     in_parts = {name: a[:even].reshape(parts, LOGIT_TOKENS, *a.shape[1:]) for name, a in seen.items()}
     found, rest = lax.map(of_part, in_parts), of_part({name: a[even:] for name, a in seen.items()})
     return {name: jnp.concatenate([found[name].reshape(-1), rest[name]]) for name in found}
@@ -103,7 +104,7 @@ class Reader:
         self.outer = make_outer(model.config, split_params(model)[0])
 
     def read(self, tokens: jax.Array) -> jax.Array:
-        """What the last block gives for ``tokens[B, T]``."""
+        """Returns the output of the last block for ``tokens[B, T]``."""
         h = embed(self.outer, tokens)
         for block, rows in self.blocks:
             h = _forward(with_rows(block, rows), h)
@@ -120,22 +121,22 @@ def perplexity(
     against: Decoder | None = None,
     batch: int | None = None,
 ) -> Perplexity:
-    """Perplexity of a model, dense or packed, on a text ``int[T]``.
+    """Measures the perplexity of a model, dense or packed, on a text ``int[T]``.
 
     One block at a time is compiled and run, so a model of many blocks costs one compilation.
 
     Args:
       model: the decoder.
       tokens: the text.
-      window: tokens per window; each is judged on its own, the first token unpredicted.
-      max_windows: at most this many windows, evenly spread.
-      on_window: called with windows done, windows in all, and the perplexity so far.
-      against: another model of the same vocabulary, such as the one in full precision, to be compared with.
+      window: tokens per window; each window is evaluated on its own, and its first token is not predicted.
+      max_windows: maximum number of windows, evenly spaced over the text.
+      on_window: called with the number of windows done, the number of all, and the perplexity so far.
+      against: reference model of the same vocabulary to compare with, such as the full-precision one.
       batch: windows that are read together; by default as many as :data:`BATCH_TOKENS` allows.
 
     Raises:
-      ValueError: see :func:`select_windows`; or the window exceeds a model's positions, or the
-        vocabularies differ.
+      ValueError: see :func:`select_windows`; or the window exceeds a model's positions, or the vocabularies
+        differ.
     """
     for decoder in (model, against):
         if decoder is not None and window > decoder.config.max_positions:

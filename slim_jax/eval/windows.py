@@ -1,4 +1,4 @@
-"""Cutting a tokenized text into windows, to calibrate on or to measure."""
+"""Windows of a tokenized text, for calibration or evaluation."""
 
 import math
 
@@ -9,10 +9,10 @@ from jaxtyping import Int32
 def draw_windows(
     tokens: np.ndarray, samples: int, length: int, seed: int
 ) -> Int32[np.ndarray, "samples length"]:
-    """Windows at random places of a text ``int[T]``; equal seeds give equal windows.
+    """Draws windows at random places of a text ``int[T]``; equal seeds give equal windows.
 
-    None overlap as long as the text has others: it is cut into windows from a random place on, and from
-    another where these are not enough.
+    Windows do not overlap as long as the text has enough of them: it is cut into windows from a random place
+    on, and from another place if these are too few.
 
     Raises:
       ValueError: the text is shorter than one window.
@@ -28,7 +28,9 @@ def draw_windows(
 
 
 def select_windows(tokens: np.ndarray, window: int, max_windows: int | None = None) -> np.ndarray:
-    """Windows ``[W, window]`` of a text, the rest dropped; of ``total``, every ``ceil(total / max)``-th.
+    """Returns windows ``[W, window]`` of a text without the remainder, or at most ``max_windows`` of them.
+
+    These are then every ``ceil(total / max_windows)``-th of the ``total`` windows.
 
     Raises:
       ValueError: the text is shorter than one window, or a number is too small.

@@ -1,1 +1,1 @@
-"""Running decoders: fused for speed, generating, sharing devices."""
+"""Inference with decoders: fusing for speed, generation, tensor parallelism."""

@@ -1,8 +1,9 @@
-"""The loop over tokens, which runs on the device: reading a prompt, then several tokens a dispatch.
+"""The generation loop, which runs on the device: prefill of a prompt, then several decode steps a dispatch.
 
 Every function takes a generator's weights as a structure and a flat list of leaves, and is shared by all
-generators, so that a second one of the same shapes compiles nothing. Where devices share the work
-(`slim_jax.infer.tensor_parallel`), the whole loop runs on each, with its own part of weights and state.
+generators, so that a second one of the same shapes compiles nothing. With tensor parallelism
+(`slim_jax.infer.tensor_parallel`), the whole loop runs on each device, with its own part of weights and
+state.
 """
 
 from collections.abc import Callable
@@ -21,15 +22,15 @@ from slim_jax.infer.tensor_parallel import AXIS
 from slim_jax.model.cache import State
 
 CHUNK = 16
-"""Tokens that one dispatch writes at most."""
+"""Maximum number of tokens per row that one dispatch writes."""
 
 
 class Structure(NamedTuple):
-    """How weights are laid out; static.
+    """Layout of the weights; static.
 
     Attributes:
-      tree: of the leaves.
-      mesh: whose devices have a part of each leaf, on a leading axis; None where there is one.
+      tree: tree structure of the leaves.
+      mesh: mesh whose devices each have a part of every leaf, on a leading axis; None on one device.
     """
 
     tree: Any
@@ -37,7 +38,7 @@ class Structure(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Where a batch stands between two dispatches.
+    """Progress of a batch between two dispatches.
 
     Attributes:
       last: ``int32[B]``, the token of each row that has not been read yet.
@@ -56,8 +57,8 @@ Carry = tuple[jax.Array, jax.Array, Tokens, State, Choice]
 def _on_each_device(*gives: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Runs ``function(tree, leaves, state, *rest)`` on every device of a :class:`Structure`'s mesh.
 
-    Leaves and state are each device's own, all else is the same on all; ``gives`` says of each result whether
-    it is a state.
+    Each device has its own leaves and state, and the same other arguments; ``gives`` has one value per
+    result, True if it is a state.
     """
     specs = tuple(P(AXIS) if is_state else P() for is_state in gives)
 
@@ -100,7 +101,7 @@ def read(
     positions: jax.Array,
     choice: Choice,
 ) -> tuple[jax.Array, State, Choice]:
-    """Reads ``tokens[B, T]`` and chooses the next of each row, ``int32[B]``."""
+    """Reads ``tokens[B, T]`` and chooses the next token of each row, ``int32[B]``."""
     outer, runs = jax.tree.unflatten(tree, leaves)
     logits, state = forward(outer, runs, state, tokens, positions)
     choice = choice.reads(tokens, positions)
@@ -118,20 +119,20 @@ def write(
     stops: jax.Array,
     steps: jax.Array,
 ) -> tuple[jax.Array, jax.Array, State, Choice]:
-    """Up to ``steps`` tokens a row, fewer if every row has ended before.
+    """Writes up to ``steps`` tokens per row, fewer if every row ends earlier.
 
     Args:
-      tree: with ``leaves``, the model.
-      leaves: see ``tree``.
-      state: what has been seen, ``at.last`` excluded.
-      at: where the batch stands.
-      choice: how tokens are chosen.
+      tree: structure of the model's weights.
+      leaves: leaves of the model's weights.
+      state: state of the batch before ``at.last`` is read.
+      at: progress of the batch.
+      choice: sampling settings and state.
       stops: ``int32[n]``, tokens that end a row.
       steps: ``int32[]``, at most :data:`CHUNK`.
 
     Returns:
-      The tokens ``int32[CHUNK, B]``, how many of their rows were written, and state and choice that have
-      seen all of them but the last.
+      The tokens ``int32[CHUNK, B]``, how many of their rows were written, and state and choice after all
+      written tokens but the last.
     """
     outer, runs = jax.tree.unflatten(tree, leaves)
 
@@ -157,7 +158,7 @@ def write(
 @partial(jax.jit, static_argnums=0)
 @_on_each_device(False)
 def next_logits(tree: Any, leaves: list[jax.Array], state: State, tokens: jax.Array) -> jax.Array:
-    """Logits after ``tokens[B, 1]`` at position 0; the state is only looked at."""
+    """Returns logits after ``tokens[B, 1]`` at position 0; the state is not changed."""
     outer, runs = jax.tree.unflatten(tree, leaves)
     return forward(outer, runs, state, tokens, jnp.zeros_like(tokens))[0]
 
@@ -167,7 +168,10 @@ def next_logits(tree: Any, leaves: list[jax.Array], state: State, tokens: jax.Ar
 def write_text(
     tree: Any, leaves: list[jax.Array], state: State, token: jax.Array, key: jax.Array, *, steps: int
 ) -> tuple[jax.Array, jax.Array, State]:
-    """``steps`` tokens a row at temperature 1: the last ``[B]``, all ``[steps, B]`` and the state."""
+    """Writes ``steps`` tokens per row at temperature 1.
+
+    Returns the last tokens ``[B]``, all tokens ``[steps, B]`` and the state.
+    """
     outer, runs = jax.tree.unflatten(tree, leaves)
 
     def step(carry: tuple[jax.Array, State], _: None) -> tuple[tuple[jax.Array, State], jax.Array]:

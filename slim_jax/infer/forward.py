@@ -1,9 +1,9 @@
-"""One pass of a decoder against the cache of what a batch has seen.
+"""One forward pass of a decoder over new tokens, against the cache of a batch.
 
-Blocks of one kind that follow one another and are packed alike are stacked and scanned over, which compiles
-one body; their products read a layer's part of a prepared weight where it lies. Dense blocks run unrolled,
-because XLA copies each slice of a weight that it scans over, and on NVIDIA GPUs packed ones too, of which it
-would copy a layer's words.
+The blocks of a scan segment, adjacent blocks of one kind that are packed alike, are stacked and scanned over,
+which compiles one body; their products read a layer's part of a prepared weight in place. Dense blocks run
+unrolled, because XLA copies each slice of a weight that it scans over. On NVIDIA GPUs packed blocks run
+unrolled too, because XLA would copy each layer's words.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +20,17 @@ from slim_jax.model.cache import KeyValues, Rows, State
 from slim_jax.model.decoder import Decoder
 
 Through = Callable[..., tuple[Any, ...]]
-"""From a block, the residual stream, and keys and values (of all layers, then also which is meant)."""
+"""Function of a block, the residual stream, keys and values, and the layer's index if these are of all
+layers."""
 
 
 def stackable(blocks: Sequence[Block]) -> bool:
-    """Whether blocks are packed :func:`alike`, and the target gains by a scan over them."""
+    """True if blocks are packed :func:`alike`, and the target gains by a scan over them."""
     return chips.of_target().platform != "cuda" and alike(blocks)
 
 
 def alike(parts: Sequence[Any]) -> bool:
-    """Whether parts of models are packed, and alike in all but the values of their leaves and the rows of
-    words."""
+    """True if parts of models are packed, and differ only in the values of leaves and the rows of words."""
     rows = most_rows(parts)
     if not rows[0]:
         return False
@@ -43,8 +43,11 @@ def alike(parts: Sequence[Any]) -> bool:
 
 
 def with_scales_alike[T](blocks: Sequence[T]) -> list[T]:
-    """The blocks, or parts of them; where scales of a weight are bytes in some and bfloat16 in others, which
-    is all that keeps them from being stacked, bfloat16 in all: it holds the value of every byte."""
+    """Returns the blocks, or parts of them, with a weight's scales in one dtype so that they can be stacked.
+
+    Where a weight's scales are bytes in some blocks and bfloat16 in others, and nothing else differs, they
+    become bfloat16 in all, which holds the value of every byte.
+    """
     weights = map(_packed_weights, blocks)
     kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
     if any(kind != kinds[0] for kind in kinds):
@@ -65,8 +68,10 @@ def with_scales_alike[T](blocks: Sequence[T]) -> list[T]:
 
 
 def most_rows(blocks: Sequence[Any]) -> list[list[int]]:
-    """For each block, of each of its packed weights in order, the most rows of words that one of the blocks
-    has that are packed alike."""
+    """Returns, for each packed weight of each block in order, the number of rows to pad its words to.
+
+    That is the most rows among the blocks that are packed alike.
+    """
     rows = [[w.words.shape[-2] for w in _packed_weights(block)] for block in blocks]
     kinds: list[Any] = [jax.tree.structure(block) for block in blocks]
     alike = [[own for kind, own in zip(kinds, rows) if kind == wanted] for wanted in kinds]
@@ -74,7 +79,7 @@ def most_rows(blocks: Sequence[Any]) -> list[list[int]]:
 
 
 def with_rows[T](block: T, rows: Sequence[int]) -> T:
-    """The block with its packed weights' words filled up, so that one program serves all blocks."""
+    """Returns the block with its packed weights' words padded to ``rows``: one program serves all blocks."""
     wanted = iter(rows)
     return jax.tree.map(
         lambda leaf: leaf.with_rows(next(wanted)) if is_packed(leaf) else leaf, block, is_leaf=is_packed
@@ -82,26 +87,26 @@ def with_rows[T](block: T, rows: Sequence[int]) -> T:
 
 
 def _packed_weights(block: Any) -> list[MixedTensor]:
-    """In order."""
+    """Returns the packed weights in order."""
     return [leaf for leaf in jax.tree.leaves(block, is_leaf=is_packed) if is_packed(leaf)]
 
 
 def is_packed(value: Any) -> bool:
-    """Whether it is a packed weight: where the leaves of a model end."""
+    """True if the value is a packed weight; used to stop at whole weights in a tree."""
     return isinstance(value, MixedTensor)
 
 
 def forward(
     outer: Decoder, runs: Sequence[Any], state: State, tokens: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, State]:
-    """Logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state that has seen them.
+    """Returns logits ``float32[B, vocab]`` after the last of ``tokens[B, T]``, and the state with the tokens.
 
     Args:
-      outer: what stands outside the blocks.
-      runs: the blocks of every run, a list or stacked.
-      state: what has been seen.
-      tokens: to be read.
-      positions: theirs, ``[B, T]``; -1 for padding.
+      outer: the decoder without blocks.
+      runs: the blocks of every scan segment, a list or stacked.
+      state: state of the batch before the tokens.
+      tokens: tokens to read.
+      positions: positions of the tokens, ``[B, T]``; -1 for padding.
     """
     start = state.length
     slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
@@ -135,26 +140,26 @@ def _scanned(through: Through, blocks: Any, h: jax.Array, kv: Any) -> tuple[jax.
         block = _one_of_stack(whole, jax.tree.map(one, cut), i)
         return i + 1, *through(block, h, k, v, i)
 
-    # Not a scan, whose layers are numbered by a list of numbers beside its own count.
+    # Not a scan, which would need an array of layer indices besides its own counter.
     count = jax.tree.leaves(kv)[0].shape[0]
     _, h, *kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, *kv))
     return h, tuple(kv)
 
 
 def is_prepared(value: Any) -> bool:
-    """Whether it is a prepared weight."""
+    """True if the value is a prepared weight."""
     return isinstance(value, Prepared)
 
 
 def _split_stack(blocks: Block) -> tuple[Any, Any]:
-    """Stacked blocks as prepared weights, which stay whole, and the rest, of which a scan cuts a layer."""
+    """Splits stacked blocks into prepared weights, which stay whole, and the rest, which a scan slices."""
     whole = jax.tree.map(lambda leaf: leaf if is_prepared(leaf) else None, blocks, is_leaf=is_prepared)
     cut = jax.tree.map(lambda leaf: None if is_prepared(leaf) else leaf, blocks, is_leaf=is_prepared)
     return whole, cut
 
 
 def _one_of_stack(whole: Any, cut: Any, layer: jax.Array) -> Block:
-    """The block that :func:`_split_stack` has taken apart, of one layer."""
+    """Returns one layer's block from the two results of :func:`_split_stack`."""
     return jax.tree.map(
         lambda leaf, prepared: leaf if prepared is None else prepared.at(layer),
         cut,

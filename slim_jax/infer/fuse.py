@@ -1,6 +1,6 @@
-"""A decoder made ready for many steps: blocks stacked, packed weights prepared, experts as one.
+"""Fusing of a decoder for many steps: blocks stacked, packed weights prepared, experts merged.
 
-All of it is worked out once, on the device, and nothing of it is stored.
+All of this is computed once, on the device, and none of it is stored.
 """
 
 import itertools
@@ -23,22 +23,22 @@ from slim_jax.model.mlp import MLP
 from slim_jax.model.stage import part_of
 
 Groups = Sequence[Sequence[str]]
-"""Names of linear layers, those that read one input together."""
+"""Names of linear layers, grouped by the input that they read."""
 
 
 def ready(model: Decoder, *, consume: bool = False) -> tuple[Decoder, list[Any], list[bool]]:
-    """What `slim_jax.infer.forward.forward` takes: what stands outside the blocks, and their runs.
+    """Returns the arguments of `slim_jax.infer.forward.forward`: the decoder without blocks, and its blocks.
 
     Dense weights are shared with the model, packed ones copied.
 
     Args:
-      model: of which no part is changed, unless it is consumed.
-      consume: whether packed weights are deleted as they are copied: at no time is there more in memory than
-        the model and one block of it, or one table. The model is of no use afterwards.
+      model: the decoder, no part of which is changed unless it is consumed.
+      consume: if True, packed weights are deleted as they are copied, so that memory never holds more than
+        the model and one block of it, or one table. The model is unusable afterwards.
 
     Returns:
-      The decoder without blocks; of every run (`Decoder.runs`) its blocks, stacked or a list; and whether
-      they are stacked. Weights over a mesh are left as they are.
+      The decoder without blocks; for every scan segment (`Decoder.runs`) its blocks, stacked or as a list;
+      and for every segment True if it is stacked. Weights over a mesh are left as they are.
     """
     runs = [with_scales_alike(run) for run in model.runs()]
     stacked = [stackable(run) for run in runs]
@@ -54,9 +54,9 @@ def ready(model: Decoder, *, consume: bool = False) -> tuple[Decoder, list[Any],
 
 
 def _stacked_blocks(blocks: Sequence[Block], alone: bool, *, consume: bool = False) -> Any:
-    """Blocks on a leading axis; if they lie ``alone`` on a device, their packed weights prepared."""
+    """Stacks blocks on a leading axis; if they are ``alone`` on a device, prepares their packed weights."""
     experts = _experts_as_one(blocks, consume=consume) if alone else None
-    if experts is not None:  # of all blocks, one after the other; what is prepared, products find there
+    if experts is not None:  # those of all blocks, in order; products index prepared ones
         experts = jax.tree.map(
             lambda leaf: leaf if is_prepared(leaf) else leaf.reshape(len(blocks), -1, *leaf.shape[1:]),
             experts,
@@ -72,7 +72,7 @@ _stacked_at_once = jax.jit(_stacked_blocks, static_argnames=("alone", "consume")
 
 
 def _prepared_block(block: Block, consume: bool) -> Block:
-    """A block that stays by itself: weights prepared, those that read one input as one, and its experts."""
+    """Prepares a block that is not stacked: merges weights that read one input, and the experts."""
     packed = [leaf for leaf in jax.tree.leaves(block, is_leaf=is_packed) if is_packed(leaf)]
     if not packed:
         return block
@@ -96,12 +96,14 @@ def _with_weights_prepared(block: Block) -> Block:
 
 
 NORMS = {"attn.q": "attn_norm", "mlp.gate": "mlp_norm"}
-"""By the first of layers that read one input, the norm before them, in blocks that have it there."""
+"""Norm before the layers that read one input, by the first of these layers, in blocks with pre-norms."""
 
 
 def _behind_norm(owner: Any, name: str | None, weight: Prepared) -> Prepared:
-    """A weight with the norm of its input where the back end takes it; who owns the norm is then left
-    without."""
+    """Returns a weight whose product applies the norm of its input, if the back end supports that.
+
+    The owner's norm is then replaced by :class:`Unchanged`. Otherwise the weight is returned as it is.
+    """
     norm = getattr(owner, name) if name is not None else None
     before = norm.before_product() if isinstance(norm, Norm) else None
     found = None if before is None else weight.behind(before)
@@ -112,7 +114,7 @@ def _behind_norm(owner: Any, name: str | None, weight: Prepared) -> Prepared:
 
 
 def _head_behind_norm(outer: Decoder) -> Decoder:
-    """What stands outside the blocks, with the last norm as part of the product with the head."""
+    """Returns the decoder without blocks, with its final norm as part of the product with the LM head."""
     table = outer.embed if outer.head is None else outer.head.weight
     if isinstance(weight := table.get_value(), Prepared) and outer.project_out is None:
         table.set_value(_behind_norm(outer, "norm", weight))
@@ -120,12 +122,12 @@ def _head_behind_norm(outer: Decoder) -> Decoder:
 
 
 def _groups(block: Block, experts: MLP | None) -> Groups:
-    """The block's layers that read one input together, but for those of experts that are one already."""
+    """Returns the block's layers grouped by the input they read, without those of merged experts."""
     return [names for names in linear_groups(block.config) if experts is None or "experts" not in names[0]]
 
 
 def with_experts_as_one(block: Block) -> Block:
-    """A block whose packed experts are one, if they can be, for a function that is compiled."""
+    """Merges a block's packed experts if possible, for a function that is compiled."""
     experts = _experts_as_one([block], prepared=False)
     if block.moe is not None and experts is not None:
         block.moe.stacked = experts
@@ -133,9 +135,10 @@ def with_experts_as_one(block: Block) -> Block:
 
 
 def _experts_as_one(blocks: Sequence[Block], *, prepared: bool = True, consume: bool = False) -> MLP | None:
-    """All experts of the blocks as one, in their order; the blocks, which must be copies, are left without.
+    """Merges all experts of the blocks, in order; the blocks, which must be copies, lose theirs.
 
-    None, and nothing done, where there are no packed experts, or they are packed differently, or over a mesh.
+    Returns None, and changes nothing, where there are no packed experts, or where they are packed differently
+    or over a mesh.
     """
     mixtures = [block.moe for block in blocks if block.moe is not None and block.moe.router.mesh is None]
     every = with_scales_alike([expert for moe in mixtures for expert in moe.experts])
@@ -147,7 +150,7 @@ def _experts_as_one(blocks: Sequence[Block], *, prepared: bool = True, consume: 
 
 
 def _joined(parts: Sequence[Any], groups: Groups, consume: bool = False) -> dict[Sequence[str], Prepared]:
-    """The groups whose packed weights become one product; the parts' layers are left without them."""
+    """Merges the packed weights of each group where they can become one product; the layers lose theirs."""
     found: dict[Sequence[str], Prepared] = {}
     for names in groups:
         layers = [[part_of(one, name) for name in names] for one in parts]
@@ -164,7 +167,10 @@ def _joined(parts: Sequence[Any], groups: Groups, consume: bool = False) -> dict
 
 
 def _fed(part: Any, first: str) -> int:
-    """The group size of the product that takes all that layers give, whose ``first`` is named; or 0."""
+    """Returns the group size of the product that reads these layers' output, 0 if there is none.
+
+    ``first`` is the name of the first layer.
+    """
     down = part_of(part, "mlp.down") if first == "mlp.gate" else None
     weight = down.weight.get_value() if isinstance(down, Linear) else None
     if not isinstance(weight, MixedTensor) or weight.shape[0] % weight.group_size:
@@ -173,8 +179,10 @@ def _fed(part: Any, first: str) -> int:
 
 
 def _stacked(parts: Sequence[Any], groups: Groups, ready: bool, consume: bool = False) -> Any:
-    """Parts that are alike, on a leading axis; if ``ready``, their packed weights prepared, those of a group
-    as one."""
+    """Stacks parts that are alike on a leading axis.
+
+    If ``ready``, their packed weights are prepared, and those of a group merged.
+    """
     joined = _joined(parts, groups, consume) if ready else {}
 
     def together(*leaves: Any) -> Any:
@@ -189,7 +197,7 @@ def _stacked(parts: Sequence[Any], groups: Groups, ready: bool, consume: bool = 
 
 
 def _given_up(leaves: Sequence[jax.Array]) -> Iterator[jax.Array]:
-    """Each as a stack of one; those that are large are deleted then."""
+    """Yields each array as a stack of one, and deletes it afterwards if it is large."""
     for leaf in leaves:
         yield leaf[None]
         if leaf.ndim > 1:
@@ -197,7 +205,7 @@ def _given_up(leaves: Sequence[jax.Array]) -> Iterator[jax.Array]:
 
 
 def _prepared(model: Any, consume: bool = False) -> Any:
-    """Parts of a model whose packed weights are ready to be multiplied often."""
+    """Returns a part of a model with its packed weights prepared for many products."""
 
     def ends(value: Any) -> bool:
         return is_packed(value) or is_prepared(value)

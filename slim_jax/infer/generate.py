@@ -1,7 +1,7 @@
-"""Text from a decoder: a prompt in chunks, then tokens against a cache of keys and values, several at a time.
+"""Text generation: prefill in chunks, then decoding with a key-value cache, several tokens per dispatch.
 
-The host is asked for nothing while a chunk of tokens is written (:mod:`slim_jax.infer.decode_loop`). Chat
-templates and text are not this file's business: it knows token ids.
+The host does nothing while a chunk of tokens is written (:mod:`slim_jax.infer.decode_loop`). This module
+handles token ids; chat templates and text are not its concern.
 """
 
 import dataclasses
@@ -29,26 +29,26 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
 
-# Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then its multiples, of long ones some.
+# Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then multiples of it, rarer when long.
 LENGTH_STEP = 128
 SAMPLE_ROWS = 64
 
 PROMPT_CHUNK = 512
-"""Tokens of a prompt that are read at once, of each row: what lies in memory for them does not grow with the
-prompt, but for their scores, and these with its length."""
+"""Tokens of a prompt that are read at once, of each row. Memory for them does not grow with the prompt,
+except for their attention scores, which grow with its length."""
 
 OnToken = Callable[[int, int], bool | None]
 """``on_token(row, token)``: True ends the row."""
 
 CACHE_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
-"""That keys and values can be kept in."""
+"""Dtypes that keys and values can be kept in."""
 
-# A chunk of tokens takes about so long at most: they appear, and an interrupt is seen, when it is done.
+# Approximate limit of a chunk's time: its tokens appear, and an interrupt is seen, when it is done.
 CHUNK_SECONDS = 0.2
 
 
 def round_up(length: int) -> int:
-    """``length`` rounded up to a size that is compiled for: by an eighth at most where it is long."""
+    """Rounds ``length`` up to a size that is compiled for: by an eighth at most where it is long."""
     power = 1 << (length - 1).bit_length()
     if length <= LENGTH_STEP:
         return max(16, power)
@@ -57,14 +57,14 @@ def round_up(length: int) -> int:
 
 
 class Generator:
-    """A decoder made ready to generate: its weights as they are now, stacked once where they can be.
+    """A decoder prepared for generation: its weights as they are now, stacked once where they can be.
 
-    Keys and values are kept in the dtype that the model multiplies in, unless another is given, over the
-    devices that it lies on. Packed weights are copied, dense ones shared with the model.
+    Keys and values are kept in the dtype that the model multiplies in, unless another is given, and on the
+    devices that hold the model. Packed weights are copied, dense ones shared with the model.
 
     Attributes:
-      config: the model's.
-      stacked: of every run of blocks that are alike (`Decoder.runs`), whether they are scanned over.
+      config: the model's config.
+      stacked: for every scan segment (`Decoder.runs`), True if its blocks are scanned over.
     """
 
     def __init__(
@@ -76,19 +76,19 @@ class Generator:
         prompt_chunk: int = PROMPT_CHUNK,
         consume: bool = False,
     ) -> None:
-        """Makes weights ready.
+        """Prepares the weights.
 
         Args:
-          model: dense or packed.
-          cache_dtype: of keys and values: float32, bfloat16, or int8 with a scale for each.
+          model: the decoder, dense or packed.
+          cache_dtype: dtype of keys and values: float32, bfloat16, or int8 with a scale for each.
           mesh: devices that share the work of every token (`slim_jax.infer.tensor_parallel`), in any shape.
           prompt_chunk: tokens of a prompt that are read at once.
-          consume: whether the model is given up: its weights are deleted one by one as they are made ready,
-            instead of being there twice.
+          consume: if True, the model's weights are deleted one by one as they are prepared, so that memory
+            does not hold them twice. The model is unusable afterwards.
 
         Raises:
-          ValueError: ``cache_dtype`` is none of these, ``prompt_chunk < 1``, or the model lies over a mesh of
-            its own.
+          ValueError: ``cache_dtype`` is none of these, ``prompt_chunk < 1``, or ``mesh`` is given for a model
+            that is already split over one.
         """
         if prompt_chunk < 1:
             raise ValueError(f"prompt_chunk is {prompt_chunk}, expected at least 1")
@@ -116,7 +116,7 @@ class Generator:
             mesh=linears[0].mesh,
         )
         self._empty = empty if mesh is None else partial(on_each, empty, mesh)
-        # Flat, since flattening hundreds of variables in Python at every token would show.
+        # Flat, since flattening hundreds of variables in Python at every token would take noticeable time.
         self._leaves, tree = jax.tree.flatten(weights)
         self._structure = Structure(tree, mesh)
 
@@ -130,7 +130,7 @@ class Generator:
         on_token: OnToken | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
-        """See :func:`generate`; ``sampling`` are the fields of `slim_jax.infer.sampling.Sampling`."""
+        """Continues prompts, see :func:`generate`; ``sampling`` are the fields of :class:`Sampling`."""
         how = Sampling(**sampling)
         _check(self.config, prompts, max_tokens)
         stops = set(self.config.eos_token_ids if stop is None else stop)
@@ -151,7 +151,7 @@ class Generator:
     def _chunks(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, choice: Choice, stops: Sequence[int]
     ) -> Iterator[np.ndarray]:
-        """Next tokens ``int32[n, B]``, until there are ``max_tokens`` or every row has had a stop token."""
+        """Yields next tokens ``int32[n, B]`` until there are ``max_tokens`` or every row has a stop token."""
         batch = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = round_up(int(lengths.max()))
@@ -162,14 +162,14 @@ class Generator:
             positions[row, width - len(prompt) :] = np.arange(len(prompt))
 
         seen, border = [(tokens, positions)], _border(self.config)
-        stop_tokens = np.full(round_up(len(stops)), -1, np.int32)  # of few sizes: each compiles
+        stop_tokens = np.full(round_up(len(stops)), -1, np.int32)  # few sizes, as each compiles
         stop_tokens[: len(stops)] = stops
         state, ended = None, np.zeros(batch, bool)
         done, size = 0, 1
         while done < max_tokens and not ended.all():
             next_position = int(lengths.max()) + done - 1
             if state is None or next_position == border:
-                # As transformers does: what was read with the short factors is read again with the long.
+                # As transformers does: tokens read with the short factors are read again with the long ones.
                 tokens, positions = _joined(seen)
                 state = self._empty(batch, round_up(tokens.shape[1] + max_tokens - 1 - done))
                 chosen, state, choice = self._read(state, tokens, positions, choice)
@@ -195,7 +195,7 @@ class Generator:
     def _read(
         self, state: State, tokens: np.ndarray, positions: np.ndarray, choice: Choice
     ) -> tuple[np.ndarray, State, Choice]:
-        """:func:`slim_jax.infer.decode_loop.read` in chunks, of which the first has what is left over."""
+        """Runs :func:`slim_jax.infer.decode_loop.read` in chunks, of which the first has the remainder."""
         structure, size = self._structure_for(int(positions.max()) + 1), self._prompt_chunk
         ends = range(tokens.shape[1] % size or size, tokens.shape[1] + 1, size)
         for start, end in itertools.pairwise((0, *ends)):
@@ -204,7 +204,7 @@ class Generator:
         return np.asarray(found)[None], state, choice
 
     def sample_text(self, *, samples: int, length: int, seed: int) -> Int32[np.ndarray, "samples length"]:
-        """See :func:`sample_text`."""
+        """Writes text, see :func:`sample_text`."""
         config = self.config
         if samples < 1 or not 1 <= length <= config.max_positions:
             raise ValueError(
@@ -226,7 +226,7 @@ class Generator:
         return np.concatenate([*column, np.concatenate(rows)], axis=1)
 
     def _structure_for(self, length: int) -> Structure:
-        """The structure whose program reads texts of ``length``: long ones by long factors throughout."""
+        """Returns the structure whose program reads texts of ``length``; long ones use only long factors."""
         config, border = self.config, _border(self.config)
         if config.rope_scaling is None or border is None or length <= border:
             return self._structure
@@ -237,7 +237,7 @@ class Generator:
         return self._structure._replace(tree=jax.tree.structure((outer, runs)))
 
     def _first_tokens(self, samples: int, key: jax.Array) -> np.ndarray:
-        """Likely first tokens, all different while the vocabulary lasts: drawn without replacement."""
+        """Draws likely first tokens without replacement: all differ while the vocabulary lasts."""
         config = self.config
         starts = [*([] if config.bos_token_id is None else [config.bos_token_id]), *config.eos_token_ids]
         logits = jnp.zeros(config.vocab_size)
@@ -252,7 +252,7 @@ class Generator:
     def _continue(
         self, structure: Structure, column: list[np.ndarray], first: np.ndarray, length: int, key: jax.Array
     ) -> np.ndarray:
-        """``int32[B, length - len(column)]``: ``first`` and what the model writes after it."""
+        """Returns ``int32[B, length - len(column)]``: ``first`` and the tokens the model writes after it."""
         batch, before = len(first), len(column)
         sizes = _sizes(length)
         state = self._empty(batch, sizes[0])
@@ -274,13 +274,13 @@ class Generator:
 
 
 def _border(config: DecoderConfig) -> int | None:
-    """Tokens beyond which a model's rotary frequencies change, None if they never do."""
+    """Number of tokens beyond which a model's rotary frequencies change, None if they never do."""
     scaling = config.rope_scaling
     return scaling.original_max_positions if scaling is not None and scaling.kind == "longrope" else None
 
 
 def _joined(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and positions of one call in place of several, padded on the left to a size compiled for."""
+    """Concatenates the tokens and positions of several calls, padded on the left to a size compiled for."""
     tokens, positions = (np.concatenate(parts, axis=1) for parts in zip(*seen))
     padding = ((0, 0), (round_up(tokens.shape[1]) - tokens.shape[1], 0))
     return np.pad(tokens, padding), np.pad(positions, padding, constant_values=-1)
@@ -327,25 +327,25 @@ def generate(
     cache_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> list[list[int]]:
-    """Continues prompts, all in one batch. To call it often, make one :class:`Generator` and keep it.
+    """Continues prompts, all in one batch. For repeated calls, make one :class:`Generator` and keep it.
 
-    With "longrope" a batch changes to the long factors where its longest row does, and is then read
-    again from the start, once; transformers does the same with Phi-3.
+    With "longrope" a batch changes to the long factors where its longest row does, and is then read again
+    from the start, once; transformers does the same with Phi-3.
 
     Args:
-      model: dense or packed.
+      model: the decoder, dense or packed.
       prompts: token ids, one or more of each prompt; lengths may differ.
-      max_tokens: tokens to write at most for each prompt.
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled from.
-      top_k: sampling is from so many likeliest tokens; 0 for all.
-      top_p: then from the fewest of these whose probabilities sum to this.
-      min_p: then from those at least so likely, as a part of the likeliest token's probability.
+      max_tokens: maximum number of tokens to write for each prompt.
+      temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled from.
+      top_k: number of most likely tokens to sample from; 0 for all.
+      top_p: sampling is limited to the fewest of these whose probabilities sum to at least this.
+      min_p: minimum probability of the sampled token, as a fraction of the most likely token's.
       repetition_penalty: logits of tokens that the row has seen are divided by this where positive,
         multiplied where negative; at temperature 0 too.
-      seed: of sampling; equal seeds and equal calls give equal results.
+      seed: seed of sampling; equal seeds and equal calls give equal results.
       stop: tokens that end a row, not returned; the config's ``eos_token_ids`` if None.
-      on_token: called with ``(row, token)`` as tokens appear, several at a time: as many as take a fifth of
-        a second, up to 16; the row ends after one for which it gives True.
+      on_token: called with ``(row, token)`` as tokens appear, several at a time: as many as take a fifth of a
+        second, up to 16; the row ends after a token for which it returns True.
       cache_dtype: see :class:`Generator`.
       mesh: see :class:`Generator`.
 
@@ -354,8 +354,8 @@ def generate(
 
     Raises:
       ValueError: there are no prompts or an empty one, ``max_tokens < 1``, sampling is out of range
-        (`slim_jax.infer.sampling.Sampling`), a prompt and ``max_tokens`` exceed the
-        config's ``max_positions``, or a token is not in the vocabulary.
+        (`slim_jax.infer.sampling.Sampling`), a prompt and ``max_tokens`` exceed the config's
+        ``max_positions``, or a token is not in the vocabulary.
     """
     return Generator(model, cache_dtype=cache_dtype, mesh=mesh).generate(
         prompts,
@@ -374,15 +374,15 @@ def generate(
 def sample_text(
     model: Decoder, *, samples: int, length: int, seed: int
 ) -> Int32[np.ndarray, "samples length"]:
-    """Text that the model writes itself at temperature 1, for calibration without any data.
+    """Writes text with the model itself at temperature 1, for calibration without any data.
 
-    Rows begin with the config's BOS token, if it has one, then a first token that is drawn from what the
-    model expects after BOS (else after its end-of-text token; else uniformly), without replacement, so
-    that no two rows begin alike. Stop tokens do not end a row. With "longrope", text that will be longer
-    than the trained context is written with the long factors from the start, as it is read later.
+    Rows begin with the config's BOS token, if it has one, then a first token that is drawn without
+    replacement, so that no two rows begin alike. It is drawn from the model's prediction after BOS, else
+    after its end-of-text token, else uniformly. Stop tokens do not end a row. With "longrope", text that will
+    be longer than the trained context is written with the long factors from the start, as it is read later.
 
     Args:
-      model: dense or packed.
+      model: the decoder, dense or packed.
       samples: rows to write.
       length: tokens of each row, BOS included.
       seed: equal seeds give equal text.

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits. Pure functions of arrays, so that a loop on a device may call them."""
+"""Choice of the next token from logits, as pure functions of arrays, which a loop on a device may call."""
 
 import dataclasses
 import math
@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, as a caller asks for it.
+    """Sampling settings, as a caller asks for them.
 
     Attributes:
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled from.
-      top_k: sampling is from so many likeliest tokens; 0 for all.
-      top_p: then from the fewest of these whose probabilities sum to this.
-      min_p: then from those at least so likely, as a part of the likeliest token's probability.
+      temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled from.
+      top_k: number of most likely tokens to sample from; 0 for all.
+      top_p: sampling is limited to the fewest of these whose probabilities sum to at least this.
+      min_p: minimum probability of the sampled token, as a fraction of the most likely token's.
       repetition_penalty: logits of tokens that the row has seen are divided by this where positive,
         multiplied where negative; at temperature 0 too.
 
@@ -45,7 +45,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}, expected a positive number")
 
     def start(self, seed: int, batch: int, vocab_size: int) -> "Choice":
-        """The same for a device, before any token of ``batch`` rows."""
+        """Returns the settings as arrays for a device, before ``batch`` rows have seen any token."""
         seen = None
         if self.repetition_penalty != 1:
             seen = jnp.zeros((batch, vocab_size), bool)
@@ -63,11 +63,11 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How tokens are chosen, and what of it changes from token to token.
+    """Sampling settings on a device, and the state of sampling that changes from token to token.
 
     Attributes:
-      key: of the draws.
-      temperature: ``float32[]``, as the others see :class:`Sampling`.
+      key: random key of the draws.
+      temperature: ``float32[]``; this and the next four as in :class:`Sampling`.
       top_k: ``int32[]``.
       top_p: ``float32[]``.
       min_p: ``float32[]``.
@@ -84,7 +84,7 @@ class Choice:
     seen: jax.Array | None
 
     def reads(self, tokens: Int32[Array, "b t"], positions: Int32[Array, "b t"]) -> "Choice":
-        """After rows have seen these tokens; those at position -1 are none."""
+        """Returns the choice after rows have seen these tokens; tokens at position -1 are ignored."""
         if self.seen is None:
             return self
         rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
@@ -92,13 +92,13 @@ class Choice:
         return dataclasses.replace(self, seen=self.seen.at[rows, column].set(True, mode="drop"))
 
     def next(self, logits: Float[Array, "b vocab"], step: Int32[Array, ""]) -> Int32[Array, " b"]:
-        """One token a row; ``step`` makes its draw another than that of other steps."""
+        """Chooses one token per row; each ``step`` draws differently."""
         key = jax.random.fold_in(self.key, step.astype(jnp.uint32))
         if self.seen is not None:
             logits = penalized(logits, self.seen, self.repetition_penalty)
         scaled = logits / jnp.where(self.temperature > 0, self.temperature, 1.0)
         some = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
-        # One program for all ways to choose: only the branch taken runs, and only the last sorts.
+        # One program for all settings: only the selected branch runs, and only the last one sorts.
         return lax.switch(
             jnp.where(self.temperature > 0, jnp.where(some, 2, 1), 0),
             [
@@ -112,25 +112,25 @@ class Choice:
 def penalized(
     logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"], penalty: Float[Array, ""]
 ) -> Float[Array, "b vocab"]:
-    """Logits of seen tokens divided by ``penalty`` where positive, multiplied by it where negative."""
+    """Divides the logits of seen tokens by ``penalty`` where positive, multiplies them where negative."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def likely(
     logits: Float[Array, "b vocab"], top_k: Int32[Array, ""], top_p: Float[Array, ""], min_p: Float[Array, ""]
 ) -> Float[Array, "b vocab"]:
-    """Logits with -inf outside the tokens that may be drawn: see :class:`Sampling`; ties stay in."""
+    """Sets logits to -inf outside the tokens that may be drawn, see :class:`Sampling`; ties stay in."""
     descending = -jnp.sort(-logits, axis=-1)
     place = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     p = jax.nn.softmax(jnp.where((place < top_k) | (top_k == 0), descending, -jnp.inf))
     before = jnp.cumsum(p, axis=-1) - p
-    # Each of the three keeps a beginning of the descending order; the first token is in all of them.
+    # Each of the three limits keeps a prefix of the descending order, and always its first token.
     kept = ((before < top_p) | (top_p >= 1)) & (p > 0) & (p >= min_p * p[:, :1])
     last = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), 1) - 1
     return jnp.where(logits >= jnp.take_along_axis(descending, last, axis=-1), logits, -jnp.inf)
 
 
 def sample(logits: Float[Array, "b vocab"], key: jax.Array) -> Int32[Array, " b"]:
-    """One token a row; what a row draws depends on its place in the batch, not on the other rows."""
+    """Samples one token per row; a row's draw depends on its place in the batch, not on the other rows."""
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0], dtype=jnp.uint32))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,9 +1,9 @@
-"""A decoder cut among devices that share the work of every token.
+"""Tensor parallelism: a decoder split over devices that share the work of every token.
 
 Every device has some heads of each block, some channels of its MLP and some tokens of the vocabulary. Its
-part is a `Decoder` of its own, whose config counts what it has; o and down sum what all have. What does not
-divide, every device has whole. `slim_jax.load(path, mesh=…)` is the other way, for models that no device
-holds: there every product is cut by itself.
+part is a `Decoder` of its own, whose config counts only that part; the outputs of o and down are summed over
+the devices. What does not divide evenly is replicated. The alternative, for models that no device can hold,
+is `slim_jax.load(path, mesh=…)`, which splits every product by itself.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from slim_jax.model.params import Params, make_decoder, split_params
 Over = Literal["n", "k"]
 
 AXIS = "parts"
-"""Of the mesh that the parts lie on."""
+"""Axis of the mesh that the parts are on."""
 
 HEADS: dict[str, Over] = {"q": "n", "k": "n", "v": "n", "o": "k"}
 CHANNELS: dict[str, Over] = {"gate": "n", "up": "n", "down": "k"}
-"""The layers that are cut together, and over what."""
+"""Layers that are split together, each along its output channels "n" or its input channels "k"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cuts:
-    """What is cut among ``count`` devices; the rest, all have."""
+    """Parameters that are split over ``count`` devices; all others are replicated."""
 
     count: int
     heads: bool
@@ -42,17 +42,17 @@ class Cuts:
 
     @classmethod
     def of(cls, model: Decoder, count: int) -> "Cuts":
-        """All that divides."""
+        """Chooses to split everything that divides evenly."""
         config, (_, blocks) = model.config, split_params(model)
         kinds = config.blocks()
         heads = all(kind.num_kv_heads % count == 0 for kind in kinds) and _divide(blocks, "o", count)
-        # Experts are summed once they are mixed, biases and all.
+        # Experts are summed over devices after mixing, which would add a bias once per device.
         biased = any(kind.num_experts and kind.mlp_bias for kind in kinds)
         channels = not biased and _divide(blocks, "down", count)
         return cls(count, heads, channels, config.vocab_size % count == 0)
 
     def config(self, config: DecoderConfig) -> DecoderConfig:
-        """Of a part."""
+        """Returns the config of one part."""
         names = ["num_heads", "num_kv_heads"] * self.heads + ["intermediate_size"] * self.channels
         kinds = tuple(
             tuple((name, value // self.count if name in names else value) for name, value in kind)
@@ -64,11 +64,11 @@ class Cuts:
         return dataclasses.replace(config, kinds=kinds, **own)
 
     def parts(self, name: str, value: Any) -> list[Any]:
-        """A parameter's parts, one for each device."""
+        """Splits a parameter into parts, one per device."""
         *_, layer, leaf = ("", *name.split("."))
         over = (HEADS if self.heads else {}) | (CHANNELS if self.channels else {})
         if self.vocabulary and (name == "embed" or layer == "head"):
-            # Packed, and as a head, a table is the weight of a product.
+            # A packed table and an LM head are stored as the weight of a product.
             across: Over = "k" if name == "embed" and not isinstance(value, MixedTensor) else "n"
         elif layer in over and not (leaf == "bias" and over[layer] == "k"):
             across = over[layer]
@@ -80,7 +80,7 @@ class Cuts:
 
 
 def _divide(blocks: Sequence[Params], layer: str, count: int) -> bool:
-    """Whether the input channels of these layers, and their groups, can be cut."""
+    """True if the input channels of these layers, and their groups, can be split evenly."""
     weights = [w for block in blocks for name, w in block.items() if name.endswith(f".{layer}.weight")]
     units = [w.group_size if isinstance(w, MixedTensor) else 1 for w in weights]
     return all(w.shape[0] % (count * unit) == 0 for w, unit in zip(weights, units))
@@ -89,16 +89,16 @@ def _divide(blocks: Sequence[Params], layer: str, count: int) -> bool:
 def cut(
     model: Decoder, count: int, devices: Sequence[jax.Device] | None = None, *, consume: bool = False
 ) -> list[Decoder]:
-    """The decoder's parts, for a program that runs on ``count`` devices along :data:`AXIS`.
+    """Splits a decoder into parts, for a program that runs on ``count`` devices along :data:`AXIS`.
 
     Args:
-      model: on one device.
-      count: of parts.
-      devices: where the parts go; all stay where the model is without.
-      consume: whether what is cut of the model is deleted then.
+      model: the decoder, on one device.
+      count: number of parts.
+      devices: devices that the parts are moved to; if None, all parts stay on the model's device.
+      consume: if True, parameters of the model are deleted as they are split.
 
     Raises:
-      ValueError: the model lies over a mesh already.
+      ValueError: the model is already split over a mesh.
     """
     if model.mesh is not None:
         raise ValueError("the model lies over a mesh already, expected one that was loaded without")
@@ -131,9 +131,9 @@ def _part(config: DecoderConfig, cuts: Cuts, params: Sequence[Params]) -> Decode
 
 
 def on_devices(trees: Sequence[Any], mesh: Mesh, *, consume: bool = False) -> Any:
-    """One tree of parts' trees, which are alike: leaves ``[devices, ...]``, a part on each device.
+    """Combines the trees of parts, which are alike, into one: leaves ``[devices, ...]``, a part per device.
 
-    ``consume``: whether each leaf of the trees is deleted then.
+    ``consume``: if True, each leaf of the trees is deleted afterwards.
     """
     sharding = NamedSharding(mesh, P(AXIS))
 
@@ -147,7 +147,7 @@ def on_devices(trees: Sequence[Any], mesh: Mesh, *, consume: bool = False) -> An
 
 
 def on_each(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """``make(*args)`` on every device, as :func:`on_devices` lays it."""
+    """Runs ``make(*args)`` on every device, and lays out the results as :func:`on_devices` does."""
 
     def local() -> Any:
         return jax.tree.map(lambda leaf: leaf[None], make(*args))

@@ -1,1 +1,1 @@
-"""The decoder: blocks, attention, generation, perplexity. Knows no quantizer."""
+"""The decoder model: config, parameters, blocks, attention, cache. Independent of any quantizer."""

@@ -1,11 +1,11 @@
 """Causal attention over grouped key-value heads.
 
-On accelerators it is `jax.nn.dot_product_attention` for several tokens. On CPUs that function writes all
-scores of all heads to memory several times; here one key-value head at a time keeps them in cache, which is
-three to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded). On NVIDIA GPUs one new
-token against the cache is one launch (`pallas_kernels.gpu.attention`).
+On accelerators several tokens use `jax.nn.dot_product_attention`. On CPUs that function writes all scores of
+all heads to memory several times; the code here keeps them in cache by processing one key-value head at a
+time, which is three to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded). On NVIDIA
+GPUs one new token against the cache is one launch (`pallas_kernels.gpu.attention`).
 
-Nowhere are there scores of all queries with all keys at once, but where these are few (:data:`SCORES`).
+The scores of all queries with all keys are in memory at once only where they are few (:data:`SCORES`).
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from slim_jax.model.cache import Int8Rows, KeyValues
 from slim_jax.model.rotary import Rotation
 
 QUERIES = 128
-"""Queries that a CPU scores at once; their later keys are never touched."""
+"""Queries that a CPU scores at once; keys after the last of them are never read."""
 
 SCORES = 2**27
-"""Scores that are in memory at once, half a GiB: an accelerator takes so many queries in a turn. Where there
-are more in all, a gradient works them out again instead of keeping them."""
+"""Maximum number of scores in memory at once, half a GiB: an accelerator processes that many queries per
+chunk. Where all scores are more, a gradient recomputes them instead of keeping them."""
 
 
 def attention(
@@ -40,17 +40,17 @@ def attention(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "b t hd"]:
-    """``softmax(scale * q k^T) v`` over the keys at or before each query's position.
+    """Returns ``softmax(scale * q k^T) v`` over the keys at or before each query's position.
 
     Args:
       q: queries; head ``i`` reads key-value head ``i // (h // kv)``.
-      k: keys. Where there are as many as queries, they belong to the same tokens, in ascending order
-        of position.
+      k: keys. If there are as many as queries, they belong to the same tokens, in ascending order of
+        position.
       v: values.
-      positions: of the queries; -1 for padding, whose output means nothing.
-      key_positions: of the keys; -1 for empty slots, which are not read.
-      scale: of the scores.
-      window: a query sees this many positions, its own included; all by default.
+      positions: positions of the queries; -1 for padding, whose output means nothing.
+      key_positions: positions of the keys; -1 for empty slots, which are not read.
+      scale: factor of the scores.
+      window: number of positions that a query sees, its own included; all by default.
       softcap: scores ``s`` become ``softcap * tanh(s / softcap)``.
     """
     on_cpu = chips.of_target().platform == "cpu"
@@ -72,8 +72,8 @@ def attention(
 
     def at_once(q: jax.Array, positions: jax.Array) -> jax.Array:
         mask = visible(positions, key_positions)
-        # JAX's function knows no soft cap, and wants axes in another order, for which XLA would turn round
-        # all of a cache for one token.
+        # JAX's function has no soft cap, and needs another order of axes, for which XLA would transpose the
+        # whole cache for one token.
         if softcap is not None or t == 1:
             return by_token(attend(by_head(q), k, v, mask[:, None, None]))
         keys, values = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
@@ -98,10 +98,19 @@ def attend_cached(
     softcap: float | None = None,
     one_device: bool = False,
 ) -> tuple[Float[Array, "b t hd"], KeyValues]:
-    """:func:`attention` over the cache that the tokens of ``q``, ``k`` and ``v`` join, and that cache.
+    """Returns :func:`attention` over a cache that the tokens of ``q``, ``k`` and ``v`` join, and the cache.
 
-    ``rotation`` is still to be done to queries and keys, if to any. ``one_device``: whether all lies on one:
-    then kernels may take it where the target has them.
+    Args:
+      q: queries.
+      k: keys of the same tokens.
+      v: values of the same tokens.
+      positions: positions of the tokens; -1 for padding.
+      cache: keys and values of the tokens before.
+      rotation: rotation still to be applied to queries and keys; None if none is left.
+      scale: see :func:`attention`.
+      window: see :func:`attention`.
+      softcap: see :func:`attention`.
+      one_device: if True, all arrays are on one device, and kernels may be used where the target has them.
     """
 
     def by_xla(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
@@ -115,7 +124,7 @@ def attend_cached(
     one_device = one_device and not meshes.spread(q, cache).several
     if not one_device or q.shape[1] > 1 or cache.layer is not None or isinstance(cache.keys, Int8Rows):
         return by_xla(q, k, v, cache)
-    from pallas_kernels.gpu import attention as attend  # takes a second that CPUs need not spend
+    from pallas_kernels.gpu import attention as attend  # this import takes a second: not on CPUs
 
     device, (batch, heads, slots, width) = chips.of_target(), cache.keys.shape
     if not attend.supported(device, width, cache.keys.dtype):
@@ -124,7 +133,7 @@ def attend_cached(
     def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
         assert isinstance(cache.keys, jax.Array)
         assert isinstance(cache.values, jax.Array)
-        # As one product gave them, which XLA sees if they are put together as they were cut.
+        # One product gave all three, which XLA recognizes if they are concatenated as they were split.
         token = jnp.concatenate([a.reshape(batch, 1, -1) for a in (q, k, v)], axis=2)
         y, keys, values = attend.attend(
             token[:, 0],
@@ -140,7 +149,7 @@ def attend_cached(
 
 
 def _visible(positions: jax.Array, key_positions: jax.Array, window: int | jax.Array | None) -> jax.Array:
-    """Which keys each query sees, ``bool[B, T, S]``."""
+    """Mask of the keys that each query sees, ``bool[B, T, S]``."""
     distance = positions[:, :, None] - key_positions[:, None, :]
     mask = (distance >= 0) & (key_positions >= 0)[:, None, :]
     return mask if window is None else mask & (distance < window)
@@ -156,7 +165,7 @@ def _attend(
     softcap: float | None,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Queries ``[..., r, t, d]`` against the keys ``[..., s, d]`` of their head, products in ``dtype``."""
+    """Attends from queries ``[..., r, t, d]`` to their head's keys ``[..., s, d]``, products in ``dtype``."""
 
     def product(terms: str, *operands: jax.Array) -> jax.Array:
         return jnp.einsum(terms, *(a.astype(dtype) for a in operands), preferred_element_type=jnp.float32)
@@ -173,7 +182,7 @@ def _attend(
 def _by_turns(
     at_once: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array, positions: jax.Array, most: int
 ) -> jax.Array:
-    """``at_once(q[B, T, ...], positions[B, T])``, at most so many queries of each row in a turn."""
+    """Runs ``at_once(q[B, T, ...], positions[B, T])`` in chunks of at most ``most`` queries of each row."""
     b, t = positions.shape
     turns = -(-t // most)
     size = -(-t // turns)
@@ -196,9 +205,9 @@ def _head_by_head(
     positions: jax.Array,
     key_positions: jax.Array,
 ) -> jax.Array:
-    """``[b, kv, r, t, d]``: a loop over samples and key-value heads, and in it over runs of queries."""
+    """Returns ``[b, kv, r, t, d]``, looping over samples, key-value heads and chunks of queries."""
     t, s = positions.shape[1], key_positions.shape[1]
-    # Of the same tokens, none sees a later one.
+    # If queries and keys are of the same tokens, no query sees a later key.
     ends = [(start, min(start + QUERIES, t)) for start in range(0, t, QUERIES)]
     runs = [(slice(start, end), slice(end if t == s else s)) for start, end in ends]
 

@@ -1,9 +1,9 @@
-"""One transformer block, driven by a config, for every family that we read: its parts, and its stages.
+"""One transformer block, driven by a config, for every supported family: its parts and its stages.
 
-Activations are float32; each product is taken in the dtype of its weight (float32, bfloat16 or packed) and
-accumulated in float32. A block is a list of :func:`stages`, and all that passes a block folds over them: the
-model itself here, calibration in `slim_jax.calibrate.activations`. What differs from block to block of one
-kind (whether its attention is local) is data: a :class:`Buffer` among its parameters.
+Activations are float32; each product is computed in the dtype of its weight (float32, bfloat16 or packed) and
+accumulated in float32. A block is a list of :func:`stages`, and everything that passes through a block folds
+over them: the model itself here, calibration in `slim_jax.calibrate.activations`. What differs between blocks
+of one kind (whether attention is local) is data: a :class:`Buffer` among the parameters.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from slim_jax.model.stage import Stage, Stream, part_of, passed
 
 
 class Buffer(nnx.Variable):
-    """What a block is given like a parameter, though it follows from the config and its index."""
+    """A value that a block gets like a parameter, although it follows from the config and the index."""
 
 
 class Norm(nnx.Module):
@@ -49,14 +49,14 @@ class Norm(nnx.Module):
         return y + self.bias[...].astype(jnp.float32).reshape(along_last)
 
     def before_product(self) -> InputNorm | None:
-        """The same as a prepared product takes it; None for LayerNorm, which none takes."""
+        """Returns the norm as a prepared product applies it; None for LayerNorm, which no product applies."""
         if self.bias is not None:
             return None
         return InputNorm(self.scale[...].astype(jnp.float32) + self.offset, self.eps)
 
 
 class Unchanged(nnx.Module):
-    """In the place of a norm that a prepared product takes."""
+    """The identity, in place of a norm that a prepared product applies."""
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         return x
@@ -65,7 +65,7 @@ class Unchanged(nnx.Module):
 class Attention(nnx.Module):
     """Causal self-attention with grouped key-value heads and an optional sliding window.
 
-    ``local``, in models where some blocks have a window and others not, is 1 in those that have.
+    ``local`` exists in models where only some blocks have a window, and is 1 in those that have one.
     """
 
     def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
@@ -86,8 +86,9 @@ class Attention(nnx.Module):
         positions: Int[Array, "b t"] | None = None,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "b t hd"], KeyValues | None]:
-        """Attention up to the output projection, over the tokens of ``x`` and of the cache that they join.
+        """Computes attention up to the output projection.
 
+        Each token of ``x`` sees itself, the tokens before it, and those of the cache, which all of them join.
         Without ``positions``, rows are whole sequences.
         """
         config = self.config
@@ -97,7 +98,7 @@ class Attention(nnx.Module):
         rotation = self._rotation(positions) if config.positions == "rotary" else None
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None and (cache is None or self.q_norm is not None):  # else cached ones are, later
+        if rotation is not None and (cache is None or self.q_norm is not None):  # else attend_cached rotates
             q, k, rotation = rotation(q, positions), rotation(k, positions), None
         window: int | jax.Array | None = config.sliding_window
         if self.local is not None and window is not None:
@@ -146,11 +147,11 @@ class Block(nnx.Module):
         positions: Int[Array, "b t"],
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "b t d"], KeyValues | None]:
-        """Output of the block, and the cache with the tokens of ``h``.
+        """Returns the output of the block, and the cache extended by the tokens of ``h``.
 
         Args:
           h: the residual stream.
-          positions: of each token; -1 for padding.
+          positions: position of each token; -1 for padding.
           cache: keys and values of the tokens before; None where these are the first.
         """
         stream: Stream = {"h": h, "positions": positions, "cache": cache}
@@ -159,12 +160,12 @@ class Block(nnx.Module):
         return stream["h"], stream["cache"]
 
     def after_attn(self, h: Float[Array, "b t d"], x: Float[Array, "b t hd"]) -> Float[Array, "b t d"]:
-        """The residual stream after attention; ``x`` is the input of o."""
+        """Returns the residual stream after attention; ``x`` is the input of ``o``."""
         h = _plus(h, partial(plus_output, x=x, layer=self.attn.o), self.attn_out_norm)
         return h if self.pre_norm else self.attn_norm(h)
 
     def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t i"] | Later) -> Float[Array, "b t d"]:
-        """The residual stream after the block; ``x`` is the input of down, or what all experts gave."""
+        """Returns the residual stream after the block; ``x`` is the input of ``down``, or a mixture's sum."""
         down = self.mlp.down if self.mlp is not None else lambda y: y
         give = x.plus_output if isinstance(x, Later) else partial(plus_output, x=x, layer=down)
         h = _plus(h, give, self.mlp_out_norm)
@@ -172,7 +173,7 @@ class Block(nnx.Module):
 
 
 def _plus(h: jax.Array, give: Callable[[jax.Array | None], jax.Array], norm: Any) -> jax.Array:
-    """The residual stream with what a layer gives, behind a norm if there is one."""
+    """Adds the output of a layer, after a norm if there is one, to the residual stream."""
     return give(h) if norm is None else h + norm(give(None))
 
 
@@ -219,10 +220,10 @@ def _mixed_output(block: Block, h: jax.Array, y: jax.Array) -> tuple[jax.Array]:
 
 @cache
 def stages(config: DecoderConfig) -> tuple[Stage, ...]:
-    """A block, in the order in which data flows. To add a kind of block, write its stages here.
+    """Returns the stages of a block, in order of data flow. To add a kind of block, write its stages here.
 
-    Of the stream, ``h`` is the residual stream, ``x`` and ``hidden`` are inputs of linear layers, and of a
-    mixture ``routes`` are the experts' weights and ``y`` is the sum of what they give.
+    In the stream, ``h`` is the residual stream, and ``x`` and ``hidden`` are inputs of linear layers. In a
+    mixture, ``routes`` are the experts' weights and ``y`` is the sum of the experts' outputs.
     """
     adds = not config.output_norms
     reads, gives = ("x", "positions", "cache"), ("x", "cache")
@@ -253,7 +254,7 @@ def _entry(mlp: str, config: DecoderConfig) -> tuple[str, ...]:
 
 
 def _expert(index: int, config: DecoderConfig) -> tuple[Stage, ...]:
-    """The stages of one expert, whose layers see the tokens that are routed to it."""
+    """Returns the stages of one expert, whose layers see the tokens that are routed to it."""
     name = f"moe.experts.{index}"
     reads, add = (("hidden", "route"), _first_part) if index == 0 else (("hidden", "route", "y"), _next_part)
     down, hidden = (f"{name}.down",), "hidden"
@@ -265,21 +266,20 @@ def _expert(index: int, config: DecoderConfig) -> tuple[Stage, ...]:
 
 
 def linear_groups(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
-    """The linear layers of a block that share one input, such as ``("attn.q", "attn.k", "attn.v")``, in the
-    order in which data flows.
+    """Returns a block's linear layers, grouped by the input that they share, in order of data flow.
 
-    A router is none of them: it stays as it is.
+    A group is such as ``("attn.q", "attn.k", "attn.v")``. A router is in none of them: it is not quantized.
     """
     every = (inner for stage in stages(config) for inner in stage.inside or (stage,))
     return tuple(stage.layers for stage in every if stage.layers)
 
 
 def linear_names(config: DecoderConfig) -> list[str]:
-    """The names of all linear layers of the blocks, such as ``"blocks.3.attn.q"``, in order."""
+    """Returns the names of all linear layers of the blocks, such as ``"blocks.3.attn.q"``, in order."""
     blocks = enumerate(config.blocks())
     return [f"blocks.{i}.{name}" for i, kind in blocks for names in linear_groups(kind) for name in names]
 
 
 def sequence_positions(x: Array) -> Int[Array, "b t"]:
-    """Positions ``0 ... T - 1`` of every row of ``x[B, T, ...]``."""
+    """Returns positions ``0 ... T - 1`` for every row of ``x[B, T, ...]``."""
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])

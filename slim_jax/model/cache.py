@@ -1,4 +1,4 @@
-"""What a batch has seen: the keys and values of its tokens, of all layers and of one."""
+"""State of a batch: keys and values of the tokens it has read, of one layer and of all layers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from slim_jax.model.config import DecoderConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Rows:
-    """Rows ``[..., d]`` in 8 bits, each under a scale of its own: ``codes * scale``.
+    """Rows ``[..., d]`` in 8 bits, each with its own scale: ``codes * scale``.
 
-    A key or value of 128 numbers takes 132 bytes, where it took 256 in bfloat16.
+    A key or value of 128 numbers takes 132 bytes, instead of 256 in bfloat16.
 
     Attributes:
       codes: ``int8[..., d]``.
@@ -32,14 +32,14 @@ class Int8Rows:
 
     @classmethod
     def of(cls, rows: jax.Array) -> "Int8Rows":
-        """The nearest codes; the largest number of a row is exact."""
+        """Rounds rows to the nearest codes; the largest number of a row is exact."""
         rows = rows.astype(jnp.float32)
         scale = jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / 127
         codes = jnp.round(rows / jnp.where(scale > 0, scale, 1))
         return cls(codes.astype(jnp.int8), scale)
 
     def decode(self) -> jax.Array:
-        """The rows, in float32."""
+        """Returns the rows in float32."""
         return self.codes.astype(jnp.float32) * self.scale
 
 
@@ -50,14 +50,15 @@ Rows = jax.Array | Int8Rows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of the tokens that a layer has seen, and the place of the next ones.
+    """Keys and values of the tokens that a layer has seen, and the slot of the next ones.
 
     Attributes:
-      keys: ``[B, num_kv_heads, S, head_dim]``, or ``[L, B, ...]`` of all layers.
-      values: of the same shape.
-      positions: ``int32[B, S]``, of the token in each slot, those to be written included; -1 in empty ones.
+      keys: ``[B, num_kv_heads, S, head_dim]``, or ``[L, B, ...]`` for all layers.
+      values: values, in the same shape.
+      positions: ``int32[B, S]``, position of the token in each slot, including tokens about to be written; -1
+        in empty slots.
       start: ``int32[]``, the slot of the next token.
-      layer: ``int32[]``, which layer this is; None where there is one.
+      layer: ``int32[]``, index of this layer; None if there is only one.
     """
 
     keys: Rows
@@ -67,9 +68,10 @@ class KeyValues:
     layer: jax.Array | None = None
 
     def write(self, k: jax.Array, v: jax.Array, *, one_device: bool = False) -> "KeyValues":
-        """With the next tokens' ``[B, num_kv_heads, T, head_dim]``; nothing else is written.
+        """Returns the cache with the next tokens' rows, ``[B, num_kv_heads, T, head_dim]``, written.
 
-        ``one_device``: whether all lies on one, for what a kernel knows how to write.
+        Nothing else is written. ``one_device``: if True, all arrays are on one device, and a kernel may
+        write.
         """
         if one_device and self._by_kernel(k):
             return self._with_slot(k, v)
@@ -88,14 +90,14 @@ class KeyValues:
         return dataclasses.replace(self, keys=put_rows(self.keys, k), values=put_rows(self.values, v))
 
     def _by_kernel(self, k: jax.Array) -> bool:
-        """Whether a TPU has a kernel for these tokens."""
+        """True if a TPU has a kernel for these tokens."""
         if self.layer is None or k.shape[2] > 1 or chips.of_target().platform != "tpu":
             return False
         return isinstance(self.keys, jax.Array) and self.keys.dtype in (jnp.bfloat16, jnp.float32)
 
     def _with_slot(self, k: jax.Array, v: jax.Array) -> "KeyValues":
-        """:meth:`write` of one token, by the kernel."""
-        from pallas_kernels.tpu.cache_write import write_slot  # takes a second that CPUs need not spend
+        """Returns :meth:`write` of one token, by the kernel."""
+        from pallas_kernels.tpu.cache_write import write_slot  # this import takes a second: not on CPUs
 
         def by_xla(keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, *at: jax.Array):
             after = self.write(k, v)
@@ -107,7 +109,7 @@ class KeyValues:
         return dataclasses.replace(self, keys=keys, values=values)
 
     def read(self) -> tuple[jax.Array, jax.Array]:
-        """The layer's keys and values, ``[B, num_kv_heads, S, head_dim]``."""
+        """Returns the layer's keys and values, ``[B, num_kv_heads, S, head_dim]``."""
         one = partial(
             lax.dynamic_index_in_dim, index=self.layer, keepdims=False, allow_negative_indices=False
         )
@@ -118,12 +120,12 @@ class KeyValues:
 
 
 class Run(NamedTuple):
-    """Blocks that follow one another and are alike.
+    """A scan segment: adjacent blocks that are alike.
 
     Attributes:
-      kind: the config of each.
-      blocks: how many.
-      stacked: whether they are scanned over.
+      kind: the config of each block.
+      blocks: number of blocks.
+      stacked: True if the blocks are scanned over.
     """
 
     kind: DecoderConfig
@@ -134,14 +136,13 @@ class Run(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a batch has seen. Slots ``>= length`` are empty.
+    """State of a batch: keys and values of the tokens it has read. Slots ``>= length`` are empty.
 
     Attributes:
-      kv: of every run of blocks: keys and values, each ``[L, B, num_kv_heads, S, head_dim]``
-        where these blocks are scanned over, else one such pair without ``L`` a block: each is then updated
-        where it lies.
-      positions: ``int32[B, S]``, position of the token in each slot, -1 where a slot holds none.
-      length: ``int32[]``, slots in use.
+      kv: keys and values of every scan segment, each ``[L, B, num_kv_heads, S, head_dim]`` if its blocks are
+        scanned over; else one such pair without ``L`` per block, each of which is updated in place.
+      positions: ``int32[B, S]``, position of the token in each slot, -1 in slots without a token.
+      length: ``int32[]``, number of slots in use.
     """
 
     kv: Any
@@ -158,9 +159,10 @@ class State:
         dtype: jax.typing.DTypeLike = jnp.float32,
         mesh: Mesh | None = None,
     ) -> "State":
-        """No tokens, and room for ``size``; heads are cut over a mesh if its devices divide them.
+        """Returns a state without tokens and with room for ``size``.
 
-        With ``dtype`` int8 keys and values are :class:`Int8Rows`.
+        Heads are split over a mesh if the number of its devices divides them. If ``dtype`` is int8, keys and
+        values are :class:`Int8Rows`.
         """
 
         def zeros(kind: DecoderConfig, *leading: int) -> Rows:
@@ -174,7 +176,7 @@ class State:
                 return codes
             return Int8Rows(codes, jnp.zeros((*rows, 1), jnp.float32, device=device))
 
-        kv: list[Any] = []  # Every buffer is its own: all of them are donated.
+        kv: list[Any] = []  # Buffers are separate, because each is donated.
         for kind, blocks, stacked in runs:
             if stacked:
                 kv.append((zeros(kind, blocks), zeros(kind, blocks)))
@@ -183,7 +185,7 @@ class State:
         return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def grown(self, size: int) -> "State":
-        """The same with room for ``size`` tokens; whether blocks are scanned over or not."""
+        """Returns the state with room for ``size`` tokens, whether its blocks are scanned over or not."""
         more = size - self.positions.shape[-1]
 
         def pad(x: jax.Array) -> jax.Array:

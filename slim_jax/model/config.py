@@ -1,4 +1,4 @@
-"""Everything that tells one decoder from another: a frozen record that families fill and checkpoints keep."""
+"""All properties in which decoders differ: a frozen record that families fill in and checkpoints store."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from slim_jax.model.rotary import RopeScaling
 
 Kind = tuple[tuple[str, Any], ...]
-"""How blocks of a kind differ from what their decoder's config says: names of fields, and their values."""
+"""Changes that a kind of block makes to its decoder's config: names of fields, and their values."""
 
 OF_BLOCKS = (
     *("intermediate_size", "num_heads", "num_kv_heads", "head_dim", "gated", "activation", "qk_norm"),
@@ -16,36 +16,39 @@ OF_BLOCKS = (
     *("positions", "rope_theta", "rope_scaling", "local_rope_theta", "sliding_window"),
     *("num_experts", "experts_per_token", "norm_topk"),
 )
-"""Fields that may differ from kind to kind."""
+"""Fields that may differ between kinds of blocks."""
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "head_dim", "max_positions")
 MOST, MOST_EXPERTS = 1 << 28, 1 << 18
-"""Beyond these no model is: a damaged config is refused before anything as large is made."""
+"""Limits that no real model reaches: a damaged config is refused before arrays of such sizes are made."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that tells one decoder from another. Sizes are counts of features or tokens.
+    """All properties in which decoders differ. Sizes are counts of features or tokens.
 
-    Attributes that their names do not explain:
+    Attributes whose names do not explain them:
       norm_offset: added to the scale of every norm.
-      output_norms: what attention and MLP give is normed before it joins the residual stream.
-      local_rope_theta: base of the rotary embedding, unscaled, of blocks with a sliding window, where it
-        differs from that of ``global_layers``.
-      qk_norm: each head's queries and keys are normed before they are rotated.
-      query_pre_attn_scalar: attention scores are divided by its root; ``head_dim`` by default.
-      attn_softcap: scores ``s`` become ``cap * tanh(s / cap)``; ``logit_softcap`` does that to logits.
-      global_layers: blocks that see all positions although there is a sliding window.
-      embed_scale: factor of token embeddings, rounded to their dtype.
+      output_norms: if True, the outputs of attention and MLP are normalized before they are added to the
+        residual stream.
+      local_rope_theta: base of the rotary embedding, unscaled, in blocks with a sliding window, where it
+        differs from the base in ``global_layers``.
+      qk_norm: if True, each head's queries and keys are normalized before the rotation.
+      query_pre_attn_scalar: attention scores are divided by its square root; by default ``head_dim``.
+      attn_softcap: scores ``s`` become ``cap * tanh(s / cap)``; ``logit_softcap`` does the same to logits.
+      global_layers: indices of blocks that see all positions in a model with a sliding window.
+      embed_scale: factor of the token embeddings, rounded to their dtype.
       num_experts: 0 for one dense MLP; else ``intermediate_size`` is that of one expert.
-      norm_topk: the weights of the ``experts_per_token`` experts of a token are made to sum to 1.
-      kinds: of blocks, where they are not all as the config says; see :meth:`block`.
+      norm_topk: if True, the weights of the ``experts_per_token`` experts of a token are normalized to sum to
+        1.
+      kinds: kinds of blocks, where not all blocks have this config; see :meth:`block`.
       block_kinds: every block's kind, an index into ``kinds``.
 
     Raises:
-      ValueError: a size is not positive or beyond all models, heads are no multiple of key-value heads,
-        ``global_layers`` are given without a sliding window, there are fewer experts than a token needs, or
-        kinds of blocks do not go with the number of blocks or change what only the whole decoder has.
+      ValueError: a size is not positive or beyond all models, ``head_dim`` is odd with rotary positions, the
+        number of heads is not a multiple of that of key-value heads, ``global_layers`` are given without a
+        sliding window, there are fewer experts than a token needs, or kinds of blocks do not match the number
+        of blocks or change a field that belongs to the whole decoder.
     """
 
     family: str
@@ -134,19 +137,22 @@ class DecoderConfig:
             if name not in OF_BLOCKS:
                 raise ValueError(f"a kind of blocks changes {name}, expected one of {', '.join(OF_BLOCKS)}")
         for kind in range(len(self.kinds)):
-            _of_kind(self, kind)  # which checks it
+            _of_kind(self, kind)  # making the config checks it
 
     def block(self, index: int) -> "DecoderConfig":
-        """The config as block ``index`` has it: blocks of equal ones are of one kind, compile once and are
-        scanned over where they follow one another."""
+        """Returns the config of block ``index``.
+
+        Blocks with equal configs are of one kind: they are compiled once, and scanned over where they are
+        adjacent.
+        """
         return _of_kind(self, self.block_kinds[index]) if self.kinds else self
 
     def blocks(self) -> "list[DecoderConfig]":
-        """Of every block, see :meth:`block`."""
+        """Returns the config of every block, see :meth:`block`."""
         return [self.block(index) for index in range(self.num_layers)]
 
     def to_json(self) -> dict[str, Any]:
-        """The config as JSON values; :meth:`from_json` is the inverse."""
+        """Returns the config as JSON values; :meth:`from_json` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -160,7 +166,7 @@ class DecoderConfig:
 
 
 def _known(name: str, value: Any) -> Any:
-    """A field's value from its JSON."""
+    """Converts a field's value from JSON."""
     if name == "rope_scaling" and value is not None:
         return RopeScaling(**{field: _known(field, part) for field, part in value.items()})
     return tuple(value) if isinstance(value, list) else value

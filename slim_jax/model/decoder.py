@@ -1,6 +1,6 @@
-"""The decoder, for every family that we read. Families differ in a frozen `DecoderConfig`, not in code.
+"""The decoder, for every supported family. Families differ in a frozen `DecoderConfig`, not in code.
 
-How checkpoints map to these parameters is `convert`'s business, not this file's.
+The mapping from checkpoints to these parameters is in `convert`, not in this file.
 """
 
 import itertools
@@ -23,11 +23,11 @@ class Decoder(nnx.Module):
     """A decoder-only language model: ``model(tokens[B, T])`` gives logits ``[B, T, vocab_size]``.
 
     Attributes:
-      embed: the token table, an `nnx.Param` ``[vocab, d]`` where it is dense; packed it is ``[d, vocab]``, so
-        that one weight serves the look-up and, where the head is tied, the product.
-      mesh: over which a packed table's tokens are cut; None on one device.
-      axis: over whose devices tables' tokens are cut, in a program that runs on each with its own
-        (`slim_jax.infer.tensor_parallel`).
+      embed: the embedding table: dense, an `nnx.Param` ``[vocab, d]``; packed, ``[d, vocab]``, so that one
+        weight serves the look-up and, where the head is tied, the product.
+      mesh: mesh over which the vocabulary of a packed table is split; None on one device.
+      axis: mesh axis over which the vocabulary of the embedding and LM head is split, in a program that runs
+        on each device with its own part (`slim_jax.infer.tensor_parallel`).
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
@@ -50,16 +50,18 @@ class Decoder(nnx.Module):
         self.head = None if config.tied_head else Linear(embed_size, config.vocab_size, bias=False, rngs=rngs)
 
     def runs(self) -> list[list[Block]]:
-        """Blocks that follow one another and are alike: of one kind, and packed alike but for the values of
-        their leaves and the rows of words."""
+        """Returns the scan segments: lists of adjacent blocks of one kind that are packed alike.
+
+        Their packed weights may differ in the values of leaves and in the number of rows of words.
+        """
         return [list(run) for _, run in itertools.groupby(self.blocks, jax.tree.structure)]
 
     def embed_tokens(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """The residual stream that enters the first block."""
+        """Returns the residual stream that enters the first block."""
         table = self.embed.get_value()
         h = look_up(table, tokens, self.axis)
         if self.config.embed_scale != 1:
-            # What dtype a packed table had nobody knows: models that round the factor have bfloat16.
+            # The dtype before packing is unknown; models that round the factor have bfloat16.
             dtype = jnp.bfloat16 if isinstance(table, MixedTensor | Prepared) else table.dtype
             h = h * jnp.asarray(self.config.embed_scale, dtype).astype(jnp.float32)
         if self.project_in is not None:
@@ -70,17 +72,17 @@ class Decoder(nnx.Module):
         return h
 
     def head_input(self, h: Float[Array, "... d"]) -> Float[Array, "... e"]:
-        """The input of the head, from the output of the last block."""
+        """Returns the input of the LM head, from the output of the last block."""
         if self.norm is not None:
             h = self.norm(h)
         return h if self.project_out is None else self.project_out(h)
 
     def logits(self, h: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
-        """Logits from the output of the last block."""
+        """Returns logits, from the output of the last block."""
         return self.head_output(self.head_input(h))
 
     def head_output(self, x: Float[Array, "... e"]) -> Float[Array, "... vocab"]:
-        """Logits from the input of the head."""
+        """Returns logits, from the input of the LM head."""
         logits = unembed(x, self.embed.get_value(), self.mesh) if self.head is None else self.head(x)
         if self.axis is not None:
             logits = lax.all_gather(logits, self.axis, axis=logits.ndim - 1, tiled=True)
@@ -88,7 +90,7 @@ class Decoder(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
-        """Logits of every position, ``float32[B, T, vocab_size]``."""
+        """Returns the logits of every position, ``float32[B, T, vocab_size]``."""
         positions = sequence_positions(tokens)
         h = self.embed_tokens(tokens, positions)
         for block in self.blocks:
@@ -98,5 +100,5 @@ class Decoder(nnx.Module):
 
 @jax.jit
 def embed(outer: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """The residual stream of whole sequences, by :func:`make_outer`'s decoder."""
+    """Returns the residual stream of whole sequences; ``outer`` is :func:`make_outer`'s decoder."""
     return outer.embed_tokens(tokens, sequence_positions(tokens))

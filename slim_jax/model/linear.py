@@ -1,4 +1,4 @@
-"""The linear layer, dense or packed: what kind of variable its weight is, and how products are taken."""
+"""The linear layer, dense or packed: the variable that holds its weight, and the products with it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,30 +16,31 @@ from pallas_kernels import MixedTensor, Prepared, chips, mixed_matmul, sharded_m
 from pallas_kernels.layout import vary_like
 
 COMPUTE_DTYPE = jnp.dtype(jnp.bfloat16)
-"""Of calibration's products with dense weights: on CPUs too the faster one where many tokens pass at once."""
+"""Dtype of calibration's products with dense weights; on CPUs too it is the faster one for many tokens."""
 
 ROWS = 8
 """Rows of a matrix that one step of :func:`_row_times_matrix` adds up; with 16, XLA's code is far slower."""
 
 
 class Packed(nnx.Variable):
-    """A packed weight, which is no `nnx.Param`: optimizers and gradients of parameters pass it by."""
+    """A packed weight. It is not an `nnx.Param`, so optimizers and gradients of parameters skip it."""
 
 
 def product_dtype() -> jnp.dtype:
-    """Dtype of products with packed weights: float32 on CPUs, bfloat16 where a matrix unit takes it.
+    """Returns the dtype of products with packed weights: float32 on CPUs, else bfloat16.
 
-    It holds for a model that was just quantized and for one that is loaded.
+    Matrix units take bfloat16. A model that was just quantized and one that is loaded use the same dtype.
     """
     return jnp.dtype(jnp.float32 if chips.of_target().platform == "cpu" else jnp.bfloat16)
 
 
 def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
-    """``x @ weight`` in the weight's dtype, accumulated in float32, ``float32[..., N]``.
+    """Returns ``x @ weight`` in the weight's dtype, accumulated in float32, ``float32[..., N]``.
 
     XLA's CPU code multiplies a single row by a bfloat16 matrix at a tenth of the speed of a float32 one
-    (`python -m bench.rows`). There it is summed in float32, converted on the way, which takes no longer
-    than in float32 and needs no float32 copy of the weight. Two rows and more are left to XLA.
+    (`python -m bench.rows`). There the product is summed in float32 and the weight converted row by row,
+    which takes no longer than in float32 and needs no float32 copy of the weight. Two or more rows are left
+    to XLA.
     """
 
     def by_xla(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -56,7 +57,7 @@ def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> F
 def packed_product(
     x: Float[Array, "*batch k"], weight: MixedTensor | Prepared, mesh: Mesh | None
 ) -> Float[Array, "*batch n"]:
-    """``x @ weight``; ``mesh`` is over which a `MixedTensor`'s output channels are cut, if they are."""
+    """Returns ``x @ weight``; a `MixedTensor`'s output channels are split over ``mesh`` if that is given."""
     if isinstance(weight, MixedTensor) and mesh is not None:
         return sharded_matmul(x, weight, mesh)
     return mixed_matmul(x, weight)
@@ -65,9 +66,9 @@ def packed_product(
 def look_up(
     table: Float[Array, "vocab d"] | MixedTensor | Prepared, tokens: Array, axis: str | None = None
 ) -> Float[Array, "... d"]:
-    """The tokens' rows of an embedding table, ``float32[..., d]``; a packed one is ``[d, vocab]``.
+    """Returns the tokens' rows of an embedding table, ``float32[..., d]``; a packed one is ``[d, vocab]``.
 
-    ``axis``: over whose devices the vocabulary is cut, where each runs with its own part.
+    ``axis`` is the mesh axis over which the vocabulary is split, if each device has its own part.
     """
     if axis is not None:
         size = table.shape[0 if isinstance(table, jax.Array) else 1]
@@ -84,8 +85,10 @@ def unembed(
     table: Float[Array, "vocab d"] | MixedTensor | Prepared,
     mesh: Mesh | None = None,
 ) -> Float[Array, "*batch vocab"]:
-    """``h @ table.T``, otherwise as :func:`dense_product`; of a packed table, which is ``[d, vocab]``,
-    :func:`packed_product`."""
+    """Returns ``h @ table.T``, otherwise as :func:`dense_product`.
+
+    A packed table is ``[d, vocab]``, and its product is :func:`packed_product`.
+    """
     if isinstance(table, MixedTensor | Prepared):
         return packed_product(h, table, mesh)
 
@@ -93,7 +96,7 @@ def unembed(
         return jnp.einsum("...d,vd->...v", h.astype(table.dtype), table, preferred_element_type=jnp.float32)
 
     def by_sums(h: jax.Array, table: jax.Array) -> jax.Array:
-        # Tied to h, or XLA would convert the whole table once, ahead of a loop over tokens, and read that.
+        # Tied to h: else XLA would convert the whole table once, before a loop over tokens, and read that.
         h, table = lax.optimization_barrier((h, table))
         y = jnp.sum(table.astype(jnp.float32) * h.astype(jnp.float32).reshape(1, -1), axis=1)
         return y.reshape(*h.shape[:-1], -1)
@@ -127,10 +130,10 @@ class Linear(nnx.Module):
     """``y = x @ weight + bias``, weight ``[K, N]`` dense or a :class:`MixedTensor`; ``y`` is float32.
 
     Attributes:
-      weight: an `nnx.Param` where it is dense, :class:`Packed` where it is not.
-      mesh: over which a packed weight's output channels are cut; None on one device.
-      axis: over whose devices the input channels are cut, in a program that runs on each with its own
-        (`slim_jax.infer.tensor_parallel`): what they give is summed.
+      weight: an `nnx.Param` if dense, :class:`Packed` if packed.
+      mesh: mesh over which a packed weight's output channels are split; None on one device.
+      axis: mesh axis over which the input channels are split, in a program that runs on each device with its
+        own part (`slim_jax.infer.tensor_parallel`); the devices' products are summed.
     """
 
     axis: str | None = None
@@ -155,7 +158,7 @@ class Linear(nnx.Module):
 
 
 def outputs(x: Float[Array, "... k"], *layers: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
-    """What layers that read one input give: one product where :func:`join` has made their weights one.
+    """Returns the outputs of layers that read one input, one product if :func:`join` merged their weights.
 
     A layer may be another module, such as `nnx.LoRA` around a :class:`Linear`.
     """
@@ -170,7 +173,7 @@ def outputs(x: Float[Array, "... k"], *layers: Callable[[jax.Array], jax.Array])
 def plus_output(
     h: Float[Array, "... n"] | None, x: Float[Array, "... k"], layer: Callable[[jax.Array], jax.Array]
 ) -> Float[Array, "... n"]:
-    """``h + layer(x)``, by the product itself where the weight is prepared; without ``h``, that alone."""
+    """Returns ``h + layer(x)``, or ``layer(x)`` without ``h``; a prepared weight's product adds ``h``."""
     weight = prepared_alone(layer)
     if weight is not None:
         return mixed_matmul(x, weight, residual=h)
@@ -178,7 +181,7 @@ def plus_output(
 
 
 def prepared_alone(layer: Any) -> Prepared | None:
-    """The layer's weight, if it is prepared and all that there is to the layer."""
+    """Returns the layer's weight if it is prepared and the layer has neither bias nor axis; else None."""
     if not isinstance(layer, Linear) or layer.bias is not None or layer.axis is not None:
         return None
     weight = layer.weight.get_value()
@@ -186,6 +189,6 @@ def prepared_alone(layer: Any) -> Prepared | None:
 
 
 def join(layers: Sequence[Linear], weight: Prepared) -> None:
-    """Gives layers that read one input the one weight that :func:`outputs` multiplies with."""
+    """Gives layers that read one input the one merged weight that :func:`outputs` multiplies with."""
     for i, layer in enumerate(layers):
         layer.weight = Packed(None if i else weight)

@@ -1,8 +1,8 @@
-"""The MLP of a block, and mixtures of experts, each an MLP that takes the tokens which chose it.
+"""The MLP of a block, and mixtures of experts, each an MLP for the tokens that are routed to it.
 
-Experts are modules of their own, as they are calibrated and stored. For generating, packed ones become one
-(`slim_jax.infer.fuse`): what is compiled does not grow with their number then, and a token passes the
-experts that it chose and no others.
+Experts are separate modules, as they are calibrated and stored. For generation, packed experts are merged
+into one (`slim_jax.infer.fuse`): the compiled program then does not grow with their number, and a token
+passes only through its own experts.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear, outputs, plus_output, prepared_alone
 
 FEW_TOKENS = 8
-"""Up to so many, stacked experts take no more rows in a turn than there are on average."""
+"""Number of tokens up to which a chunk of stacked experts has no more rows than an expert has on average."""
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -44,7 +44,7 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... inner"]:
-        """The input of ``down``."""
+        """Returns the input of ``down``."""
         activate = ACTIVATIONS[self.activation]
         if self.gate is None:
             return activate(self.up(x))
@@ -52,7 +52,7 @@ class MLP(nnx.Module):
         return activate(gate) * up
 
     def later(self, x: Float[Array, "... d"]) -> "Later | None":
-        """:meth:`hidden` that is not made apart from the product that takes it, where a back end has that."""
+        """Returns :meth:`hidden`, to be computed together with ``down``; None if no back end does that."""
         gate, down = prepared_alone(self.gate), prepared_alone(self.down)
         if gate is None or down is None or self.up.bias is not None:
             return None
@@ -62,14 +62,14 @@ class MLP(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Later:
-    """The input of an MLP's last product, still to be made from ``x``: by ``run``, that product and all."""
+    """Input of an MLP's last product, not yet computed: ``run`` computes it from ``x``, and the product."""
 
     mlp: MLP
     x: jax.Array
     run: Callable[[jax.Array, jax.Array | None], jax.Array]
 
     def plus_output(self, h: jax.Array | None) -> jax.Array:
-        """What the MLP gives, and ``h`` if there is any."""
+        """Returns the MLP's output, added to ``h`` if that is given."""
 
         def by_xla(x: jax.Array, h: jax.Array | None) -> jax.Array:
             return plus_output(h, self.mlp.hidden(x), self.mlp.down)
@@ -78,16 +78,18 @@ class Later:
 
 
 class MoE(nnx.Module):
-    """A mixture of experts: each token goes through the few MLPs that a router chooses for it.
+    """A mixture of experts: each token passes through the few MLPs that a router chooses for it.
 
-    Experts take turns, each on the tokens that chose it, some at a time, so that a token passes
-    ``experts_per_token`` experts, and less than one turn more for each expert there is.
+    Each expert processes the tokens routed to it in chunks, one after another. A token thus passes through
+    ``experts_per_token`` experts, and padding adds less than one chunk per expert.
 
     Attributes:
-      by_turns: False: every expert that any token chose takes all tokens, each in its place.
-      stacked: all experts as one, with packed weights on a leading axis, or prepared from all blocks of a
-        run; ``experts`` is empty then.
-      axis: over whose devices the experts' hidden channels are cut, where each runs with its own.
+      by_turns: if False, there are no chunks: every expert that any token chose processes all tokens, each in
+        its place.
+      stacked: all experts merged, with packed weights on a leading axis, or prepared from all blocks of a
+        scan segment; ``experts`` is empty then.
+      axis: mesh axis over which the experts' hidden channels are split, in a program that runs on each device
+        with its own part.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
@@ -99,7 +101,7 @@ class MoE(nnx.Module):
         self.axis: str | None = None
 
     def route(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
-        """Weight of every expert for every token, 0 for those that do not see it."""
+        """Returns the weight of every expert for every token, 0 for experts that the token does not use."""
         probabilities = jax.nn.softmax(self.router(x))
         weights, chosen = jax.lax.top_k(probabilities, self.top_k)
         if self.norm_topk:
@@ -108,7 +110,7 @@ class MoE(nnx.Module):
         return jnp.sum(weights[..., None] * one_hot, axis=-2)
 
     def mix(self, x: Float[Array, "b t d"], routes: Float[Array, "b t e"]) -> Float[Array, "b t d"]:
-        """What the experts give, each token's by the weights of :meth:`route`."""
+        """Returns the sum of the experts' outputs, weighted by :meth:`route`."""
         y = self._mix(x, routes) if self.stacked is None else self._mix_stacked(self.stacked, x, routes)
         return y if self.axis is None else lax.psum(y, self.axis)
 
@@ -121,7 +123,7 @@ class MoE(nnx.Module):
                 y = _add_if_chosen(y, expert, x, routes[..., i])
             return y
         rows, weights = x.reshape(count, -1), routes.reshape(count, -1)
-        # Of each expert its own tokens first, filled up to whole turns by tokens whose weight is 0.
+        # For each expert, its own tokens come first; tokens of weight 0 fill its last chunk.
         order = jnp.argsort(weights <= 0, axis=0, stable=True)
         order = jnp.pad(order, ((0, -count % at_once), (0, 0)), constant_values=count)
         y = y.reshape(rows.shape)
@@ -135,7 +137,7 @@ class MoE(nnx.Module):
         return y.reshape(x.shape)
 
     def _mix_stacked(self, experts: MLP, x: jax.Array, routes: jax.Array) -> jax.Array:
-        """:meth:`mix` by turns of the pairs of a token and an expert that it chose, sorted by expert."""
+        """Computes :meth:`mix` in chunks of (token, expert) pairs, sorted by expert."""
         rows, (count, number) = x.reshape(-1, x.shape[-1]), (x.shape[0] * x.shape[1], routes.shape[-1])
         weights, chosen = lax.top_k(routes.reshape(count, number), self.top_k)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
@@ -145,21 +147,21 @@ class MoE(nnx.Module):
             expert = _one_of(experts, index, number)
             return expert.down(expert.hidden(some))
 
-        # No expert has more tokens than there are.
+        # An expert has at most ``count`` tokens.
         fair = max(1, len(order) // number) if count <= FEW_TOKENS else rows_of_turn(len(order), number)
         y = by_turns(product, x.shape[-1], min(fair, count), rows[token], sizes)
         y = y * weights.reshape(-1)[order][:, None]
         return jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
 
     def _at_once(self, tokens: int) -> int:
-        """Tokens that an expert takes in one turn: half of what would be its share, within limits."""
+        """Returns the tokens that an expert processes per chunk: half of an equal share, within limits."""
         return min(tokens, rows_of_turn(tokens * self.top_k, len(self.experts)))
 
 
 def _add_if_chosen(
     y: jax.Array, expert: MLP, x: jax.Array, weight: jax.Array, rows: jax.Array | None = None
 ) -> jax.Array:
-    """``y[rows] += weight * expert(x)``, or ``y`` where no token of ``x`` has chosen the expert."""
+    """Returns ``y[rows] += weight * expert(x)``, or ``y`` where no token of ``x`` has chosen the expert."""
 
     def add(y: jax.Array) -> jax.Array:
         part = weight[..., None] * expert.down(expert.hidden(x))
@@ -169,7 +171,7 @@ def _add_if_chosen(
 
 
 def _one_of(stacked: MLP, index: jax.Array, number: int) -> MLP:
-    """One of ``number`` stacked experts."""
+    """Returns one of ``number`` stacked experts."""
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, Prepared):

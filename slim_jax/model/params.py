@@ -1,4 +1,4 @@
-"""A decoder's parameters by dotted name: what they are, and modules from them and back."""
+"""A decoder's parameters by dotted name: their shapes, and conversion to modules and back."""
 
 import dataclasses
 import functools
@@ -20,11 +20,11 @@ from slim_jax.model.linear import COMPUTE_DTYPE, Linear, Packed
 from slim_jax.model.stage import part_of
 
 Params = Mapping[str, Any]
-"""Parameters of one block, or of what stands outside the blocks, by dotted name."""
+"""Parameters of one block, or of the part outside the blocks, by dotted name."""
 
 
 def _flat(module: nnx.Module) -> dict[str, Any]:
-    # Not by nnx.to_flat_state, which leaves cycles behind: arrays would stay until Python looks for these.
+    # Not by nnx.to_flat_state, which creates reference cycles: arrays would stay until Python collects them.
     variables = {
         tuple(map(str, path)): node
         for path, node in nnx.iter_graph(module)
@@ -45,17 +45,17 @@ def _structure(config: DecoderConfig, make: type[Block] | type[Decoder], part: s
 
 
 def block_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name and shape of every parameter and :class:`Buffer` of a block; ``config`` is the block's."""
+    """Returns the shape of each parameter and :class:`Buffer` of a block; ``config`` is the block's."""
     return _flat(_abstract(config, Block))
 
 
 def block_buffers(config: DecoderConfig, index: int) -> dict[str, jax.Array]:
-    """The :class:`Buffer` values of block ``index``: a source gives them along with what it has read."""
+    """Returns the :class:`Buffer` values of block ``index``, which a source adds to what it has read."""
     return {"attn.local": is_local(config, index)} if config.global_layers else {}
 
 
 def outer_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name and shape of every parameter outside the blocks: embeddings, last norm, head."""
+    """Returns the shape of every parameter outside the blocks by name: embeddings, final norm, LM head."""
     return _flat(_abstract(_without_blocks(config), Decoder))
 
 
@@ -67,7 +67,7 @@ def _fill(module: Any, params: Params) -> None:
     expected = _flat(module)
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
     if isinstance(params.get("embed"), MixedTensor) and "embed" in shapes:
-        shapes["embed"] = shapes["embed"][::-1]  # packed as the weight of a product
+        shapes["embed"] = shapes["embed"][::-1]  # packed in the orientation of a product's weight
     problems = [f"{name} is missing" for name in expected.keys() - params.keys()]
     problems += [f"{name} is not known" for name in params.keys() - expected.keys()]
     for name in expected.keys() & params.keys():
@@ -85,10 +85,10 @@ def _fill(module: Any, params: Params) -> None:
 
 
 def make_block(config: DecoderConfig, params: Params) -> Block:
-    """A block from its parameters, dense or packed; ``config`` is the block's.
+    """Makes a block from its parameters, dense or packed; ``config`` is the block's.
 
     Raises:
-      ValueError: names or shapes do not fit; the message lists all that do not.
+      ValueError: names or shapes do not match the config; the message lists all that do not.
     """
     block = _abstract(config, Block)
     _fill(block, params)
@@ -96,10 +96,10 @@ def make_block(config: DecoderConfig, params: Params) -> Block:
 
 
 def make_part(config: DecoderConfig, name: str, params: Params) -> nnx.Module:
-    """A part of a block, such as one expert, from its parameters by their names in the block.
+    """Makes a part of a block, such as one expert, from its parameters by their names in the block.
 
     Raises:
-      ValueError: names or shapes do not fit.
+      ValueError: names or shapes do not match the config.
     """
     part = _abstract(config, Block, name)
     prefix = f"{name}." if name else ""
@@ -110,12 +110,12 @@ def make_part(config: DecoderConfig, name: str, params: Params) -> nnx.Module:
 def make_decoder(
     config: DecoderConfig, outer: Params, blocks: Sequence[Params], mesh: Mesh | None = None
 ) -> Decoder:
-    """A decoder from the parameters outside its blocks and those of each block.
+    """Makes a decoder from the parameters outside its blocks and those of each block.
 
-    ``mesh`` is where the parameters lie, cut along output channels, if not on one device.
+    ``mesh`` is the mesh over which the parameters' output channels are split; None on one device.
 
     Raises:
-      ValueError: names or shapes do not fit; the message lists all that do not.
+      ValueError: names or shapes do not match the config; the message lists all that do not.
     """
     decoder = _abstract(config, Decoder)
     named = {f"blocks.{i}.{name}": value for i, block in enumerate(blocks) for name, value in block.items()}
@@ -127,21 +127,21 @@ def make_decoder(
 
 
 def make_outer(config: DecoderConfig, outer: Params) -> Decoder:
-    """A decoder without blocks: what embeds tokens, and turns the last block's output into logits."""
+    """Makes a decoder without blocks, which embeds tokens and turns the last block's output into logits."""
     return make_decoder(_without_blocks(config), outer, [])
 
 
 def without_tables(
     config: DecoderConfig, outer: Params, tokens: np.ndarray | None = None
 ) -> tuple[Decoder, np.ndarray]:
-    """Returns :func:`make_outer`'s decoder with no head and some tokens' embeddings, and their numbers there.
+    """Returns a decoder without blocks and head that can embed only ``tokens``, and their ids in it.
 
-    Of a packed embedding it has all.
+    A packed embedding is kept whole.
 
     Args:
-      config: the decoder's.
+      config: the decoder's config.
       outer: parameters outside the blocks.
-      tokens: of any shape; None where none will be embedded.
+      tokens: token ids of any shape; None where none will be embedded.
     """
     table = outer["embed"]
     tokens = np.zeros(1, np.int32) if tokens is None else tokens
@@ -155,14 +155,14 @@ def without_tables(
 
 
 def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The inverse of :func:`make_decoder`: parameters outside the blocks, and of each block."""
+    """Returns the parameters outside the blocks and those of each block; undoes :func:`make_decoder`."""
     flat = _flat(decoder)
     outer = {name: value for name, value in flat.items() if not name.startswith("blocks.")}
     return outer, [_flat(block) for block in decoder.blocks]
 
 
 def is_rounded(name: str, rank: int) -> bool:
-    """Returns whether a dense parameter is a matrix in bfloat16: a router's choices are not rounded."""
+    """True if a dense parameter is rounded to bfloat16: every matrix except a router's."""
     return rank == 2 and name != "moe.router.weight"
 
 
@@ -172,7 +172,7 @@ def as_computed(name: str, value: Any) -> jax.Array:
 
 
 def computed(params: Params) -> dict[str, Any]:
-    """Returns dense parameters :func:`as_computed` and packed ones as they are."""
+    """Returns the parameters, dense ones :func:`as_computed` and packed ones unchanged."""
     return {
         name: value if isinstance(value, MixedTensor) else as_computed(name, value)
         for name, value in params.items()
@@ -180,13 +180,15 @@ def computed(params: Params) -> dict[str, Any]:
 
 
 def as_stored(name: str, value: Any) -> Any:
-    """Returns a dense parameter as it is stored next to packed ones: matrices in bfloat16, norms, biases and
-    routers as they are, in float32 at most."""
+    """Returns a dense parameter as it is stored next to packed ones: matrices in bfloat16, others unchanged.
+
+    Those others, norms, biases and routers, are in float32 or narrower.
+    """
     return jnp.asarray(value, COMPUTE_DTYPE) if is_rounded(name, value.ndim) else value
 
 
 def stored_bytes(name: str, shape: Sequence[int]) -> int:
-    """Returns the most bytes that a dense parameter takes as :func:`as_stored`."""
+    """Returns the maximum number of bytes of a dense parameter stored by :func:`as_stored`."""
     return (
         math.prod(shape)
         * (COMPUTE_DTYPE if is_rounded(name, len(shape)) else jnp.dtype(jnp.float32)).itemsize

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, and the ways in which they are stretched beyond the trained context."""
+"""Rotary position embeddings, and their extensions beyond the trained context."""
 
 import dataclasses
 from typing import Literal
@@ -9,13 +9,13 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
+    """Scaling of rotary frequencies that extends the trained context.
 
-    ``kind`` "linear" divides all of them by ``factor``; "llama3" divides those whose wavelength is
-    longer than ``original_max_positions / low_freq_factor``, keeps those shorter than
-    ``original_max_positions / high_freq_factor`` and blends between; "longrope" divides each by its own
+    The ``kind`` "linear" divides all frequencies by ``factor``. "llama3" divides those whose wavelength is
+    longer than ``original_max_positions / low_freq_factor``, keeps those whose wavelength is shorter than
+    ``original_max_positions / high_freq_factor`` and blends between. "longrope" divides each by its own entry
     of ``short_factors``, or of ``long_factors`` in a pass that reaches beyond ``original_max_positions``
-    tokens, and scales queries and keys by ``attention_factor``.
+    tokens, and multiplies queries and keys by ``attention_factor``.
     """
 
     kind: Literal["linear", "llama3", "longrope"]
@@ -31,14 +31,14 @@ class RopeScaling:
 def frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None = None, tokens: int | Int[Array, ""] = 0
 ) -> Float[Array, " half"]:
-    """Angular frequency of each pair of features, ``[head_dim / 2]`` radians per position.
+    """Returns the angular frequency of each pair of features, ``[head_dim / 2]`` radians per position.
 
     Args:
       head_dim: features of a head.
       theta: base of the frequencies.
-      scaling: how they are stretched.
-      tokens: how far the pass reaches, the greatest position of the batch plus one: "longrope" goes by it,
-        as transformers does. It may be traced.
+      scaling: scaling of the frequencies, if any.
+      tokens: the greatest position of the batch plus one, by which "longrope" chooses its factors, as
+        transformers does. It may be traced.
     """
     frequency = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
     if scaling is None:
@@ -65,13 +65,16 @@ class Rotation:
     factor: float = 1.0
 
     def __call__(self, x: Float[Array, "b t h d"], positions: Int[Array, "b t"]) -> Float[Array, "b t h d"]:
-        """Queries or keys, rotated."""
+        """Rotates queries or keys."""
         cos, sin = self._of(positions[:, :, None, None])
         x1, x2 = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
     def by_feature(self, positions: Int[Array, " b"]) -> Float[Array, "b 2 d"]:
-        """The same as what a feature, and the one half a head away, is multiplied by before they add up."""
+        """Returns the rotation as two factors per feature: of the feature itself, and of its partner.
+
+        The partner is the feature half a head away; the two products are added.
+        """
         cos, sin = self._of(positions[:, None])
         return jnp.stack([jnp.concatenate(pair, axis=-1) for pair in ((cos, cos), (-sin, sin))], axis=1)
 
