@@ -154,7 +154,7 @@ def _fill(chosen: list[int], curves: list[_Curve], sizes: list[int], left: float
     """Spends the ``left`` bits of the budget step by step, always on the layer that gains most per bit."""
 
     def gain(layer: int) -> tuple[float, int]:
-        """Best gain per bit among a layer's steps that ``left`` can pay for, and the index it leads to."""
+        """Best gain per bit among a layer's steps that the ``left`` bits cover, and the index it leads to."""
         curve, at = curves[layer], chosen[layer]
         price = sizes[layer] * (curve.totals[at + 1 :] - curve.totals[at])
         payable = int(np.searchsorted(price, left, side="right"))

@@ -84,8 +84,8 @@ class LayerSolver:
     def errors(self, weights: Mapping[str, Any], observation: Observation) -> dict[str, np.ndarray]:
         """Errors ``float32[G, W]`` of each of the layers; see `slim_jax.method.budget.group_errors`.
 
-        The layers share the observed input. ``weights`` are ``[K, N]`` each, by the layer's name. The default ``sqc``, "search", is replaced by
-        "coarse", which is accurate enough here.
+        The layers share the observed input; ``weights`` are ``[K, N]`` each, by the layer's name. The default
+        ``sqc``, "search", is replaced by "coarse", which is accurate enough here.
         """
         found, _ = self._damped(importance_only, observation, list(weights))
         sqc = "coarse" if self.config.sqc == "search" else self.config.sqc
