@@ -172,7 +172,7 @@ def _run(
 ) -> tuple[Any, ...]:
     """Runs a `slim_jax.model.stage.Stage` on a batch; ``rounded`` outputs are cast to the compute dtype."""
 
-    # On CPUs attention loops over samples: each device must loop over its own.
+    # On CPUs attention loops over samples: each chip must loop over its own.
     def own(whole: tuple[Any, jax.Array | None], given: tuple[Any, ...]) -> tuple[Any, ...]:
         part, expert = whole
         given = tuple(

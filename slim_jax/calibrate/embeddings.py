@@ -54,7 +54,7 @@ def quantize_ends(
       placement: the chips that split the work.
 
     Returns:
-      All parameters outside the blocks, and a report for each table that was packed.
+      All parameters outside the blocks, and a report for each weight that was packed.
 
     Raises:
       ValueError: embedding or LM head is packed already, or the LM head's Hessian is not positive definite.

@@ -34,7 +34,7 @@ class OnDisk:
         return jax.make_array_from_process_local_data(kind.sharding, local, kind.shape)
 
     def __setitem__(self, index: int, array: jax.Array) -> None:
-        # With several processes, each keeps the samples on its own devices.
+        # With several processes, each keeps the samples on its own chips.
         pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
         np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)]).tofile(self._file(index))
         self._kinds[index] = _kind(array)

@@ -118,7 +118,7 @@ class LayerSolver:
         Args:
           names: the layers' names, for the allocation and the report.
           weights: ``[K, N]`` each.
-          observation: statistics of the shared input.
+          observation: the observation of the shared input.
           like: packed weights whose bits and grids are reused, so that only codes are solved for.
 
         Raises:

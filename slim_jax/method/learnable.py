@@ -93,7 +93,7 @@ def stored_grid(scale: jax.Array, zero: jax.Array, layer: Layer) -> Grid:
 
 
 def quantized(learned: Mapping[str, jax.Array], layer: Layer) -> tuple[jax.Array, Grid]:
-    """Codes ``[G, g, N]`` as whole float32 numbers and the grid ``[G, 1, N]``, differentiable."""
+    """Codes ``[G, g, N]``, integers as float32, and the grid ``[G, 1, N]``, both differentiable."""
     if "up" in learned:
         offset = jnp.where(layer.bits == 1, learned["offset"], 0.0)
         high = jax.nn.sigmoid(learned["up"]) * layer.high + offset

@@ -1,4 +1,4 @@
-"""SBA: chooses the groups that get one bit more and those that get one bit less, with the average unchanged.
+"""SBA: gives some groups one bit more and as many one bit less, so that the average width stays.
 
 Groups are ranked by salience. For ``p = 0, 1, ...`` the ``p`` least salient groups get ``N - 1``
 bits and the ``p`` most salient ``N + 1``; the ``p`` whose outputs diverge least from the full-precision

@@ -129,10 +129,10 @@ def quantize_module(
       A copy with packed layers, and a report.
 
     Raises:
-      ValueError: there are no batches; no layer is selected; a rule applies to none; a selected layer is called
-        inside a transformation such as jit or scan, where its inputs have no values; a kernel or an input of
-        a layer is not finite; ``resume`` holds something else, or a run with other settings, weights or
-        batches; or the method is "slim-plus" and JAX cannot trace the module.
+      ValueError: there are no batches; no layer is selected; a rule applies to none; a selected layer is
+        called inside a transformation such as jit or scan, where its inputs have no values; a kernel or an
+        input of a layer is not finite; ``resume`` holds something else, or a run with other settings, weights
+        or batches; or the method is "slim-plus" and JAX cannot trace the module.
     """
     config = _for_module(config)
     full, module, batches = module, nnx.clone(module), list(batches)
@@ -168,7 +168,7 @@ def quantize_module(
 
 
 def _for_module(config: SlimConfig) -> Settings:
-    """Returns the resolved settings for a module, without what needs a decoder."""
+    """Resolves the settings for a module; raises an error for settings that need a decoder."""
     if config.guide or not float(config.bits).is_integer():
         raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
     if config.method == "slim-plus" and config.learn == "clip-gptq":

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: Orbax folders, one per block, and a manifest `slim.json` that vouches for them.
+"""Checkpoints on disk: Orbax folders, one per block, and a manifest `slim.json` with their digests.
 
     out/slim.json      the manifest: its contents, how it was made, a digest of every file
     out/outer/         embedding, last norm, LM head

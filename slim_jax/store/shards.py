@@ -37,7 +37,7 @@ def verify(path: Path, expected: str) -> None:
 
 
 def array_name(index: int | None, name: str) -> str:
-    """Name in the files of array ``name`` of block ``index``, or, if None, of those outside the blocks."""
+    """Name in the files of array ``name`` of block ``index``; None stands for outside the blocks."""
     return name if index is None else f"blocks.{index}.{name}"
 
 

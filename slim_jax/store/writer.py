@@ -173,7 +173,7 @@ class CheckpointWriter:
 
     @property
     def all_written(self) -> bool:
-        """True if all entries are written, be it as drafts."""
+        """True if all entries are written; they may be drafts."""
         return len(self.blocks) == self._manifest.decoder.num_layers and self._manifest.outer is not None
 
     @property
@@ -206,8 +206,7 @@ class CheckpointWriter:
         return load_params(self.path, self.blocks[index], f"blocks/{index:03d}", None, self._placement)
 
     def write_tuned(self, outer: Params, block: Callable[[int], Params], report: TuningReport) -> None:
-        """Writes fine-tuned parameters, ``outer`` and ``block(index)``; :meth:`finish` makes them replace the
-        drafts."""
+        """Writes the fine-tuned parameters, ``outer`` and ``block(index)``, which replace the drafts."""
         for index in range(len(self._manifest.tuned), len(self.blocks)):
             saved = self._save(f"blocks/{index:03d}", block(index))
             tuned = Block(**saved, report=self.blocks[index].report)
