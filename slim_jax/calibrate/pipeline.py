@@ -72,7 +72,7 @@ def _check(source: Source, tokens: np.ndarray, config: Settings, devices: int) -
 
 
 def _parts(tokens: np.ndarray, config: Settings, devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the samples into those that layers are solved on and those for fine-tuning the whole model."""
+    """Samples that layers are solved on, and samples for fine-tuning; all for both if none are reserved."""
     own = config.samples_to_tune(len(tokens), devices)
     return (tokens[:-own], tokens[-own:]) if own else (tokens, tokens)
 

@@ -1,6 +1,6 @@
 """Method "slim-plus" over a module: trains its packed layers to reproduce the full-precision outputs.
 
-The learned parameters of a layer, and its weight in the loss, are those of a decoder's blocks
+The learned parameters of a layer, and the quantized weight that they give, are as for a decoder's blocks
 (`slim_jax.method.learnable`); here all layers are trained together, on the outputs of the whole module.
 """
 
