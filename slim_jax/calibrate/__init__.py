@@ -1,1 +1,1 @@
-"""Quantizing a decoder block by block."""
+"""Quantizes a decoder block by block."""

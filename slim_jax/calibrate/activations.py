@@ -1,8 +1,8 @@
-"""The calibration activations, carried through one block after another, stage by stage.
+"""Carries the calibration activations through one block after another, stage by stage.
 
-Every stage is a jitted step of its own that compiles once per kind of block. A block that is quantized and
-one that a resumed run only passes through go through the same steps, so the activations behind it
-are the same to the last bit.
+Every stage is a separate jitted step that compiles once per kind of block. The steps are the same whether
+a run quantizes a block or, resumed, only passes through it, so the activations after the block are
+bit-identical.
 """
 
 import dataclasses
@@ -30,18 +30,19 @@ from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.store.source import Source
 
 BATCH_TOKENS = 4096
-"""Calibration tokens that pass through a block at once, on each device."""
+"""Calibration tokens that pass through a block at once, on each chip."""
 
 
 class Inputs(NamedTuple):
-    """The inputs of a group of layers.
+    """Inputs of layers that share an input.
 
     Attributes:
-      x: ``[B, T, K]`` a batch.
-      seen: ``bool[B, T]`` a batch, the tokens that go through these layers; None for all.
-      weights: ``float32[samples, length]``, how much each token counts; None where all count alike.
-      residual: ``[B, T, N]`` a batch, the residual stream that the layers add to; None where they do not.
-      reference: the same where no layer before is quantized; None where that is not looked at.
+      x: ``[B, T, K]`` per batch.
+      seen: ``bool[B, T]`` per batch, True for the tokens that go through these layers; None if all do.
+      weights: token importance, ``float32[samples, length]``; None if all tokens count the same.
+      residual: the residual stream that the layers add to, ``[B, T, N]`` per batch; None if they do not add
+        to it.
+      reference: the same inputs in the reference (full-precision) pass; None without such a pass.
     """
 
     x: Batches
@@ -51,7 +52,8 @@ class Inputs(NamedTuple):
     reference: "Inputs | None" = None
 
     def lost(self, batch: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        """Of a batch, ``x`` and, if there is one, the residual stream: of the reference, and here."""
+        """Pairs (reference, here) of a batch's ``x`` and of its residual stream, if it has one; none without
+        a reference pass."""
         if self.reference is None:
             return ()
         found = ((self.reference.x[batch], self.x[batch]),)
@@ -61,14 +63,14 @@ class Inputs(NamedTuple):
 
 
 LOST = ("drift", "shortfall")
-"""What an `Observation` has of :meth:`Inputs.lost`, in order."""
+"""Fields of an `Observation` that the pairs of :meth:`Inputs.lost` give, in order."""
 
 
 def sample_positions(tokens: int, stride: int) -> np.ndarray:
-    """One of every ``stride`` of so many tokens, ``int32``: the first of them here, the last there.
+    """Positions ``int32`` of one in every ``stride`` of ``tokens`` tokens, at a varying place in each stride.
 
-    At a fixed distance that divides the windows' length, it would be the same few positions of every
-    window, the very first (where attention piles up) among them.
+    At a fixed distance that divides the windows' length, they would be the same few positions of every
+    window, including the very first, where attention piles up.
     """
     size = len(range(0, tokens, stride))
     return ((np.arange(size) + spread(size)) * (tokens / size)).astype(np.int32)
@@ -84,10 +86,11 @@ def _observe(
     stride: int,
     placement: Placement,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    """Of every device's tokens that are ``seen``: Gram matrix ``[devices, K, K]``, sample, number, weight,
-    and of each pair ``(full, here)`` in ``lost`` the product of the inputs with ``full - here``.
+    """Statistics of each chip's ``seen`` tokens: Gram matrix ``[devices, K, K]``, sample, number, total
+    importance, and for each pair ``(full, here)`` in ``lost`` the product of the inputs with ``full - here``.
 
-    The sample has its usual size: few tokens are in it several times, and zeros where there are none.
+    The size of the sample does not depend on ``seen``: few tokens are repeated in it, and it is zeros if
+    there are none.
     """
 
     def own(_: Any, inputs: tuple[Any, Any, Any, Any]):
@@ -125,12 +128,12 @@ def _add_in_order(total: jax.Array | None, parts: Float[Array, "devices k n"]) -
 
 
 def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> Observation:
-    """Sums the Gram matrices of all batches and joins one of every ``stride`` of their inputs.
+    """Sums the Gram matrices of all batches and concatenates samples of one in every ``stride`` inputs.
 
-    A device's batch is as large as it would be if there were no others, and the sums are taken in the
-    order of samples: GPTQ would turn a difference in their last bits into other codes.
+    A chip's batch is as large as it would be with one chip, and the sums are taken in the order of the
+    calibration samples: GPTQ would turn a difference in their last bits into different codes.
 
-    Weights are normalized: the Gram matrix is that of as many tokens as there were.
+    Token importance is normalized: the Gram matrix counts as many tokens as there were.
     """
     total, samples, tokens, weight, row = None, [], 0, 0.0, 0
     lost: dict[str, jax.Array] = {}
@@ -167,9 +170,9 @@ def _run(
     rounded: tuple[bool, ...],
     placement: Placement,
 ) -> tuple[Any, ...]:
-    """What a stage gives for a batch (see `slim_jax.model.stage.Stage`), some of it in the compute dtype."""
+    """Runs a `slim_jax.model.stage.Stage` on a batch; ``rounded`` outputs are cast to the compute dtype."""
 
-    # On CPUs attention loops over samples: each device must have a loop over its own.
+    # On CPUs attention loops over samples: each chip must loop over its own.
     def own(whole: tuple[Any, jax.Array | None], given: tuple[Any, ...]) -> tuple[Any, ...]:
         part, expert = whole
         given = tuple(
@@ -184,13 +187,13 @@ def _run(
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """The residual stream of all calibration samples in front of a block; passing the block gives another.
+    """Residual stream of all calibration samples before a block; immutable, passing a block makes a new one.
 
     Attributes:
-      config: the decoder's.
+      config: the decoder's config.
       batches: ``float32[B, T, D]`` each.
       offload: a folder for the activations of all but one batch; None keeps them in memory.
-      placement: the devices that share the samples; they divide their number.
+      placement: the chips that split the samples; their number divides that of the samples.
     """
 
     config: DecoderConfig
@@ -206,10 +209,10 @@ class Activations:
         offload: Path | None = None,
         placement: Placement = ONE_DEVICE,
     ) -> "Activations":
-        """In front of the first block.
+        """Embeds the tokens; returns the activations before the first block.
 
         Args:
-          source: whose embeddings they start from.
+          source: the model whose embeddings are used.
           tokens: ``int[samples, length]``.
           offload: see the attributes.
           placement: see the attributes.
@@ -221,38 +224,38 @@ class Activations:
         return empty.with_batches(embed(outer, placement.samples(rows)) for rows in batches)
 
     def with_batches(self, batches: Iterable[jax.Array]) -> "Activations":
-        """The same with others in place of its batches."""
+        """Returns a copy with other batches."""
         return dataclasses.replace(self, batches=self.keep(batches))
 
     def through(self, index: int, params: Params) -> "Passing":
-        """On the way through block ``index``, whose parameters are dense; what the caller does to the
-        weights in ``params`` between two stages takes effect from there on."""
+        """Returns a passage through block ``index``, whose parameters are dense. If the caller changes
+        weights in ``params`` between two stages, the later stages use the changed ones."""
         return Passing(self, index, params)
 
     def behind(self, index: int, params: Params) -> "Activations":
-        """Behind block ``index``, whose weights may be dense or packed."""
+        """Returns the activations after block ``index``, whose weights may be dense or packed."""
         passing = self.through(index, {name: dense_weight(value) for name, value in params.items()})
         for _ in passing:
             pass
         return passing.after
 
     def keep(self, arrays: Iterable[jax.Array]) -> Batches:
-        """The arrays, in memory or offloaded."""
+        """Stores the arrays, in memory or offloaded."""
         return list(arrays) if self.offload is None else OnDisk(arrays, self.offload)
 
     def part(self, index: int, name: str, params: Params) -> Any:
-        """A part of block ``index`` (all of it if ``name`` is empty), with matrices dense in the compute
-        dtype, the rest in float32."""
+        """Builds a part of block ``index`` (all of it if ``name`` is empty), with dense matrices in the
+        compute dtype and all else in float32."""
         own = {n: v for n, v in params.items() if not name or n.startswith(f"{name}.")}
         computed = {n: self.placement.whole(as_computed(n, value)) for n, value in own.items()}
         return make_part(self.config.block(index), name, computed)
 
 
 class Passing:
-    """One passage of a block: iterating gives, stage by stage, the linear layers and what they read.
+    """Passage through a block; iterating over it yields, stage by stage, linear layers and their inputs.
 
     Attributes:
-      after: the activations behind the block, once the iteration has ended.
+      after: the activations after the block, once the iteration has ended.
     """
 
     after: Activations
@@ -274,7 +277,7 @@ class Passing:
         self.after = dataclasses.replace(self.before, batches=stream["h"])
 
     def _pass(self, stage: Stage, stream: dict[str, Batches], inputs: set[str]) -> None:
-        """Takes all batches through a stage. What it gives takes the place of what this passage has made.
+        """Runs a stage on all batches. Its outputs overwrite fields of the same name that this passage made.
 
         ``inputs`` are the fields that linear layers read.
         """
@@ -313,15 +316,15 @@ def _seen(stage: Stage, stream: Mapping[str, Batches]) -> list[jax.Array] | None
 
 
 def dense_weight(value: Any) -> Any:
-    """A packed weight as calibration computes with it; anything else as it is."""
+    """Dequantizes a packed weight to the compute dtype; returns any other value unchanged."""
     if not isinstance(value, MixedTensor):
         return value
     rows = value.groups * value.group_size * max(value.widths) // WORD_BITS
-    return value.with_rows(rows).dequantize(COMPUTE_DTYPE)  # one program for every mean width
+    return value.with_rows(rows).dequantize(COMPUTE_DTYPE)  # one program for all mean widths
 
 
 def sample_batches(tokens: np.ndarray, devices: int) -> Iterator[np.ndarray]:
-    """Rows of ``tokens [samples, length]`` in equal batches, so that one program serves all of them."""
+    """Yields rows of ``tokens [samples, length]`` in batches of one size, so that one program serves all."""
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     while tokens.shape[0] % (devices * batch):
         batch -= 1

@@ -1,4 +1,4 @@
-"""The calibration windows of a run that can be resumed: drawn once, and kept with it until it is finished."""
+"""Calibration windows of a resumable run: drawn once, and kept in its folder until it is finished."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ KEPT = "drafts/calibration.npz"
 
 
 class Draw(NamedTuple):
-    """Calibration windows that are drawn when a run needs them, which may have them from an earlier part.
+    """Recipe for calibration windows, drawn only if a run needs them and has not kept them from before.
 
     Attributes:
-      recipe: JSON value; draws of one model by equal recipes give equal windows.
-      make: gives ``int[samples, length]``.
+      recipe: JSON value; for one model, equal recipes give equal windows.
+      make: draws the windows, ``int[samples, length]``.
     """
 
     recipe: Any
@@ -31,7 +31,7 @@ class Windows(NamedTuple):
     """Calibration windows of a run.
 
     Attributes:
-      tokens: ``int[samples, length]``; None where the run is finished and needs none.
+      tokens: ``int[samples, length]``; None if the run is finished and needs none.
       fingerprint: JSON values that a resumed run must share.
     """
 
@@ -42,7 +42,7 @@ class Windows(NamedTuple):
     def of(
         cls, given: np.ndarray | Draw, allocation: Mapping[str, list[int]] | None, path: Path, resume: bool
     ) -> "Windows":
-        """Returns the windows of a run into the folder ``path``, drawn only where it has none."""
+        """Returns the windows of a run that writes to ``path``; draws them only if none are kept there."""
         recipe = _digest(given.recipe) if isinstance(given, Draw) else None
         beside = {"recipe": recipe, "allocation": None if allocation is None else _digest(allocation)}
         if not isinstance(given, Draw):
@@ -59,7 +59,7 @@ class Windows(NamedTuple):
         return cls(tokens, {**shape, "sha256": _sha256(tokens), **beside})
 
     def keep(self, path: Path) -> None:
-        """Writes windows that were drawn to the run's folder."""
+        """Writes the windows to the run's folder, if they were drawn."""
         if self.tokens is not None and self.fingerprint["recipe"]:
             write_arrays(path / KEPT, {"tokens": self.tokens})
 
@@ -68,7 +68,7 @@ def _read(file: Path) -> np.ndarray | None:
     try:
         with np.load(file) as saved:
             return saved["tokens"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # then they are drawn again
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # the caller draws them again
         return None
 
 

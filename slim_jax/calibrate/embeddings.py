@@ -1,9 +1,9 @@
-"""Embedding and head, packed once all blocks are: one weight ``[d, vocab]`` each, or one for both if tied.
+"""Packs embedding and LM head after all blocks: one weight ``[d, vocab]`` each, or one for both if tied.
 
-The head reads what the last norm gives for the calibration tokens, so GPTQ rounds it by their Hessian like
-any layer, but once: coordinate-descent passes (`SlimConfig.refine`) are for layers of blocks alone. All
-channels of an embedding count alike, and its errors meet no sum: it is rounded to nearest.
-Tables are long, so they are solved some thousand tokens at a time.
+The LM head reads the output of the last norm for the calibration tokens, so GPTQ rounds it by their Hessian
+like any layer, but without coordinate-descent passes (`SlimConfig.refine`), which only layers of blocks get.
+An untied embedding is rounded to nearest: it is only looked up in, so its channels all count the same and
+their errors are never summed. The vocabulary is long, so it is solved some thousand tokens at a time.
 """
 
 import math
@@ -42,19 +42,22 @@ def quantize_ends(
     stride: int,
     placement: Placement,
 ) -> tuple[dict[str, Any], list[LayerReport]]:
-    """What stands outside the blocks, embedding and head packed if ``config`` wants it, and what was done.
+    """Packs embedding and LM head if ``config`` asks for it.
 
     Args:
-      source: of the dense model.
+      source: the dense model.
       config: how to quantize.
-      activations: behind the last block.
-      reference: the same of the full-precision model; what was lost up to there a head makes up for in part,
-        as layers do, if it is not tied to the embedding.
+      activations: the activations after the last block.
+      reference: those of the reference (full-precision) pass; an LM head that is not tied to the embedding
+        compensates a share of the upstream error, as layers do.
       stride: see `slim_jax.calibrate.activations.observe`.
-      placement: the devices that share the work.
+      placement: the chips that split the work.
+
+    Returns:
+      All parameters outside the blocks, and a report for each weight that was packed.
 
     Raises:
-      ValueError: the model's ends are packed already, or the head's Hessian is not positive definite.
+      ValueError: embedding or LM head is packed already, or the LM head's Hessian is not positive definite.
     """
     outer = dict(source.outer())
     if not config.packs_ends:
@@ -78,7 +81,7 @@ def quantize_ends(
 
 
 def sizes(config: DecoderConfig, outer: Params, blocks: Sequence[Params]) -> tuple[int, int]:
-    """Parameters of a model, and the bytes that hold them."""
+    """Number of parameters of a model, and the bytes that hold them."""
     shapes = [outer_params(config), *map(block_params, config.blocks())]
     buffers = len(blocks) if config.global_layers else 0
     count = sum(math.prod(shape.shape) for part in shapes for shape in part.values()) - buffers
@@ -91,7 +94,7 @@ def _head_input(outer: Decoder, h: jax.Array) -> jax.Array:
 
 
 def head_inputs(config: DecoderConfig, params: Params, activations: Activations) -> Batches:
-    """The head's inputs, from the activations behind the last block."""
+    """Returns the LM head's inputs, given the activations after the last block."""
     outer = activations.placement.tree(without_tables(config, params)[0])
     return activations.keep(_head_input(outer, h) for h in activations.batches)
 
@@ -104,13 +107,13 @@ def observe_head(
     stride: int,
     placement: Placement,
 ) -> Observation:
-    """What was seen of the head's inputs; see :func:`head_inputs`."""
+    """Observes the LM head's inputs; see :func:`head_inputs`."""
     beside = None if reference is None else Inputs(head_inputs(config, params, reference))
     return observe(Inputs(head_inputs(config, params, activations), reference=beside), stride, placement)
 
 
 class TableSolver:
-    """Quantizes tables at the one width that ``config`` gives embedding and head."""
+    """Quantizes embedding and LM head at the one width that ``config`` gives for both."""
 
     def __init__(self, config: Settings, placement: Placement) -> None:
         self.config = SlimConfig(
@@ -125,15 +128,15 @@ class TableSolver:
         self.zero_bits = zero_bits(self.config.widths)
 
     def solve(self, name: str, table: Any, seen: Observation | None) -> tuple[MixedTensor, LayerReport]:
-        """Packs the embedding ``[vocab, d]``, or the head's weight ``[d, vocab]``.
+        """Packs the embedding ``[vocab, d]`` or the LM head's weight ``[d, vocab]``.
 
         Args:
           name: "embed" or "head.weight".
           table: its values.
-          seen: what was seen of the head's inputs; None for a table that is only looked up in.
+          seen: observation of the LM head's inputs; None for an embedding that is not tied to the LM head.
 
         Raises:
-          ValueError: the head's inputs or the error are not finite.
+          ValueError: the LM head's inputs or the error are not finite.
         """
         vocab, d = table.shape if name == "embed" else table.shape[::-1]
         label = name.removesuffix(".weight")

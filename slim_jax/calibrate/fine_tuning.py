@@ -1,4 +1,4 @@
-"""A tuning as a run: whose logits are the target, held-out samples, resuming, the best parameters win."""
+"""Drives fine-tuning: computes the targets, holds out samples, resumes, and keeps the best parameters."""
 
 import dataclasses
 import functools
@@ -26,18 +26,18 @@ from slim_jax.store.files import write_arrays
 from slim_jax.store.source import Source
 
 JUDGEMENTS = 3
-"""How often held-out samples judge, beside the start."""
+"""Number of evaluations on the validation samples, not counting the one at the start."""
 
 SAVED = 8
-"""Steps after which an unfinished tuning is kept."""
+"""Steps between two saves of an unfinished fine-tuning."""
 
 OnStep = Callable[[int, int, float], None]
-"""Called after every step with its number, the number of all, and the loss of its samples."""
+"""Called after every step with its number, the total number, and the loss of its samples."""
 
 
 @functools.cache
 def default_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam whose rate falls along a cosine to a twentieth."""
+    """Returns Adam with a rate that falls along a cosine to a twentieth over ``steps``."""
     return optax.adam(optax.cosine_decay_schedule(rate, steps, alpha=0.05))
 
 
@@ -53,18 +53,18 @@ def tune(
     file: Path | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[Learned, TuningReport]:
-    """What is to be applied (:func:`apply`) to a packed model's parameters, and how it went.
+    """Fine-tunes a packed model; returns the factors for `slim_jax.method.fine_tune.apply` and a report.
 
     Args:
       source: the full-precision model.
       tokens: ``int[samples, length]``.
-      config: of the quantization.
-      outer: of the packed model.
-      blocks: of the packed model.
-      placement: the devices that share the samples of a batch, where they divide its size.
-      reference: activations behind the last full-precision block, if they are there already.
+      config: the quantization's settings.
+      outer: the packed model's parameters outside the blocks.
+      blocks: the packed model's blocks.
+      placement: the chips that split the samples of a batch, if their number divides its size.
+      reference: the activations after the last full-precision block; computed if None.
       offload: a folder for activations; None keeps them in memory.
-      file: where an unfinished tuning is kept, to be resumed; None keeps nothing.
+      file: where an unfinished fine-tuning is saved, to be resumed; None saves nothing.
       on_step: called after every step.
     """
     full = placement.tree(computed(source.outer()))
@@ -78,16 +78,16 @@ def tune(
 
 
 class Tuning:
-    """Tunes a packed model.
+    """Fine-tunes a packed model.
 
     Args:
       decoder: the model's config.
-      config: of the quantization.
+      config: the quantization's settings.
       tokens: ``int[samples, length]``.
-      targets: the full-precision model's head inputs, ``[samples, length, e]``.
-      optimizer: instead of :func:`default_optimizer`.
-      placement: the devices that share the samples of a batch, where they divide its size.
-      file: where an unfinished tuning is kept, to be resumed; None keeps nothing.
+      targets: the full-precision model's LM head inputs, ``[samples, length, e]``.
+      optimizer: any gradient transformation; :func:`default_optimizer` if None.
+      placement: the chips that split the samples of a batch, if their number divides its size.
+      file: where an unfinished fine-tuning is saved, to be resumed; None saves nothing.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class Tuning:
     def run(
         self, outer: Params, blocks: Sequence[Params], full: Params, on_step: OnStep | None = None
     ) -> tuple[Learned, TuningReport]:
-        """What is to be applied (:func:`apply`), and how it went.
+        """Runs fine-tuning; returns the factors for `slim_jax.method.fine_tune.apply` and a report.
 
         Args:
-          outer: of the packed model.
-          blocks: of the packed model.
-          full: of the full-precision model, what stands outside its blocks.
+          outer: the packed model's parameters outside the blocks.
+          blocks: the packed model's blocks.
+          full: the full-precision model's parameters outside the blocks.
           on_step: called after every step.
         """
         fixed = Fixed(stacked(self.decoder, blocks), dict(outer), dict(full))
@@ -159,12 +159,12 @@ class Tuning:
 
 @dataclasses.dataclass
 class History:
-    """How far a tuning has come.
+    """Progress of a fine-tuning.
 
     Attributes:
-      step: that was taken last.
-      losses: step and loss of every judgement.
-      note: why it ended early.
+      step: number of the last step that was taken.
+      losses: step and validation loss of every evaluation.
+      note: why it ended early; empty if it did not.
     """
 
     step: int = 0
@@ -173,16 +173,16 @@ class History:
 
     @property
     def best(self) -> int:
-        """Index of the lowest of ``losses``; 0, the start, where there is none."""
+        """Index of the lowest of ``losses``; 0, the start, if there are none."""
         return min(range(len(self.losses)), key=lambda i: self.losses[i][1], default=0)
 
     @property
     def over(self) -> bool:
-        """Whether there is no sense in going on."""
+        """True if fine-tuning should stop: it failed, or the last `PATIENCE` evaluations were no better."""
         return bool(self.note) or len(self.losses) - 1 - self.best >= PATIENCE
 
     def judge(self, step: int, loss: float) -> bool:
-        """Takes a judgement down; whether it is the best so far."""
+        """Records a validation loss; True if it is the lowest so far."""
         if not math.isfinite(loss):
             when = f"became {loss} by step {step}" if step else f"is {loss} at the start"
             self.note = f"the loss {when}"
@@ -191,19 +191,19 @@ class History:
         return self.best == len(self.losses) - 1
 
     def report(self, tokens: int) -> TuningReport:
-        """What was done."""
+        """Returns the report of a fine-tuning on ``tokens`` tokens."""
         note = self.note or ("" if self.best else "tuning did not lower the held-out loss")
         return TuningReport(self.losses, self.best, tokens, note)
 
 
 def write_state(file: Path, trees: Any, history: History, placement: Placement) -> None:
-    """Keeps an unfinished tuning; see `slim_jax.store.files.write_arrays`."""
+    """Saves an unfinished fine-tuning; see `slim_jax.store.files.write_arrays`."""
     leaves = {str(i): placement.fetch(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
     write_arrays(file, {"history": np.asarray(json.dumps(dataclasses.asdict(history))), **leaves})
 
 
 def read_state(file: Path, like: Any, placement: Placement) -> tuple[Any, History]:
-    """The inverse of :func:`write_state`; ``like`` are trees of the same structure."""
+    """Reads what :func:`write_state` wrote; ``like`` are trees of the same structure."""
     with np.load(file) as saved:
         fields = json.loads(str(saved["history"]))
         fields["losses"] = [(step, loss) for step, loss in fields["losses"]]

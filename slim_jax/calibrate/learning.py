@@ -1,4 +1,4 @@
-"""Driving "slim-plus" over one block: held-out samples, epochs, early stop, the best parameters win."""
+"""Drives "slim-plus" over one block: held-out samples, epochs, early stopping, the best parameters kept."""
 
 import functools
 import math
@@ -27,17 +27,20 @@ from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.report import LearningReport
 
 HELD_OUT = 8
-"""One sample in so many is not learned from, but judges."""
+"""One in this many samples is a validation sample and is not trained on."""
 
 PATIENCE = 2
-"""Epochs without a better held-out loss after which a block is done."""
+"""Epochs without a better validation loss after which a block is done."""
 
 OnEpoch = Callable[[int, int, float], None]
-"""Called after every epoch with its number, the number of all, and the held-out loss."""
+"""Called after every epoch with its number, the total number, and the validation loss."""
 
 
 def held_out(samples: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which samples judge, and which are learned from; a single batch has nothing to hold out."""
+    """Indices of the validation samples and of the training samples.
+
+    With fewer than two batches none are held out: both are all samples.
+    """
     every = np.arange(samples)
     if samples < 2 * batch:
         return every, every
@@ -47,11 +50,12 @@ def held_out(samples: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def default_optimizer(config: Settings, steps: int) -> optax.GradientTransformation:
-    """AdamW without weight decay; rates fall along a cosine to a twentieth over ``steps``.
+    """Returns AdamW without weight decay, with rates that fall along a cosine to a twentieth over ``steps``.
 
-    Clipping learns at a constant rate, as in the paper's code. ``learning_rate`` is that of clipping
-    parameters; codes, logarithms of scales and zero points move at 0.8, 0.6 and 0.5 of it (docs/tried.md).
-    Equal arguments give the same object, so that steps compiled with it serve again.
+    For clipping, the rate is constant, as in the paper's code. ``learning_rate`` is that of clipping
+    parameters (0.01 of it for a clipping offset); codes, logarithms of scales and zero points learn at 0.8,
+    0.6 and 0.5 of it (docs/tried.md). Equal arguments give the same object, so that steps compiled with it
+    are reused.
     """
     rate = config.learning_rate
 
@@ -73,13 +77,13 @@ def best_of_epochs(
     judge: Callable[[Learned], float],
     on_epoch: OnEpoch | None = None,
 ) -> tuple[Learned, LearningReport]:
-    """The best of what epoch after epoch gives, by the held-out loss, and how it went.
+    """Runs epochs; returns the parameters with the lowest validation loss, and a report.
 
     Args:
-      learned: the start; ``epoch`` may donate it.
-      epochs: at most.
-      epoch: learns from all samples once.
-      judge: the held-out loss.
+      learned: the initial parameters; ``epoch`` may donate them.
+      epochs: the largest number of epochs.
+      epoch: trains on all training samples once.
+      judge: returns the validation loss.
       on_epoch: called after every epoch.
     """
     best, best_epoch, losses, note = jax.tree.map(jnp.copy, learned), 0, [judge(learned)], ""
@@ -106,7 +110,7 @@ def best_of_epochs(
 def start_of(
     tensor: MixedTensor, w: jax.Array, learn: str, placement: Placement = ONE_DEVICE
 ) -> tuple[dict[str, jax.Array], Layer]:
-    """What is learned of a layer and what stays fixed of it; ``w [K, N]`` is its full-precision weight."""
+    """Initial learned parameters of a layer, and its fixed values; ``w [K, N]`` is its dense weight."""
     missing = tensor.groups * tensor.group_size - w.shape[0]
     w = jnp.pad(w.astype(jnp.float32), ((0, missing), (0, 0))).reshape(tensor.groups, tensor.group_size, -1)
     bits = placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
@@ -116,14 +120,14 @@ def start_of(
 
 
 class BlockLearner:
-    """Improves quantized blocks of one model.
+    """Trains quantized blocks of one model.
 
     Args:
       decoder: the model's config.
-      config: of the quantization.
+      config: the quantization's settings.
       samples: number of calibration samples.
-      optimizer: instead of :func:`default_optimizer`.
-      placement: the devices that share the samples of a batch, where they divide its size.
+      optimizer: any gradient transformation; :func:`default_optimizer` if None.
+      placement: the chips that split the samples of a batch, if their number divides its size.
     """
 
     def __init__(
@@ -150,13 +154,16 @@ class BlockLearner:
         samples: Samples,
         on_epoch: OnEpoch | None = None,
     ) -> tuple[dict[str, MixedTensor], LearningReport]:
-        """Better packed weights for one block, or the given ones where learning gave none.
+        """Trains one block; returns its packed weights, and a report.
+
+        If training does not lower the validation loss, the weights are the given ones, or for clipping those
+        that the initial clipping parameters give.
 
         Args:
-          index: which block; also seeds the order of samples.
+          index: the block's index; also seeds the order of samples.
           dense: the block's full-precision parameters.
           packed: its quantized layers, by name (``"attn.q"``).
-          samples: what the block reads and should give.
+          samples: the block's inputs and target outputs.
           on_epoch: called after every epoch.
         """
         plus = self.kinds[index]
@@ -191,7 +198,8 @@ class BlockLearner:
         samples: Samples,
         report: LearningReport,
     ) -> tuple[dict[str, MixedTensor], LearningReport]:
-        """``rounded``, what GPTQ made of the ``learned`` grids, if its held-out loss is lower."""
+        """Returns ``rounded``, which GPTQ rounded to the ``learned`` grids, if its validation loss is lower,
+        otherwise ``learned``; and the report with the outcome."""
         parameters, layers, rest = self.start(dense, rounded, "grid")  # codes as they are
         loss = float(self.kinds[index].evaluate(parameters, layers, rest, samples, self._judge_order()))
         if not report.losses:
@@ -205,9 +213,9 @@ class BlockLearner:
     def start(
         self, dense: Params, packed: Mapping[str, MixedTensor], learn: str | None = None
     ) -> tuple[Learned, dict[str, Layer], dict[str, jax.Array]]:
-        """What is learned of a block, what stays fixed of its layers, and its other parameters.
+        """Initial learned parameters of a block, fixed values of its layers, and its other parameters.
 
-        ``learn`` is the config's unless given.
+        ``learn`` is the config's if None.
         """
         learn = learn or self.config.learn
         learned: Learned = {}

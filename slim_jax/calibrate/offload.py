@@ -1,4 +1,4 @@
-"""Calibration activations in files, for those that do not fit in memory."""
+"""Calibration activations in files, for when they do not fit in memory."""
 
 import shutil
 import tempfile
@@ -11,11 +11,11 @@ import numpy as np
 
 
 class OnDisk:
-    """A list of arrays of which each is in a file; the files go with it.
+    """List of arrays, each kept in a file; the files are deleted with the list.
 
     Args:
-      arrays: what it holds at first; taken one by one.
-      folder: where the files go, in a folder of their own.
+      arrays: the initial arrays; consumed one by one.
+      folder: the files are written to a new folder in this one.
     """
 
     def __init__(self, arrays: Iterable[jax.Array], folder: Path) -> None:
@@ -34,13 +34,13 @@ class OnDisk:
         return jax.make_array_from_process_local_data(kind.sharding, local, kind.shape)
 
     def __setitem__(self, index: int, array: jax.Array) -> None:
-        # Of several processes each keeps the samples that its devices have.
+        # With several processes, each keeps the samples on its own chips.
         pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
         np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)]).tofile(self._file(index))
         self._kinds[index] = _kind(array)
 
     def append(self, array: jax.Array) -> None:
-        """One more array."""
+        """Appends an array."""
         self._kinds.append(_kind(array))
         self[len(self) - 1] = array
 
@@ -56,4 +56,4 @@ def _kind(array: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 Batches = list[jax.Array] | OnDisk
-"""Activations ``[B, T, K]`` of all batches."""
+"""Activations ``[B, T, K]`` of every batch."""

@@ -1,8 +1,8 @@
-"""Quantizing a model block by block.
+"""Quantizes a model block by block.
 
-The calibration tokens run through the model once. Beside their activations only one block's weights
-are in memory: the source is read, and the result handed on, block by block. All blocks have the same
-shapes, so each jitted step here compiles once per model.
+The calibration tokens run through the model once. Apart from their activations, only one block's weights
+are in memory: the source is read, and the result handed on, block by block. Each jitted step compiles once
+per kind of block.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ OnBlock = Callable[[BlockReport], None]
 
 
 def check_dense(source: Source) -> None:
-    """Asks whether a model can be quantized, as far as it tells without its weights being read.
+    """Checks that a model is not packed already, as far as its source tells without reading weights.
 
     Raises:
       ValueError: a layer of its blocks is packed.
@@ -72,7 +72,7 @@ def _check(source: Source, tokens: np.ndarray, config: Settings, devices: int) -
 
 
 def _parts(tokens: np.ndarray, config: Settings, devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """The samples that layers are solved on, and those that the whole is tuned on."""
+    """Samples that layers are solved on, and samples for fine-tuning; all for both if none are reserved."""
     own = config.samples_to_tune(len(tokens), devices)
     return (tokens[:-own], tokens[-own:]) if own else (tokens, tokens)
 
@@ -90,24 +90,26 @@ def quantize(
     on_step: OnStep | None = None,
     on_sweep: OnSweep | None = None,
 ) -> tuple[Decoder, Report]:
-    """Quantizes the linear layers of a model's blocks, then embedding and head; norms stay as they are.
+    """Quantizes the linear layers of a model's blocks, then embedding and LM head.
+
+    Norms are not quantized; fine-tuning changes their gains.
 
     Args:
       model: a decoder in memory, or a source that is read block by block.
-      tokens: calibration text, ``int[samples, length]``; part of it is left to tuning, see
+      tokens: calibration text, ``int[samples, length]``; part of it is reserved for fine-tuning, see
         `SlimConfig.tune_samples`.
       config: how to quantize.
-      allocation: bit widths of every group, instead of a search.
-      optimizer: of "slim-plus", instead of `slim_jax.calibrate.learning.default_optimizer`.
-      mesh: devices that share the work, of one process or several (then every process makes this call);
-        all axes count alike. Their number must divide that of the samples.
-      on_block: called with every finished block.
-      on_epoch: of "slim-plus": called after every epoch with its number, the number of all, and the loss.
-      on_sweep: called after every block of the gradient sweep with how many are done, and of how many.
-      on_step: of tuning: called after every step with its number, the number of all, and the loss.
+      allocation: bit widths of every group; None searches for them.
+      optimizer: for "slim-plus"; `slim_jax.calibrate.learning.default_optimizer` if None.
+      mesh: the chips that split the work, of one process or several (then every process makes this call);
+        its axes are flattened. The number of chips must divide that of the samples.
+      on_block: called with every finished block's report.
+      on_epoch: for "slim-plus": called after every epoch with its number, the total number, and the loss.
+      on_sweep: called after every block of the gradient sweep with the number of blocks done, and of all.
+      on_step: for fine-tuning: called after every step with its number, the total number, and the loss.
 
     Returns:
-      The decoder on packed weights, and a report.
+      The decoder with packed weights, and a report.
 
     Raises:
       ValueError: the tokens, the allocation or the rules do not fit the model, or a parameter, a calibration
@@ -157,21 +159,24 @@ def quantize_to_checkpoint(
     on_sweep: OnSweep | None = None,
     on_notice: Callable[[str], None] = warnings.warn,
 ) -> Report:
-    """:func:`quantize` for models larger than memory: every finished block is on disk before the next starts.
+    """Quantizes a model that is larger than memory: every block is on disk before the next one starts.
+
+    Arguments that are not listed here are those of :func:`quantize`.
 
     Args:
-      tokens: as there, or how they are drawn: a resumed run reads back its own, a finished
-        one needs none.
-      path: the checkpoint's folder; must not exist or be empty, unless ``resume``.
-      resume: continue an interrupted run with the same model, tokens and settings; the result is the
-        same, bit for bit.
-      offload: keep the calibration activations in files beside the checkpoint, not in memory ("slim-plus"
-        still has those of one block in memory).
-      on_notice: told what is damaged of an interrupted run and will be done again.
+      source: a model that is read block by block.
+      tokens: as for :func:`quantize`, or a `Draw`: a resumed run reads the windows that it has kept, and a
+        finished run draws none.
+      path: the checkpoint's folder; it must not exist or be empty, unless ``resume``.
+      resume: if True, an interrupted run with the same model, tokens and settings is continued; the result
+        is bit-identical to that of an uninterrupted run.
+      offload: if True, the calibration activations are kept in files in the checkpoint's folder and not in
+        memory ("slim-plus" still has those of one block in memory).
+      on_notice: called with a message for each part of an interrupted run that is damaged and made again.
 
     Raises:
-      ValueError: as :func:`quantize`; or ``path`` holds something else, a run with other settings, or one
-        that another process is at.
+      ValueError: as for :func:`quantize`; or ``path`` holds something else, a run with other settings, or
+        one that another process is writing.
     """
     source, placement, config = FiniteSource(source), Placement(mesh), config.resolved()
     windows = Windows.of(tokens, allocation, path, resume)
@@ -217,7 +222,7 @@ def quantize_to_checkpoint(
 def _write_all(
     quantizer: BlockQuantizer, writer: CheckpointWriter, on_block: OnBlock | None, on_epoch: OnEpoch | None
 ) -> None:
-    """Writes all that an earlier run has not written."""
+    """Writes all blocks, then embedding and LM head, except blocks that an earlier run has written."""
     for index in range(quantizer.source.config.num_layers):
         if index < len(writer.blocks):
             report = writer.blocks[index].report
@@ -233,7 +238,7 @@ def _write_all(
 
 @contextlib.contextmanager
 def _scratch(path: Path | None) -> Iterator[Path | None]:
-    """A folder of this process alone in a checkpoint's, gone in the end."""
+    """Makes a temporary folder for this process in the folder ``path``; yields None if ``path`` is None."""
     if path is None:
         yield None
         return

@@ -1,4 +1,4 @@
-"""One block after another: what its layers read is observed, they are solved, "slim-plus" learns."""
+"""Quantizes one block after another: observes its layers' inputs, solves the layers, trains "slim-plus"."""
 
 import dataclasses
 import itertools
@@ -52,7 +52,7 @@ class BlockQuantizer:
             bits = without_choice(source.config, config)
         prices = bits is None
         if config.guide or prices:
-            if sweep_file is not None and sweep_file.exists():  # of the run that is resumed
+            if sweep_file is not None and sweep_file.exists():  # left by the interrupted run
                 self.guide = Guide.load(sweep_file)
             else:
                 self.guide = Sweep(source, tokens, config, offload, placement, prices=prices).run(on_sweep)
@@ -63,20 +63,20 @@ class BlockQuantizer:
         self.activations = Activations.of(source, tokens, offload, placement)
         self.stride = max(1, tokens.size // config.search_tokens)
         self.learner: BlockLearner | None = None
-        self.reference: Activations | None = None  # behind full-precision blocks
+        self.reference: Activations | None = None  # of the reference (full-precision) pass
         if config.corrects or config.method == "slim-plus":
             self.reference = self.activations
         if config.method == "slim-plus":
             self.learner = BlockLearner(source.config, config, len(tokens), optimizer, placement)
 
     def skip(self, index: int, params: Params) -> None:
-        """Carries the activations over a block that an earlier run has quantized."""
+        """Passes the activations through a block that an earlier run has quantized."""
         if self.reference is not None:
             self.reference = self.reference.behind(index, self.source.block(index))
         self.activations = self.activations.behind(index, params)
 
     def quantize(self, index: int, on_epoch: OnEpoch | None = None) -> tuple[dict[str, Any], BlockReport]:
-        """Quantizes block ``index``: its parameters, linear weights packed, and what was done."""
+        """Quantizes block ``index``; returns its parameters, with linear weights packed, and a report."""
         start = time.monotonic()
         dense = dict(self.source.block(index))
         packed = [name for name, value in dense.items() if isinstance(value, MixedTensor)]
@@ -106,7 +106,7 @@ class BlockQuantizer:
         return result, report
 
     def ends(self) -> tuple[dict[str, Any], list[LayerReport]]:
-        """What stands outside the blocks, once all of these are quantized; see `quantize_ends`."""
+        """Quantizes embedding and LM head, once all blocks are quantized; see `quantize_ends`."""
         beside = self.reference if self.config.asymmetric else None
         return quantize_ends(self.source, self.config, self.activations, beside, self.stride, self.placement)
 
@@ -115,7 +115,7 @@ class BlockQuantizer:
     ) -> "_Solved":
         """Quantizes every layer of a block.
 
-        ``given`` are layers whose bits and grids serve again; only codes are found anew.
+        If ``given``, the bits and grids of these packed layers are reused, and only codes are solved for.
         """
         current = dict(dense)
         passing, beside = self.activations.through(index, current), None
@@ -140,7 +140,7 @@ class BlockQuantizer:
         return _Solved(tensors, layers, expert_tokens, after, None if beside is None else beside.after)
 
     def _skipped(self, index: int) -> list[str]:
-        """The weights of a block that a rule leaves in full precision."""
+        """Names of the block's weights that a rule leaves in full precision."""
         names = itertools.chain(*linear_groups(self.source.config.block(index)))
         return [f"{name}.weight" for name in names if self.config.of_layer(f"blocks.{index}.{name}") is None]
 
@@ -149,7 +149,7 @@ class BlockQuantizer:
         return self.reference.behind(index, dense)
 
     def _samples(self, index: int, dense: Params, reference: Activations) -> Samples:
-        """What the block at hand learns from; ``reference`` is behind it."""
+        """Samples that the block is trained on; ``reference`` are the reference activations after it."""
 
         def whole(stream: Activations) -> jax.Array:
             return jnp.concatenate(list(stream.batches))
@@ -160,11 +160,11 @@ class BlockQuantizer:
     def _observations(
         self, passing: Passing, beside: Passing | None
     ) -> Iterator[tuple[tuple[str, ...], Observation]]:
-        """Yields each group of layers with what was seen of its inputs.
+        """Yields the names of layers that share an input, with the observation of that input.
 
-        The caller puts quantized weights into the passage's parameters; later layers see what these give,
-        if the config is sequential, else what the unquantized block gives. ``beside`` passes the block where
-        nothing was quantized.
+        The caller puts quantized weights into the passage's parameters. If the config is sequential, later
+        layers read the outputs of these, otherwise those of the unquantized block. ``beside`` is the
+        reference (full-precision) pass.
         """
         seen = self._observed(passing, beside)
         yield from seen if self.config.sequential else list(seen)
@@ -172,7 +172,7 @@ class BlockQuantizer:
     def _observed(
         self, passing: Passing, beside: Passing | None
     ) -> Iterator[tuple[tuple[str, ...], Observation]]:
-        """What is seen at each stage; at an expert's, filled up from all tokens of the block."""
+        """Yields the observation at each stage; an expert's is filled up from all tokens of the block."""
         entry: Observation | None = None  # of all tokens: gate and up of all experts read one input
         for names, inputs in passing if beside is None else _in_step(passing, beside):
             if self.guide is not None and self.config.guide:
@@ -187,14 +187,14 @@ class BlockQuantizer:
 
 
 class _Solved(NamedTuple):
-    """A block whose layers have been solved.
+    """Block whose layers have been solved.
 
     Attributes:
-      tensors: packed weights by name in the block.
-      layers: what was done.
+      tensors: packed weights, by the layer's name in the block.
+      layers: reports of the layers.
       expert_tokens: number of tokens that each expert saw.
-      after: the activations behind it.
-      reference: the full-precision activations behind it, if these passed it too.
+      after: the activations after the block.
+      reference: the reference activations after the block, if the reference pass ran alongside.
     """
 
     tensors: dict[str, MixedTensor]
@@ -205,9 +205,10 @@ class _Solved(NamedTuple):
 
 
 def _in_step(passing: Passing, beside: Passing) -> Iterator[tuple[tuple[str, ...], Inputs]]:
-    """A passage of a block, each of its inputs with what another passage has there.
+    """Runs two passages through a block alongside each other; yields the inputs of ``passing``, each with the
+    input of ``beside`` as its reference.
 
-    Not those of experts: routers that read different inputs send their tokens elsewhere.
+    Inputs of experts get none: routers that read different inputs send tokens to different experts.
     """
     for (names, inputs), (_, other) in zip(passing, beside, strict=True):
         yield names, inputs if inputs.seen is not None else inputs._replace(reference=other)

@@ -1,12 +1,12 @@
-"""The gradient sweep: how much every calibration token counts at every layer, and what bits are worth there.
+"""The gradient sweep: measures every token's importance at every layer and the costs of bit widths.
 
-Forward and backward once over the full-precision model, a block at a time: block inputs are kept (or
-offloaded), gradients are taken from the last block to the first. With ``L`` the sum of the tokens' losses
-and ``y_t [N]`` a layer's output at token ``t``, the weight of that token is
+The sweep goes forward and backward once over the full-precision model, a block at a time: it keeps (or
+offloads) the block inputs, then takes gradients from the last block to the first. With ``L`` the sum of the
+tokens' losses and ``y_t [N]`` a layer's output at token ``t``, the importance of that token is
 
     w_t = mean_n (dL / dy_tn)^2,
 
-so that ``sum_t w_t |(W - W_hat)^T x_t|^2 / 2`` is about how much ``L`` rises when ``W`` becomes ``W_hat``.
+so that ``sum_t w_t |(W - W_hat)^T x_t|^2 / 2`` is about the increase of ``L`` when ``W`` becomes ``W_hat``.
 """
 
 import dataclasses
@@ -42,26 +42,26 @@ from slim_jax.store.files import write_arrays
 from slim_jax.store.source import Source
 
 LIMIT = 30.0
-"""A token counts at most so many times the mean: in the first block of a small model a single one would
-weigh 18,000 times the mean, and the Hessian would be that token's alone."""
+"""Largest token importance, in multiples of the mean: in the first block of a small model a single token had
+18,000 times the mean, and would have determined the Hessian alone."""
 
 OnSweep = Callable[[int, int], None]
-"""Called after every block, from the last to the first, with how many are done, and of how many."""
+"""Called after every block, from the last to the first, with the number of blocks done, and of all."""
 
 BUDGET_TOKENS, BUDGET_LENGTH = 4096, 256
-"""Calibration tokens that the costs of bits are summed over, and at most how many of one sample: samples are
-evenly spread, and cut short so that they are more."""
+"""Number of calibration tokens that the costs of bit widths are summed over, and the largest number from one
+sample: the samples are evenly spread, and truncated so that there can be more of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Guide:
-    """What a sweep found.
+    """Result of a gradient sweep.
 
     Attributes:
-      weights: of every group of layers that share an input, by block and a name such as ``"attn.o"``:
+      weights: token importance at layers that share an input, by block and a name such as ``"attn.o"``:
         ``float32[samples, length]``, mean 1. Experts of a block share theirs.
-      allocation: widths of the whole model's groups, where they were asked for.
-      rises: by how much each layer is then expected to raise the loss, in nats a token.
+      allocation: widths of all groups of the model, if they were to be chosen.
+      rises: predicted loss increase of each layer at these widths, in nats per token.
     """
 
     weights: Mapping[tuple[int, str], np.ndarray]
@@ -69,11 +69,11 @@ class Guide:
     rises: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def of(self, index: int, names: tuple[str, ...]) -> np.ndarray:
-        """The weights of the tokens at some layers of block ``index`` that share an input."""
+        """Returns the token importance at layers of block ``index`` that share an input."""
         return self.weights[index, _group(names[0])]
 
     def save(self, file: Path) -> None:
-        """Writes it; see `slim_jax.store.files.write_arrays`."""
+        """Writes the guide to a file; see `slim_jax.store.files.write_arrays`."""
         told = json.dumps({"allocation": self.allocation, "rises": dict(self.rises)})
         arrays = {f"{index} {group}": weight for (index, group), weight in self.weights.items()}
         write_arrays(file, {"told": np.asarray(told), **arrays})
@@ -89,19 +89,19 @@ class Guide:
 
 
 def _kind(name: str) -> str:
-    """A layer's name, without the number of an expert."""
+    """Returns a layer's name without the number of its expert."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def _group(name: str) -> str:
-    """What names the input of a layer, alike for all experts."""
+    """Returns the name of a layer's input, the same for all experts."""
     kind = _kind(name)
     return kind if kind.endswith((".o", ".down")) else kind.rpartition(".")[0]
 
 
 @jax.custom_vjp
 def _tap(y: Float[Array, "b t n"], weight: Float[Array, "b t"]) -> Float[Array, "b t n"]:
-    """``y``; what is propagated to ``weight`` is not a gradient but the token's weight."""
+    """Returns ``y``; the "gradient" with respect to ``weight`` is the token importance."""
     return y
 
 
@@ -117,7 +117,7 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 
 class _Tapped(Linear):
-    """A linear layer whose output is tapped."""
+    """Linear layer whose output passes through `_tap`, which measures token importance."""
 
     def __init__(self, linear: Linear, token_weight: jax.Array) -> None:
         self.weight, self.bias, self.mesh = linear.weight, linear.bias, linear.mesh
@@ -130,7 +130,7 @@ class _Tapped(Linear):
 def _with_taps(block: Block, weights: Mapping[str, jax.Array]) -> Block:
     block = nnx.merge(*nnx.split(block))
     if block.moe is not None:
-        block.moe.by_turns = False  # taps tell tokens apart by their places
+        block.moe.by_turns = False  # token importance is by position, so tokens must stay in place
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
         setattr(part_of(block, owner), leaf, _Tapped(part_of(block, name), weight))
@@ -150,7 +150,7 @@ def _forward(block: Block, h: jax.Array, *, placement: Placement) -> jax.Array:
 def _backward(
     block: Block, h: jax.Array, gradient: jax.Array, *, names: tuple[str, ...], placement: Placement
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss's gradient at the block's input, and the tokens' weights at its layers."""
+    """Returns the loss's gradient at the block's input, and the token importance at its layers."""
 
     def own(block: Block, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         h, gradient = inputs
@@ -169,7 +169,7 @@ def _backward(
 def _loss_gradient(
     outer: Decoder, h: Float[Array, "b t d"], tokens: Int[Array, "b t"], *, placement: Placement
 ) -> Float[Array, "b t d"]:
-    """Gradient of the summed loss at the last block's output; logits are made for one sample at a time."""
+    """Gradient of the summed loss at the last block's output; logits are computed one sample at a time."""
 
     def own(outer: Decoder, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         def of_sample(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -188,15 +188,16 @@ def _loss_gradient(
 
 
 class Sweep:
-    """One pass over a model, forward and backward.
+    """One forward and one backward pass over a model.
 
     Args:
       source: the full-precision model.
       tokens: ``int[samples, length]``.
-      config: of the quantization.
+      config: the quantization's settings.
       offload: a folder for activations; None keeps them in memory.
-      placement: the devices that share the samples.
-      prices: whether widths are to be chosen; else only tokens are weighed.
+      placement: the chips that split the samples.
+      prices: if True, the costs of bit widths are computed too, and widths chosen; otherwise only token
+        importance.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class Sweep:
         *,
         prices: bool = True,
     ) -> None:
-        if not config.guide:  # then only sums over tokens are asked for
+        if not config.guide:  # only sums over tokens are needed: some of the samples suffice
             tokens = some_samples(tokens, placement.devices)
         self.source, self.tokens, self.config, self.placement = source, tokens, config, placement
         self.prices = prices
@@ -220,7 +221,7 @@ class Sweep:
         self.costs: dict[str, LayerCosts] = {}
 
     def run(self, on_sweep: OnSweep | None = None) -> Guide:
-        """Sweeps, and spends the budget of bits if the config asks for it; see :data:`OnSweep`."""
+        """Runs the sweep, and spends the bit budget if widths are to be chosen; see :data:`OnSweep`."""
         inputs = self._inputs()
         gradients = self._loss_gradients(inputs.pop())
         for index in reversed(range(self.source.config.num_layers)):
@@ -236,7 +237,7 @@ class Sweep:
         return Guide(self.weights, *spend_all({name: self.costs[name] for name in names}, self.config))
 
     def _inputs(self) -> list[Batches]:
-        """What every block reads, bfloat16, and last what the last one gives."""
+        """Inputs of every block in bfloat16, followed by the output of the last block."""
         keep = self.start.keep
         inputs = [keep(h.astype(jnp.bfloat16) for h in self.start.batches)]
         self.start = dataclasses.replace(self.start, batches=[])
@@ -253,7 +254,7 @@ class Sweep:
         )
 
     def _weigh(self, index: int, inputs: Batches, gradients: Batches) -> dict[str, float]:
-        """Passes the gradients back over a block; every layer's mean weight of a token, limited."""
+        """Propagates the gradients back through a block; returns every layer's mean (limited) importance."""
         block = self.start.part(index, "", self.source.block(index))
         found: dict[str, list[np.ndarray]] = {name: [] for name in self.names[index]}
         for i, h in enumerate(inputs):
@@ -275,7 +276,7 @@ class Sweep:
         return scales
 
     def _cost(self, index: int, inputs: Batches, scales: Mapping[str, float]) -> None:
-        """What every width of every group of the block's layers would cost."""
+        """Computes the cost of every width of every group of the block's layers."""
         before = self.start.with_batches(h.astype(jnp.float32) for h in inputs)
         params = self.source.block(index)
         guide = Guide(self.weights)
@@ -296,9 +297,9 @@ class Sweep:
 
 
 def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Allocation, dict[str, float]]:
-    """Widths of every group, and by how much each layer is then expected to raise the loss.
+    """Allocates the widths of every group; returns them and the predicted loss increase of each layer.
 
-    Layers share one budget, but those whose bits a rule gives: each of these spends its own.
+    Layers share one bit budget, except those whose bits a rule sets: each of these has its own.
     """
     budgets: dict[str, list[str]] = {"": []}
     for name in costs:
@@ -310,7 +311,7 @@ def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Alloca
         layers, settings = {name: costs[name] for name in names}, list(map(config.of_layer, names))
         assert settings[0] is not None
         widths, budget, weights = settings[0].widths, Fraction(0), 0
-        for layer, own in zip(layers.values(), settings):  # exact: of equal means the mean is the same
+        for layer, own in zip(layers.values(), settings):  # exact fractions: equal means give that same mean
             assert own is not None
             size = layer.weights * len(layer.rise)
             budget, weights = budget + Fraction(own.mean_width) * size, weights + size
@@ -321,7 +322,7 @@ def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Alloca
 
 
 def without_choice(model: DecoderConfig, config: Settings) -> Allocation | None:
-    """Widths of all groups where no layer may have more than one; None where there is a choice."""
+    """Widths of all groups under the model's budget if each layer has one possible width; None otherwise."""
     allocation: Allocation = {}
     for index, kind in enumerate(model.blocks()):
         shapes = block_params(kind)
@@ -338,7 +339,7 @@ def without_choice(model: DecoderConfig, config: Settings) -> Allocation | None:
 
 
 def some_samples(tokens: np.ndarray, devices: int) -> np.ndarray:
-    """Of about :data:`BUDGET_TOKENS` tokens in all, a number of samples that the devices divide."""
+    """Selects samples of about :data:`BUDGET_TOKENS` tokens in total; ``devices`` divides their number."""
     length = min(tokens.shape[1], BUDGET_LENGTH)
     count = min(len(tokens), max(1, BUDGET_TOKENS // length))
     count = -(-count // devices) * devices
@@ -346,9 +347,10 @@ def some_samples(tokens: np.ndarray, devices: int) -> np.ndarray:
 
 
 def limited(weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights limited to :data:`LIMIT` times their mean, as ``float32`` of mean 1, and the mean left.
+    """Clips weights at :data:`LIMIT` times their mean; returns them as ``float32`` of mean 1, and their mean
+    after clipping.
 
-    Ones and 0 where all weights are 0.
+    If all weights are 0, these are ones and 0.
     """
     weights = weights.astype(np.float64)
     weights = np.minimum(weights, LIMIT * weights.mean())

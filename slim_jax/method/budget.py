@@ -1,8 +1,9 @@
-"""SBA over the whole model: the width of every group of every layer, from one budget of bits.
+"""SBA over the whole model: chooses the bit width of every group of every layer under one bit budget.
 
-Costs are in one currency, the expected rise of the model's loss in nats a token, so a bit goes wherever in
-the model it lowers that most. Within a layer the choice is exact for every sum of bits; between layers one
-price of a bit, found by bisection, decides, and what is left goes to whatever gains most for it.
+Every cost is a predicted increase of the model's loss, in nats per token, so bits go to the groups where
+they lower the loss most. Within a layer the choice is exact for every sum of widths. Between layers a
+Lagrange multiplier, the cost of one bit, decides; it is found by bisection. The rest of the budget is then
+spent step by step on the layer that gains most per bit.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from slim_jax.method.sba import Allocation, quantized_at, weighted_errors
 from slim_jax.placement import ONE_DEVICE, Placement
 
 SHAPES = 4
-"""A layer's mean width is a multiple of one over this, where its number of groups allows: compiled programs
-go by the rows of words that a layer has, so these should be few."""
+"""A layer's mean width is a multiple of ``1 / SHAPES``, where its number of groups allows it. Programs are
+compiled anew for every number of rows of packed words, so there should be few such numbers."""
 
 BISECTIONS = 100
 
@@ -37,10 +38,10 @@ def group_errors(
     scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "groups widths"]:
-    """``sum_jn (w_jn - w_hat_jn(b))^2 / u_j^2`` of every group at every width, as ``sqc`` would fit it.
+    """Weighted squared error of every group at every width, on the grid that ``sqc`` fits to it.
 
-    ``importance`` is ``1 / u_j^2``. ``K`` must be a multiple of ``group_size``; ``scale_dtype`` is that of
-    `slim_jax.method.sba.quantized_at`.
+    The error is ``sum_jn (w_jn - w_hat_jn(b))^2 / u_j^2``, and ``importance`` is ``1 / u_j^2``. ``K`` must be
+    a multiple of ``group_size``; for ``scale_dtype`` see `slim_jax.method.sba.quantized_at`.
     """
     rounded = partial(quantized_at, group_size=group_size, zero_bits=zero_bits, sqc=sqc)
 
@@ -53,11 +54,11 @@ def group_errors(
 
 @dataclasses.dataclass(frozen=True)
 class LayerCosts:
-    """What the widths of one layer's groups would cost.
+    """Costs of the widths of one layer's groups.
 
     Attributes:
-      rise: ``float64[G, W]``: expected rise of the loss with each group at each width, in nats a token.
-      weights: of a group: ``group_size * N``.
+      rise: ``float64[G, W]``, predicted loss increase of each group at each width, in nats per token.
+      weights: number of weights in a group, ``group_size * N``.
     """
 
     rise: np.ndarray
@@ -66,15 +67,15 @@ class LayerCosts:
 
 @dataclasses.dataclass(frozen=True)
 class _Curve:
-    """A layer's least cost for the sums of its groups' widths that it may have."""
+    """A layer's least cost at each allowed sum of its groups' widths."""
 
-    totals: np.ndarray  # ascending
+    totals: np.ndarray  # allowed sums, ascending
     costs: np.ndarray
-    choices: np.ndarray  # index of the width chosen, [G, sums], from :func:`_curve`
+    choices: np.ndarray  # index of the chosen width, [G, sums], from :func:`_curve`
     widths: tuple[int, ...]
 
     def bits(self, total: int) -> list[int]:
-        """The widths that cost least at a sum of ``total``."""
+        """Returns the widths of the groups that cost least among those whose sum is ``total``."""
         bits = []
         for choice in self.choices[::-1]:
             width = self.widths[choice[total]]
@@ -84,9 +85,9 @@ class _Curve:
 
 
 def _curve(rise: np.ndarray, widths: tuple[int, ...]) -> _Curve:
-    """By dynamic programming over the groups: exact."""
+    """Computes the least costs exactly, by dynamic programming over the groups."""
     groups = len(rise)
-    rise = np.minimum.accumulate(rise, axis=1)  # a wider code is never the worse one
+    rise = np.minimum.accumulate(rise, axis=1)  # a larger width never costs more
     best = np.full(groups * widths[-1] + 1, np.inf)
     best[0] = 0.0
     choices = np.zeros((groups, len(best)), np.uint8)
@@ -103,10 +104,10 @@ def _curve(rise: np.ndarray, widths: tuple[int, ...]) -> _Curve:
 
 
 def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) -> Allocation:
-    """The allocation of least cost whose mean width, over all weights, is at most ``bits``.
+    """Returns the allocation of least cost whose mean width over all weights is at most ``bits``.
 
     Raises:
-      ValueError: no width is that small, or a cost is not finite.
+      ValueError: ``bits`` is below the smallest width, or a cost is not finite.
     """
     if broken := [name for name, layer in layers.items() if not np.all(np.isfinite(layer.rise))]:
         raise ValueError(f"the expected rise of the loss by {', '.join(broken)} is not finite")
@@ -118,7 +119,7 @@ def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) 
     budget = bits * sum(layer.weights * len(layer.rise) for layer in layers.values())
 
     def cheapest(price: float) -> list[int]:
-        """Of every layer, the index on its curve where cost and price of its bits are least."""
+        """Index on each layer's curve where its cost plus ``price`` times its bits is least."""
         return [
             int(np.argmin(curve.costs + price * size * curve.totals))
             for curve, size in zip(curves.values(), sizes)
@@ -141,7 +142,7 @@ def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) 
 def expected_rise(
     layers: Mapping[str, LayerCosts], widths: Sequence[int], allocation: Allocation
 ) -> dict[str, float]:
-    """By how much each layer, as allocated, is expected to raise the loss, in nats a token."""
+    """Predicted loss increase of each layer at its allocated widths, in nats per token."""
     column = {width: i for i, width in enumerate(sorted(widths))}
     return {
         name: float(sum(rise[column[width]] for rise, width in zip(layer.rise, allocation[name])))
@@ -150,10 +151,10 @@ def expected_rise(
 
 
 def _fill(chosen: list[int], curves: list[_Curve], sizes: list[int], left: float) -> None:
-    """Spends what is left of the budget, step by step on the layer that gains most for a bit."""
+    """Spends the ``left`` bits of the budget step by step, always on the layer that gains most per bit."""
 
     def gain(layer: int) -> tuple[float, int]:
-        """The best gain for a bit of the steps that can be paid, and where it leads."""
+        """Best gain per bit among a layer's steps that the ``left`` bits cover, and the index it leads to."""
         curve, at = curves[layer], chosen[layer]
         price = sizes[layer] * (curve.totals[at + 1 :] - curve.totals[at])
         payable = int(np.searchsorted(price, left, side="right"))

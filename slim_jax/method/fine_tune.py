@@ -1,13 +1,14 @@
-"""Tuning end to end: a packed model's scales and norms move until its logits are the full-precision model's.
+"""End-to-end fine-tuning: trains a packed model's scales and norms to match the full-precision logits.
 
-Codes and zero points stay as they are, and with them what is stored of each weight. Every scale and every
-gain of a norm is multiplied by the exponential of what is learned, by the gradient of
+Codes and zero points are fixed, so the stored code of each weight does not change. Every scale and every norm
+gain is multiplied by the exponential of a learned parameter. The loss is
 
     KL(p || q) = sum_v p_v (log p_v - log q_v),
 
-the mean over tokens, with ``p`` of the full-precision model and ``q`` of the packed one. Blocks are scanned
-over and what happens inside them is computed again on the way back, but for the results of products. Where
-not all are of one kind and packed alike, those in a row that are, a run, are scanned over.
+averaged over tokens, with ``p`` from the full-precision model and ``q`` from the packed one. The model is
+a scan over its blocks; the backward pass recomputes the values inside a block, except the results of matrix
+products. If blocks differ in kind or packing, each series of consecutive blocks that are alike, a scan
+segment, is one scan.
 """
 
 import dataclasses
@@ -33,33 +34,34 @@ from slim_jax.model.params import Params, as_computed, make_block, make_outer
 from slim_jax.placement import ONE_DEVICE, Placement
 
 Run = tuple[int, int]
-"""The first of some blocks in a row that are of one kind and packed alike, and the one behind their last."""
+"""A scan segment, consecutive blocks of one kind and packing: the index of its first block, and the index
+after its last."""
 
 
 class Learned(NamedTuple):
-    """Logarithms of factors, by parameter, ``float32``.
+    """Logarithms of the learned factors, by parameter name, ``float32``.
 
     Attributes:
-      blocks: ``[L, ...]``, of all blocks of a run.
-      outer: of what stands outside.
+      blocks: ``[L, ...]`` each, for all blocks of a scan segment.
+      outer: for the parameters outside the blocks.
     """
 
     blocks: dict[Run, dict[str, jax.Array]]
     outer: dict[str, jax.Array]
 
     def of(self, index: int) -> dict[str, jax.Array]:
-        """Of one block."""
+        """Returns the log factors of one block."""
         start, stop = next((start, stop) for start, stop in self.blocks if start <= index < stop)
         return {name: factors[index - start] for name, factors in self.blocks[start, stop].items()}
 
 
 class Fixed(NamedTuple):
-    """What stays.
+    """Parameters that fine-tuning starts from and does not change.
 
     Attributes:
-      blocks: all parameters of the blocks, those of a run stacked.
-      outer: of the packed model.
-      full: of the full-precision model, for its head alone.
+      blocks: all parameters of the blocks, stacked for each scan segment.
+      outer: the packed model's parameters outside the blocks.
+      full: those of the full-precision model, of which only the LM head is used.
     """
 
     blocks: dict[Run, dict[str, Any]]
@@ -68,7 +70,7 @@ class Fixed(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some samples: tokens ``int32[B, T]`` and the full-precision model's head inputs ``[B, T, e]``."""
+    """Samples: tokens ``int32[B, T]`` and the full-precision model's LM head inputs ``[B, T, e]``."""
 
     tokens: jax.Array
     target: jax.Array
@@ -76,13 +78,13 @@ class Batch(NamedTuple):
 
 @jax.jit
 def scaled(tensor: MixedTensor, log_factor: Float[Array, "g n"]) -> MixedTensor:
-    """A packed weight with its scales multiplied; groups of ``log_factor`` in storage order."""
+    """Multiplies the scales of a packed weight; the groups of ``log_factor`` are in storage order."""
     scale = tensor.scales() * jnp.exp(log_factor)
     return dataclasses.replace(tensor, scale=scales.stored(scale, tensor.scale.dtype))
 
 
 def _weight(tensor: MixedTensor, log_factor: jax.Array) -> jax.Array:
-    """What :func:`scaled` gives, dense and differentiable."""
+    """Dense, differentiable version of the weight that :func:`scaled` returns."""
     grid, order = stored_grids(tensor), jnp.argsort(tensor.order)
     scale = grid.scale * jnp.exp(log_factor[order])
     scale = straight_through(scale, scales.rounded(scale, tensor.scale.dtype))
@@ -93,7 +95,7 @@ def _weight(tensor: MixedTensor, log_factor: jax.Array) -> jax.Array:
 
 
 def _applied(params: Params, factors: Mapping[str, jax.Array], norm_offset: float) -> dict[str, jax.Array]:
-    """Dense parameters as calibration computes with them, what is learned applied."""
+    """Dense parameters as calibration computes with them, with the learned factors applied."""
 
     def value(name: str, value: Any) -> jax.Array:
         if isinstance(value, MixedTensor):
@@ -104,13 +106,13 @@ def _applied(params: Params, factors: Mapping[str, jax.Array], norm_offset: floa
 
 
 def _gain(value: jax.Array, log_factor: jax.Array, norm_offset: float) -> jax.Array:
-    """A norm's scale, to which the model adds ``norm_offset``, with the sum multiplied, as it is stored."""
+    """Multiplies a norm's gain, which is ``value + norm_offset``; returns the new value, as stored."""
     gain = (jnp.asarray(value, jnp.float32) + norm_offset) * jnp.exp(log_factor) - norm_offset
     return straight_through(gain, gain.astype(value.dtype).astype(jnp.float32))
 
 
 def apply(params: Params, factors: Mapping[str, jax.Array], norm_offset: float) -> dict[str, Any]:
-    """Packed parameters as they are stored, what is learned applied; the offset is the decoder config's."""
+    """Applies learned factors to packed parameters, as stored; ``norm_offset`` is the decoder config's."""
 
     def value(name: str, value: Any) -> Any:
         if name not in factors:
@@ -123,7 +125,7 @@ def apply(params: Params, factors: Mapping[str, jax.Array], norm_offset: float) 
 
 
 def stacked(config: DecoderConfig, blocks: Sequence[Params]) -> dict[Run, dict[str, Any]]:
-    """The blocks' parameters, those of a run on a leading axis."""
+    """Stacks the parameters of each scan segment's blocks on a leading axis."""
 
     def join(values: list[Any]) -> Any:
         return stack(values) if isinstance(values[0], MixedTensor) else jnp.stack(values)
@@ -137,7 +139,7 @@ def stacked(config: DecoderConfig, blocks: Sequence[Params]) -> dict[Run, dict[s
 
 
 def _packing(block: Params) -> dict[str, Any]:
-    """What parameters that are stacked have in common."""
+    """Properties by which blocks are compared: only parameters that agree in them can be stacked."""
 
     def of(w: Any) -> tuple[Any, ...]:
         if isinstance(w, MixedTensor):
@@ -148,8 +150,11 @@ def _packing(block: Params) -> dict[str, Any]:
 
 
 def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
-    """What is learned at first, of the gains of norms and, inside blocks, of scales: zeros, but for scales in
-    eight bits numbers that change none of them, see `slim_jax.method.learnable.undecided`."""
+    """Initial log factors of the norm gains and, if ``inside`` the blocks, of the scales.
+
+    They are zeros, except those of 8-bit scales: these are small numbers that change no stored scale, see
+    `slim_jax.method.learnable.undecided`.
+    """
     start, leading = {}, 1 if inside else 0  # blocks are stacked
     for name, value in params.items():
         if isinstance(value, MixedTensor):
@@ -163,12 +168,12 @@ def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Tuner:
-    """The steps of one model's tuning; hashable, so that each compiles once.
+    """Steps of one model's fine-tuning; hashable, so that each step compiles once.
 
     Attributes:
-      config: the decoder's.
+      config: the decoder's config.
       optimizer: any gradient transformation.
-      placement: the devices that share a batch's samples, where they divide their number.
+      placement: the chips that split a batch's samples, if the number of chips divides that of samples.
     """
 
     config: DecoderConfig
@@ -176,7 +181,7 @@ class Tuner:
     placement: Placement = ONE_DEVICE
 
     def loss(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
-        """Divergence of the packed model's next token from the full-precision one's, mean over tokens."""
+        """Divergence of the packed model's next-token distribution from the dense one's, mean over tokens."""
         outer = make_outer(self.config, apply(fixed.outer, learned.outer, self.config.norm_offset))
         positions = sequence_positions(batch.tokens)
 
@@ -196,7 +201,7 @@ class Tuner:
     def step(
         self, learned: Learned, state: Any, fixed: Fixed, batch: Batch
     ) -> tuple[Learned, Any, Float[Array, ""]]:
-        """One step, and the loss before it."""
+        """Takes one step; returns the parameters and optimizer state after it and the loss before it."""
         loss, gradient = jax.value_and_grad(self.loss)(learned, fixed, self._cut(batch))
         updates, state = self.optimizer.update(gradient, state, learned)
         changed = self.placement.gathered((optax.apply_updates(learned, updates), state))
@@ -204,7 +209,7 @@ class Tuner:
 
     @partial(jax.jit, static_argnums=0)
     def evaluate(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
-        """The loss of some samples."""
+        """Returns the loss of a batch."""
         return self.loss(learned, fixed, self._cut(batch))
 
     def _cut(self, batch: Batch) -> Batch:
@@ -217,10 +222,10 @@ class Tuner:
 def _divergence(
     outer: Decoder, full: Decoder, x: Float[Array, "b t e"], target: Float[Array, "b t e"]
 ) -> Float[Array, ""]:
-    """Sum over tokens of ``KL(p || q)`` by the inputs of both heads.
+    """Sum over tokens of ``KL(p || q)``, from the inputs of both LM heads.
 
-    Logits are made for a sample at a time, and the gradient in ``x`` along with them: on the way back there
-    would be nothing left to make it from but the logits themselves.
+    Logits are computed for one sample at a time, together with the gradient with respect to ``x``: to compute
+    that gradient in the backward pass, the logits of all samples would have to be kept.
     """
 
     def of_sample(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

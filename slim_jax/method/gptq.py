@@ -1,8 +1,8 @@
 """GPTQ: rounding column by column, with each column's error fed forward to the columns after it.
 
-Arrays in, arrays out; models and files are the pipeline's. In the paper's notation the weight is
+Arrays in, arrays out; the pipeline handles models and files. In the paper's notation the weight is
 ``[N, K]`` and columns are rounded; here it is ``[K, N]`` as layers use it, so that a "column" (an
-input channel) is a row in memory, and the layers that share an input lie side by side in ``N``.
+input channel) is a row in memory, and the layers that share an input are concatenated along ``N``.
 """
 
 from functools import partial
@@ -33,18 +33,18 @@ class Solution(NamedTuple):
     zero: jax.Array
 
     def part(self, channels: slice) -> "Solution":
-        """The solution of one of the layers that were solved side by side."""
+        """Returns the solution of one of several layers that were concatenated and solved together."""
         return Solution(*(leaf[:, channels] for leaf in self))
 
     def weight(self) -> jax.Array:
-        """What is stored, ``float32[K, N]``."""
+        """Dequantized weight, ``float32[K, N]``."""
         g = self.code.shape[0] // self.scale.shape[0]
         scale = jnp.repeat(scales.decoded(self.scale), g, axis=0)
         return scale * (self.code.astype(jnp.float32) - jnp.repeat(self.zero, g, axis=0))
 
 
 def _round_group(w: jax.Array, u: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """Rounds a group ``w [g, N]`` with its ``U`` block ``[g, g]``; codes and scaled errors, ``[g, N]``."""
+    """Rounds a group ``w [g, N]`` with its block ``[g, g]`` of ``U``; returns codes and scaled errors."""
 
     def column(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
         w, codes, errors = state
@@ -72,11 +72,11 @@ def solve(
     scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> Solution:
-    """Quantizes a weight, or several side by side, group by group.
+    """Quantizes a weight, or several concatenated along ``N``, group by group.
 
-    Each group's grid is fitted to the weights as they stand once the groups before it have passed on
-    their errors. ``K`` must be a multiple of ``group_size`` (pad ``w`` with zeros, ``u`` with ones on
-    the diagonal).
+    Each group's grid is fitted to its weights after the errors of the groups before it have been fed
+    forward to them. ``K`` must be a multiple of ``group_size`` (pad ``w`` with zeros, ``u`` with ones
+    on the diagonal).
 
     Args:
       w: weights.
@@ -86,10 +86,10 @@ def solve(
       group_size: channels per group.
       zero_bits: bits of a stored zero point.
       sqc: a name of `slim_jax.method.scale_search.FITS`.
-      feedback: False rounds to nearest, the error stays where it is.
-      grids: what to round to, ``[G, N]``, instead of a fit.
-      scale_dtype: of the stored scales; `slim_jax.method.scale_search.scale_dtype` if None.
-      placement: the devices that share the output channels.
+      feedback: if False, weights are rounded to nearest and errors are not fed forward.
+      grids: the grids to round to, ``[G, N]``; fitted if None.
+      scale_dtype: dtype of the stored scales; `slim_jax.method.scale_search.scale_dtype` if None.
+      placement: the chips that split the output channels.
     """
 
     dtype = default_scale_dtype(sqc) if scale_dtype is None else scale_dtype

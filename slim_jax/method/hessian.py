@@ -16,9 +16,9 @@ from pallas_kernels.layout import group_count
 
 
 def gram(x: Float[Array, "t k"]) -> Float[Array, "k k"]:
-    """``X^T X`` in float32.
+    """Returns ``X^T X`` in float32.
 
-    In three products of halves, since it is symmetric. The copy of ``X^T`` is for XLA's CPU back end,
+    It is symmetric, so three products of halves suffice. ``X^T`` is copied for XLA's CPU back end,
     which multiplies a transposed bfloat16 operand at half its speed.
     """
     half = x.shape[1] // 2
@@ -29,7 +29,7 @@ def gram(x: Float[Array, "t k"]) -> Float[Array, "k k"]:
 
 
 def cross_gram(x: Float[Array, "t k"], y: Float[Array, "t n"]) -> Float[Array, "k n"]:
-    """``X^T Y`` in float32; the copy is for what :func:`gram` has it."""
+    """Returns ``X^T Y`` in float32; ``X^T`` is copied for the reason given in :func:`gram`."""
     return jnp.dot(jax.lax.optimization_barrier(x.T), y, preferred_element_type=jnp.float32)
 
 
@@ -39,8 +39,8 @@ def dampen(
     """Makes a Hessian positive definite.
 
     Returns:
-      ``H + damping * mean(diag H) * I``, and which inputs are dead, always zero. These have no part in the
-      mean and get ``H_jj = 1``, undamped: what comes of the others scales with the inputs.
+      ``H + damping * mean(diag H) * I``, and a mask of the dead inputs, those that are always zero. Dead
+      inputs are left out of the mean and get ``H_jj = 1``, undamped; all other entries scale with ``H``.
     """
     diagonal = jnp.diagonal(h)
     dead = diagonal == 0
@@ -50,7 +50,7 @@ def dampen(
 
 
 def inverse_cholesky(h: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    """Upper triangular ``U`` with ``H^-1 = U^T U``; not finite where ``H`` is not positive definite.
+    """Returns the upper triangular ``U`` with ``H^-1 = U^T U``; not finite if ``H`` is not positive definite.
 
     Flipping rows and columns turns the lower Cholesky factor of ``H`` into ``H = R R^T`` with ``R``
     upper triangular, so that ``U = R^-1``: one factorization and one triangular solve, and the
@@ -61,19 +61,19 @@ def inverse_cholesky(h: Float[Array, "k k"]) -> Float[Array, "k k"]:
 
 
 def _upper_factor(h: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    """``R`` of ``H = R R^T``, upper triangular."""
+    """Returns the upper triangular ``R`` of ``H = R R^T``."""
     return jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
 
 
 class Statistics(NamedTuple):
-    """What the solver needs to know of a layer's inputs, ``K`` padded to whole groups.
+    """Statistics of a layer's inputs that the solver needs, ``K`` padded to whole groups.
 
     Attributes:
       u: ``[K, K]``, upper Cholesky factor of the inverse of the damped Hessian.
       importance: ``[K]``, ``1 / u_j^2``, 0 for padding and for inputs that are always zero.
       alive: ``[K]``, 0 for inputs that are always zero.
       h: ``[K, K]``, the Hessian, not damped.
-      damped: ``[K, K]``, damped, 0 for padding and for inputs that are always zero.
+      damped: ``[K, K]``, the damped Hessian, 0 for padding and for inputs that are always zero.
     """
 
     u: jax.Array
@@ -87,7 +87,7 @@ class Statistics(NamedTuple):
 def statistics(
     total: Float[Array, "k k"], tokens: Float[Array, ""], damping: Float[Array, ""], *, group_size: int
 ) -> Statistics:
-    """Statistics from a sum of Gram matrices over ``tokens`` tokens."""
+    """Computes the statistics from ``total``, the sum of Gram matrices over ``tokens`` tokens."""
     k = total.shape[0]
     padding = group_count(k, group_size) * group_size - k
     h = total * (2.0 / tokens)
@@ -106,7 +106,7 @@ def statistics(
 
 
 class Importance(NamedTuple):
-    """Of :class:`Statistics` what prices widths: `importance` and `alive`."""
+    """The two :class:`Statistics` that the costs of widths need: `importance` and `alive`."""
 
     importance: jax.Array
     alive: jax.Array
@@ -116,7 +116,7 @@ class Importance(NamedTuple):
 def importance_only(
     total: Float[Array, "k k"], tokens: Float[Array, ""], damping: Float[Array, ""], *, group_size: int
 ) -> Importance:
-    """As :func:`statistics`, without the inverse's factor ``U``: ``1 / U_jj`` is ``R_jj``."""
+    """Computes these as :func:`statistics` does, but without the factor ``U``, since ``1 / U_jj = R_jj``."""
     k = total.shape[0]
     flat = (0, group_count(k, group_size) * group_size - k)
     damped, dead = dampen(total * (2.0 / tokens), damping)
@@ -125,22 +125,23 @@ def importance_only(
 
 
 def spread(count: int) -> np.ndarray:
-    """Numbers in [0, 1) for indices up to ``count``, any run of which is spread evenly (golden ratio)."""
+    """Low-discrepancy sequence (golden ratio) of ``count`` numbers in [0, 1), evenly spread over any interval
+    of indices."""
     return np.modf((np.arange(count) + 1) * (np.sqrt(5.0) - 1) / 2)[0]
 
 
 class Observation(NamedTuple):
-    """What the calibration inputs ``x[T, K]`` of a group of layers leave behind.
+    """Statistics of the calibration inputs ``x[T, K]`` of layers that share an input.
 
     Attributes:
       gram: ``float32[K, K]``, ``x^T x``.
       sample: ``float32[S, K]``, evenly spread inputs.
-      tokens: how many inputs there were, ``T``.
-      borrowed: how many more the Gram matrix counts, from :meth:`with_prior`.
-      drift: ``float32[K, K]``, ``x^T (x' - x)``, where ``x'`` is what the layers read in the full-precision
-        model; None where that is not known.
-      shortfall: ``float32[K, N]``, ``x^T (h' - h)``, of the residual stream that they add to; None where
-        they do not, or that is not known.
+      tokens: number of inputs, ``T``.
+      borrowed: number of tokens that :meth:`with_prior` added to the Gram matrix.
+      drift: ``float32[K, K]``, the input error ``x^T (x' - x)``, where ``x'`` is the input of the layers in
+        the full-precision model; None if unknown.
+      shortfall: ``float32[K, N]``, the residual error ``x^T (h' - h)``, where ``h`` is the residual stream
+        that the layers add to; None if they do not add to it or it is unknown.
     """
 
     gram: jax.Array
@@ -152,15 +153,15 @@ class Observation(NamedTuple):
 
     @property
     def share_borrowed(self) -> float:
-        """Of the tokens that the Gram matrix counts."""
+        """Borrowed share of the tokens that the Gram matrix counts."""
         return self.borrowed / (self.tokens + self.borrowed)
 
     def with_prior(self, prior: "Observation") -> "Observation":
-        """What an expert's few tokens leave open is filled from what all tokens of its block would give.
+        """Fills up an expert's observation from ``prior``, that of all tokens of its block.
 
-        As many of the prior's tokens as there are channels ``K`` count beside its own, so that the prior's
-        share ``K / (K + T)`` falls with the number of tokens. Below ``K`` tokens the Gram matrix has no
-        full rank, and a solver would take the directions that it has not seen for free.
+        The prior counts as ``K`` tokens, ``K`` the number of channels, so that its share ``K / (K + T)``
+        falls with the expert's own number of tokens. With fewer than ``K`` tokens the Gram matrix does not
+        have full rank, and to a solver errors in the unseen directions would cost nothing.
         """
         channels = len(self.gram)
         share = channels / (channels + self.tokens)
@@ -178,24 +179,25 @@ def corrected(
     shortfall: Float[Array, "k n"] | None,
     share: Float[Array, ""],
 ) -> Float[Array, "k n"]:
-    """The weight that makes up for a share of what the layers before have lost.
+    """Returns the weight that compensates a share of the upstream error.
 
-    In the full-precision model a layer reads ``x'`` and gives ``x' W``, which is added to ``h'`` if it is the
-    last of a branch; in the quantized model it reads ``x`` and its result is added to ``h``. Over the
-    calibration tokens ``|h' + x' W - (h + x V)|^2`` is least for
+    In the full-precision model a layer reads ``x'`` and outputs ``x' W``, which is added to ``h'`` if the
+    layer is the last of a branch; in the quantized model it reads ``x`` and its output is added to ``h``.
+    Over the calibration tokens ``|h' + x' W - (h + x V)|^2`` is least for
 
         V = W + H^-1 (2 / T) x^T ((x' - x) W + (h' - h)),
 
-    so that is what should be rounded. Without ``h`` it is the asymmetric calibration of GPTAQ (arXiv
-    2504.02692), here by way of the target and not of the solver. A damped ``H`` and a smaller share keep
-    near ``W``.
+    so ``V`` is the weight to round. Without ``h`` this is the asymmetric calibration of GPTAQ (arXiv
+    2504.02692), which here changes the target and not the solver. A damped ``H`` and a smaller share keep
+    ``V`` close to ``W``.
 
     Args:
       w: the full-precision weight ``W``.
-      u: ``H^-1 = U^T U``.
-      drift: ``(2 / T) x^T (x' - x)``.
-      shortfall: ``(2 / T) x^T (h' - h)``; None for layers whose result is not added to the residual stream.
-      share: from 0, which leaves ``W``, to 1.
+      u: ``U``, with ``H^-1 = U^T U``.
+      drift: the input error, ``(2 / T) x^T (x' - x)``.
+      shortfall: the residual error, ``(2 / T) x^T (h' - h)``; None for layers whose output is not added to
+        the residual stream.
+      share: from 0, which returns ``W``, to 1.
     """
     missing = drift @ w
     missing = missing if shortfall is None else missing + shortfall

@@ -1,4 +1,4 @@
-"""Quantizing the layers that share an input: statistics, bit search, one stacked solve, packing."""
+"""Quantizes the layers that share an input: statistics, bit search, one stacked solve, packing."""
 
 import math
 import warnings
@@ -32,14 +32,16 @@ from slim_jax.report import LayerReport
 Found = TypeVar("Found", Statistics, Importance)
 
 DAMPING_TRIES = 4
-"""How often damping is raised tenfold before a Hessian is given up."""
+"""Number of dampings that are tried, each ten times the one before, before a Hessian is given up."""
 
 
 @jax.jit
 def squares(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``tr(dW^T H dW)`` and ``tr(W^T H W)`` with ``dW = W - W_hat``, ``[K, N]``: the squared error of the
-    outputs and the squared outputs, however ``W_hat`` was found; and the largest ratio of the two in an
-    output channel."""
+    """Squared error of a layer's outputs, its squared outputs, and their largest ratio in one output channel.
+
+    The first two are ``tr(dW^T H dW)`` and ``tr(W^T H W)`` with ``dW = W - W_hat``, ``[K, N]``, however
+    ``W_hat`` was found.
+    """
     delta = w - w_hat
     error, total = jnp.sum(delta * (h @ delta), axis=0), jnp.sum(w * (h @ w), axis=0)
     ratio = jnp.where(total > 0, error / jnp.where(total > 0, total, 1.0), 0.0)
@@ -47,7 +49,7 @@ def squares(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> tuple[jax.Array, ja
 
 
 def relative_error(name: str, error: float, total: float) -> float:
-    """The squared error of a layer's outputs over the squared outputs; 0 where these are.
+    """Squared error of a layer's outputs over the squared outputs; the error itself if these are 0.
 
     Raises:
       ValueError: it is NaN or infinite.
@@ -59,13 +61,13 @@ def relative_error(name: str, error: float, total: float) -> float:
 
 
 class LayerSolver:
-    """Quantizes layers from what was seen of their inputs.
+    """Quantizes layers, given the observations of their inputs.
 
     Args:
       config: how to quantize.
-      bits: widths of every group of every layer, by name, instead of a search.
-      placement: the devices that share the output channels.
-      widths: those that ``bits`` may have, by default the config's.
+      bits: widths of every group of every layer, by the layer's name; None searches for them.
+      placement: the chips that split the output channels.
+      widths: the widths that ``bits`` may contain; by default the config's.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class LayerSolver:
         self.zero_bits = zero_bits(self.widths)
 
     def errors(self, weights: Mapping[str, Any], observation: Observation) -> dict[str, np.ndarray]:
-        """``float32[G, W]`` of every layer that shares an input: see `slim_jax.method.budget.group_errors`.
+        """Errors ``float32[G, W]`` of each of the layers; see `slim_jax.method.budget.group_errors`.
 
-        ``weights`` are ``[K, N]`` by the layers' names. Of the default search a coarser one is enough.
+        The layers share the observed input; ``weights`` are ``[K, N]`` each, by the layer's name. The default
+        ``sqc``, "search", is replaced by "coarse", which is accurate enough here.
         """
         found, _ = self._damped(importance_only, observation, list(weights))
         sqc = "coarse" if self.config.sqc == "search" else self.config.sqc
@@ -113,10 +116,10 @@ class LayerSolver:
         """Quantizes the layers that share an input, in one stacked solve.
 
         Args:
-          names: of the layers, for the allocation and the report.
+          names: the layers' names, for the allocation and the report.
           weights: ``[K, N]`` each.
-          observation: of the shared input.
-          like: packed weights whose bits and grids serve again, so that only codes are found anew.
+          observation: the observation of the shared input.
+          like: packed weights whose bits and grids are reused, so that only codes are solved for.
 
         Raises:
           ValueError: the Hessian is not positive definite, the given bits do not fit, or a layer's inputs or
@@ -148,11 +151,11 @@ class LayerSolver:
             yield tensor, LayerReport.of(name, tensor, errors, mixed, damping, borrowed)
 
     def scale_dtype(self, w: jax.Array, *widths: Any) -> jnp.dtype:
-        """Returns the dtype of a padded weight's scales: uint8 where `bytes_hold` them at all ``widths``.
+        """Returns the dtype of a padded weight's scales: uint8 if `bytes_hold` them at all ``widths``.
 
         Args:
           w: the weight, ``[K', N]``.
-          widths: each one width of all groups, or that of every group, ``[G]``.
+          widths: each is one width for all groups, or the width of every group, ``[G]``.
         """
         dtype, groups = scale_dtype(self.config.sqc), w.shape[0] // self.config.group_size
         for width in widths if dtype == jnp.uint8 else ():
@@ -164,10 +167,11 @@ class LayerSolver:
     def corrected(
         self, weights: list[jax.Array], found: Statistics, observation: Observation
     ) -> list[jax.Array]:
-        """The padded weights ``[K', N]`` that are to be rounded: see `slim_jax.method.hessian.corrected`.
+        """Returns the padded weights ``[K', N]`` to round; see `slim_jax.method.hessian.corrected`.
 
-        The share falls with the number of tokens: of a fit of ``K`` unknowns to ``T`` of them ``K / T`` is
-        chance. Without a drift they are ``weights``.
+        The share of the upstream error that they compensate is ``asymmetric * (1 - K / T)``, since ``K / T``
+        of a fit of ``K`` unknowns to ``T`` tokens is chance. If the observation has no input error or
+        ``asymmetric`` is 0, these are ``weights``.
         """
         drift, shortfall, asymmetric = observation.drift, observation.shortfall, self.config.asymmetric
         if drift is None or not asymmetric:
@@ -180,13 +184,13 @@ class LayerSolver:
         return [corrected(w, found.u, drift, shortfall, share) for w in weights]
 
     def statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
-        """With the damping that it took."""
+        """Returns the statistics of an observation and the damping that they needed."""
         return self._damped(statistics, observation, names)
 
     def _damped(
         self, of: Callable[..., Found], observation: Observation, names: list[str]
     ) -> tuple[Found, float]:
-        """Damping is raised tenfold until the Hessian is positive definite."""
+        """Calls ``of``, raising the damping tenfold until the Hessian is positive definite."""
         damping = wanted = self.config.damping
         for _ in range(DAMPING_TRIES):
             found = of(
@@ -214,9 +218,9 @@ class LayerSolver:
         bits: list[np.ndarray],
         like: list[MixedTensor] | None = None,
     ) -> list[Solution]:
-        """Every layer's solution for its bits; the grids of ``like`` instead of fits.
+        """Solves every layer for its bits, on the grids of ``like`` if given, else on fitted ones.
 
-        Layers whose scales are stored in one dtype are solved together.
+        Layers whose scales have the same stored dtype are solved together.
         """
         if like is None:
             dtypes = [self.scale_dtype(w, b) for w, b in zip(weights, bits)]
@@ -241,7 +245,7 @@ class LayerSolver:
         scale_dtype: jnp.dtype,
         grids: Grid | None,
     ) -> list[Solution]:
-        """Every layer's solution, from one stacked solve; ``grids`` instead of fits."""
+        """Solves all layers in one stacked solve, on ``grids`` if given, else on fitted ones."""
         config = self.config
         widths = [np.repeat(b[:, None].astype(np.float32), w.shape[1], axis=1) for b, w in zip(bits, weights)]
         w = self.placement.channels(jnp.concatenate(weights, axis=1))
@@ -277,7 +281,7 @@ class LayerSolver:
     def _allocate(
         self, name: str, w: jax.Array, x: jax.Array, found: Statistics
     ) -> tuple[np.ndarray, int | None]:
-        """Bit width of each group of a layer, and the ``p`` of the search if there was one."""
+        """Returns the bit width of each group of a layer, and the ``p`` that the search chose, if it ran."""
         config = self.config
         groups = w.shape[0] // config.group_size
         if self.bits is not None:
@@ -326,13 +330,14 @@ class LayerSolver:
 
 
 class LayerSolvers:
-    """Solvers of the layers of one model: one for all, but where the config's rules differ.
+    """Solvers of one model's layers, one for each distinct config that the rules give.
 
     Args:
       config: how to quantize, with rules.
-      bits: widths of every group of every layer that :class:`LayerSolver` is not to search, by name.
-      given: whether ``bits`` has all layers; else those of which one budget over the model decides.
-      placement: the devices that share the output channels.
+      bits: widths of every group of the layers that :class:`LayerSolver` does not search, by name.
+      given: if True, ``bits`` covers all layers; otherwise those whose widths one budget over the model
+        decides.
+      placement: the chips that split the output channels.
     """
 
     def __init__(
@@ -349,7 +354,7 @@ class LayerSolvers:
         self._solvers: dict[Settings, LayerSolver] = {}
 
     def of(self, names: Sequence[str]) -> list[tuple[LayerSolver, list[str]]]:
-        """The names by who solves them, in order; those that a rule skips are left out."""
+        """Groups the names by their solver, in order; layers that a rule skips are left out."""
         found: dict[Settings, list[str]] = {}
         for name in names:
             config = self.config.of_layer(name)
@@ -365,10 +370,10 @@ class LayerSolvers:
 
 
 def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> bool:
-    """Whether mixed widths diverge less than uniform ones also as solved.
+    """True if the solved mixed widths diverge less than the solved uniform widths.
 
-    The search scores what is rounded to nearest. Feeding errors forward gains most where all groups
-    are alike, so some of the mixes that win there lose here.
+    The search scores weights that are rounded to nearest. Error feedback gains most where all groups
+    have the same width, so some mixes that win the search lose once solved.
     """
     return bool(output_divergence(w, _weight(mixed), x) < output_divergence(w, _weight(uniform), x))
 
@@ -376,7 +381,7 @@ def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> boo
 def _rows_up_to(
     found: Statistics | Importance, w: jax.Array | np.ndarray
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What `jnp.pad` is to add to a weight for whole groups."""
+    """Returns the padding, as `jnp.pad` takes it, that fills a weight up to whole groups."""
     return (0, found.alive.shape[0] - w.shape[0]), (0, 0)
 
 

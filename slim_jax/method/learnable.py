@@ -1,19 +1,19 @@
-"""Method "slim-plus": the quantization of a block, improved by gradient until its output matches.
+"""Method "slim-plus": trains a block's quantization by gradient descent until the block's output matches.
 
-Bits stay as SBA chose them. What is learned is named by ``learn``. The paper's SliM-LLM+ is
+Bit widths stay as SBA chose them. ``learn`` names the learned parameters. The paper's SliM-LLM+ is
 
 * "clip": how far the range of each group and channel is clipped; weights are rounded to nearest on the
   grid that results.
 
-Not in the paper, and the last is the default:
+The others are not in the paper; the last is the default:
 
 * "clip-gptq": as "clip", and at the end GPTQ rounds to that grid;
-* "grid": scale and zero point of each group and channel, the codes that the solver chose stay;
-* "rounding": the codes too, each moving from where the solver left it.
+* "grid": the scale and zero point of each group and channel; the solver's codes stay;
+* "rounding": the scale, zero point and codes, each starting from the solver's.
 
-Rounding passes gradients straight through (the derivative of ``round`` is taken as 1). What the loss
-sees is what will be stored: scales in eight bits, or in bfloat16 where they were so, and zero points on the
-grid of their codes.
+Rounding passes gradients straight through (the derivative of ``round`` is taken as 1). The loss is computed
+on the values that will be stored: scales in eight bits, or in bfloat16 if the solver's were, and zero points
+on the grid of their codes.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, block_params, make_block
 
 CLIP_START = 4.0
-"""Where the paper starts its clipping parameters: ``sigmoid(4) = 0.982`` of the range."""
+"""The paper's initial clipping parameter: ``sigmoid(4) = 0.982`` of the range."""
 
 MARGIN = 0.4
-"""How far from the solver's code a learned code may start; at 0.5 it would round to the next."""
+"""Largest distance of a learned code's start from the solver's code; at 0.5 it would round to the next."""
 
 Learned = dict[str, dict[str, jax.Array]]
-"""What is learned of each layer, by its name in the block: see the functions that end in ``_start``."""
+"""Learned parameters of each layer, by its name in the block: see the functions that end in ``_start``."""
 
 
 @partial(
@@ -56,15 +56,15 @@ Learned = dict[str, dict[str, jax.Array]]
 )
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What stays fixed of a layer while it is learned; ``K`` padded to whole groups, ``[G, g, N]``.
+    """Values of a layer that training does not change; ``K`` is padded to whole groups, ``[G, g, N]``.
 
     Attributes:
-      weight: full-precision weight, or the solver's codes.
+      weight: the full-precision weight for "clip", otherwise the solver's codes.
       low: ``[G, 1, N]``, lower end of the range that "clip" clips.
       high: ``[G, 1, N]``, its upper end.
-      bits: ``[G, 1, 1]``.
+      bits: ``[G, 1, 1]``, width of every group.
       zero_bits: bits of a stored zero point, static.
-      scale_dtype: of a stored scale, static.
+      scale_dtype: dtype of the stored scales, static.
     """
 
     weight: jax.Array
@@ -76,7 +76,7 @@ class Layer:
 
 
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
-    """``rounded`` with the gradient of ``x``."""
+    """Returns ``rounded`` with the gradient of ``x``."""
     return x + lax.stop_gradient(rounded - x)
 
 
@@ -93,14 +93,14 @@ def stored_grid(scale: jax.Array, zero: jax.Array, layer: Layer) -> Grid:
 
 
 def quantized(learned: Mapping[str, jax.Array], layer: Layer) -> tuple[jax.Array, Grid]:
-    """Codes ``[G, g, N]`` as whole float32 numbers and the grid ``[G, 1, N]``, differentiable."""
+    """Codes ``[G, g, N]``, integers as float32, and the grid ``[G, 1, N]``, both differentiable."""
     if "up" in learned:
         offset = jnp.where(layer.bits == 1, learned["offset"], 0.0)
         high = jax.nn.sigmoid(learned["up"]) * layer.high + offset
         low = jax.nn.sigmoid(learned["down"]) * layer.low + offset
         scale = (high - low) / (jnp.exp2(layer.bits) - 1)
         zero = -low / scale
-        # As in the paper's code, weights of 0 stay 0; the two values of 1 bit lie where they may.
+        # As in the paper's code, weights of 0 stay 0; the two values of a 1-bit group may lie anywhere.
         zero = jnp.where(layer.bits == 1, zero, straight_through(zero, jnp.round(zero)))
         grid = stored_grid(scale, zero, layer)
         code = layer.weight / grid.scale + grid.zero
@@ -115,9 +115,9 @@ def quantized(learned: Mapping[str, jax.Array], layer: Layer) -> tuple[jax.Array
 def clip_start(
     w: jax.Array, bits: jax.Array, *, zero_bits: int, scale_dtype: jnp.dtype
 ) -> tuple[dict[str, jax.Array], Layer]:
-    """Clipping of full-precision weights ``[G, g, N]``, barely any at first.
+    """Initial clipping parameters for full-precision weights ``[G, g, N]``; they clip little.
 
-    A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values, and ``offset`` moves both.
+    A 1-bit group's range is ``mean -+ mean|w - mean|``, its two values, and ``offset`` shifts both.
     """
     one = bits == 1
     mean = jnp.mean(w, axis=1, keepdims=True)
@@ -131,8 +131,12 @@ def clip_start(
 
 
 def undecided(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Scales that are stored as the given ones are, spread over all that do if they are stored in eight bits.
-    Else none would change before it has moved by half a step, and then all would at once."""
+    """Scales that are stored as the same values as the given ones.
+
+    8-bit scales are replaced by ones that are evenly spread over the interval that is stored as the same
+    value. Otherwise no stored scale would change until its parameter has moved by half a step, and then all
+    would change at once.
+    """
     if dtype != jnp.uint8:
         return scale
     shares = jnp.asarray(spread(scale.size).reshape(scale.shape), jnp.float32)
@@ -143,10 +147,10 @@ def undecided(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
 def solved_start(
     tensor: MixedTensor, w: jax.Array, bits: jax.Array, *, rounding: bool
 ) -> tuple[dict[str, jax.Array], Layer]:
-    """Scales, zeros and, for ``rounding``, codes as the solver chose them.
+    """Initial scales and zero points and, for ``rounding``, codes, all as the solver chose them.
 
-    A code starts at the weight's own place on the grid, but within ``MARGIN`` of the solver's code: the
-    start is the solver's result, and weights near a border are the first to cross.
+    A code starts at the weight's own place on the grid, but within ``MARGIN`` of the solver's code, so that
+    it rounds to the solver's code and the weights closest to a rounding border cross it first.
     """
     groups, g, n = w.shape
     codes = jnp.pad(tensor.codes().astype(jnp.float32), ((0, groups * g - tensor.shape[0]), (0, 0)))
@@ -160,7 +164,7 @@ def solved_start(
 
 
 def dense_weights(learned: Learned, layers: Mapping[str, Layer]) -> dict[str, jax.Array]:
-    """Every layer's quantized weight ``[K', N]``, padded to whole groups, differentiable."""
+    """Quantized weight ``[K', N]`` of every layer, padded to whole groups, differentiable."""
     out = {}
     for name, layer in layers.items():
         code, grid = quantized(learned[name], layer)
@@ -170,7 +174,7 @@ def dense_weights(learned: Learned, layers: Mapping[str, Layer]) -> dict[str, ja
 
 
 def pack_learned(learned: Mapping[str, jax.Array], layer: Layer, like: MixedTensor) -> MixedTensor:
-    """The packed weight that the loss has seen, with the shape and widths of ``like``."""
+    """Packs the weight that the loss was computed on, with the shape and widths of ``like``."""
     code, grid = quantized(learned, layer)
     step = jnp.exp2(layer.bits - layer.zero_bits)
     k, n = like.shape
@@ -188,12 +192,12 @@ def pack_learned(learned: Mapping[str, jax.Array], layer: Layer, like: MixedTens
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What a block learns from.
+    """Samples that a block is trained on.
 
     Attributes:
-      x: ``[S, T, D]``, its inputs behind the quantized blocks.
-      y: ``[S, T, D]``, the output of the full-precision block behind full-precision blocks.
-      y_here: ``[S, T, D]``, the output of the full-precision block for ``x``; None where the loss has no
+      x: ``[S, T, D]``, the block's inputs after the quantized blocks.
+      y: ``[S, T, D]``, the output of the full-precision block after full-precision blocks.
+      y_here: ``[S, T, D]``, the output of the full-precision block for ``x``; None if the loss has no
         augmented term.
     """
 
@@ -204,14 +208,14 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class SlimPlus:
-    """Learning of one block; hashable, so that each of its steps compiles once per model.
+    """Training of one block; hashable, so that each of its steps compiles once per model.
 
     Attributes:
-      config: the decoder's.
+      config: the decoder's config.
       optimizer: any gradient transformation; its state starts anew for every block.
-      augmented: weight of the paper's augmented term, which asks for the full-precision block's output
-        on the quantized block's own inputs.
-      sharding: of a batch's samples over several devices, where these divide it.
+      augmented: weight of the paper's augmented term, whose target is the full-precision block's output
+        for the quantized block's own inputs.
+      sharding: sharding of a batch's samples over the chips, used if their number divides the batch.
     """
 
     config: DecoderConfig
@@ -227,7 +231,7 @@ class SlimPlus:
         shapes = block_params(self.config)
         for layer, w in dense_weights(learned, layers).items():
             name = f"{layer}.weight"
-            params[name] = w[: shapes[name].shape[0]].astype(COMPUTE_DTYPE)  # padding goes
+            params[name] = w[: shapes[name].shape[0]].astype(COMPUTE_DTYPE)  # without the padding
         block = make_block(self.config, params)
         y, _ = block(batch.x, sequence_positions(batch.x))
         loss = jnp.mean((y - batch.y) ** 2)
@@ -245,7 +249,7 @@ class SlimPlus:
         samples: Samples,
         order: Int[Array, "steps batch"],
     ) -> tuple[Learned, Any, Float[Array, " steps"]]:
-        """One pass over the samples in the given order; the loss of every step."""
+        """Trains on the samples once, in the given order; returns parameters, state and every step's loss."""
 
         def step(carry: tuple[Learned, Any], rows: jax.Array):
             learned, state = carry

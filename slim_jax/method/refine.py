@@ -1,10 +1,10 @@
-"""Refinement of a solved weight: scales, zero points and codes in turn, each under the whole Hessian.
+"""Coordinate-descent passes over a solved weight: scales, zero points and codes, under the whole Hessian.
 
-GPTQ rounds every channel once and in order, to a grid that was fitted before it knew what the channels behind
-would ask of it. Afterwards every one of these choices can be made again with all others as they stand. With
-``D = W_hat - W [K, N]`` and the damped Hessian ``H``, the squared error ``tr(D^T H D)`` is a parabola in each
-scale, zero point and weight alone, so that coordinate descent steps to the best value that can be stored, or
-stays. No step raises the error.
+GPTQ rounds every channel once and in order, to a grid that was fitted before the later channels were rounded.
+Afterwards each of these choices can be made again with all others fixed. With ``D = W_hat - W [K, N]`` and
+the damped Hessian ``H``, the squared error ``tr(D^T H D)`` is a parabola in any single scale, zero point or
+weight. Coordinate descent moves it to the best value that can be stored, or leaves it. No step raises the
+error.
 """
 
 from functools import partial
@@ -32,19 +32,19 @@ def refine(
     grids: bool = True,
     placement: Placement = ONE_DEVICE,
 ) -> Solution:
-    """A solution of no larger squared error ``tr(D^T H D)``, stored in as many bits.
+    """Returns a solution with the same bits and a squared error ``tr(D^T H D)`` that is no larger.
 
     Args:
-      w: what the solution is of, ``K`` a multiple of ``group_size``.
-      h: damped Hessian, its rows and columns zero for padding and for inputs that are always zero; these
-        keep their codes.
+      w: the weight that was solved, ``K`` a multiple of ``group_size``.
+      h: damped Hessian; its rows and columns are zero for padding and for inputs that are always zero,
+        which therefore keep their codes.
       solution: from `slim_jax.method.gptq.solve`.
       bits: bit width of every group and output channel.
       group_size: channels per group.
       zero_bits: bits of a stored zero point.
-      sweeps: how often to go over all groups.
-      grids: False moves codes alone.
-      placement: the devices that share the output channels.
+      sweeps: number of passes over all groups.
+      grids: if False, only codes change, not scales and zero points.
+      placement: the chips that split the output channels.
     """
 
     def own(h: jax.Array, channels: tuple[jax.Array, Solution, jax.Array]):
@@ -95,14 +95,14 @@ def _refine(
 
 
 def _step(slope: jax.Array, curvature: jax.Array) -> jax.Array:
-    """To the lowest point of ``slope d + curvature d^2 / 2``; none where that is flat."""
+    """Step to the lowest point of ``slope d + curvature d^2 / 2``; 0 where the curvature is not positive."""
     return jnp.where(curvature > 0, -slope / jnp.where(curvature > 0, curvature, 1.0), 0.0)
 
 
 def _better_scale(
     own: jax.Array, slope: jax.Array, offset: jax.Array, scale: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """The scale ``[N]`` for ``offset = code - zero [g, N]``, and the slopes ``[g, N]`` that it leaves."""
+    """Best scale ``[N]`` for ``offset = code - zero [g, N]``, and the slopes ``[g, N]`` after the change."""
     moved = own @ offset
     along, curvature = jnp.sum(offset * slope, axis=0), jnp.sum(offset * moved, axis=0)
     found = scales.rounded(scale + _step(along, curvature), dtype)
@@ -115,7 +115,7 @@ def _better_scale(
 def _better_zero(
     own: jax.Array, slope: jax.Array, scale: jax.Array, zero: jax.Array, step: jax.Array, zero_bits: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The zero point ``[N]`` on its grid of ``step``, and the slopes that it leaves."""
+    """Best zero point ``[N]`` that is a multiple of ``step``, and the slopes ``[g, N]`` after the change."""
     moved = jnp.sum(own, axis=1)
     along, curvature = -scale * jnp.sum(slope, axis=0), scale**2 * jnp.sum(moved)
     found = jnp.round((zero + _step(along, curvature)) / step)
@@ -128,7 +128,7 @@ def _better_zero(
 def _better_codes(
     own: jax.Array, slope: jax.Array, code: jax.Array, scale: jax.Array, levels: jax.Array
 ) -> jax.Array:
-    """The codes ``[g, N]``, one channel after the other."""
+    """Best codes ``[g, N]``, found for one channel after another."""
 
     def channel(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         slope, code = state

@@ -1,4 +1,4 @@
-"""SBA: which groups get one bit more, and which one bit less, so that the average stays.
+"""SBA: gives some groups one bit more and as many one bit less, so that the average width stays.
 
 Groups are ranked by salience. For ``p = 0, 1, ...`` the ``p`` least salient groups get ``N - 1``
 bits and the ``p`` most salient ``N + 1``; the ``p`` whose outputs diverge least from the full-precision
@@ -27,10 +27,11 @@ Allocation = dict[str, list[int]]
 def group_salience(
     w: Float[Array, "k n"], importance: Float[Array, " k"], group_size: int
 ) -> Float[Array, " groups"]:
-    """Salience ``delta_ij = w_ij^2 / u_j^2`` summed over each group (paper eq. 4, as its code has it).
+    """Salience ``delta_ij = w_ij^2 / u_j^2`` summed over each group (paper eq. 4, as in the paper's code).
 
-    ``importance`` is ``1 / u_j^2``, with ``u`` the diagonal of the inverse Hessian's Cholesky factor:
-    the exact error of removing column ``j`` in GPTQ's order. ``K`` must be a multiple of ``group_size``.
+    ``importance`` is ``1 / u_j^2``, with ``u`` the diagonal of the inverse Hessian's Cholesky factor, so
+    that ``delta`` is the exact error of removing column ``j`` in GPTQ's order. ``K`` must be a multiple of
+    ``group_size``.
     """
     salience = jnp.sum(w * w, axis=1) * importance
     return salience.reshape(-1, group_size).sum(axis=1)
@@ -47,9 +48,9 @@ def quantized_at(
     scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "k n"]:
-    """``w`` with every group rounded to nearest at one width, on the grid that ``sqc`` fits to it.
+    """Rounds every group of ``w`` to nearest at one width, on the grid that ``sqc`` fits to it.
 
-    Its scales are stored in ``scale_dtype``, `slim_jax.method.scale_search.scale_dtype` if None.
+    The scales are stored in ``scale_dtype``; `slim_jax.method.scale_search.scale_dtype` if None.
     """
     dtype = default_scale_dtype(sqc) if scale_dtype is None else scale_dtype
 
@@ -77,13 +78,13 @@ def weighted_errors(
     group_size: int,
     placement: Placement,
 ) -> Float[Array, " groups"]:
-    """``sum_jn (w_jn - w_hat_jn)^2 / u_j^2`` of every group; ``importance`` is ``1 / u_j^2``."""
+    """Returns ``sum_jn (w_jn - w_hat_jn)^2 / u_j^2`` of every group; ``importance`` is ``1 / u_j^2``."""
     square = placement.gathered((w - w_hat) ** 2)
     return (jnp.sum(square, axis=1) * importance).reshape(-1, group_size).sum(axis=1)
 
 
 def divergence_from(y: Float[Array, "t n"]) -> Callable[[jax.Array], jax.Array]:
-    """``KL(softmax(y) || softmax(y_hat))``, averaged over tokens, as a function of ``y_hat [t, n]``."""
+    """Returns ``KL(softmax(y) || softmax(y_hat))``, a mean over tokens, as a function of ``y_hat [t, n]``."""
     p = jax.nn.softmax(y)
     constant = jnp.sum(p * y, axis=1) - jax.nn.logsumexp(y, axis=1)
 
@@ -98,12 +99,12 @@ def divergence_from(y: Float[Array, "t n"]) -> Callable[[jax.Array], jax.Array]:
 def output_divergence(
     w: Float[Array, "k n"], w_hat: Float[Array, "k n"], x: Float[Array, "t k"]
 ) -> Float[Array, ""]:
-    """How far the outputs of a quantized layer diverge from its own, by :func:`divergence_from`."""
+    """Divergence of a quantized layer's outputs from the full-precision ones; see :func:`divergence_from`."""
     return divergence_from(x @ w)(x @ w_hat)
 
 
 def paper_divergence(y: Float[Array, "t n"], y_hat: Float[Array, "t n"]) -> Float[Array, ""]:
-    """The authors' score: ``KL(softmax(y_hat) || softmax(y))`` with both clamped at 1e-6."""
+    """Authors' score: ``KL(softmax(y_hat) || softmax(y))``, a mean over tokens, both clamped at 1e-6."""
     p = jnp.maximum(jax.nn.softmax(y_hat), 1e-6)
     q = jnp.maximum(jax.nn.softmax(y), 1e-6)
     return jnp.mean(jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=1))
@@ -126,7 +127,7 @@ def scores(
     scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> tuple[Float[Array, " candidates"], Int[Array, " groups"]]:
-    """Divergence of every candidate ``p = 0 ... (G - 1) // 2``, and the groups by ascending salience.
+    """Score of every candidate ``p = 0 ... (G - 1) // 2``, and the groups by ascending salience.
 
     From ``p`` to ``p + 1`` two groups change their width, so the outputs change by two
     ``[T, g] @ [g, N]`` products: the search costs about three dense products, not one per candidate.
@@ -140,8 +141,8 @@ def scores(
       zero_bits: bits of a stored zero point.
       sqc: the calibration that candidates are rounded with, a name of `slim_jax.method.scale_search.FITS`.
       criterion: "kl"; "paper" for the authors' variant; "error" for ``sum (w - w_hat)^2 / u^2``.
-      scale_dtype: of the scales that candidates are rounded with, see :func:`quantized_at`.
-      placement: the devices that share the output channels.
+      scale_dtype: dtype of the scales that candidates are rounded with, see :func:`quantized_at`.
+      placement: the chips that split the output channels.
     """
     gather = placement.gathered
     order = jnp.argsort(group_salience(gather(w), importance, group_size))
@@ -158,7 +159,7 @@ def scores(
         placement=placement,
     )
     low, middle, high = at(bits - 1), at(bits), at(bits + 1)
-    # Step p turns group `down[p]` to N - 1 bits and group `up[p]` to N + 1.
+    # Step p changes group `down[p]` to N - 1 bits and group `up[p]` to N + 1.
     down, up = order[: candidates - 1], order[::-1][: candidates - 1]
 
     if criterion == "error":
@@ -196,16 +197,16 @@ def allocate(order: np.ndarray, p: int, bits: int) -> np.ndarray:
 
 
 def save_allocation(allocation: Mapping[str, list[int]], path: Path) -> None:
-    """Writes an allocation as JSON, one layer a line."""
+    """Writes an allocation as JSON, one layer per line."""
     lines = [f"  {json.dumps(name)}: {json.dumps(bits)}" for name, bits in allocation.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def load_allocation(path: Path) -> Allocation:
-    """Reads :func:`save_allocation`'s file.
+    """Reads a file that :func:`save_allocation` wrote.
 
     Raises:
-      ValueError: the file is not a JSON object of lists of whole numbers from 1 to 8.
+      ValueError: the file cannot be read, or is not a JSON object of lists of integers from 1 to 8.
     """
     try:
         allocation = json.loads(path.read_text())

@@ -1,10 +1,9 @@
-"""SQC: the scale and zero point of each group, searched so that salient weights keep their value.
+"""SQC: searches the scale and zero point of each group so that salient weights keep their value.
 
 Every function fits one group ``w [g, N]`` at once, for all output channels; the bit width is data
-(``[N]``), so one compiled program serves every allocation. What a fit returns is what will be
-stored: a scale in eight bits (`pallas_kernels.scales`) or, in the paper's calibration and where eight bits do
-not reach (:func:`bytes_hold`), in bfloat16, and a zero point on the grid of its code
-(`pallas_kernels.layout`).
+(``[N]``), so one compiled program serves every allocation. A fit returns the values that will be stored: a
+scale in eight bits (`pallas_kernels.scales`), or in bfloat16 for the paper's calibration and where eight bits
+do not suffice (:func:`bytes_hold`), and a zero point on the grid of its code (`pallas_kernels.layout`).
 """
 
 from collections.abc import Callable
@@ -22,15 +21,15 @@ CLIP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Fractions of the group's range that the default search tries."""
 
 ZERO_SHIFTS = (-0.5, 0.0, 0.5)
-"""Shifts of the zero point, in units of the scale, that it tries with each of them."""
+"""Shifts of the zero point, in units of the scale, that it tries with each fraction."""
 
 REFINEMENTS = 2
 """Rounds of re-rounding and refitting after the default search."""
 
 STARTS = tuple((factor, shift) for factor in CLIP_FACTORS for shift in ZERO_SHIFTS)
 COARSE_STARTS = tuple((factor, 0.0) for factor in CLIP_FACTORS[::2])
-"""Of the search that only prices widths (`slim_jax.method.budget`): a fifth of the time, and errors that are
-2 to 12 % larger, at each width by nearly the same share."""
+"""Starts of the coarse search, which only estimates the costs of widths (`slim_jax.method.budget`): it takes
+a fifth of the time, and its errors are 2 to 12 % larger, at each width by nearly the same percentage."""
 
 
 class Grid(NamedTuple):
@@ -47,18 +46,18 @@ class Grid(NamedTuple):
     levels: jax.Array
 
     def code(self, w: Float[Array, "*g n"]) -> Float[Array, "*g n"]:
-        """The nearest code of each weight, as whole float32 numbers."""
+        """Returns the nearest code of each weight, an integer as float32."""
         scale, zero, levels = (_over_rows(value, w.ndim) for value in self)
         return jnp.clip(jnp.round(w / scale + zero), 0.0, levels)
 
     def value(self, code: Float[Array, "*g n"]) -> Float[Array, "*g n"]:
-        """The weight that a code stands for."""
+        """Returns the weight that each code stands for."""
         scale, zero, _ = (_over_rows(value, code.ndim) for value in self)
         return scale * (code - zero)
 
 
 def stored_grids(tensor: MixedTensor) -> Grid:
-    """The grids ``[G, N]`` of a packed weight, groups in the order of its channels."""
+    """Returns the grids ``[G, N]`` of a packed weight, with groups in the order of the input channels."""
     original = jnp.argsort(tensor.order)
     levels = 2.0 ** jnp.asarray(tensor.widths, jnp.float32) - 1
     levels = jnp.repeat(levels, tensor.segments, total_repeat_length=tensor.groups)[original]
@@ -67,7 +66,7 @@ def stored_grids(tensor: MixedTensor) -> Grid:
 
 
 def _over_rows(value: jax.Array, ndim: int) -> jax.Array:
-    """``[N]`` as ``[1, ..., N]``: ranks are never promoted silently."""
+    """Reshapes ``[N]`` to ``[1, ..., N]``, since implicit rank promotion is an error."""
     return value.reshape((1,) * (ndim - 1) + (-1,))
 
 
@@ -76,25 +75,25 @@ Fit = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], Grid]
 
 
 def scale_dtype(sqc: str) -> jnp.dtype:
-    """Returns the dtype of the scales of a name in :data:`FITS`, where eight bits hold them: bfloat16 where
-    the authors' choices are repeated."""
+    """Returns the dtype of the scales that a calibration in :data:`FITS` fits, provided eight bits hold them:
+    bfloat16 for "paper", which reproduces the authors' choices, otherwise uint8."""
     return jnp.dtype(jnp.bfloat16 if sqc == "paper" else jnp.uint8)
 
 
 COARSER = 1.25
-"""By how much the smallest scale in eight bits may raise the squared error of an output channel."""
+"""Largest factor by which the smallest 8-bit scale may raise the squared error of an output channel."""
 
 
 @partial(jax.jit, static_argnames="group_size")
 def bytes_hold(w: Float[Array, "k n"], bits: Float[Array, " g"], *, group_size: int) -> Bool[Array, ""]:
-    """Returns whether eight bits hold the scales that a layer's weights ask for.
+    """True if eight bits can represent the scales that a layer's weights need.
 
-    They do if no group asks for a larger scale than `pallas_kernels.scales.LARGEST`, and if the smallest,
-    `pallas_kernels.scales.SMALLEST`, raises the squared error of no output channel by more than
-    :data:`COARSER`. A group asks for its range over its levels. At 1 to 3 bits fits give up the ends of the
-    range: then 1.2 times the root mean square is near the step that they find for a Gaussian at 2 bits, and
-    every further bit halves it. Groups whose range is below 2**-24 of the layer's largest weight count as
-    zeros.
+    They can if no group needs a larger scale than `pallas_kernels.scales.LARGEST`, and if the smallest,
+    `pallas_kernels.scales.SMALLEST`, multiplies the squared error of no output channel by more than
+    :data:`COARSER`. A group needs a scale of its range over its levels. At 1 to 3 bits, however, fits clip
+    the range: the scale that they find for a Gaussian at 2 bits is near 1.2 times the root mean square, and
+    every further bit halves it, so the smaller of the two counts. Groups whose range is below 2**-24 of the
+    layer's largest weight count as zeros.
 
     Args:
       w: the weights, ``K`` a multiple of ``group_size``.
@@ -121,7 +120,7 @@ def _stored(
     zero_bits: int,
     dtype: DTypeLike = jnp.uint8,
 ) -> Grid:
-    """The grid nearest to ``(scale, zero)`` that can be stored."""
+    """Returns the grid nearest to ``(scale, zero)`` that can be stored."""
     step = jnp.exp2(bits - zero_bits)
     code = jnp.clip(jnp.round(zero / step), 0.0, 2.0**zero_bits - 1)
     return Grid(scales.rounded(jnp.maximum(scale, 1e-30), dtype), code * step, jnp.exp2(bits) - 1)
@@ -154,10 +153,10 @@ def fit_min_max(
     zero_bits: int,
     dtype: DTypeLike = jnp.uint8,
 ) -> Grid:
-    """The range of the weights with a whole zero point: GPTQ's and round-to-nearest's usual grid.
+    """Fits the range of the weights, with an integer zero point: the usual grid of GPTQ and round-to-nearest.
 
-    Scales in eight bits are rounded up, so that no weight lies outside. At 1 bit, where the ends of the range
-    would be the only values, the authors' ``mean(w) +- mean|w|``.
+    8-bit scales are rounded up, so that no weight lies outside. At 1 bit, where the ends of the range would
+    be the only values, the values are the authors' ``mean(w) +- mean|w|``.
     """
     scale, zero = _min_max(w, bits)
     if dtype == jnp.uint8:
@@ -165,7 +164,7 @@ def fit_min_max(
         scale, zero = wider, zero * scale / wider
     grid = _stored(scale, jnp.round(zero), bits, zero_bits, dtype)
     real = (importance > 0).astype(jnp.float32)[:, None]
-    count = jnp.maximum(jnp.sum(real), 1.0)  # none, where all inputs of a group are dead
+    count = jnp.maximum(jnp.sum(real), 1.0)  # the sum is 0 if all inputs of a group are dead
     mean = jnp.sum(w * real, axis=0) / count
     alpha = jnp.maximum(jnp.sum(jnp.abs(w) * real, axis=0) / count, 1e-30)
     binary = _stored(2 * alpha, 0.5 - mean / (2 * alpha), bits, zero_bits, dtype)
@@ -173,7 +172,8 @@ def fit_min_max(
 
 
 def _refit(w: jax.Array, importance: jax.Array, code: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero that minimize ``sum_j importance_j (w_j - scale (code_j - zero))^2``, codes fixed."""
+    """Scale and zero that minimize ``sum_j importance_j (w_j - scale (code_j - zero))^2``, codes fixed; those
+    of ``grid`` where the codes do not determine a positive scale."""
     total = jnp.sum(importance)
     weight = (importance / jnp.where(total > 0, total, 1.0))[:, None]
     mean_code, mean_w = jnp.sum(weight * code, axis=0), jnp.sum(weight * w, axis=0)
@@ -194,10 +194,11 @@ def fit_search(
     dtype: DTypeLike = jnp.uint8,
     starts: tuple[tuple[float, float], ...] = STARTS,
 ) -> Grid:
-    """Minimizes ``sum_j importance_j (w_j - w_hat_j)^2`` over clip factors, scale and zero.
+    """Minimizes ``sum_j importance_j (w_j - w_hat_j)^2`` over clip factors, scale and zero point.
 
-    From each clip factor and shift of the zero, the codes are fixed and scale and zero solved for by
-    weighted least squares (the zero may be fractional); the best of all, as stored, is refined further.
+    For each clip factor and shift of the zero point, the codes are fixed and the scale and zero point are
+    solved for by weighted least squares (the zero point may be fractional). The best result, as stored, is
+    rounded and refitted :data:`REFINEMENTS` more times.
     """
     scale, zero = _min_max(w, bits)
 
@@ -225,10 +226,10 @@ def fit_paper(
     zero_bits: int,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Grid:
-    """The authors' calibration, choice for choice (their repository's settings, not the paper's text).
+    """Fits as the authors' code does (with their repository's settings, not those of the paper's text).
 
-    101 clip factors in [0.9, 1.1], ``sum |w - w_hat|^2.4`` without weights, a whole zero point; a
-    1-bit group stands for ``mean(w) +- mean(|w|)``.
+    It tries 101 clip factors in [0.9, 1.1], minimizes the unweighted ``sum |w - w_hat|^2.4``, and uses an
+    integer zero point; the values of a 1-bit group are ``mean(w) +- mean(|w|)``.
     """
     real = importance > 0
     low, high = _range(w)
@@ -253,4 +254,4 @@ FITS: dict[str, Fit] = {
     "paper": fit_paper,
     "minmax": fit_min_max,
 }
-"""The calibrations by the name that :class:`slim_jax.config.SlimConfig` takes as ``sqc``, and "coarse"."""
+"""Calibrations by name: those that :class:`slim_jax.config.SlimConfig` takes as ``sqc``, and "coarse"."""

@@ -1,1 +1,1 @@
-"""Quantizing the linear layers of Flax NNX modules."""
+"""Quantizes the linear layers of Flax NNX modules."""

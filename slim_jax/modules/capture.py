@@ -1,7 +1,7 @@
-"""What the layers of a module are given when it is called, and which of them depend on which.
+"""Captures the inputs of a module's layers when it is called, and finds which layers depend on which.
 
-The module runs as it is, outside of jit; the products of its layers are watched (they take the function that
-multiplies as an attribute).
+The module runs unchanged, outside of jit. Its layers take the function that multiplies as an attribute, which
+is replaced by one that also records the input.
 """
 
 import hashlib
@@ -20,22 +20,22 @@ from jax import lax
 from slim_jax.modules.products import Layer, product_of
 
 KINDS: tuple[type, ...] = typing.get_args(Layer)
-"""Classes of layers that are packed; what is derived from them may do something else."""
+"""Classes of layers that are packed; their subclasses are not, since they may compute something else."""
 
 MULTIPLIES = {nnx.Conv: "conv_general_dilated", nnx.Einsum: "einsum_op"}
-"""Attribute that multiplies; "dot_general" of other layers."""
+"""Name of the attribute that multiplies; "dot_general" for other layers."""
 
 Forward = Callable[[Any, Any], Any]
 See = Callable[[str, jax.Array], None]
 
 
 def layers_of(module: Any) -> dict[str, Layer]:
-    """Path and layer of all that can be quantized; a layer that is in several places counts once."""
+    """Layers of the supported classes, by path; a layer that is in several places is listed once."""
     return {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if type(node) in KINDS}
 
 
 class _Enough(Exception):
-    """All that is to be seen of a batch has been seen."""
+    """Raised once all wanted inputs of a batch have been captured."""
 
 
 def watch(
@@ -44,9 +44,15 @@ def watch(
     see: See | None = None,
     moved: Collection[str] = (),
 ) -> dict[str, int]:
-    """Runs the module and shows ``see`` the inputs ``[T, K]`` of its layers; calls of each, in order.
+    """Runs the module and passes ``see`` the inputs ``[T, K]`` of its layers.
 
-    The products of the layers ``moved`` are not what they should be.
+    The outputs of the layers ``moved`` are changed, to see what depends on them.
+
+    Returns:
+      The number of calls of each layer, by path, in the order of the first calls.
+
+    Raises:
+      ValueError: a layer is called inside a JAX transformation.
     """
     calls: dict[str, int] = {}
 
@@ -80,19 +86,19 @@ def watch(
 
 
 def _moved(y: jax.Array) -> jax.Array:
-    """Channels multiplied by different factors, since a norm that follows would undo one for all of them."""
+    """Multiplies each channel by a different factor; a norm that follows would undo a common factor."""
     factors = jnp.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype)
     return y * factors.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _rows(layer: Layer, x: jax.Array) -> jax.Array:
-    """The input of a layer's product, ``[T, K]``."""
+    """Input of a layer's product, ``[T, K]``."""
     rows = product_of(layer).rows(x)
     return rows.reshape(-1, rows.shape[-1])
 
 
 def _patches(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
-    """The patches that a kernel ``[..., C, N]`` is multiplied by, ``[T, K]`` in the order of its entries."""
+    """Patches ``[T, K]`` that a kernel ``[..., C, N]`` multiplies, with ``K`` in the kernel's order."""
     *window, channels, _ = kernel.shape
     patches = lax.conv_general_dilated_patches(
         x,
@@ -103,24 +109,24 @@ def _patches(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **opti
         rhs_dilation=options["rhs_dilation"],
         dimension_numbers=options["dimension_numbers"],
     )
-    # Channels come first there, and last in the kernel.
+    # Channels come first in the patches, and last in the kernel.
     patches = patches.reshape(-1, channels, math.prod(window)).swapaxes(1, 2)
     return patches.reshape(patches.shape[0], -1)
 
 
 def digest(x: Any) -> bytes:
-    """Alike for equal arrays of one dtype only."""
+    """Returns a digest of an array's dtype, shape and values."""
     array = np.asarray(x)
     return hashlib.blake2b(f"{array.dtype}{array.shape}".encode() + array.tobytes(), digest_size=16).digest()
 
 
 def find_stages(layers: Mapping[str, Layer], run: Callable[[], Any]) -> list[list[str]]:
-    """The layers in the order in which they can be quantized: those of a stage read nothing that comes of one
-    another, or of a later stage.
+    """Stages of layers, in the order in which they can be quantized.
 
-    What depends on a layer is seen from what changes with its outputs; a run on one batch finds a stage. A
-    layer that reads what comes of itself, by a call before, is a stage of its own, and so is every layer of a
-    module that does not give the same twice.
+    The inputs of a stage's layers do not depend on the outputs of any layer in the same or a later stage.
+    Dependence is found by changing the outputs of all layers that are left and comparing the inputs, in one
+    run on one batch for each stage. A layer whose input depends on its own output from an earlier call is a
+    stage of its own, and so is every layer of a module whose runs are not reproducible.
     """
 
     def digests(moved: Collection[str]) -> dict[str, list[bytes]]:
@@ -141,7 +147,10 @@ def find_stages(layers: Mapping[str, Layer], run: Callable[[], Any]) -> list[lis
 def shared_inputs(
     module: Any, layers: Mapping[str, Layer], batches: Sequence[Any], run: Forward, calls: Mapping[str, int]
 ) -> list[tuple[list[str], list[jax.Array]]]:
-    """Layers that were given the same, and what that was, ``[T, K]`` a call; equal ones are kept once."""
+    """Groups layers that have the same inputs; returns each group with its inputs, ``[T, K]`` per call.
+
+    Equal inputs are kept in memory only once.
+    """
     arrays: dict[bytes, jax.Array] = {}
     seen: dict[str, list[bytes]] = {path: [] for path in layers}
     wanted = sum(calls[path] for path in layers)

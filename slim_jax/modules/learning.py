@@ -1,7 +1,7 @@
-"""Method "slim-plus" over a module: its packed layers learn until it gives what it gave in full precision.
+"""Method "slim-plus" over a module: trains its packed layers to reproduce the full-precision outputs.
 
-What is learned of a layer, and what the loss sees of it, is as for a decoder's blocks
-(`slim_jax.method.learnable`); here all layers learn at once, by the outputs of the whole module.
+The learned parameters of a layer, and the quantized weight that they give, are as for a decoder's blocks
+(`slim_jax.method.learnable`); here all layers are trained together, on the outputs of the whole module.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,20 +30,22 @@ def improve(
     config: Settings,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[dict[str, MixedTensor], LearningReport]:
-    """Better packed weights, or the given ones where learning gave none.
+    """Trains the packed layers of a module; returns their packed weights and a report.
 
-    A batch is one step; every eighth is held out to judge, where there are two or more.
+    If training does not lower the validation loss, the weights are the given ones, or for clipping those that
+    the initial clipping parameters give. Every batch is one step. If there are two or more, every eighth,
+    beginning with the first, is a validation batch.
 
     Args:
-      module: in full precision; every call of it begins with the state that it has here.
+      module: the module in full precision; every call of it begins with the state that it has here.
       packed: its quantized layers, by path.
       batches: trees of arrays.
       run: ``run(module, batch)``, which JAX can trace and differentiate.
-      config: of the quantization.
+      config: the quantization's settings.
       on_epoch: called after every epoch.
 
     Raises:
-      ValueError: the module cannot be traced, or gives no floating-point array.
+      ValueError: the module cannot be traced, or outputs no floating-point array.
     """
     given, learned, layers = layers_of(module), Learned(), dict[str, Layer]()
     for path, tensor in packed.items():
@@ -88,18 +90,18 @@ def improve(
 
 
 def _floats(outputs: Any) -> list[jax.Array]:
-    """What a module gives that learning can go by."""
+    """Floating-point arrays of a module's outputs, in float32."""
     leaves = map(jnp.asarray, jax.tree.leaves(outputs))
     return [leaf.astype(jnp.float32) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 def _difference(y: jax.Array, target: jax.Array) -> jax.Array:
-    """Squared, over the target squared."""
+    """Squared difference of ``y`` from ``target``, over the squared target."""
     return jnp.sum((y - target) ** 2) / jnp.maximum(jnp.sum(target**2), jnp.finfo(jnp.float32).tiny)
 
 
 def _with_weights(module: Any, weights: Mapping[str, jax.Array]) -> Any:
-    """``module`` itself, other matrices ``[K', N]`` (rows beyond ``K`` are padding) in its layers."""
+    """Puts matrices ``[K', N]`` (rows beyond ``K`` are padding) into the layers of ``module``; returns it."""
     for path, layer in layers_of(module).items():
         if path in weights:
             kernel, w = layer.kernel[...], weights[path]

@@ -1,4 +1,4 @@
-"""Layers of a module that are quantized already, kept in a folder: what an interrupted run goes on from."""
+"""Keeps the quantized layers of a module in a folder, from which an interrupted run is resumed."""
 
 import dataclasses
 import hashlib
@@ -21,15 +21,15 @@ from slim_jax.store.records import from_json
 RUN = "run.json"
 
 Finished = dict[str, tuple[MixedTensor, LayerReport]]
-"""By the layer's path."""
+"""Packed weight and report of each layer, by its path."""
 
 
 class Kept:
-    """A folder with a file for every stage that is done.
+    """Folder with a file for every finished stage.
 
     Args:
-      folder: new, empty, or of an earlier run of the same.
-      settings: what the runs must have in common, as JSON values.
+      folder: a new or empty folder, or that of an earlier run with the same settings.
+      settings: values that the runs must share, as JSON values.
 
     Raises:
       CheckpointError: the folder holds something else, or a run with other settings.
@@ -58,10 +58,10 @@ class Kept:
         return self.folder / f"stage-{stage:04d}.safetensors"
 
     def read(self, stage: int) -> Finished | None:
-        """What a stage gave; None where it is not done.
+        """Reads the layers of a stage; None if it is not finished.
 
         Raises:
-          CheckpointError: its file is damaged.
+          CheckpointError: the stage's file is damaged.
         """
         file = self._file(stage)
         if not file.is_file():
@@ -78,7 +78,7 @@ class Kept:
         return {report.name: (tensors[report.name], report) for report in reports}
 
     def write(self, stage: int, finished: Finished) -> None:
-        """Keeps what a stage gave."""
+        """Writes the layers of a finished stage."""
         arrays, packed = stored_arrays({path: tensor for path, (tensor, _) in finished.items()})
         reports = [dataclasses.asdict(report) for _, report in finished.values()]
         told = {path: dataclasses.asdict(static) for path, static in packed.items()}
@@ -88,5 +88,5 @@ class Kept:
 
 
 def digest_of(values: Sequence[Any]) -> str:
-    """SHA-256 of all arrays in some trees."""
+    """Returns a SHA-256 of all arrays in trees."""
     return hashlib.sha256(b"".join(map(digest, jax.tree.leaves(values)))).hexdigest()

@@ -1,4 +1,4 @@
-"""How a Flax layer multiplies, brought to one form: an input ``[..., K]`` by a matrix ``[K, N]``."""
+"""Expresses the product of any Flax layer in one form: an input ``[..., K]`` times a matrix ``[K, N]``."""
 
 import dataclasses
 import math
@@ -13,16 +13,17 @@ Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv | nnx.Einsum
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """The axes of a layer's product, and in which order the layer has them.
+    """Axes of a layer's product, and their order in the layer.
+
+    The transpositions are equations for `jnp.einsum`, empty if there is nothing to transpose.
 
     Attributes:
-      in_shape: axes of the kernel that are summed over, ``K`` in all.
-      out_shape: the other ones, ``N`` in all.
-      before: transposition of an input, as `jnp.einsum` takes it, that puts the axes to sum over last; empty
-        where they are.
+      in_shape: sizes of the kernel axes that are summed over, with product ``K``.
+      out_shape: sizes of the other kernel axes, with product ``N``.
+      before: transposition of an input that puts the axes to sum over last.
       weight: transposition of the kernel to ``[*in_shape, *out_shape]``.
-      after: transposition of an output ``[..., *out_shape]`` to the layer's.
-      bias_shape: the shape in which a bias is added to the layer's output.
+      after: transposition of an output ``[..., *out_shape]`` to the layer's order.
+      bias_shape: shape in which a bias is added to the layer's output.
     """
 
     in_shape: tuple[int, ...]
@@ -33,32 +34,32 @@ class Product:
     bias_shape: tuple[int, ...] = ()
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """A layer's input as ``[..., K]``."""
+        """Reshapes a layer's input to ``[..., K]``."""
         x = jnp.einsum(self.before, x) if self.before else x
         return x.reshape(*x.shape[: x.ndim - len(self.in_shape)], math.prod(self.in_shape))
 
     def output(self, y: jax.Array) -> jax.Array:
-        """A product ``[..., N]`` as the layer's output."""
+        """Reshapes a product ``[..., N]`` to the layer's output."""
         y = y.reshape(*y.shape[:-1], *self.out_shape)
         return jnp.einsum(self.after, y) if self.after else y
 
     def matrix(self, kernel: jax.Array) -> jax.Array:
-        """A layer's kernel as ``[K, N]``."""
+        """Reshapes a layer's kernel to ``[K, N]``."""
         kernel = jnp.einsum(self.weight, kernel) if self.weight else kernel
         return kernel.reshape(math.prod(self.in_shape), math.prod(self.out_shape))
 
     def kernel(self, matrix: jax.Array) -> jax.Array:
-        """The inverse of :meth:`matrix`."""
+        """Reshapes a matrix ``[K, N]`` to the layer's kernel, the inverse of :meth:`matrix`."""
         kernel = matrix.reshape(*self.in_shape, *self.out_shape)
         given, _, made = self.weight.partition("->")
         return jnp.einsum(f"{made}->{given}", kernel) if self.weight else kernel
 
 
 def product_of(layer: Layer) -> Product:
-    """How a layer multiplies.
+    """Returns the product of a layer.
 
     Raises:
-      ValueError: no matrix product of one input and the kernel gives what an `nnx.Einsum` does.
+      ValueError: the layer is an `nnx.Einsum` that is not a matrix product of one input and the kernel.
     """
     shape = tuple(layer.kernel.shape)
     if isinstance(layer, nnx.Einsum):
@@ -69,10 +70,10 @@ def product_of(layer: Layer) -> Product:
 
 
 def einsum_product(equation: str, shape: Sequence[int]) -> Product:
-    """The matrix product that an einsum of an input and a kernel of ``shape`` is, as of ``"BTD,DNH->BTNH"``.
+    """Returns the product of an einsum, such as ``"BTD,DNH->BTNH"``, of an input and a kernel of ``shape``.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the einsum is not a matrix product.
     """
     operands, _, output = equation.partition("->")
     x, _, weight = operands.partition(",")

@@ -1,9 +1,9 @@
-"""Quantizing a Flax NNX module: its `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv` and `nnx.Einsum` layers.
+"""Quantizes a Flax NNX module: its `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv` and `nnx.Einsum` layers.
 
-The module runs as it is, outside of jit, on the calibration batches, once for every stage: layers none of
-which reads what comes of another (`slim_jax.modules.capture`). Those that were given the same share its
-Hessian and one solve. A convolution is quantized as the matrix ``[height * width * channels, out]`` that
-multiplies its patches.
+The module runs unchanged, outside of jit, on the calibration batches, once for every stage, which is a set of
+layers whose inputs do not depend on each other's outputs (`slim_jax.modules.capture`). Layers with the same
+inputs share one Hessian and one solve. A convolution is quantized as the matrix
+``[height * width * channels, out]`` that multiplies its patches.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ from slim_jax.store.source import check_finite
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """What was done to a module.
+    """Report of a module's quantization.
 
     Attributes:
-      layers: the quantized ones, stage by stage, otherwise in the order in which the module calls them.
-      skipped: path -> what it is and why it is as it was, of every other layer and every other parameter of
-        two or more axes.
+      layers: reports of the quantized layers, stage by stage; within a stage, in the module's call order.
+      skipped: path -> description and reason, for every layer that was not quantized and every other
+        parameter of two or more axes.
       unmatched: patterns of ``select`` that no layer's path matches.
-      learning: how "slim-plus" went on from there, where it did: the squared difference of the module's
-        outputs from the full-precision ones, over these squared.
+      learning: report of "slim-plus", if it ran; its losses are the squared difference of the module's
+        outputs from the full-precision ones, over the squared full-precision outputs.
     """
 
     layers: list[LayerReport]
@@ -59,10 +59,10 @@ class PackedLinear(nnx.Module):
 
     Attributes:
       weight: the packed matrix ``[K, N]``.
-      bias: of the shape in which it is added to an output, or None.
-      product: what an input's and an output's axes are.
-      dtype: of inputs and outputs; that of input, kernel and bias together if None.
-      preferred: of outputs, instead of that, if not None.
+      bias: the bias, in the shape in which it is added to an output, or None.
+      product: the axes of inputs and outputs.
+      dtype: dtype of inputs and outputs; if None, the result type of input, kernel and bias.
+      preferred: dtype of outputs that takes precedence over ``dtype``, if not None.
     """
 
     def __init__(self, layer: nnx.Linear | nnx.LinearGeneral | nnx.Einsum, weight: MixedTensor) -> None:
@@ -72,9 +72,9 @@ class PackedLinear(nnx.Module):
         self.dtype, self.preferred = layer.dtype, layer.preferred_element_type
 
     def __call__(self, x: jax.Array | np.ndarray, out_sharding: Any = None) -> jax.Array:
-        """What the layer in full precision takes and gives, its dtypes too.
+        """Applies the layer; shapes and dtypes of input and output are those of the full-precision layer.
 
-        ``out_sharding`` is as `nnx.Linear` takes it.
+        ``out_sharding`` is that of `nnx.Linear`.
         """
         x, weight = jnp.asarray(x), self.weight.get_value()
         bias = None if self.bias is None else self.bias[...]
@@ -88,7 +88,7 @@ class PackedLinear(nnx.Module):
 
 
 class PackedKernel(Packed):
-    """The packed kernel of a convolution; indexing it, as `nnx.Conv` does, gives the dense one."""
+    """Packed kernel of a convolution; indexing it, as `nnx.Conv` does, returns the dense kernel."""
 
     def __getitem__(self, key: Any) -> jax.Array:
         return self.get_value().dequantize().reshape(self.kernel_shape)[key]  # type: ignore[attr-defined]
@@ -106,32 +106,33 @@ def quantize_module(
 ) -> tuple[Any, ModuleReport]:
     """Quantizes the `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv` and `nnx.Einsum` layers of a module.
 
-    Layers of other classes, derived ones too, stay as they are, and so do an `nnx.Einsum` that is no single
-    matrix product and a layer with a function of its own that multiplies: the report names them.
-    Each layer is calibrated on what the quantized layers before it give, unless ``config.sequential`` is
-    False; that costs a run of the module for every stage of its graph.
+    Layers of other classes, including subclasses, are not quantized, nor are an `nnx.Einsum` that is not a
+    single matrix product and a layer with its own function for multiplication; the report names them.
+    Each layer is calibrated on the outputs of the quantized layers before it, unless ``config.sequential`` is
+    False; this costs a run of the module for every stage of its graph.
 
     Args:
       module: an NNX module that runs outside of jit; it is not changed.
-      batches: inputs, one a call; they must fit in memory.
+      batches: inputs, one per call; they must fit in memory.
       config: how to quantize. Bits are allocated within each layer: criterion "model", which needs a
-        decoder's loss, stands for "kl" here. "slim-plus" goes on from what all layers then are and learns, by
-        the module's outputs, for ``config.epochs`` over the batches; nothing is tuned after that. Rules are
-        over the layers' paths.
+        decoder's loss, is replaced by "kl". "slim-plus" starts after all layers are quantized and trains them
+        on the module's outputs, for ``config.epochs`` over the batches; there is no fine-tuning after that.
+        Rules match the layers' paths.
       select: patterns such as ``"blocks.*.mlp.*"`` (`fnmatch`) of the paths to quantize; all by default.
       forward: ``forward(module, batch)``; by default ``module(batch)``.
-      resume: a folder that keeps the layers of every finished stage. The same call goes on after the last of
-        them and gives the same; nothing is kept without. Learning begins anew.
-      on_epoch: called after every epoch of learning: its number, the number of all, the held-out loss.
+      resume: a folder that keeps the layers of every finished stage. The same call continues after the last
+        of them, with the same result; "slim-plus" starts anew. If None, nothing is kept.
+      on_epoch: called after every epoch of "slim-plus" with its number, the total number, and the validation
+        loss.
 
     Returns:
       A copy with packed layers, and a report.
 
     Raises:
-      ValueError: there are no batches, no layer is selected, a rule holds for none, a selected layer is
-        called inside a transformation such as jit or scan, where its inputs have no values, a kernel or
-        what a layer reads is not finite, ``resume`` holds something else or a run with other settings,
-        weights or batches, or "slim-plus" is to learn of a module that JAX cannot trace.
+      ValueError: there are no batches; no layer is selected; a rule applies to none; a selected layer is
+        called inside a transformation such as jit or scan, where its inputs have no values; a kernel or an
+        input of a layer is not finite; ``resume`` holds something else, or a run with other settings, weights
+        or batches; or the method is "slim-plus" and JAX cannot trace the module.
     """
     config = _for_module(config)
     full, module, batches = module, nnx.clone(module), list(batches)
@@ -167,7 +168,7 @@ def quantize_module(
 
 
 def _for_module(config: SlimConfig) -> Settings:
-    """The settings as they hold where there is no decoder."""
+    """Resolves the settings for a module; raises an error for settings that need a decoder."""
     if config.guide or not float(config.bits).is_integer():
         raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
     if config.method == "slim-plus" and config.learn == "clip-gptq":
@@ -178,7 +179,7 @@ def _for_module(config: SlimConfig) -> Settings:
 def _choose(
     module: Any, select: Sequence[str] | None, config: Settings
 ) -> tuple[dict[str, Layer], dict[str, str], list[str]]:
-    """The layers to quantize, why all others stay, and the patterns that match none."""
+    """Selects the layers to quantize; also returns why others are skipped, and patterns that match none."""
     layers, patterns = layers_of(module), ["*"] if select is None else list(select)
     chosen = {p: layer for p, layer in layers.items() if any(fnmatch.fnmatchcase(p, s) for s in patterns)}
     if not chosen:
@@ -194,7 +195,7 @@ def _choose(
 
 
 def _described(module: Any, skipped: Mapping[str, str]) -> dict[str, str]:
-    """Class, dtype, shape and reason of layers that stay, and of parameters of two or more axes elsewhere."""
+    """Class, dtype, shape and reason of skipped layers and of other parameters of two or more axes."""
     nodes, layers = dict(nnx.iter_graph(module)), layers_of(module)
     found = {
         path: (type(layers[path]).__name__, layers[path].kernel[...], why) for path, why in skipped.items()
@@ -208,7 +209,7 @@ def _described(module: Any, skipped: Mapping[str, str]) -> dict[str, str]:
 
 
 def _refusal(layer: Layer) -> str | None:
-    """Why a layer cannot be quantized."""
+    """Reason why a layer cannot be quantized; None if it can."""
     usual = (None, lax.dot_general, lax.conv_general_dilated, jnp.einsum, promote_dtype)
     for name in (MULTIPLIES.get(type(layer), "dot_general"), "dot_general_cls", "promote_dtype"):
         if getattr(layer, name, None) not in usual:
@@ -230,7 +231,7 @@ def _refusal(layer: Layer) -> str | None:
 
 
 def _settings(module: Any, chosen: dict[str, Layer], batches: list[Any], config: Settings) -> dict[str, Any]:
-    """What the parts of a resumed run have in common."""
+    """Values that a resumed run must share with the run before."""
     return {
         "settings": config.to_json(),
         "layers": list(chosen),
@@ -240,7 +241,7 @@ def _settings(module: Any, chosen: dict[str, Layer], batches: list[Any], config:
 
 
 def _quantize_layers(layers: dict[str, Layer], x: list[jax.Array], config: Settings) -> Finished:
-    """Quantizes layers that read one input."""
+    """Quantizes layers that share an input."""
     found: Finished = {}
     tokens = sum(len(rows) for rows in x)
     seen = observe(Inputs([rows[None] for rows in x]), max(1, tokens // config.search_tokens))
@@ -252,7 +253,7 @@ def _quantize_layers(layers: dict[str, Layer], x: list[jax.Array], config: Setti
 
 
 def _packed(module: Any, tensors: Mapping[str, MixedTensor]) -> Any:
-    """A copy with packed layers."""
+    """Returns a copy with packed layers."""
     module = nnx.clone(module)
     layers = layers_of(module)
     for path, tensor in tensors.items():
@@ -261,7 +262,7 @@ def _packed(module: Any, tensors: Mapping[str, MixedTensor]) -> Any:
 
 
 def _put(module: Any, layer: Layer, tensor: MixedTensor) -> None:
-    """Packs a layer, wherever it is in ``module``."""
+    """Replaces a layer by its packed form, in all its places in ``module``."""
     kernel = layer.kernel[...]
     tensor = dataclasses.replace(tensor, dtype=kernel.dtype)
     if isinstance(layer, nnx.Conv):
@@ -271,7 +272,7 @@ def _put(module: Any, layer: Layer, tensor: MixedTensor) -> None:
 
 
 def _replace(module: Any, old: Any, new: Any) -> None:
-    """Puts ``new`` wherever ``old`` is."""
+    """Puts ``new`` in all places of ``old``."""
     for _, node in list(nnx.iter_graph(module)):
         if not isinstance(node, nnx.Module):
             continue

@@ -1,1 +1,1 @@
-"""Reading and writing models."""
+"""Reads and writes models."""

@@ -1,16 +1,16 @@
-"""Checkpoints on disk: Orbax folders, one per block, and a manifest `slim.json` that vouches for them.
+"""Checkpoints on disk: Orbax folders, one per block, and a manifest `slim.json` with their digests.
 
-    out/slim.json      what is here, how it was made, a digest of every file
-    out/outer/         embeddings, last norm, head
+    out/slim.json      the manifest: its contents, how it was made, a digest of every file
+    out/outer/         embedding, last norm, LM head
     out/blocks/007/    one block
     out/tokenizer/     the tokenizer's own files
-    out/drafts/        until all is done: calibration windows, what the sweep found, blocks that
-                       tuning is going to replace
-    out/.lock          while it is written: the process that does
+    out/drafts/        of an unfinished run: calibration windows, the gradient sweep's result, blocks that
+                       fine-tuning will replace
+    out/.lock          while it is being written: which process writes it
 
-A finished checkpoint is also read from safetensors files, which people pass on (`slim_jax.store.shards`).
+A finished checkpoint can also be read from safetensors files, the form for sharing (`slim_jax.store.shards`).
 
-The manifest is rewritten, whole, after every block, so a folder whose manifest says
+The manifest is rewritten as a whole after every block, so a folder whose manifest says
 ``"complete": false`` is a run that can be resumed.
 """
 
@@ -39,23 +39,22 @@ from slim_jax.store.writer import CheckpointWriter
 
 
 class CheckpointSource:
-    """A `slim_jax.store.source.Source` that reads a checkpoint block by block, every file verified.
+    """A `slim_jax.store.source.Source` that reads a checkpoint block by block and verifies every file.
 
     Args:
-      path: the checkpoint's folder, of Orbax or of safetensors files, or on the hub ``owner/model``, also
-        ``owner/model@revision``.
-      dtype: of dense parameters and of products with packed ones; by default dense ones as they are
+      path: the checkpoint's folder, of Orbax or of safetensors files, or a name on the hub: ``owner/model``
+        or ``owner/model@revision``.
+      dtype: dtype of dense parameters and of products with packed ones; by default dense parameters are as
         stored, products as `slim_jax.model.linear.product_dtype` says.
-      mesh: devices over which the output channels of every weight are cut; the default device has all
-        without.
+      mesh: the chips that the output channels of every weight are split over; JAX's default device if None.
 
     Attributes:
       path: the folder.
-      manifest: what `slim.json` says.
+      manifest: the contents of `slim.json`.
 
     Raises:
-      CheckpointError: on construction as :func:`read_manifest`, or where the hub does not give it; on
-        reading, where a file is damaged.
+      CheckpointError: on construction as for :func:`read_manifest`, or if the hub does not provide it; on
+        reading, if a file is damaged.
     """
 
     def __init__(self, path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> None:
@@ -74,7 +73,7 @@ class CheckpointSource:
 
     @property
     def packed(self) -> list[str]:
-        """The packed parameters of the blocks."""
+        """Names of the packed parameters of the blocks."""
         return [prefix + name for prefix, entry in self.manifest.entries if prefix for name in entry.packed]
 
     def outer(self) -> Params:
@@ -98,7 +97,7 @@ class CheckpointSource:
 def load(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Decoder:
     """Loads a checkpoint, dense or packed; arguments and errors are those of :class:`CheckpointSource`.
 
-    ``slim_jax.load("out/q2")``, ``slim_jax.load("owner/model")``.
+    Examples: ``slim_jax.load("out/q2")``, ``slim_jax.load("owner/model")``.
     """
     source = CheckpointSource(path, dtype, mesh)
     return read_decoder(source, source.placement.mesh)
@@ -109,19 +108,19 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
       ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
-      layers of the blocks (None where there are none), ``quantization``, and a row per packed layer of the
-      blocks in ``layers``, for embedding and head in ``ends``: ``name``, ``shape``, ``group_size``, ``bits``
-      (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``; in ``skipped`` the names of
-      linear layers of the blocks that are not packed beside such that are.
+      layers of the blocks (None if there are none) and ``quantization``; a row per packed layer, in
+      ``layers`` for the blocks and in ``ends`` for embedding and LM head: ``name``, ``shape``,
+      ``group_size``, ``bits`` (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``;
+      and in ``skipped``, if some layers are packed, the names of the blocks' linear layers that are not.
 
     Raises:
-      CheckpointError: see :func:`read_manifest`; or the hub does not give it.
+      CheckpointError: see :func:`read_manifest`; or the hub does not provide it.
     """
     return summary(read_manifest(find(path, weights=False)))
 
 
 def save_source(source: Source, path: str | Path, on_block: Callable[[int, int], None] | None = None) -> None:
-    """Writes any source as a checkpoint, one block in memory at a time.
+    """Writes any source as a checkpoint, with one block in memory at a time.
 
     Raises:
       CheckpointError: ``path`` exists and is not an empty folder, or is being written by another process.
@@ -131,7 +130,7 @@ def save_source(source: Source, path: str | Path, on_block: Callable[[int, int],
 
 
 def save(decoder: Decoder, path: str | Path, report: Report | None = None) -> None:
-    """Writes a decoder, dense or packed, and the report of its quantization.
+    """Writes a decoder, dense or packed, as a checkpoint, with the report of its quantization if given.
 
     Raises:
       CheckpointError: ``path`` exists and is not an empty folder, or is being written by another process.

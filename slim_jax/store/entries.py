@@ -1,4 +1,4 @@
-"""Entries of the manifest on disk: Orbax folders, one per block, written, verified and read."""
+"""Writes, verifies and reads the entries of the manifest on disk: Orbax folders, one per block."""
 
 from pathlib import Path
 from typing import Any
@@ -16,33 +16,33 @@ from slim_jax.store.shards import digest, verify
 
 
 def barrier(name: str) -> None:
-    """Every process of a distributed run waits here for all others."""
+    """Waits until every process of a distributed run has arrived here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def _remove(folder: Path) -> None:
-    """Removes what was written, or half written, of an Orbax folder."""
+    """Removes an Orbax folder, and the temporary ones that an unfinished write has left."""
     remove(folder, *folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
 
 
 def save_params(folder: Path, params: Params, placement: Placement) -> dict[str, Any]:
-    """Writes one Orbax folder; the fields of its `slim_jax.store.manifest.Entry`.
+    """Writes one Orbax folder; returns the fields of its `slim_jax.store.manifest.Entry`.
 
-    Of several processes each writes what its devices have.
+    If there are several processes, each writes the data on its own chips.
 
     Raises:
-      CheckpointError: it cannot be written.
+      CheckpointError: the folder cannot be written.
     """
     arrays, packed = stored_arrays(params)
     arrays |= {name: placement.channels(arrays[name]) for name in arrays.keys() & params.keys()}
     if jax.process_index() == 0:
-        _remove(folder)  # of a run that died between this folder and its manifest
+        _remove(folder)  # left by a run that died before the manifest named it
     barrier(f"{folder} is free")
     try:
         ocp.save(folder.absolute(), arrays)
     except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
-        _remove(folder)  # Orbax's threads may still write: what they leave goes with the next attempt
+        _remove(folder)  # Orbax's threads may still write: the next attempt removes what they leave
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder} cannot be written: {reason}") from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -55,10 +55,10 @@ def save_params(folder: Path, params: Params, placement: Placement) -> dict[str,
 
 
 def verify_entry(path: Path, entry: Entry, folder_name: str) -> Path:
-    """Compares every file of an entry with its digest; returns the folder that they are in.
+    """Compares every file of an entry with its digest; returns the folder of the files.
 
     Raises:
-      CheckpointError: one is missing or damaged.
+      CheckpointError: a file is missing or damaged, or the entry lists none.
     """
     folder = path / (entry.folder or folder_name)
     if not entry.files:
@@ -71,7 +71,7 @@ def verify_entry(path: Path, entry: Entry, folder_name: str) -> Path:
 def load_params(
     path: Path, entry: Entry, folder_name: str, dtype: jnp.dtype | None, placement: Placement
 ) -> dict[str, Any]:
-    """Reads what :func:`save_params` wrote, verified."""
+    """Verifies and reads what :func:`save_params` wrote."""
     folder = verify_entry(path, entry, folder_name)
     abstract = {
         name: placement.abstract(shape, jnp.dtype(kind)) for name, (shape, kind) in entry.arrays.items()

@@ -1,4 +1,4 @@
-"""Files that are written whole, then renamed: a reader sees the old or the new one. Folders of one writer."""
+"""Atomic file writes (a reader sees the old file or the new one), and folders locked by their one writer."""
 
 import contextlib
 import json
@@ -19,22 +19,23 @@ except ImportError:  # Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-"""In a folder that is being written: which process does. Its lock goes with that process, however it ends."""
+"""File in a folder that is being written, which names the writing process. The file's lock ends with that
+process, however it ends."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or a folder that must not be written to."""
+    """Raised for a checkpoint that cannot be read, or a folder that must not be written to."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing to a folder. Of several processes of one run the first one does.
+    """Keeps other processes from writing to a folder; in a run of several, the first process takes the lock.
 
-    The folder is made where it is missing, and goes again where it was left empty. On a file system that
-    has no locks nothing is locked.
+    A missing folder is made, and removed again if it is left empty. On a file system without locks, nothing
+    is locked.
 
     Raises:
-      CheckpointError: another process has it; the message names that process.
+      CheckpointError: another process has the lock; the message names that process.
       OSError: the folder cannot be made, or cannot be written to.
     """
     if jax.process_index() != 0:
@@ -51,13 +52,13 @@ def locked(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink(missing_ok=True)
                 os.close(descriptor)
     finally:
-        with contextlib.suppress(OSError):  # the first that holds something stays, and those above it
+        with contextlib.suppress(OSError):  # the first folder that is not empty stays, and those above it
             for path in made:
                 path.rmdir()
 
 
 def _hold(folder: Path) -> int:
-    """A descriptor of the folder's lock file; the lock is held until it is closed."""
+    """Locks the folder; returns a descriptor of its lock file. The lock is held until this is closed."""
     while True:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -68,7 +69,7 @@ def _hold(folder: Path) -> int:
                 os.pwrite(descriptor, f"{here} since {time.strftime('%Y-%m-%d %H:%M')}".encode(), 0)
                 return descriptor
         except FileNotFoundError:
-            pass  # who had it has just removed it: once more
+            pass  # its previous owner has just removed it: try again
         except BaseException:
             os.close(descriptor)
             raise
@@ -86,10 +87,10 @@ def _try_lock(folder: Path, descriptor: int) -> None:
 
 
 def refuse_if_locked(folder: Path) -> None:
-    """Asks whether somebody writes to a folder; what a killed process has left of a lock is removed.
+    """Checks that no process is writing to a folder; removes the lock file that a killed process has left.
 
     Raises:
-      CheckpointError: as :func:`locked`.
+      CheckpointError: as for :func:`locked`.
     """
     if (folder / LOCK).exists():
         with locked(folder):
@@ -97,15 +98,15 @@ def refuse_if_locked(folder: Path) -> None:
 
 
 def require_empty(folder: Path, hint: str = "", ours: Collection[str] = ()) -> None:
-    """Asks whether a folder can be written to as a new one: it is missing or empty.
+    """Checks that a folder is missing or empty, so that it can be written to as a new one.
 
     Args:
-      folder: or a link to one.
-      hint: what the message is to end with.
-      ours: names in the folder that count for nothing.
+      folder: the folder, or a link to one.
+      hint: the end of the error message.
+      ours: names in the folder that are ignored.
 
     Raises:
-      CheckpointError: it holds something, or is no folder.
+      CheckpointError: the folder is not empty, or is not a folder.
     """
     free = folder.is_dir() and all(path.name in {LOCK, *ours} for path in folder.iterdir())
     if os.path.lexists(folder) and not free:
@@ -113,7 +114,7 @@ def require_empty(folder: Path, hint: str = "", ours: Collection[str] = ()) -> N
 
 
 def remove(*paths: Path) -> None:
-    """Removes files, and folders with what is in them."""
+    """Removes files, and folders with their contents."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -124,7 +125,7 @@ def remove(*paths: Path) -> None:
 def sync(*paths: Path) -> None:
     """Returns once these files, and the names in these folders, are on the disk."""
     for path in paths:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # some cannot
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # not everywhere
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -134,7 +135,7 @@ def sync(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path, mode: str) -> Iterator[IO[Any]]:
-    """What is written takes the file's place at the end."""
+    """Yields a temporary file that replaces ``file`` at the end."""
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open(mode) as target:
@@ -148,7 +149,7 @@ def replacing(file: Path, mode: str) -> Iterator[IO[Any]]:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """A JSON file. Of several processes the first one writes."""
+    """Writes a JSON file. If there are several processes, the first one writes."""
     if jax.process_index() != 0:
         return
     with replacing(file, "w") as target:
@@ -156,7 +157,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """An ``.npz`` file, in a folder that is made for it. Of several processes the first one writes."""
+    """Writes an ``.npz`` file and makes its folder. If there are several processes, the first one writes."""
     if jax.process_index() != 0:
         return
     file.parent.mkdir(exist_ok=True)

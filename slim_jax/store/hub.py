@@ -1,7 +1,7 @@
-"""Models by their name on the Hugging Face hub, ``owner/model`` or ``owner/model@revision``.
+"""Downloads models by their name on the Hugging Face hub, ``owner/model`` or ``owner/model@revision``.
 
-Whatever exists locally is meant first. Only the files that a model is read from are fetched: no pickles, and
-none of the other forms of it that a repository may hold (``original/``, ``consolidated.safetensors``).
+A local path of that name takes precedence. Only the files that a model is read from are fetched: no pickles,
+and no other copies of the model that a repository may hold (``original/``, ``consolidated.safetensors``).
 """
 
 import glob
@@ -17,33 +17,33 @@ SMALL = (
     *("added_tokens.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
     *("merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
-"""Files beside the weights."""
+"""Files other than the weights."""
 ORBAX = ("outer/*", "blocks/*", "tokenizer/*")
-"""Folders of a checkpoint whose manifest lists no safetensors."""
+"""Folders of a checkpoint whose manifest lists no safetensors files."""
 
 
 def is_hub_name(spec: str | Path) -> bool:
-    """Whether this can only be meant as a name on the hub: nothing local has it."""
+    """True if this has the form of a name on the hub and no such path exists locally."""
     text = str(spec)
     return not Path(spec).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", text) is not None
 
 
 def download(spec: str, *, weights: bool = True) -> Path:
-    """The folder of a hub model in the cache of huggingface_hub; only what is new is fetched.
+    """Downloads a hub model; returns its folder in the cache of huggingface_hub. Only new files are fetched.
 
     Args:
       spec: ``owner/model`` or ``owner/model@revision``.
-      weights: the weights too, as the manifest or the index lists them.
+      weights: if True, the weights are fetched too, as the manifest or the index lists them.
 
     Raises:
-      CheckpointError: the hub did not give it; one line says why.
+      CheckpointError: the hub did not provide it; the one-line message says why.
     """
     from huggingface_hub import snapshot_download
 
     name, _, revision = spec.partition("@")
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(SMALL)))
-        if weights and (files := _weights(folder)):  # of the same commit, which the folder is named by
+        if weights and (files := _weights(folder)):  # from the same commit, which is the folder's name
             snapshot_download(name, revision=folder.name, allow_patterns=files)
     except CheckpointError:
         raise
@@ -53,16 +53,16 @@ def download(spec: str, *, weights: bool = True) -> Path:
 
 
 def find(spec: str | Path, *, weights: bool = True) -> Path:
-    """The folder or file that ``spec`` names, fetched first where it is a name on the hub.
+    """Returns the folder or file that ``spec`` names; downloads it first if it is a name on the hub.
 
     Raises:
-      CheckpointError: as :func:`download`.
+      CheckpointError: as for :func:`download`.
     """
     return download(str(spec), weights=weights) if is_hub_name(spec) else Path(spec)
 
 
 def _weights(folder: Path) -> list[str]:
-    """Patterns of the files that hold a model's weights; none where what lists them cannot be read."""
+    """Patterns of the files that hold a model's weights; none if the index that lists them cannot be read."""
     if is_checkpoint(folder):
         files = read_manifest(folder).files
         return list(ORBAX) if files is None else sorted(map(glob.escape, files))
@@ -72,11 +72,11 @@ def _weights(folder: Path) -> list[str]:
     except FileNotFoundError:
         return [SINGLE]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return []  # who reads the index says what is wrong
+        return []  # the reader of the index reports the error
 
 
 def _reason(error: BaseException, name: str, revision: str) -> str:
-    """Why the hub did not give a model."""
+    """Explains why the hub did not provide a model."""
     from huggingface_hub import errors
 
     causes = [error, *filter(None, [error.__cause__])]

@@ -1,6 +1,6 @@
-"""What `slim.json` says of a checkpoint: sizes and bits without reading any array.
+"""Manifest of a checkpoint, `slim.json`: gives sizes and bits without reading any array.
 
-It is checked once, when it is read; what holds a :class:`Manifest` need not ask again.
+It is validated once, when it is read; code that has a :class:`Manifest` need not check again.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from slim_jax.store.records import from_json
 
 FORMAT = "slim-jax"
 VERSION = 2
-"""Of what is written; 1, which is read too, has scales in bfloat16 alone."""
+"""Format version that is written; version 1, which can also be read, has only bfloat16 scales."""
 
 MANIFEST = "slim.json"
 LEAVES = ("words", "scale", "zero", "order", "segments")
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder has a manifest."""
+    """True if a folder has a manifest."""
     return (Path(path) / MANIFEST).is_file()
 
 
 MOST_GROUPS = 1 << 24
-"""Of a layer."""
+"""Largest number of groups in a layer."""
 
 Stored = tuple[tuple[int, ...], str]
 """Shape and dtype of an array."""
@@ -44,7 +44,7 @@ Stored = tuple[tuple[int, ...], str]
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """What a packed layer is, but for its arrays; see `pallas_kernels.MixedTensor`."""
+    """Static fields of a packed layer, all but its arrays; see `pallas_kernels.MixedTensor`."""
 
     shape: tuple[int, int]
     group_size: int
@@ -63,13 +63,14 @@ class PackedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What stands outside the blocks, or a block.
+    """Entry of the manifest: one block, or all parameters outside the blocks.
 
     Attributes:
-      arrays: shape and dtype of everything that is stored.
-      packed: the layers that several of these arrays make up: ``NAME.words``, ``NAME.scale`` ….
-      files: SHA-256 by the name in the entry's folder; none where arrays are in the checkpoint's shards.
-      folder: where it is not where it belongs: of a draft.
+      arrays: shape and dtype of every stored array.
+      packed: the packed layers, each made up of several of these arrays: ``NAME.words``, ``NAME.scale`` ….
+      files: SHA-256 by the file's name in the entry's folder; empty if the arrays are in the checkpoint's
+        shards.
+      folder: the folder of a draft; None for the entry's usual folder.
     """
 
     arrays: dict[str, Stored]
@@ -91,14 +92,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """What was done to embedding and head."""
+    """Reports of embedding and LM head."""
 
     layers: list[LayerReport]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outer(Entry):
-    """What stands outside the blocks."""
+    """Entry of the parameters outside the blocks."""
 
     report: Ends | None = None
 
@@ -109,7 +110,7 @@ class Outer(Entry):
 
 @dataclasses.dataclass(frozen=True)
 class Block(Entry):
-    """A block."""
+    """Entry of a block."""
 
     report: BlockReport | None = None
 
@@ -145,7 +146,7 @@ def _is_stored(dtype: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The windows that a run was calibrated on."""
+    """Description of the windows that a run was calibrated on."""
 
     samples: int
     length: int
@@ -154,7 +155,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """What others than the quantizer read of the settings of a run."""
+    """Settings of a run that code other than the quantizer reads."""
 
     method: str
     bits: float
@@ -165,22 +166,22 @@ class Told:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A checkpoint.
+    """Manifest of a checkpoint.
 
     Attributes:
       decoder: the model's config.
-      origin: of the source, see `slim_jax.store.source.Source`.
+      origin: the source's origin, see `slim_jax.store.source.Source`.
       quantization: settings that a resumed run must share, as JSON values; None for dense weights.
-      complete: False of a run that can be resumed.
-      version: of the format.
-      outer: what stands outside the blocks.
-      blocks: in order.
-      tuned: blocks that stand for the first of these once all are there.
-      tuning: how scales and norms were tuned in the end, where they were.
-      files: SHA-256 of safetensors files that hold all arrays; None where each entry has a folder.
+      complete: False for a run that can be resumed.
+      version: format version.
+      outer: entry of the parameters outside the blocks.
+      blocks: entries of the blocks, in order.
+      tuned: entries of fine-tuned blocks; once there is one for each block, they replace ``blocks``.
+      tuning: report of the fine-tuning, if there was one.
+      files: SHA-256 of the safetensors files that hold all arrays; None if each entry has a folder.
 
     Raises:
-      ValueError: they do not fit one another.
+      ValueError: the fields contradict one another.
     """
 
     decoder: DecoderConfig
@@ -210,17 +211,17 @@ class Manifest:
 
     @property
     def entries(self) -> list[tuple[str, Entry]]:
-        """What is written, first what stands outside the blocks: a prefix such as ``"blocks.0."``, and it."""
+        """Entries written so far, :attr:`outer` first, each with a prefix such as ``"blocks.0."``."""
         outer = [] if self.outer is None else [("", self.outer)]
         return [*outer, *((f"blocks.{index}.", block) for index, block in enumerate(self.blocks))]
 
     @property
     def told(self) -> Told | None:
-        """What is read of :attr:`quantization`."""
+        """Fields of :attr:`quantization` that other code reads."""
         return from_json(Told | None, self.quantization, "quantization")
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON values."""
+        """Returns the manifest as JSON values."""
         fields = {"format": FORMAT, **dataclasses.asdict(self)}
         for entry in (*filter(None, [fields["outer"]]), *fields["blocks"], *fields["tuned"]):
             if entry["folder"] is None:
@@ -231,11 +232,11 @@ class Manifest:
 
 
 def read_manifest(path: str | Path, *, complete: bool = True) -> Manifest:
-    """The manifest of a checkpoint.
+    """Reads and validates the manifest of a checkpoint.
 
     Raises:
-      CheckpointError: it is missing, damaged, of a newer format, or of an unfinished run though
-        ``complete`` asks for a whole one.
+      CheckpointError: the manifest is missing, damaged or of a newer format, or, if ``complete``, it is that
+        of an unfinished run.
     """
     file = Path(path) / MANIFEST
     try:
@@ -250,9 +251,9 @@ def read_manifest(path: str | Path, *, complete: bool = True) -> Manifest:
         version = from_json(int, found.get("version"), "version")
         if version > VERSION:
             raise ValueError(f"format version is {version}, expected at most {VERSION}: upgrade slim-jax")
-        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        json.dumps(found, ensure_ascii=False).encode()  # raises for half of a surrogate pair
         manifest = from_json(Manifest, found, "")
-        for kind in manifest.decoder.kinds:  # whose values have no annotations
+        for kind in manifest.decoder.kinds:  # from_json cannot check these: they have no annotations
             one = dataclasses.replace(manifest.decoder, kinds=(), block_kinds=(), **dict(kind))
             from_json(DecoderConfig, json.loads(json.dumps(one.to_json())), "decoder.kinds")
     except (ValueError, RecursionError) as error:
@@ -269,7 +270,7 @@ def _no_number(name: str) -> None:
 
 
 def stored_arrays(params: Params) -> tuple[dict[str, Any], dict[str, PackedLayer]]:
-    """Parameters as the arrays that are stored, by name, and what an entry's ``packed`` says of them."""
+    """Splits parameters into the stored arrays, by name, and an entry's ``packed`` fields."""
     arrays: dict[str, Any] = {}
     packed: dict[str, PackedLayer] = {}
     for name, value in params.items():
@@ -284,8 +285,11 @@ def stored_arrays(params: Params) -> tuple[dict[str, Any], dict[str, PackedLayer
 def stored_params(
     packed: Mapping[str, PackedLayer], arrays: Mapping[str, Any], dtype: jnp.dtype | None = None
 ) -> dict[str, Any]:
-    """The inverse of :func:`stored_arrays`; ``dtype`` of all that is computed with, as stored and
-    `product_dtype` without."""
+    """Rebuilds parameters from the result of :func:`stored_arrays`.
+
+    ``dtype`` is that of dense parameters and of products with packed ones; if None, dense ones are as stored
+    and products as `product_dtype` says.
+    """
     arrays, params = dict(arrays), dict[str, Any]()
     for name, static in packed.items():
         leaves = {leaf: arrays.pop(f"{name}.{leaf}") for leaf in LEAVES}
@@ -300,12 +304,12 @@ def stored_params(
 
 
 def listed(arrays: dict[str, Any]) -> dict[str, Stored]:
-    """What an entry's ``arrays`` says of arrays."""
+    """Returns the shape and dtype of arrays, as an entry's ``arrays`` has them."""
     return {name: (tuple(value.shape), str(value.dtype)) for name, value in arrays.items()}
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
-    """What `slim_jax.inspect` returns, of a manifest that need not be complete."""
+    """Returns what `slim_jax.inspect` does, for a manifest that need not be complete."""
     buffers = block_buffers(manifest.decoder, 0)
     layers, ends = list[dict[str, Any]](), list[dict[str, Any]]()
     total_bytes = parameters = 0
@@ -337,19 +341,19 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _skipped(manifest: Manifest) -> list[str]:
-    """The linear layers of the blocks that are not packed."""
+    """Names of the blocks' linear layers that are not packed."""
     stored = {prefix + name for prefix, entry in manifest.entries for name in entry.arrays}
     return [name for name in linear_names(manifest.decoder) if f"{name}.weight" in stored]
 
 
 def layer_reports(entry: Entry) -> Sequence[LayerReport]:
-    """The reports of the layers of an entry of the manifest."""
+    """Returns the reports of the layers of an entry."""
     report = getattr(entry, "report", None)
     return () if report is None else report.layers
 
 
 def _row(name: str, static: PackedLayer, stored: int, report: LayerReport | None) -> dict[str, Any]:
-    """A packed layer in `slim_jax.inspect`; groups by width are known without a report where there is one."""
+    """Row of a packed layer in `slim_jax.inspect`; without a report, ``bits`` is None for mixed widths."""
     k, n = static.shape
     one_width = {str(static.widths[0]): static.groups} if len(static.widths) == 1 else None
     return {
@@ -367,5 +371,5 @@ def _row(name: str, static: PackedLayer, stored: int, report: LayerReport | None
 
 
 def array_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of an array as the manifest lists it."""
+    """Number of bytes of an array that the manifest lists."""
     return math.prod(shape) * jnp.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""Records from JSON values: what a dataclass's annotations ask for is checked, the first fault is named."""
+"""Builds dataclasses from JSON values, checked against the annotations; the error names the first fault."""
 
 import dataclasses
 import reprlib
@@ -8,23 +8,24 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 1 << 31
-"""Of whole numbers."""
+"""Bound on the absolute value of integers."""
 
 EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def from_json(kind: Any, value: Any, where: str) -> Any:
-    """The value of type ``kind`` that JSON stands for.
+    """Converts a JSON value to a value of type ``kind``.
 
     Args:
-      kind: a dataclass, whose fields may be such types; a list, tuple or dictionary of one, one or None,
-        `Literal`, int, float, str, bool or Any. A dataclass's own ``from_json`` makes it of checked fields;
-        it must know all of them, other dataclasses are made without the fields that they do not know.
-      value: as `json.loads` gives it.
-      where: what the value is called in messages.
+      kind: int, float, str, bool, Any or a `Literal`; a list, tuple or dictionary of a supported type, or
+        one of these or None; or a dataclass whose fields have supported types. If a dataclass has its own
+        ``from_json``, this is called with the value once its fields are checked, and unknown fields are
+        errors; other dataclasses ignore unknown fields.
+      value: a value as `json.loads` returns it.
+      where: name of the value in messages.
 
     Raises:
-      ValueError: something is missing or of another type, or a number is not finite.
+      ValueError: a field is missing or has another type, or a number is not finite or too large.
     """
     outer, parts = get_origin(kind), get_args(kind)
     if kind is Any:

@@ -1,10 +1,10 @@
-"""The arrays of a checkpoint in safetensors files: how they are named there, verified and read.
+"""Names, verifies and reads the arrays of a checkpoint in safetensors files.
 
-    out/slim.json          as in an Orbax checkpoint; ``files`` vouches for the shards
+    out/slim.json          as in an Orbax checkpoint; ``files`` has the digests of the shards
     out/model.safetensors  or model-00001-of-00002.safetensors …
-    out/tokenizer.json     and the other files of a Hugging Face model, which the hub and people look at
+    out/tokenizer.json     and the other files of a Hugging Face model, for the hub and its users
 
-Such a folder is passed on and loaded. `convert.writers.packed` writes it; no run works in one.
+Such a folder is for sharing and loading. `convert.writers.packed` writes it; no run writes to one.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from slim_jax.store.manifest import MANIFEST, CheckpointError
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(path: Path, expected: str) -> None:
-    """Compares a file with the digest that the manifest has of it.
+    """Compares a file with the digest in the manifest.
 
     Raises:
-      CheckpointError: it is not there, or something else.
+      CheckpointError: the file is missing, or its digest differs.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, though {MANIFEST} lists it")
@@ -37,19 +37,19 @@ def verify(path: Path, expected: str) -> None:
 
 
 def array_name(index: int | None, name: str) -> str:
-    """What array ``name`` of block ``index``, or of what stands outside the blocks, is called in a file."""
+    """Name in the files of array ``name`` of block ``index``; None stands for outside the blocks."""
     return name if index is None else f"blocks.{index}.{name}"
 
 
 class Shards:
-    """The safetensors files of a checkpoint. Each is verified whole before the first array is read from it.
+    """The safetensors files of a checkpoint. Each is verified before the first array is read from it.
 
     Args:
-      folder: of the checkpoint.
+      folder: the checkpoint's folder.
       digests: the manifest's ``files``: SHA-256 by file name.
 
     Raises:
-      CheckpointError: a file is missing, truncated, or no safetensors file; or its name leads elsewhere.
+      CheckpointError: a file is missing, truncated, not a safetensors file, or not in the folder itself.
     """
 
     def __init__(self, folder: Path, digests: dict[str, str]) -> None:
@@ -70,14 +70,14 @@ class Shards:
     def read(
         self, index: int | None, arrays: Mapping[str, tuple[tuple[int, ...], str]]
     ) -> dict[str, np.ndarray]:
-        """The arrays of one entry of the manifest.
+        """Reads the arrays of one entry of the manifest.
 
         Args:
-          index: of the block, None for what stands outside.
+          index: index of the block, or None for the parameters outside the blocks.
           arrays: the entry's ``arrays``: shape and dtype by name.
 
         Raises:
-          CheckpointError: a file is damaged, or has not what the manifest lists.
+          CheckpointError: a file is damaged, or its arrays are not as the manifest lists them.
         """
         places = {name: self._place(array_name(index, name)) for name in arrays}
         found: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""Where a model's weights come from, one block at a time."""
+"""Sources of a model's weights, read one block at a time."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params, computed, make_decoder, split_params
 
 SAMPLED = "sampled:"
-"""Begins the fingerprints that say something of the weights themselves; earlier ones did of their sizes."""
+"""Prefix of fingerprints that depend on the weights themselves; earlier ones depended on their sizes."""
 
 
 @runtime_checkable
@@ -24,29 +24,29 @@ class Source(Protocol):
     """A model that can be read block by block, so that it need not fit in memory.
 
     Attributes:
-      config: the decoder that the parameters are for.
-      origin: where they come from, as JSON values: kind, path, and a fingerprint, which changes with the
-        weights and does not with the path. Goes into the manifest.
+      config: config of the decoder that the parameters are for.
+      origin: the origin of the parameters, as JSON values for the manifest: kind, path, and a fingerprint,
+        which depends on the weights but not on the path.
     """
 
     config: DecoderConfig
 
     @property
     def origin(self) -> dict[str, Any]:
-        """See above."""
+        """Origin of the parameters, see above."""
         ...
 
     def outer(self) -> Params:
-        """Parameters outside the blocks, named as in :func:`slim_jax.model.params.outer_params`."""
+        """Reads the parameters outside the blocks, named as in :func:`slim_jax.model.params.outer_params`."""
         ...
 
     def block(self, index: int) -> Params:
-        """Parameters of block ``index``, named as in :func:`slim_jax.model.params.block_params`."""
+        """Reads the parameters of block ``index``, named as in :func:`slim_jax.model.params.block_params`."""
         ...
 
 
 def check_finite(arrays: Mapping[str, Any]) -> None:
-    """Refuses arrays with NaN or infinity; packed weights are not looked at.
+    """Raises an error for arrays with NaN or infinity; packed weights are not checked.
 
     Raises:
       ValueError: the message names the first such array and counts its values.
@@ -64,8 +64,8 @@ class FiniteSource:
     """A :class:`Source` whose dense parameters are checked (:func:`check_finite`) when they are first read.
 
     Attributes:
-      source: what is read.
-      config: that of ``source``.
+      source: the source that is read.
+      config: config of ``source``.
     """
 
     def __init__(self, source: Source) -> None:
@@ -109,9 +109,9 @@ def read_decoder(source: Source, mesh: Mesh | None = None, *, rounded: bool = Fa
     """Returns the whole model in memory.
 
     Args:
-      source: of the model.
-      mesh: over which packed weights lie, if they do.
-      rounded: dense matrices come in bfloat16, half of what float32 takes.
+      source: source of the model.
+      mesh: the chips that packed weights are split over, if they are.
+      rounded: if True, dense matrices are converted to bfloat16, half the memory of float32.
     """
     prepared = computed if rounded else dict
     blocks = [prepared(source.block(index)) for index in range(source.config.num_layers)]
@@ -119,11 +119,11 @@ def read_decoder(source: Source, mesh: Mesh | None = None, *, rounded: bool = Fa
 
 
 def _some_rows(value: jax.Array) -> np.ndarray:
-    """The first, the middle and the last row of an array; nothing of one that other processes share."""
+    """Returns the first, middle and last row of an array; nothing if it is shared with other processes."""
     if not value.is_fully_addressable:
         return np.empty(0)
     here = all(device.platform == "cpu" for device in value.devices())
-    rows = np.asarray(value) if here or len(value.devices()) > 1 else value  # not the whole of it off a GPU
+    rows = np.asarray(value) if here or len(value.devices()) > 1 else value  # only some rows leave a GPU
     some = rows if value.ndim < 2 else rows[np.array([0, len(value) // 2, len(value) - 1])]
     return np.ascontiguousarray(some)
 
@@ -147,7 +147,7 @@ class DecoderSource:
 
     @property
     def packed(self) -> list[str]:
-        """The packed parameters of the blocks."""
+        """Names of the packed parameters of the blocks."""
         return [
             f"blocks.{i}.{name}"
             for i, block in enumerate(self._blocks)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: who may write to its folder, what an interrupted run left there, block by block."""
+"""Writes a checkpoint block by block: locks its folder, and resumes what an interrupted run left there."""
 
 import contextlib
 import dataclasses
@@ -34,10 +34,10 @@ from slim_jax.store.source import SAMPLED
 
 
 def require_new(path: Path, hint: str = "") -> None:
-    """Asks whether a checkpoint can be written to a folder.
+    """Checks that a new checkpoint can be written to a folder.
 
-    It can where there is nothing, or what begins anew in any case: an unfinished conversion, or a run
-    without a finished block.
+    It can if the folder is missing or empty, or holds only what is started anew in any case: an unfinished
+    conversion, or a run without any finished entry.
 
     Raises:
       CheckpointError: it cannot, or another process writes there.
@@ -54,7 +54,7 @@ def _worthless(manifest: Manifest) -> bool:
 
 
 def _own(path: Path) -> list[Path]:
-    """What a run that did not end has written to its folder, the manifest last."""
+    """Paths that an unfinished run has written to its folder, the manifest last."""
     names = ("outer", "blocks", "tokenizer", "drafts", "activations.*", "*.tmp", MANIFEST)
     return [own for name in names for own in path.glob(name)]
 
@@ -62,18 +62,19 @@ def _own(path: Path) -> list[Path]:
 class CheckpointWriter:
     """Writes a checkpoint block by block; a killed run leaves all finished blocks readable.
 
-    As a context it keeps other processes from the folder, and leaves nothing of a run that fails before its
-    first block, unless it has swept, nor of an unfinished conversion.
+    From its construction until the end of the ``with`` block it keeps other processes from the folder. At the
+    end it removes an unfinished conversion, and a run without a finished entry, unless that has a finished
+    gradient sweep or was interrupted and has kept its calibration windows.
 
     Args:
-      path: the folder; must not exist or be empty, unless ``resume``.
-      config: the decoder's.
-      origin: of the source.
+      path: the folder; it must not exist or be empty, unless ``resume``.
+      config: the decoder's config.
+      origin: the source's origin.
       quantization: settings that a resumed run must share, as JSON values; None for dense weights.
-      resume: continue in a folder that an interrupted run left.
-      drafts: what is written first will be replaced by :meth:`write_tuned`.
-      placement: the devices that have the arrays.
-      notify: told what is damaged in the folder and will be done again.
+      resume: if True, a run that was interrupted in this folder is continued.
+      drafts: if True, the blocks are drafts, which :meth:`write_tuned` replaces.
+      placement: the chips that hold the arrays.
+      notify: called with a message for each part of the folder that is damaged and made again.
 
     Raises:
       CheckpointError: the folder holds something else, a run with other settings, or is being written by
@@ -109,13 +110,13 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._lock:
-            failed = kind is not None and issubclass(kind, Exception)  # not interrupted, so it is not resumed
+            failed = kind is not None and issubclass(kind, Exception)  # an interrupted run may be resumed
             dear = "drafts/sweep.npz" if failed else "drafts/*.npz"
             if jax.process_index() == 0 and _worthless(self._manifest) and not any(self.path.glob(dear)):
                 remove(*_own(self.path))
 
     def _open(self, wanted: Manifest, resume: bool, notify: Callable[[str], None]) -> None:
-        """Makes a folder ready: new, or as an interrupted run left it, without what is damaged."""
+        """Prepares the folder: a new one, or that of an interrupted run, without its damaged parts."""
         found = read_manifest(self.path, complete=False) if is_checkpoint(self.path) else None
         anew = not resume or (found is not None and (_is_older(found, wanted) or _differing(found, wanted)))
         if found is not None and anew and _worthless(found):
@@ -128,12 +129,12 @@ class CheckpointWriter:
             _check_same(self.path, found, wanted)
             self._drop_damaged(found, notify)
         over = self.path.glob("drafts") if found is not None and found.complete else ()
-        remove(*self.path.glob("activations.*"), *self.path.glob("*.tmp"), *over)  # of a run that was killed
+        remove(*self.path.glob("activations.*"), *self.path.glob("*.tmp"), *over)  # left by a killed run
 
     def _drop_damaged(self, found: Manifest, notify: Callable[[str], None]) -> None:
-        """Takes from the manifest of an unfinished run the first damaged entry, and all after it."""
+        """Removes the first damaged entry, and all after it, from the manifest of an unfinished run."""
         whole = self._undamaged(found.blocks, notify)
-        outer = found.outer if whole == len(found.blocks) else None  # it was quantized for what these gave
+        outer = found.outer if whole == len(found.blocks) else None  # calibrated on their output
         if outer is not None and not self._undamaged([outer], notify, "outer"):
             outer = None
         tuned = found.tuned[: min(whole, self._undamaged(found.tuned, notify))]
@@ -146,7 +147,7 @@ class CheckpointWriter:
     def _undamaged(
         self, entries: Sequence[Entry], notify: Callable[[str], None], folder: str = "blocks/{:03d}"
     ) -> int:
-        """The number of entries before the first damaged one."""
+        """Returns the number of entries before the first damaged one."""
         for index, entry in enumerate(entries):
             try:
                 verify_entry(self.path, entry, folder.format(index))
@@ -156,23 +157,23 @@ class CheckpointWriter:
         return len(entries)
 
     def _write(self, manifest: Manifest, **changes: Any) -> None:
-        """Writes the manifest, with some fields changed."""
+        """Writes the manifest with some fields changed."""
         self._manifest = dataclasses.replace(manifest, **changes)
         write_json(self.path / MANIFEST, self._manifest.to_json())
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The manifest's entries of the blocks written so far."""
+        """Entries of the blocks written so far."""
         return self._manifest.blocks
 
     @property
     def complete(self) -> bool:
-        """Whether :meth:`finish` was called, by this run or an earlier one."""
+        """True if :meth:`finish` was called, by this run or an earlier one."""
         return self._manifest.complete
 
     @property
     def all_written(self) -> bool:
-        """Whether nothing is missing, though what is there may be a draft."""
+        """True if all entries are written; they may be drafts."""
         return len(self.blocks) == self._manifest.decoder.num_layers and self._manifest.outer is not None
 
     @property
@@ -181,13 +182,13 @@ class CheckpointWriter:
         return self._manifest.outer
 
     def report(self) -> Report:
-        """What was done so far, by earlier runs too."""
+        """Returns the report of the run so far, including what earlier runs did."""
         blocks = [block.report for block in self.blocks if block.report is not None]
         sizes, ends = summary(self._manifest), list(layer_reports(self._outer))
         return Report(blocks, ends, sizes["parameters"], sizes["bytes"], self._manifest.tuning)
 
     def write_outer(self, params: Params, ends: Sequence[LayerReport] = ()) -> None:
-        """Writes the parameters outside the blocks, and what was done to embedding and head."""
+        """Writes the parameters outside the blocks, and the reports of embedding and LM head."""
         outer = Outer(**self._save(f"{self._first}outer", params), report=Ends(list(ends)))
         self._write(self._manifest, outer=outer)
 
@@ -197,7 +198,7 @@ class CheckpointWriter:
         self._write(self._manifest, blocks=(*self.blocks, block))
 
     def read_outer(self) -> dict[str, Any]:
-        """Reads back what stands outside the blocks."""
+        """Reads back the parameters outside the blocks."""
         return load_params(self.path, self._outer, "outer", None, self._placement)
 
     def read_block(self, index: int) -> dict[str, Any]:
@@ -205,7 +206,7 @@ class CheckpointWriter:
         return load_params(self.path, self.blocks[index], f"blocks/{index:03d}", None, self._placement)
 
     def write_tuned(self, outer: Params, block: Callable[[int], Params], report: TuningReport) -> None:
-        """Writes ``outer`` and what ``block(index)`` gives; :meth:`finish` puts them in the drafts' place."""
+        """Writes the fine-tuned parameters, ``outer`` and ``block(index)``, which replace the drafts."""
         for index in range(len(self._manifest.tuned), len(self.blocks)):
             saved = self._save(f"blocks/{index:03d}", block(index))
             tuned = Block(**saved, report=self.blocks[index].report)
@@ -228,11 +229,11 @@ class CheckpointWriter:
 
 
 def _is_sound(file: Path) -> bool:
-    """Whether every array of an ``.npz`` file has its checksum."""
+    """True if every array of an ``.npz`` file matches its checksum."""
     try:
         with zipfile.ZipFile(file) as arrays:
             return arrays.testzip() is None
-    except Exception:  # of damaged bytes anything is raised
+    except Exception:  # damaged bytes may raise anything
         return False
 
 
@@ -252,7 +253,7 @@ def _is_sampled(manifest: Manifest) -> bool:
 
 
 def _differing(found: Manifest, wanted: Manifest) -> list[str]:
-    """In what two runs differ, a line each; where the model lies and what it is called does not count."""
+    """Differences between two runs, a line each; the model's path and name are ignored."""
     changes = []
     for old, new in (
         (found.decoder.to_json(), wanted.decoder.to_json()),
