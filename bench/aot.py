@@ -118,7 +118,7 @@ def against_floor(
     """Returns the least time of a product on a device, its bound, and the ratio of a program's time to it.
 
     Args:
-      device: an entry of the device table that has a peak for bfloat16.
+      device: an entry of the chip table that has a peak for bfloat16.
       m: rows of x.
       k: input channels.
       n: output channels.

@@ -91,7 +91,7 @@ def _even(groups: int, parts: int) -> tuple[int, ...]:
 
 
 def device(target: str) -> Device:
-    """Returns a target's entry in the device table.
+    """Returns a target's entry in the chip table.
 
     Raises:
       ValueError: the table lacks the device, its bandwidth or its peak.

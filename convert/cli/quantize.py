@@ -308,7 +308,7 @@ def _mesh(devices: int, samples: int, config: "SlimConfig") -> "jax.sharding.Mes
     """Mesh of the first ``devices`` devices, or None for one.
 
     Raises:
-      ValueError: the samples, or those used for tuning, cannot be divided among the devices.
+      ValueError: the samples, or those used for fine-tuning, cannot be divided among the devices.
     """
     mesh = devices_mesh(devices)
     if samples % devices:
