@@ -76,7 +76,7 @@ class Record:
       temp_bytes: HBM that the program needs in addition to both.
       alias_bytes: size of the results that reuse donated arguments.
       launches: operations of the program, including Pallas kernels; a loop counts as one.
-      brought_bytes: bytes that XLA copies to VMEM ahead of use; a loop counts one iteration.
+      brought_bytes: bytes that XLA copies to VMEM ahead of use; of a loop, one iteration is counted.
       looped: names of the operations in loops.
       vmem_bytes: the largest VMEM use of a kernel.
       spills: register spills of all kernels.

@@ -49,9 +49,10 @@ CASES = (
 
 
 def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
-    """Returns the fields of the case, ``ok``, and ``error``: the largest relative to the largest output.
+    """Returns the fields of the case, ``ok``, and ``error`` relative to the largest output.
 
-    ``error`` is None if values are not finite or another slot than the new token's was written.
+    ``error`` is the largest error of an output, or None if values are not finite or another slot than the new
+    token's was written.
     """
     rng = np.random.default_rng(case.start)
     dtype, shape = jnp.dtype(case.dtype), (case.batch, case.kv, case.slots, case.width)

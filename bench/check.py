@@ -89,8 +89,8 @@ def check(
 
     Yields:
       The fields of the case, and ``ok``: True if all values are finite and correct, None if there was no time
-      for the case; ``error``: the largest relative to the largest output, None if there is no value or one is
-      not finite; ``reason``: one line, if the case is not ok; ``seconds``: its duration, including
+      for the case; ``error``: the largest error relative to the largest output, None if there is no value or
+      one is not finite; ``reason``: one line, if the case is not ok; ``seconds``: its duration, including
       compilation.
     """
     on_gpu = chips.of_target().platform == "cuda" and implementation in (None, "mosaic_gpu")

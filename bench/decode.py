@@ -61,8 +61,7 @@ def random_decoder(
     """Returns the source's model with random codes in every linear layer of its blocks.
 
     Embedding and LM head are packed at the width that belongs to ``bits``. If ``alike``, all blocks of one
-    kind
-    share one block's codes.
+    kind share one block's codes.
     """
     config, rng = source.config, np.random.default_rng(seed)
     blocks: list[Params] = []

@@ -2,11 +2,11 @@
 
     python -m bench.device --out device-report
 
-The stages, of which each failure stops the rest: a description of the device and the implementation that
-products take, values against float64, times of products, decode, prefill, a real quantization, a profile. The
-report is ``device-report.json`` and ``.md`` in the folder, rewritten after every case, so that one exists
-whatever happens. Exit status 1: a stage failed. Exit status 2: there is nothing to measure here; the command
-that installs what is missing is printed.
+The stages run in order until one fails: a description of the device and of the implementation that products
+use, values against float64, times of products, decode, prefill, a real quantization, a profile. The report is
+``device-report.json`` and ``.md`` in the folder, rewritten after every case, so that one exists whatever
+happens. Exit status 1: a stage failed. Exit status 2: there is nothing to measure here; the command that
+installs what is missing is printed.
 """
 
 import argparse

@@ -46,9 +46,9 @@ CASES = (
 
 
 def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
-    """Returns the fields of the case, ``ok``, and ``error``: the largest relative to the largest output.
+    """Returns the fields of the case, ``ok``, and ``error`` relative to the largest output.
 
-    ``error`` is None if values are not finite.
+    ``error`` is the largest error of an output, or None if values are not finite.
     """
     rng = np.random.default_rng(case.inner)
     shapes = (case.k, case.inner), (case.k, case.inner), (case.inner, case.n)

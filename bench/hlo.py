@@ -48,7 +48,7 @@ def looped(hlo: str) -> list[str]:
 
 
 def brought_bytes(hlo: str) -> int:
-    """Bytes that a TPU's program copies from HBM to VMEM ahead of use; a loop counts one iteration."""
+    """Bytes that a TPU's program copies from HBM to VMEM ahead of use, counting one iteration of a loop."""
     done = [row for row in OPERATION.findall(hlo) if row[2] in ("copy-done", "slice-done")]
     return sum(bytes_of(shape) for _, shape, _, _ in done if "S(1)}" in shape)
 

@@ -3,9 +3,8 @@
 *On a GPU or a TPU* a product takes microseconds, and calling it from Python takes more. So whole programs are
 timed: a loop over products with several weights, each of which waits for the previous one, and the same loop
 three times as long. The difference, divided by the number of products in it, is the time of one product,
-including everything around it (copying ``x`` into order, a scalar that passes ``y`` on to the next ``x``).
-The weights are copies of one, together larger than the GPU's last-level cache, so that each is read from
-memory.
+including everything around it (reordering ``x``, a scalar that passes ``y`` on to the next ``x``). The
+weights are copies of one, together larger than the GPU's last-level cache, so that each is read from memory.
 
 *On a CPU* single calls are timed. In both cases the products are measured alternately, and the median counts.
 """

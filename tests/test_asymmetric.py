@@ -1,4 +1,4 @@
-"""Error compensation of the layers before a layer, compared with least squares in float64."""
+"""Layers that compensate the error of the layers before them, compared with float64 least squares."""
 
 import dataclasses
 

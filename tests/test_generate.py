@@ -51,8 +51,7 @@ def packed(decoder: Decoder, bits: tuple[int, ...] = (1, 2, 3), unlike: str = ""
     """Returns the decoder with random codes of mixed widths, in an order that differs between layers.
 
     ``unlike`` changes the first block: all its groups have the last width, and it may declare all widths
-    ("rows")
-    or only that one ("widths").
+    ("rows") or only that one ("widths").
     """
     rng = np.random.default_rng(0)
     for i, block in enumerate(decoder.blocks):

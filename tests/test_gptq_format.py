@@ -34,8 +34,7 @@ def dequantize(tensors: dict[str, np.ndarray], prefix: str, config: dict[str, An
     """Dequantizes to ``float32[K, N]`` by GPTQModel's documentation.
 
     The formula is ``scales * (code - zero)``, with groups by ``g_idx``. The first version of the format adds
-    one to
-    the stored zero point.
+    one to the stored zero point.
     """
     bits = config["bits"]
     qweight, qzeros = tensors[f"{prefix}.qweight"], tensors[f"{prefix}.qzeros"]

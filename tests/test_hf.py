@@ -37,7 +37,7 @@ PADDED = ("gemma3", "llama_gqa_tied", "mixtral", "opt_post_norm_projected", "phi
 )
 def test_parity_of_a_padded_batch_with_cache(name: str, tmp_path: Path) -> None:
     golden = load_golden(name)
-    lengths, steps = np.array([13, 20]), 4  # beyond longrope's 16 from the start
+    lengths, steps = np.array([13, 20]), 4  # beyond longrope's 16 from the start; test_longrope crosses it
     logits = run_cached(decoder_of(load_source(write_hf(golden, tmp_path))), golden.tokens, lengths, steps)
     seen = lengths - 1 + np.arange(steps + 1)[:, None]
     assert relative_error(logits, golden.logits[[0, 1], seen]) <= TOLERANCE

@@ -126,8 +126,7 @@ def test_a_damaged_end_is_done_again(source, whole, tmp_path, monkeypatch):
 
 
 def test_drafts_stay_until_all_tuned_blocks_are_written(source, tmp_path):
-    """A damaged fine-tuned block is rebuilt from its draft; a damaged draft invalidates the blocks after it.
-    """
+    """A damaged fine-tuned block is rebuilt from its draft; a damaged draft invalidates later blocks."""
     outer, blocks = split_params(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     heard: list[str] = []
 

@@ -111,9 +111,8 @@ LOOPS = {"scan": 1, "experts": 1, "weights": 1}
 def cases():
     """Yields all programs and targets, as quick or slow tests.
 
-    Quick are all programs for chips without a kernel, which lower quickly, and for one TPU and one GPU with
-    one;
-    other targets have one quick product, and the rest are slow tests.
+    All programs are quick for chips without a kernel, where they lower quickly, and for one TPU and one GPU
+    with a kernel. The other targets have one quick product; the rest are slow tests.
     """
     for target in (*TPUS, *GPUS, *REFUSED):
         for name in PROGRAMS:

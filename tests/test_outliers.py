@@ -51,7 +51,7 @@ def losses(x, w, w_hat):
 
 
 def check(x, w, method, bits, outlier, ratio, usual):
-    """Asserts that untouched columns, and a sibling layer, lose what they do without the large weight."""
+    """Asserts that untouched columns, and a sibling layer, lose no more than without the large weight."""
     first, second = w
     damaged, sibling = first.copy(), second * np.float32(ratio)
     if outlier:
@@ -109,7 +109,7 @@ def test_weights_far_from_those_of_models(data, size):
 
 
 def test_a_flattened_column_shows_in_the_report(data):
-    """A column that has lost all but its largest weight vanishes in the sums, but not in ``worst``."""
+    """A column flattened to its largest weight hardly changes the mean error, but shows in ``worst``."""
     x, w = data
     w = w[0].copy()
     w[3, COLUMN] = 1000.0

@@ -1,4 +1,4 @@
-"""Layers of Flax modules as matrix products: einsums, dtypes, and layers that are none."""
+"""Layers of Flax modules as matrix products: einsums, dtypes, and layers that are no products."""
 
 import dataclasses
 import re

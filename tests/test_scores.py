@@ -72,7 +72,7 @@ def log_softmax(model: Decoder, tokens: list[int]) -> np.ndarray:
 
 
 def expected(model: Decoder, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """Log-probability and greediness of a pair, from one pass over it alone."""
+    """Log-probability of a pair, and whether it is greedy, from one pass over it alone."""
     tokens = [*context, *continuation][-(model.config.max_positions + 1) :]
     log_p = log_softmax(model, tokens[:-1])[-len(continuation) :]
     chosen = log_p[np.arange(len(continuation)), continuation]
@@ -151,7 +151,7 @@ def test_borders_between_tokens(model):
     assert scores._pair("a", " b") == ([a], [space_b])
     assert scores._pair("a ", "b") == ([a], [space_b]), "the space goes with the word"
     assert scores._pair("ab", "c") == ([a, b], [c])
-    # A token that crosses the border: the context keeps as many tokens as it has alone.
+    # A token that crosses the border: the context gets as many tokens as it has alone.
     assert scores._pair("bc", "ab") == ([b, ca], [b])
     assert scores._pair("<s>a", "b") == ([0, a], [b])
     with pytest.raises(ConvertError, match="the continuation 'a' has no tokens of its own after 'bc'"):

@@ -171,7 +171,7 @@ def test_sentencepiece_model_needs_its_package(tmp_path: Path) -> None:
 def test_python_of_a_folder_never_runs(
     fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not even if every question is answered with "y"."""
+    """The code is not run even if every question is answered with "y"."""
     save_tokenizer(gguf_tokenizer(byte_level(), "x"), tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": ["evil.Own", "evil.Own"]}, "tokenizer_class": "Own"}

@@ -121,7 +121,7 @@ def test_gains_of_norms_are_multiplied(dtype):
 
 @pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences(models, monkeypatch):
-    """Without rounding to bfloat16, which would disturb the differences."""
+    """Turns off rounding to bfloat16, which would disturb the differences."""
     full, packed = models
     monkeypatch.setattr(fine_tune, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
     monkeypatch.setattr(fine_tune, "straight_through", lambda x, rounded: x)

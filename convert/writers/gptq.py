@@ -2,7 +2,7 @@
 
 docs/sharing.md lists the programs that read it.
 
-A linear layer ``[K, N]`` with ``b`` bits and groups of ``g`` input channels is stored as
+A linear layer ``[K, N]`` with ``b`` bits and groups of ``g`` input channels is stored as:
 
     qweight  int32[K * b / 32, N]             codes, a stream of bits down the input channels, low bits first
     qzeros   int32[ceil(K / g), N * b / 32]   zero points, a stream of bits along the output channels
