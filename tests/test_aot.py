@@ -110,8 +110,7 @@ def test_gpu_weights_side_by_side():
 
 
 def test_gpu_decoder_launches_few_kernels():
-    """q, k, v together and o have two launches each (preparing x, kernel), attention has one, the MLP three.
-    """
+    """q, k, v together and o have two launches each (preparing x, kernel), attention one, the MLP three."""
     arguments = {"implementation": "mosaic_gpu", "layers": 1}
     record = aot_gpu.compile_for("h100", "bench.aot_decoder:decode_step", arguments)
     assert record["error"] is None

@@ -112,7 +112,7 @@ def test_memory_grows_with_a_prompt_s_length_at_most(long, monkeypatch):
     assert 0 < most < 4.5 * least
     assert (
         most < 4 * 4 * (4 * LENGTH) ** 2 / 50
-    )  # less than 1/50 of the scores of four heads in float32
+    )  # less than a fiftieth of the scores of four heads, which are in float32
 
 
 def test_few_programs_read_prompts_of_any_length(long, monkeypatch):
