@@ -1,16 +1,17 @@
-"""Compiles the kernels for devices that are not there, and says what each program costs.
+"""Compiles the kernels for devices that are not present, and estimates the cost of each program.
 
     python -m bench.aot --target v5e,v6e,h100 --shapes llama-2-7b --rows 16,2048
     python -m bench.aot --target v5e,h100 --decoder      # a whole decode step of Llama-2-7B
 
-Nothing here is a time. A TPU's cost is its compiler's estimate of cycles, a GPU's the instructions that a
-thread spends on one weight (and 16 rows of x) in the main loops; both rank variants. The floor is the larger
-of two times: the bytes of all arguments and results over the datasheet's bandwidth, and the product's
-operations over the datasheet's peak for bfloat16. No program is faster. The ratio to it is that of the
-estimated cycles, or of the time in which all multiprocessors could issue the instructions; 1 where memory or
-matrix units take longer. Of a GPU kernel also what its blocks together read and write is printed: most of it
-comes from the L2 cache, for which there is no datasheet's bandwidth, so it is in no floor.
-``pip install 'slim-jax[aot]'`` brings the compilers; they run on any x86-64 Linux.
+Nothing here is a measured time. The cost of a program is the compiler's estimate of cycles on a TPU, and on a
+GPU the number of instructions that a thread spends on one weight (and 16 rows of x) in the main loops; both
+rank variants of a kernel. The floor, which no program can beat, is the larger of two times: the bytes of all
+arguments and results over the datasheet's bandwidth, and the product's operations over the datasheet's peak
+for bfloat16. The ratio to the floor uses the estimated cycles, or the time in which all multiprocessors could
+issue the instructions; it is 1 where memory or matrix units take longer. For a GPU kernel, the bytes that its
+blocks read and write together are printed too: most of them come from the L2 cache, whose bandwidth no
+datasheet states, so they are not part of the floor. ``pip install 'slim-jax[aot]'`` installs the compilers,
+which run on any x86-64 Linux.
 """
 
 import argparse
@@ -27,20 +28,20 @@ Row = dict[str, Any]
 WIDTHS = (1, 2, 3)
 
 LAUNCH_US = 3.0
-"""What a launch is taken to cost, in a program of a thousand."""
+"""Assumed microseconds per launch, in a program of a thousand launches."""
 
 
 def quarters(k: int, group_size: int) -> tuple[int, int, int]:
-    """Groups at 1, 2 and 3 bits: a quarter, half, a quarter."""
+    """Number of groups at 1, 2 and 3 bits: a quarter, half, a quarter."""
     groups = group_count(k, group_size)
     return groups // 4, groups - 2 * (groups // 4), groups // 4
 
 
 def tpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) -> Row:
-    """A packed or dense product on a TPU."""
+    """Record of a packed or dense product on a TPU."""
     if product == "packed":
         builder = "bench.aot_tpu:decode"
-        # Loops over data cannot be estimated: segment sizes are constants here, and only here.
+        # The compiler cannot estimate loops over data: segment sizes are constants here, and only here.
         extra = {"group_size": group_size, "segments": quarters(k, group_size), "constant": True}
     else:
         builder, extra = "bench.aot_tpu:dense", {}
@@ -65,7 +66,7 @@ def tpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
 
 
 def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) -> Row:
-    """A packed or dense product on a GPU."""
+    """Record of a packed or dense product on a GPU."""
     arguments: dict[str, Any] = {"m": m, "k": k, "n": n}
     if product == "packed":
         builder, arguments = "bench.aot_gpu:matmul", arguments | {"group_size": group_size, "bits": WIDTHS}
@@ -99,8 +100,10 @@ def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) 
 
 
 def _block_bytes(record: Row, m: int, k: int, n: int) -> int | None:
-    """What the blocks of the packed product read and write together: all rows of x for each tile of columns,
-    the whole weight for each tile of rows. None if it is not in the program.
+    """Bytes that the blocks of the packed product read and write together.
+
+    Each tile of columns reads all rows of x; each tile of rows reads the whole weight. None if the kernel is
+    not in the program.
     """
     if "mixed_matmul" not in record["grids"]:
         return None
@@ -112,15 +115,15 @@ def _block_bytes(record: Row, m: int, k: int, n: int) -> int | None:
 def against_floor(
     device: Device, m: int, k: int, n: int, memory_us: float | None, takes_us: float | None
 ) -> Row:
-    """The least time of a product on a device, what sets it, and how many times as much a program takes.
+    """Returns the least time of a product on a device, its bound, and the ratio of a program's time to it.
 
     Args:
-      device: of the table, with its peak for bfloat16.
+      device: an entry of the chip table that has a peak for bfloat16.
       m: rows of x.
-      k: channels.
-      n: columns.
-      memory_us: all bytes over the bandwidth; None if the program did not compile.
-      takes_us: by the compiler's estimate, None if there is none.
+      k: input channels.
+      n: output channels.
+      memory_us: time of all bytes at full bandwidth; None if the program did not compile.
+      takes_us: the program's time by the compiler's estimate; None if there is none.
     """
     if memory_us is None:
         return {"floor_us": None, "bound": None, "ratio": None}
@@ -135,9 +138,9 @@ def against_floor(
 
 
 def _instructions(kernels, shares: list[float]) -> float | None:
-    """Instructions of a thread per weight and 16 rows in the main loops, of which each takes its share.
+    """Instructions per thread, weight and 16 rows in the main loops, weighted by ``shares``.
 
-    There is one for each width, followed by those for what it leaves over. None if no loop multiplies.
+    Each width has one main loop, followed by loops for its remainder. None if no loop multiplies.
     """
     loops = [loop["per_weight_and_16_rows"] for kernel in kernels for loop in kernel["inner_loops"]]
     costs = [cost for cost in loops if cost is not None]
@@ -147,11 +150,11 @@ def _instructions(kernels, shares: list[float]) -> float | None:
 
 
 def decoder_row(target: str) -> Row:
-    """A whole decode step: whether it compiles, and the memory that it needs.
+    """Record of a whole decode step: memory, or the error if it does not compile.
 
-    On a GPU also what each block adds to the launches, and what a token takes if every byte is read once at
-    the datasheet's bandwidth and a launch costs :data:`LAUNCH_US` beside that; on a TPU what it takes by
-    `bench.aot_token`: estimates, and no times.
+    On a GPU the record also has the launches per block, and the time of a token if every byte is read once at
+    the datasheet's bandwidth and each launch costs :data:`LAUNCH_US`; on a TPU the time by `bench.aot_token`.
+    These are estimates, not measured times.
     """
     gpu = target in aot_gpu.targets()
     whole = _decoder(target)
@@ -214,7 +217,7 @@ def _decoder_line(row: Row) -> str:
 
 
 def main() -> None:
-    """Prints a line per program; with ``--json FILE`` everything that the compilers said goes there."""
+    """Prints a line per program; ``--json FILE`` stores all that the compilers reported."""
     known = [*aot_tpu.TARGETS, *aot_gpu.targets()]
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="v5e,v6e,h100,a100", help=f"of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""A whole decoder on packed weights as an ahead-of-time compiler sees it: abstract, no weights in memory."""
+"""A whole decoder on packed weights for ahead-of-time compilers: shapes only, no weights in memory."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,7 +33,7 @@ LLAMA_2_7B = DecoderConfig(
 )
 
 TABLE_BITS = 2
-"""More than the blocks have: those of embedding and head, as `SlimConfig` has it by default."""
+"""Extra bits of embedding and LM head over the blocks' bits, as in `SlimConfig`'s defaults."""
 
 
 def decode_step(
@@ -44,10 +44,10 @@ def decode_step(
     group_size: int = 128,
     layers: int | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Builder: one token of Llama-2-7B, or of so many ``layers``, with a cache of ``slots``, in bfloat16.
+    """Builder: decodes one token of Llama-2-7B in bfloat16, with ``layers`` blocks and a cache of ``slots``.
 
-    As `slim_jax.infer.generate.Generator` runs it. A quarter of the groups has a bit less than ``bits``, a
-    quarter a bit more; embedding and head are packed.
+    The step is the one that `slim_jax.infer.generate.Generator` runs. A quarter of the groups has one bit
+    less than ``bits``, a quarter one bit more; embedding and LM head are packed.
 
     Returns:
       The step ``(outer, runs, state, tokens) -> (logits, state)`` and its abstract arguments.
@@ -69,7 +69,7 @@ def decode_step(
 
 
 def tpu_products(bits: int = 2, group_size: int = 128) -> dict[str, tuple[int, dict[str, Any]]]:
-    """What multiplies in :func:`decode_step` on a TPU: how often, and arguments of `bench.aot_tpu.packed`."""
+    """Products of :func:`decode_step` on a TPU: each one's count, and arguments of `bench.aot_tpu.packed`."""
     c = LLAMA_2_7B
     shapes = {
         "qkv": (c.hidden_size, c.hidden_size, 3),
@@ -89,7 +89,7 @@ def tpu_products(bits: int = 2, group_size: int = 128) -> dict[str, tuple[int, d
 
 
 def _packed_model(config: DecoderConfig, bits: int, group_size: int) -> Decoder:
-    """The decoder as it is loaded, of shapes alone."""
+    """Returns the decoder as loaded from a packed checkpoint, with shapes instead of arrays."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model)
     for block in model.blocks:

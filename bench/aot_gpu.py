@@ -1,15 +1,15 @@
-"""What the GPU compilers make of a function, on a machine without a GPU.
+"""Compiles a function with the GPU compilers on a machine without a GPU, and reports on each kernel.
 
 ``python -m bench.aot_gpu h100 bench.aot_gpu:matmul '{"bits": [1, 2, 3], "m": 16}'`` prints one JSON record.
 
-XLA compiles for a GPU that is only described (``bench/targets/*.txtpb``); Pallas Mosaic GPU and XLA leave
-their PTX in a directory, ``ptxas -v`` says registers, spills and shared memory, and ``nvdisasm`` the
-instructions, which are counted by innermost loop. Nothing here is a time: ``memory_us`` is bytes over the
-datasheet's bandwidth, and no kernel is faster than that. What is compiled is what the device would run: the
-kernels choose their blocks for the target (:func:`pallas_kernels.chips.target`).
+XLA compiles for a GPU that is only described (``bench/targets/*.txtpb``). Pallas Mosaic GPU and XLA write
+their PTX to a directory; ``ptxas -v`` reports registers, spills and shared memory, and ``nvdisasm`` lists the
+instructions, which are counted per innermost loop. Nothing here is a measured time: ``memory_us`` is bytes
+over the datasheet's bandwidth, which no kernel can beat. The compiled program is the one that the device
+would run: the kernels choose their blocks for the target (:func:`pallas_kernels.chips.target`).
 
-It needs ``jax[cuda13-local] nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-nvdisasm``. Every
-compile runs in a process of its own, for XLA reads its flags once per process.
+Needs ``jax[cuda13-local] nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-nvdisasm``. Every
+compilation runs in its own process, because XLA reads its flags once per process.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pallas_kernels.chips import Device, find
 TARGETS = Path(__file__).parent / "targets"
 Record = dict[str, Any]
 
-# A line of nvdisasm: a label, or an instruction (a guard is skipped) with its operands.
+# One line of nvdisasm: a label, or an instruction (its guard is skipped) with its operands.
 SASS_LINE = re.compile(
     r"^(\.L\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE
 )
@@ -41,7 +41,7 @@ TENSOR_CORE = re.compile(r"(HMMA|IMMA|QMMA|OMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b")
 
 
 def targets() -> list[str]:
-    """Names of the GPUs that are described."""
+    """Names of the GPUs that have a description."""
     return sorted(path.stem for path in TARGETS.glob("*.txtpb"))
 
 
@@ -55,9 +55,10 @@ def matmul(
     config: dict[str, int] | None = None,
     weights: int = 0,
 ) -> tuple[Callable, list]:
-    """``mixed_matmul`` of a weight of these widths, of three in quarters and a half, and its arguments.
+    """Builder: ``mixed_matmul`` with a packed weight, and its arguments.
 
-    ``weights``: so many of them, prepared as one product; 0 for one that is not prepared.
+    ``bits`` are the weight's widths: three take a quarter, half and a quarter of the groups, others equal
+    parts. ``weights`` joins that many weights into one product; 0 is a single weight that is not prepared.
     """
     import jax
     import jax.numpy as jnp
@@ -67,7 +68,7 @@ def matmul(
     from pallas_kernels.layout import abstract_tensor, group_count
 
     groups, widths = group_count(k, group_size), tuple(bits)
-    outer = groups // 4 if len(widths) == 3 else 0  # at the least and at the most bits of three
+    outer = groups // 4 if len(widths) == 3 else 0  # groups at the lowest and highest of three widths
     segments = (outer, groups - 2 * outer, outer) if outer else _even(groups, len(widths))
     weight = abstract_tensor((k, n), widths=widths, segments=segments, group_size=group_size)
     if weights:
@@ -90,10 +91,10 @@ def _even(groups: int, parts: int) -> tuple[int, ...]:
 
 
 def device(target: str) -> Device:
-    """What the table of devices knows of a target.
+    """Returns a target's entry in the chip table.
 
     Raises:
-      ValueError: it has no such device, or not its bandwidth.
+      ValueError: the table lacks the device, its bandwidth or its peak.
     """
     found = find(kind := described(target, "device_description_str"))
     if found is None or found.bandwidth is None or found.bfloat16_flops is None:
@@ -104,25 +105,26 @@ def device(target: str) -> Device:
 def compile_for(
     target: str, builder: str, arguments: dict | None = None, timeout: float = 900, kernels: bool = True
 ) -> Record:
-    """Compiles ``builder(**arguments) -> (function, arguments)`` for a target, in a process of its own.
+    """Compiles ``builder(**arguments) -> (function, arguments)`` for a target, in its own process.
 
     Args:
       target: a name in :func:`targets`.
       builder: ``"module:function"``.
-      arguments: of the builder.
-      timeout: seconds.
-      kernels: whether to ask about each kernel, which takes most of the time of a program of many.
+      arguments: keyword arguments of the builder.
+      timeout: limit in seconds.
+      kernels: if True, each kernel is analysed, which takes most of the time of a program with many.
 
     Returns:
-      A record that JSON can hold. ``error`` is one line, or None if it compiled; then ``kernels`` has what
-      ``ptxas`` and the disassembler say of each, by name; ``argument_bytes`` and ``output_bytes`` are the
-      program's, ``temp_bytes`` its intermediates, ``read_bytes`` and ``written_bytes`` what all its kernels
-      read and write, ``launches`` their number, ``grids`` those of the Pallas kernels by name,
-      ``memory_us`` the time of ``argument_bytes + output_bytes`` at full bandwidth, and
-      ``lane_instructions_per_us`` what all its multiprocessors issue.
+      A record of JSON values. ``error`` is one line, or None if the function compiled; in that case
+      ``kernels`` has the reports of ``ptxas`` and the disassembler on each kernel, by name;
+      ``argument_bytes`` and ``output_bytes`` are the program's, ``temp_bytes`` those of its intermediates,
+      ``read_bytes`` and ``written_bytes`` those that all its kernels read and write, ``launches`` is the
+      number of kernels, ``grids`` has the grids of the Pallas kernels by name, ``memory_us`` is the time of
+      ``argument_bytes + output_bytes`` at full bandwidth, and ``lane_instructions_per_us`` is the issue rate
+      of all multiprocessors.
 
     Raises:
-      ValueError: no such target.
+      ValueError: the target is unknown.
     """
     if target not in targets():
         raise ValueError(f"target is {target!r}, expected one of {targets()}")
@@ -153,7 +155,7 @@ def compile_for(
 
 
 def _child(target: str, builder: str, arguments: dict, directory: str, kernels: bool) -> None:
-    """Compiles; leaves ``result.json`` and, for ``kernels``, all PTX in the directory."""
+    """Compiles; writes ``result.json`` and, if ``kernels``, all PTX to the directory."""
     if kernels:
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={directory} --xla_dump_emitter_re=.*"
         os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
@@ -171,7 +173,7 @@ def _child(target: str, builder: str, arguments: dict, directory: str, kernels: 
     with chips.target(gpu):
         function, operands = getattr(importlib.import_module(module), name)(**arguments)
     operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), operands)
-    # Mosaic asks the default device for its compute capability, and without one takes sm_90.
+    # Mosaic reads the default device's compute capability, and assumes sm_90 without one.
     with jax.default_device(gpu), chips.target(gpu):
         traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*operands)
         compiled = traced.lower().compile()
@@ -193,7 +195,7 @@ def _child(target: str, builder: str, arguments: dict, directory: str, kernels: 
 
 
 def grids(jaxpr: Any) -> dict[str, list[list[int]]]:
-    """The grids of the Pallas GPU kernels of a program, each once, by the kernels' names."""
+    """Distinct grids of the Pallas GPU kernels of a program, by the kernels' names."""
     found: dict[str, list[list[int]]] = collections.defaultdict(list)
     for equation in jaxpr.eqns:
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
@@ -206,7 +208,7 @@ def grids(jaxpr: Any) -> dict[str, list[list[int]]]:
 
 
 def _reason(child: subprocess.CompletedProcess) -> str:
-    """Why a child failed, in one line."""
+    """Returns in one line why a child process failed."""
     died = f"the compiler died (signal {-child.returncode}): " if child.returncode < 0 else ""
     lines = child.stderr.strip().splitlines() or ["no output"]
     telling = [line for line in lines if re.match(r"LLVM ERROR|[\w.]*(Error|Exception|Exit)\b", line)]
@@ -221,7 +223,7 @@ def described(target: str, field: str) -> str:
 
 
 def _tool(name: str) -> str:
-    """A program of the CUDA wheels, or of the path."""
+    """Finds a program in the CUDA wheels, or on the path."""
     for directory in sys.path:
         for found in Path(directory).glob(f"nvidia/cu*/bin/{name}"):
             return str(found)
@@ -239,7 +241,7 @@ def _kernels(directory: Path) -> Record:
 
 
 def _kernel(ptx: Path) -> Record:
-    """What ptxas and nvdisasm say of one kernel."""
+    """Reports of ptxas and nvdisasm on one kernel."""
     architecture = re.search(r"^\.target\s+(\w+)", ptx.read_text(), re.MULTILINE)
     assert architecture is not None
     cubin = ptx.with_suffix(".cubin")
@@ -264,7 +266,7 @@ def _kernel(ptx: Path) -> Record:
 
 
 def _instructions(listing: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """``[(opcode, operands)]``, and for each label the index of the instruction that it stands before."""
+    """Returns ``[(opcode, operands)]``, and for each label the index of the instruction that follows it."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     for label, opcode, operands in SASS_LINE.findall(listing):
@@ -276,7 +278,7 @@ def _instructions(listing: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
 
 
 def _inner_loops(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[list[str]]:
-    """Opcodes of the loops (spans that a branch backwards closes) that hold no other loop."""
+    """Opcodes of the loops (spans closed by a backward branch) that contain no other loop."""
     spans = []
     for end, (opcode, operands) in enumerate(instructions):
         target = re.search(r"`\((\.L\w+)\)", operands) if opcode.startswith("BRA") else None
@@ -291,10 +293,10 @@ def _tensor_core(opcodes: list[str]) -> dict[str, int]:
 
 
 def _loop(opcodes: list[str]) -> Record:
-    """A loop's instructions, and how many a thread spends per weight, if it multiplies by ``HMMA.16816``.
+    """Counts a loop's instructions, also per thread and weight if it multiplies with ``HMMA.16816``.
 
-    That instruction takes 16 rows of x by ``[16, 8]`` weights: 4 weights for each of 32 threads. Codes of
-    more than 4 bits are multiplied in two pieces: take twice what is printed.
+    That instruction multiplies 16 rows of x with ``[16, 8]`` weights: 4 weights for each of 32 threads. Codes
+    of more than 4 bits are multiplied in two pieces, so their true count is twice the reported one.
     """
     tensor_core = _tensor_core(opcodes)
     products = sum(n for op, n in tensor_core.items() if op.startswith("HMMA.16816"))

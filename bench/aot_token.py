@@ -1,4 +1,4 @@
-"""How long a TPU takes for a token of Llama-2-7B, by what its compiler says of every operation."""
+"""Estimated time of a TPU for one token of Llama-2-7B, from the compiler's report on every operation."""
 
 from typing import Any
 
@@ -11,20 +11,21 @@ ARGUMENTS = {"implementation": "mosaic_tpu"}
 
 
 def token_us(target: str, whole: dict[str, Any], slots: int = 4096) -> dict[str, float] | None:
-    """Microseconds of a decode step, one operation after the other, each the larger of cycles and bytes.
+    """Microseconds of a decode step: the sum over operations of the larger of compute and memory time.
 
-    Products are compiled alone, with segment sizes that the compiler knows: loops over data it does not
-    estimate. Of all others there are cycles, in loops as often as there are layers; the largest in the loop
-    reads the cache. What XLA brings to VMEM ahead is counted as if nothing went on beside it.
+    Products are compiled alone, with constant segment sizes, because the compiler does not estimate loops
+    over data. All other operations have estimated cycles, counted once per layer if they are in a loop; the
+    largest of those in the loop is attention's read of the cache. Copies that XLA makes to VMEM ahead of use
+    are counted as if nothing overlapped them.
 
     Args:
       target: a key of `bench.aot_tpu.TARGETS`.
-      whole: the fields of the `bench.aot_tpu.Record` of :data:`STEP` there.
-      slots: of the cache.
+      whole: the fields of the `bench.aot_tpu.Record` of :data:`STEP` on that target.
+      slots: size of the cache in tokens.
 
     Returns:
-      The products, attention's reading of the cache, what is brought, and the rest; None if the compiler
-      estimates nothing there.
+      Microseconds of products, of attention's read of the cache, of copies to VMEM, and of all others; None
+      if the compiler makes no estimate.
     """
     clock = aot_tpu.TARGETS[target].clock
     bandwidth = BY_SHORT_NAME[aot_tpu.TARGETS[target].device].bandwidth
@@ -54,7 +55,7 @@ def token_us(target: str, whole: dict[str, Any], slots: int = 4096) -> dict[str,
 
 
 def as_row(target: str, whole: dict[str, Any]) -> dict[str, Any]:
-    """What `bench.aot` prints of it: the floor of all bytes that are read, the parts and their sum."""
+    """Figures that `bench.aot` prints: the floor of all bytes read, the parts and their sum."""
     bandwidth = BY_SHORT_NAME[aot_tpu.TARGETS[target].device].bandwidth
     assert bandwidth is not None
     parts = token_us(target, whole)

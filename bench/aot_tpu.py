@@ -1,15 +1,15 @@
-"""What a function costs on a TPU, from the real compiler, on a machine without one.
+"""Compiles a function with the real TPU compiler on a machine without a TPU, and reports its cost.
 
-``compile_for("v5e", function, arguments)`` runs libtpu's compiler in a child process (it reads its flags
-once per process, and aborts where it fails) and returns a :class:`Record`. The function is named, not
-passed: ``"module:name"`` of a builder that, called with keyword arguments, returns the function to compile
-(jitted if something is to be donated) and its arguments as ``jax.ShapeDtypeStruct`` trees. One that takes
-``mesh`` is given that of all the target's devices.
+``compile_for("v5e", function, arguments)`` runs libtpu's compiler in a child process (it reads its flags once
+per process, and aborts on failure) and returns a :class:`Record`. The function is named, not passed:
+``"module:name"`` of a builder that is called with keyword arguments and returns the function to compile
+(jitted if it donates arguments) and its arguments as ``jax.ShapeDtypeStruct`` trees. A builder with a
+parameter ``mesh`` receives the mesh of all the target's devices.
 
     python -m bench.aot_tpu v6e bench.aot_tpu:decode '{"m": 16, "k": 4096, "n": 4096}'
 
-Estimates are static: they rank variants well, but are too optimistic about memory. Read the larger of
-``estimated_cycles`` and what the bandwidth allows. Needs ``jax[tpu]``; any x86-64 Linux will do.
+Estimates are static: they rank variants well, but are too optimistic about memory. Use the larger of
+``estimated_cycles`` and the time that the bandwidth allows. Needs ``jax[tpu]``, on any x86-64 Linux.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from pallas_kernels.chips import target as target_of_program
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A TPU generation: how the compiler calls it, and its datasheet.
+    """A TPU generation: its names in the compiler, and its datasheet.
 
     Attributes:
       topology: the smallest topology that libtpu has for it.
       options: further arguments of ``get_topology_desc``.
       device: its short name in :mod:`pallas_kernels.chips`.
-      clock: Hz, as follows from the peak FLOP/s and the size of the matrix units.
-      estimates: whether libtpu's cycle estimate exists (elsewhere it aborts).
+      clock: Hz, derived from the peak FLOP/s and the size of the matrix units.
+      estimates: True if libtpu estimates cycles for it (otherwise libtpu aborts).
     """
 
     topology: str
@@ -64,27 +64,27 @@ TARGETS = {
 
 @dataclasses.dataclass
 class Record:
-    """What the compiler says of one program on one target; fields it does not say are None.
+    """The compiler's report on one program for one target; fields that it does not report are None.
 
     Attributes:
       target: a key of ``TARGETS``.
-      error: one line, if it did not compile; then the rest is None.
+      error: one line, if the program did not compile; all other fields are then None.
       device_kind: ``jax.Device.device_kind``.
-      bytes: HBM bytes from the compiler's cost analysis; for a Pallas call, what its cost estimate says.
-      argument_bytes: size of all arguments, which is what must be read at least.
+      bytes: HBM bytes from the compiler's cost analysis; for a Pallas call, from its cost estimate.
+      argument_bytes: size of all arguments, the least that must be read.
       output_bytes: size of the results.
-      temp_bytes: HBM that the program needs beside them.
-      alias_bytes: results that lie where donated arguments were.
-      launches: operations of the program, Pallas kernels among them, of which a loop counts as one.
-      brought_bytes: copied to VMEM by XLA ahead of their use, of a loop in one round.
+      temp_bytes: HBM that the program needs in addition to both.
+      alias_bytes: size of the results that reuse donated arguments.
+      launches: operations of the program, including Pallas kernels; a loop counts as one.
+      brought_bytes: bytes that XLA copies to VMEM ahead of use; of a loop, one iteration is counted.
       looped: names of the operations in loops.
-      vmem_bytes: the most that one kernel takes.
-      spills: register spills, all kernels.
-      bundles: instruction bundles, all kernels; a bundle in a loop counts once.
-      matrix_ops: matrix unit instructions, counted once in a loop.
-      estimated_cycles: the compiler's own estimate, all kernels one after the other.
+      vmem_bytes: the largest VMEM use of a kernel.
+      spills: register spills of all kernels.
+      bundles: instruction bundles of all kernels; a bundle in a loop counts once.
+      matrix_ops: matrix unit instructions of all kernels; one in a loop counts once.
+      estimated_cycles: the compiler's own estimate, summed over all kernels.
       kernels: the same numbers for each kernel.
-      memory_seconds: ``(argument_bytes + output_bytes) / bandwidth``: no program is faster.
+      memory_seconds: ``(argument_bytes + output_bytes) / bandwidth``, which no program can beat.
     """
 
     target: str
@@ -119,14 +119,14 @@ def compile_for(
 
     Args:
       target: a key of ``TARGETS``.
-      builder: ``"module:name"``, returns ``(function, arguments of it)``; see the module's docstring.
-      arguments: of the builder; what JSON can say.
-      timeout: seconds.
-      estimate: whether to have cycles estimated, too, which takes a compilation more, and more of VMEM: a
-        whole model may not fit with it.
+      builder: ``"module:name"``, returns ``(function, its arguments)``; see the module's docstring.
+      arguments: keyword arguments of the builder, as JSON values.
+      timeout: limit in seconds.
+      estimate: if True, cycles are estimated too, which takes another compilation, and more VMEM: a whole
+        model may then not fit.
 
     Raises:
-      ValueError: no such target.
+      ValueError: the target is unknown.
     """
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}, expected one of {list(TARGETS)}")
@@ -140,14 +140,14 @@ def compile_for(
             return Record(target, error=f"the compiler took more than {timeout:.0f} s")
         if found := re.search(r"^@@(.*)$", child.stdout, re.M):
             record = _record(target, json.loads(found[1]), kernels)
-            if estimated is not None:  # compiled for an estimate, libtpu leaves kernels out of its bytes
+            if estimated is not None:  # with estimates, libtpu leaves kernels out of its bytes
                 return dataclasses.replace(estimated, bytes=record.bytes)
             if not estimating:
                 return record
             estimated = record
             continue
         error = _reason(child.stderr)
-        if child.returncode >= 0:  # an exception, no abort: it would come again
+        if child.returncode >= 0:  # an exception, not an abort, would recur
             break
     return estimated or Record(target, error=error)
 
@@ -155,7 +155,7 @@ def compile_for(
 def operations(
     target: str, builder: str, arguments: dict[str, Any], timeout: float = 1800.0
 ) -> dict[str, int]:
-    """Estimated cycles of a program's operations, also where it lacks room for what estimating wants."""
+    """Estimated cycles of a program's operations, even if the program does not fit while estimating."""
     request = {"target": target, "builder": builder, "arguments": arguments}
     found = {
         name: kernel["estimated_cycles"] for name, kernel in _compiled(request, timeout, True)[1].items()
@@ -164,7 +164,7 @@ def operations(
 
 
 def _compiled(request: dict[str, Any], timeout: float, estimating: bool):  # type: ignore[no-untyped-def]
-    """A process that compiled, and what libtpu reports of the kernels."""
+    """Returns the process that compiled, and libtpu's reports on the kernels."""
     with tempfile.TemporaryDirectory(prefix="aot_tpu_") as dump:
         child = subprocess.run(
             [sys.executable, "-m", "bench.aot_tpu", "--child", json.dumps(request)],
@@ -192,7 +192,7 @@ def _environment(dump: str, estimate: bool) -> dict[str, str]:
 
 
 def _child(request: dict[str, Any]) -> dict[str, Any]:
-    """Compiles; libtpu leaves its reports in the directory that its flags name."""
+    """Compiles; libtpu writes its reports to the directory that its flags name."""
     import inspect
 
     import jax
@@ -215,8 +215,8 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or place), shapes
     )
-    # Pallas asks the mesh which chip it lowers for, and without one this machine's CPU; so do our kernels,
-    # but a program may enter a mesh of its own.
+    # Pallas takes the chip that it lowers for from the mesh, and without one from this machine's CPU; our
+    # kernels do the same, but a program may enter its own mesh.
     with use_abstract_mesh(mesh.abstract_mesh), target_of_program(device):
         jitted = function if hasattr(function, "lower") else jax.jit(function)
         lowered = jitted.lower(*shapes)
@@ -258,7 +258,7 @@ def _record(target: str, said: dict[str, Any], kernels: dict[str, dict[str, Any]
 
 
 def _reason(stderr: str) -> str:
-    """The line of a traceback or of libtpu's abort that says why."""
+    """Returns the line of a traceback or of libtpu's abort that states the reason."""
     lines = [line for line in stderr.split("\n") if line.strip()]
     if any("No module named 'libtpu'" in line or "libtpu.so" in line for line in lines):
         return "libtpu is not installed: pip install 'jax[tpu]'"
@@ -267,7 +267,7 @@ def _reason(stderr: str) -> str:
 
 
 def decode(m: int = 16, k: int = 4096, n: int = 4096, **options):
-    """Builder: ``mixed_matmul`` on the TPU kernel, segment sizes as data. See :func:`packed`."""
+    """Builder: ``mixed_matmul`` on the TPU kernel, with segment sizes as data. See :func:`packed`."""
     return packed(m, k, n, **options)
 
 
@@ -283,10 +283,11 @@ def packed(
     layers: int = 1,
     **config,
 ):
-    """Builder: the TPU kernels on an abstract packed weight, or so many that read one input, prepared.
+    """Builder: the TPU kernels on an abstract packed weight.
 
-    ``constant`` makes segment sizes constants of the kernel: loops over data cannot be estimated. Of several
-    ``layers`` one is read where it lies.
+    ``weights`` above 1 prepares that many weights with the same input as one product. ``constant`` makes
+    segment sizes constants of the kernel, because loops over data cannot be estimated. ``layers`` above 1
+    stacks as many layers, of which the product reads one in place.
     """
     import jax
     import jax.numpy as jnp
@@ -319,7 +320,7 @@ def packed(
 
 
 def sharded(mesh: Any, m: int, k: int, n: int):
-    """Builder: the TPU kernels on every device of a target, each for its own output channels."""
+    """Builder: the TPU kernels on every device of a target, each for its part of the output channels."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
@@ -353,7 +354,7 @@ def dense(m: int, k: int, n: int):
 
 
 def main() -> None:
-    """Prints one record as JSON; ends with 1 if it did not compile."""
+    """Prints one record as JSON; exit status 1 if it did not compile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", nargs="?", choices=list(TARGETS))
     parser.add_argument("builder", nargs="?", default="bench.aot_tpu:decode")

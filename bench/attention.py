@@ -1,4 +1,4 @@
-"""Values of the GPU's attention of one new token against float64, as models take it."""
+"""Checks of the GPU's decode attention (one new token) against float64, in the models' shapes."""
 
 import dataclasses
 from typing import Any
@@ -11,18 +11,18 @@ from pallas_kernels import chips
 from pallas_kernels.gpu.attention import Scores, attend, parts_of
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
-"""Largest error, relative to the largest output, by the cache's dtype, to which all operands are rounded."""
+"""Largest error relative to the largest output, by the cache's dtype, to which all operands are rounded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """``heads`` query heads of ``width`` features that read ``kv`` key-value heads, in a cache of ``slots``.
+    """``heads`` query heads of ``width`` features over ``kv`` key-value heads, in a cache of ``slots``.
 
     Attributes:
       start: slots in use before the new token.
-      padding: slots at the beginning of the first sample that hold no token.
-      window: positions that a query sees; all if None.
-      parts: programs a head; as for the target if None.
+      padding: slots at the beginning of the first sequence that hold no token.
+      window: number of positions that a query sees; None for all.
+      parts: programs per head; None for the target's own choice.
     """
 
     heads: int
@@ -41,7 +41,7 @@ class Case:
 CASES = (
     Case(32, 32, 128, 4096, 4095),
     Case(32, 8, 128, 4096, 1000, batch=4, padding=200),
-    Case(9, 3, 64, 1000, 700, window=512),  # slots that no block divides
+    Case(9, 3, 64, 1000, 700, window=512),  # slots that are no multiple of a block
     Case(8, 4, 256, 2048, 2000, softcap=50.0, window=1024),
     Case(32, 8, 128, 4096, 0),
     Case(32, 8, 64, 1024, 65, dtype="float32", parts=8),
@@ -49,8 +49,11 @@ CASES = (
 
 
 def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
-    """The fields of the case, ``ok``, and ``error``: the largest, relative to the largest output, or None
-    where values are not finite or other slots than the new token's were written."""
+    """Returns the fields of the case, ``ok``, and ``error`` relative to the largest output.
+
+    ``error`` is the largest error of an output, or None if values are not finite or another slot than the new
+    token's was written.
+    """
     rng = np.random.default_rng(case.start)
     dtype, shape = jnp.dtype(case.dtype), (case.batch, case.kv, case.slots, case.width)
     q, k, v = (
@@ -91,14 +94,14 @@ def _rotated(a: np.ndarray, rotation: np.ndarray) -> np.ndarray:
 
 
 def _same(found: jax.Array, wanted: jax.Array, slot: int) -> bool:
-    """Whether all slots but one are, and that one but for how its products were rounded."""
+    """True if all other slots are equal, and this slot is up to the rounding of its products."""
     own, other = (a[:, :, slot].astype(jnp.float32) for a in (found, wanted))
     near = jnp.allclose(own, other, rtol=0.01, atol=1e-5)
     return bool(near & jnp.array_equal(found.at[:, :, slot].set(0), wanted.at[:, :, slot].set(0)))
 
 
 def _exact(case: Case, q: np.ndarray, keys: np.ndarray, values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """In float64, ``[batch, heads * width]``."""
+    """Attention in float64, ``[batch, heads * width]``."""
     q = q.reshape(case.batch, case.kv, -1, case.width)
     score = np.einsum("bkrd,bksd->bkrs", q, keys) * case.width**-0.5
     if case.softcap is not None:
@@ -112,7 +115,7 @@ def _exact(case: Case, q: np.ndarray, keys: np.ndarray, values: np.ndarray, plac
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record in words."""
+    """Formats a record as text."""
     case = (
         f"attention of {record['heads']} heads of {record['width']} over {record['kv']}, "
         f"{record['start']} of {record['slots']} slots before, batch {record['batch']}, {record['dtype']}"

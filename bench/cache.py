@@ -1,8 +1,8 @@
-"""What keys and values in fewer bits cost: distributions of the next token against those of a float32 cache.
+"""Effect of the cache's dtype: next-token distributions compared with those of a float32 cache.
 
     python -m bench.cache --source smollm2 --text text.txt
 
-Every context is read in one pass, so its tokens attend to keys and values as they are kept.
+Every context is read in one pass, so its tokens attend to keys and values as they are stored.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
 
 
 def distributions(model: Decoder, contexts: np.ndarray, dtype: Any) -> tuple[np.ndarray, float]:
-    """Log-probabilities of the next token ``[contexts, vocab]``, and bytes kept for a token."""
+    """Log-probabilities of the next token ``[contexts, vocab]``, and bytes stored per token."""
     generator = Generator(model, cache_dtype=dtype)
     outer, runs = jax.tree.unflatten(generator._structure.tree, generator._leaves)
     length = contexts.shape[1]

@@ -1,6 +1,6 @@
-"""Values of the packed product against float64, in the shapes and configurations that real products take.
+"""Checks of the packed product against float64, in the shapes and configurations of real products.
 
-:func:`check` yields one record a case, so that a caller may stop; `bench.matmul --check` prints them.
+:func:`check` yields one record per case, so that a caller can stop early; `bench.matmul --check` prints them.
 """
 
 import dataclasses
@@ -21,18 +21,20 @@ from bench.decode import random_packed
 from pallas_kernels import InputNorm, MixedTensor, chips, mixed_matmul, prepare_joined
 
 TOLERANCE = 0.01
-"""Largest error, relative to the largest output. Rounding x or weights to bfloat16 makes some 0.001, one of
-86 groups left out some 0.1."""
+"""Largest error, relative to the largest output.
+
+Rounding x or weights to bfloat16 causes about 0.001; leaving out one of 86 groups causes about 0.1.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A product ``[m, k] @ [k, n]`` with a random weight of ``bits`` on average.
+    """A product ``[m, k] @ [k, n]`` with a random weight of ``bits`` bits on average.
 
     Attributes:
-      split_k: forced upon the GPU kernel; None: as it chooses, on every platform.
-      joined: behind a norm, with the same weight, its columns moved by half, beside it, as one product where
-        that gains.
+      split_k: forces the GPU kernel's number of K-slices; None lets every kernel choose.
+      joined: if True, the product follows a norm and is joined, where that gains, with a second product of
+        the same weight with its columns rotated by half.
     """
 
     k: int
@@ -45,7 +47,7 @@ class Case:
 
     @property
     def weight(self) -> tuple[int, int, int, int]:
-        """What cases with the same weight have in common."""
+        """Key that cases with the same weight share."""
         return self.k, self.n, self.bits, self.group_size
 
 
@@ -59,16 +61,16 @@ def _cases() -> Iterator[Case]:
             yield Case(k, n, 2, 128, m, joined=True)
         for m in (1, 16, 2048):
             yield Case(k, n, 3, 128, m)
-    for m in (1, 16):  # a vocabulary that nothing divides, over an odd number of groups
+    for m in (1, 16):  # a vocabulary of indivisible size, over an odd number of groups
         yield Case(576, 4099, 4, 64, m)
-    # Every group size, an odd number of groups, a short last one, columns that fill no tile.
+    # Every group size; an odd number of groups, a short last one, and columns that fill no tile.
     for bits, group_size, m in itertools.product((2, 3, 4), (32, 64, 128), (1, 3, 16, 17, 128)):
         yield Case(5 * group_size + 32, 200, bits, group_size, m)
 
 
 NORM_EPS = 1e-5
 SHARING = 3  # cases that share a reference in a process
-PATIENCE_SECONDS = 120.0  # until a process says something
+PATIENCE_SECONDS = 120.0  # longest wait for a process's next record
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 CASES = tuple(_cases())
@@ -78,18 +80,18 @@ WEIGHTS = tuple(dict.fromkeys(case.weight for case in CASES))
 def check(
     cases: Sequence[Case] = CASES, *, implementation: str | None = None, seconds: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Compares with float64; cases that share a weight should follow one another, for one reference each.
+    """Compares products with float64; cases that share a weight should be adjacent, to share its reference.
 
     Args:
-      cases: those with a forced ``split_k`` are left out where the GPU kernel does not run.
-      implementation: xla, mosaic_gpu or mosaic_tpu; by platform if None.
-      seconds: after which no further case begins.
+      cases: cases with a forced ``split_k`` are left out where the GPU kernel does not run.
+      implementation: xla, mosaic_gpu or mosaic_tpu; None for the platform's.
+      seconds: no further case begins after this time.
 
     Yields:
-      The fields of the case, and ``ok``: whether all values are finite and right, or None if there was no
-      time for the case; ``error``: the largest, relative to the largest output, None where there is no value
-      or one that is not finite; ``reason``: one line, if it is not ok; ``seconds`` that it took, compilation
-      and all.
+      The fields of the case, and ``ok``: True if all values are finite and correct, None if there was no time
+      for the case; ``error``: the largest error relative to the largest output, None if there is no value or
+      one is not finite; ``reason``: one line, if the case is not ok; ``seconds``: its duration, including
+      compilation.
     """
     on_gpu = chips.of_target().platform == "cuda" and implementation in (None, "mosaic_gpu")
     start = time.monotonic()
@@ -108,9 +110,9 @@ def check(
 
 
 def check_in_processes(cases: Sequence[Case], processes: int) -> Iterator[dict[str, Any]]:
-    """:func:`check` in several processes, records as they come: on a GPU a case is mostly compilation.
+    """Runs :func:`check` in several processes, because on a GPU most of a case is compilation.
 
-    What has not begun when the generator is closed never does.
+    Records are yielded as they arrive. Closing the generator drops the cases that have not begun.
     """
     context = multiprocessing.get_context("spawn")
     todo: Any = context.Queue()
@@ -119,7 +121,7 @@ def check_in_processes(cases: Sequence[Case], processes: int) -> Iterator[dict[s
         for few in itertools.batched(sharing, SHARING):
             todo.put(few)
     before = os.environ.get(PREALLOCATE)
-    os.environ[PREALLOCATE] = "false"  # JAX here has taken its part of the device's memory
+    os.environ[PREALLOCATE] = "false"  # JAX in this process already holds its part of the device's memory
     workers = [context.Process(target=_work, args=(todo, done), daemon=True) for _ in range(processes)]
     try:
         for worker in workers:
@@ -135,7 +137,7 @@ def check_in_processes(cases: Sequence[Case], processes: int) -> Iterator[dict[s
 
 
 def _work(todo: Any, done: Any) -> None:
-    """What a process does: cases, until there are none."""
+    """Worker process: runs cases until there are none left."""
     while True:
         try:
             cases = todo.get(timeout=1)
@@ -146,7 +148,7 @@ def _work(todo: Any, done: Any) -> None:
 
 
 class _Reference:
-    """A random weight and rows of x, of which cases take as many as they need, and their exact product."""
+    """A random weight, rows of x of which a case takes the first ``m``, and their exact product."""
 
     def __init__(self, case: Case, rows: int) -> None:
         rng = np.random.default_rng(case.k + case.bits)
@@ -156,7 +158,7 @@ class _Reference:
         self.y = np.asarray(self.x, np.float64) @ np.asarray(dense, np.float64)
 
     def compare(self, case: Case, implementation: str | None) -> dict[str, Any]:
-        """``ok``, ``error`` and ``reason`` of a case."""
+        """Returns ``ok``, ``error`` and ``reason`` of a case."""
         wanted = self.y[: case.m]
         if case.joined:
             wanted = np.concatenate([wanted, np.roll(wanted, case.n // 2, axis=1)], axis=1)
@@ -164,7 +166,7 @@ class _Reference:
             wanted = wanted / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + NORM_EPS)
         try:
             found = np.asarray(jax.jit(_product(case, implementation))(self.x[: case.m], self.w), np.float64)
-        except Exception as error:  # whatever a compiler or a driver raises is this case's result
+        except Exception as error:  # any error of a compiler or driver is this case's result
             reason = str(error).strip() or type(error).__name__
             return {"ok": False, "error": None, "reason": reason.splitlines()[0][:300]}
         if not (finite := np.isfinite(found)).all():
@@ -180,7 +182,7 @@ def _product(case: Case, implementation: str | None) -> Callable[[jax.Array, Mix
         return partial(_joined, implementation=implementation)
     if case.split_k is None:
         return lambda x, w: mixed_matmul(x, w, implementation=implementation)
-    from pallas_kernels.gpu import kernel  # takes a second that others need not spend
+    from pallas_kernels.gpu import kernel  # imported here because it takes a second
     from pallas_kernels.gpu.config import fitted
 
     config = kernel.Config(block_n=128 // case.split_k, stages=2, split_k=case.split_k)
@@ -201,7 +203,7 @@ def _joined(x: jax.Array, w: MixedTensor, implementation: str | None) -> jax.Arr
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record in words."""
+    """Formats a record as text."""
     split = "" if record["split_k"] is None else f", split_k {record['split_k']}"
     split += ", joined" * record["joined"]
     case = (

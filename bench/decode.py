@@ -1,7 +1,8 @@
-"""Tokens per second of one sequence, dense in float32 against packed, in one process, taking turns.
+"""Tokens per second of one sequence, dense (float32) and packed, measured alternately in one process.
 
-``python -m bench.decode [--source smollm2] [--bits 2] [--packed PATH] [--devices N] [--tokens 64] [--json]``;
-with ``--devices`` packed over so many devices too (cores of a CPU), which share the work of every token.
+``python -m bench.decode [--source smollm2] [--bits 2] [--packed PATH] [--devices N] [--tokens 64] [--json]``.
+With ``--devices``, the packed model is also run on that many devices (cores of a CPU), which share the work
+of every token.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from slim_jax.store.source import Source, read_decoder
 def random_packed(
     shape: tuple[int, ...], bits: int, group_size: int, rng: np.random.Generator
 ) -> MixedTensor:
-    """A packed weight ``[K, N]`` of random codes: a quarter of groups at ``bits ± 1``, half at ``bits``."""
+    """Random packed weight ``[K, N]``: a quarter of the groups each at ``bits ± 1``, half at ``bits``."""
     groups = -(-shape[0] // group_size)
     widths = np.full(groups, bits)
     order = rng.permutation(groups)
@@ -45,7 +46,7 @@ def random_codes(
     rng: np.random.Generator,
     widths: tuple[int, ...],
 ) -> MixedTensor:
-    """A packed weight ``[K, N]`` of random codes, its groups of these ``bits``, out of ``widths``."""
+    """Random packed weight ``[K, N]`` whose groups have these ``bits``, out of ``widths``."""
     k, n = shape
     limit = np.repeat(1 << bits, group_size)[:k, None]
     codes = (rng.integers(0, 1 << max(widths), (k, n)) % limit).astype(np.uint8)
@@ -57,8 +58,11 @@ def random_codes(
 def random_decoder(
     source: Source, bits: int, group_size: int, seed: int = 0, *, alike: bool = False
 ) -> Decoder:
-    """The source's model in random codes: every linear layer of its blocks, if ``alike`` those of one, and
-    embedding and head at the width that goes with ``bits``."""
+    """Returns the source's model with random codes in every linear layer of its blocks.
+
+    Embedding and LM head are packed at the width that belongs to ``bits``. If ``alike``, all blocks of one
+    kind share one block's codes.
+    """
     config, rng = source.config, np.random.default_rng(seed)
     blocks: list[Params] = []
     packed: dict[DecoderConfig, Params] = {}
@@ -78,7 +82,7 @@ def random_decoder(
 
 
 def random_table(name: str, value: Any, bits: int, rng: np.random.Generator) -> Any:
-    """Embedding and head as they are packed beside blocks of ``bits``; other parameters as they are."""
+    """Packs embedding and LM head at the width that belongs to ``bits``; keeps other parameters."""
     if name not in ("embed", "head.weight"):
         return value
     k, n = value.shape[::-1] if name == "embed" else value.shape
@@ -90,14 +94,14 @@ def random_table(name: str, value: Any, bits: int, rng: np.random.Generator) -> 
 
 
 def load_packed(path: str) -> Decoder:
-    """A quantized checkpoint."""
+    """Loads a quantized checkpoint."""
     from slim_jax.store.checkpoint import load  # not needed for random codes
 
     return load(path)
 
 
 def seconds(generator: Generator, prompt: list[int], tokens: int) -> float:
-    """Time between the first and the last of ``tokens + 1`` tokens: prefill is not in it."""
+    """Seconds from the first to the last of ``tokens + 1`` tokens, without prefill."""
     times: list[float] = []
     generator.generate(
         [prompt],
@@ -109,7 +113,7 @@ def seconds(generator: Generator, prompt: list[int], tokens: int) -> float:
 
 
 def measure(generators: dict[str, Generator], tokens: int, rounds: int) -> dict[str, float]:
-    """Median tokens per second of each, taking turns."""
+    """Median tokens per second of each generator, measured alternately."""
     prompt = list(range(2, 18))
     for generator in generators.values():
         seconds(generator, prompt, tokens)
@@ -121,20 +125,20 @@ def measure(generators: dict[str, Generator], tokens: int, rounds: int) -> dict[
 
 
 def measure_prefill(generators: dict[str, Generator], length: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each to read a prompt and choose the first token, taking turns."""
+    """Median seconds in which each generator reads a prompt and chooses the first token, alternately."""
     prompt = [2 + i % 200 for i in range(length)]
     taken: dict[str, list[float]] = {name: [] for name in generators}
     for i in range(1 + rounds):
         for name, generator in generators.items():
             start = time.perf_counter()
             generator.generate([prompt], max_tokens=1, stop=[])
-            if i:  # the first compiles
+            if i:  # the first run compiles
                 taken[name].append(time.perf_counter() - start)
     return {name: float(np.median(times)) for name, times in taken.items()}
 
 
 def main() -> None:
-    """Prints tokens per second of both and their ratio."""
+    """Prints tokens per second of each model, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--bits", type=int, default=2, help="mean width of random codes, 2 to 7")

@@ -1,11 +1,11 @@
-"""What 2, 3 and 4 bits do to a small model, side by side: size, perplexity on two texts, a sample of each.
+"""Comparison of a small model at 2, 3 and 4 bits: size, perplexity on two texts, and a sample of each.
 
     python -m bench.demo                                  # into out/demo; `make demo`
     python -m bench.demo --bits 3,4 --samples 64 --out out/other
 
-Nothing is learned (`--preset fast`), and calibration is short, so that all of it takes minutes; `--tune 2`
-tunes the widths named, which takes longer. A width whose folder is finished is not quantized again, an
-interrupted one goes on. Seconds are CPU seconds of the process.
+The run takes minutes, because nothing is fine-tuned (`--preset fast`) and calibration is short; `--tune 2`
+fine-tunes the given widths, which takes longer. A width whose folder is finished is not quantized again; an
+interrupted one is resumed. Seconds are CPU seconds of the process.
 """
 
 import argparse
@@ -42,25 +42,25 @@ from slim_jax.store.source import Source, read_decoder
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "bench/data/pride_and_prejudice.txt", ROOT / "docs/usage.md")
-"""A novel, and a manual that no model has seen."""
+"""A novel, and a manual that no model was trained on."""
 PROMPT = "The old lighthouse keeper opened the door and"
 WINDOW, WINDOWS = 512, 2
 WRITTEN, PENALTY = 40, 1.2
-"""Tokens of a sample, and what keeps a small model from repeating itself."""
+"""Tokens of a sample, and the repetition penalty that keeps a small model from repeating itself."""
 INK = ("#3288bd", "#d53e4f", "#b58900", "#8a63b8")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One model of the table.
+    """One model, a row of the table.
 
     Attributes:
-      name: such as "3 bits".
-      bytes: of the files of all weights, embedding included; in bfloat16 where it is dense.
-      bits_per_weight: stored, in the blocks; 16 where it is dense.
-      perplexities: on every text.
-      sample: what the model writes after the prompt.
-      seconds: of the CPU, to quantize and to measure, without what widths share.
+      name: name of the row, such as "3 bits".
+      bytes: size of the files of all weights, including the embedding; in bfloat16 for the dense model.
+      bits_per_weight: stored bits in the blocks; 16 for the dense model.
+      perplexities: perplexity on every text.
+      sample: text that the model writes after the prompt.
+      seconds: CPU seconds to quantize and measure, without work that the widths share.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Row:
 
 
 def make_table(rows: Sequence[Row], texts: Sequence[str]) -> Table:
-    """The rows, without their samples."""
+    """Table of the rows, without their samples."""
     table = Table(title="perplexity: lower is better; the file is the whole model", title_justify="left")
     table.add_column("")
     for column in ("file", "of bfloat16", "bits per weight", *texts, "CPU seconds"):
@@ -90,7 +90,7 @@ def make_table(rows: Sequence[Row], texts: Sequence[str]) -> Table:
 
 
 def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    """Perplexity (logarithmic) against size, as SVG: a line for each text, dashed where the first row is."""
+    """Plot of log perplexity over size, as SVG: a line for each text, dashed for the first row."""
     dense, packed = rows[0], sorted(rows[1:], key=lambda row: row.bytes)
     values = [math.log(value) for row in rows for value in row.perplexities]
     low, high = min(values) - 0.1, max(values) + 0.1
@@ -133,7 +133,7 @@ def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
 def measure(
     model: Decoder, tokenizer: Any, texts: Sequence[Path], prompt: str
 ) -> tuple[tuple[float, ...], str]:
-    """Perplexity on every text, and what the model writes after the prompt."""
+    """Perplexity on every text, and the text that the model writes after the prompt."""
 
     ids = [np.asarray(encode(tokenizer, text.read_text("utf-8")), np.int32) for text in texts]
     found = tuple(perplexity(model, tokens, WINDOW, WINDOWS).perplexity for tokens in ids)
@@ -143,7 +143,7 @@ def measure(
 
 
 def windows(tokenizer: Any, samples: int, length: int) -> np.ndarray:
-    """Calibration: the texts of the built-in mixture, without what the model would write for it."""
+    """Calibration windows from the texts of the built-in mixture, without text that the model writes."""
     texts = [part for part in calibration.parts(()) if part.text is not None]
     return calibration.draw(texts, partial(encode, tokenizer), _no_text, samples, length, 0)
 
@@ -155,7 +155,7 @@ def _no_text(samples: int, length: int, seed: int) -> np.ndarray:
 def quantized(
     source: Source, tokenizer: Any, tokens: np.ndarray, config: SlimConfig, out: Path
 ) -> CheckpointSource:
-    """The packed model in ``out``, made if it is not there."""
+    """Returns the packed model in ``out``, quantizing it if it is missing."""
     run = out.with_name(f"{out.name}.run")
     if not is_checkpoint(out):
         with progress(f"{config.bits:g} bits", source.config.num_layers) as step:
@@ -174,10 +174,10 @@ def quantized(
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked.
+    """Parses and checks the arguments.
 
     Raises:
-      ValueError: one of them cannot be.
+      ValueError: an argument is invalid.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--source", default="smollm2")
@@ -209,7 +209,7 @@ def _widths(option: str, given: str) -> list[float]:
 
 
 def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any, start: float) -> Row:
-    """The row of a model, packed or dense; its sample is printed. Its CPU seconds began at ``start``."""
+    """Measures a packed or dense model, prints its sample and returns its row; ``start`` is CPU seconds."""
     known = summary(source.manifest) if isinstance(source, CheckpointSource) else None
     model = read_decoder(source)
     if isinstance(source, CheckpointSource) and known is not None:
@@ -222,7 +222,7 @@ def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Quantizes, measures, prints, and draws ``perplexity.svg``."""
+    """Quantizes, measures, prints the table, and draws ``perplexity.svg``."""
     args = parse(arguments)
     source = open_model(args.source)
     tokenizer = source_tokenizer(source)
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the weights' files."""
+    """Size of the weights' files in bytes."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

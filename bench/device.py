@@ -1,12 +1,12 @@
-"""Everything that a device has to prove, in one command and about eight minutes, with a report to paste.
+"""Runs all checks and measurements of a device in one command, about eight minutes, and writes a report.
 
     python -m bench.device --out device-report
 
-The stages, each stopping the next on failure: what the device is and which implementation it takes, values
-against float64, times of products, decode, prefill, a real quantization, a profile. The report is
-``device-report.json`` and ``.md`` in the folder, rewritten after every case, so that whatever happens there
-is one. Exit status 1: a stage failed. 2: there is nothing to measure here; the line that installs what is
-missing is printed.
+The stages run in order until one fails: a description of the device and of the implementation that products
+use, values against float64, times of products, decode, prefill, a real quantization, a profile. The report is
+``device-report.json`` and ``.md`` in the folder, rewritten after every case, so that one exists whatever
+happens. Exit status 1: a stage failed. Exit status 2: there is nothing to measure here; the command that
+installs what is missing is printed.
 """
 
 import argparse
@@ -25,19 +25,19 @@ from bench import machine
 from bench.limits import Limit
 
 STAGES = ("capability", "check", "matmul", "decode", "prefill", "quantize", "profile")
-MINUTES = 8.0  # what all stages together take, about
-CASE_SECONDS = 180.0  # of a case, or the time left and two thirds of that: what takes longer hangs
+MINUTES = 8.0  # approximate duration of all stages
+CASE_SECONDS = 180.0  # limit of a case (or the time left + 2/3 of this); a longer one hangs
 TRACEBACK_LINES = 30
 
 Record = dict[str, Any]
 
 
 class Report:
-    """What was found so far, and the two files that say it.
+    """The findings so far, and the two files that report them.
 
     Attributes:
-      folder: of the files.
-      content: all that the JSON document holds: ``ok`` and a record for each stage.
+      folder: folder of the files.
+      content: the JSON document: ``ok`` and a record for each stage.
     """
 
     def __init__(self, folder: Path, names: list[str]) -> None:
@@ -52,7 +52,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Both files, each written whole and then renamed."""
+        """Writes both files, each completely before it is renamed."""
         document = json.dumps(_finite(self.content), indent=1, default=str)
         for name, text in (("device-report.json", document + "\n"), ("device-report.md", self.markdown())):
             part = self.folder / f"{name}.part"
@@ -60,7 +60,7 @@ class Report:
             os.replace(part, self.folder / name)
 
     def markdown(self) -> str:
-        """The report as people read it."""
+        """Returns the report as Markdown."""
         stages = self.content["stages"]
         lines = ["# Device report", "", f"`{self.content['command']}`, {self.content['started']}", ""]
         lines += ["| stage | result | seconds | cases |", "|---|---|---|---|"]
@@ -83,7 +83,7 @@ def _text(case: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same for JSON, which has no infinity."""
+    """Replaces non-finite numbers by strings, because JSON lacks them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -99,10 +99,10 @@ def run_stage(
     case_seconds: float = CASE_SECONDS,
     leave: Callable[[], None] | None = None,
 ) -> bool:
-    """Runs the cases that begin before the deadline; whether none failed.
+    """Runs the cases that begin before the deadline; returns True if none failed.
 
-    An exception fails the stage and ends it, a case that says that it failed only fails it: the other cases
-    say where the fault begins. A case that hangs ends the process, after the report says which.
+    An exception fails the stage and ends it. A case that reports a failure only fails the stage: the other
+    cases show where the fault begins. A case that hangs ends the process, after the report names it.
     """
     stage, start = report.content["stages"][name], time.monotonic()
     stage["status"] = "running"
@@ -148,7 +148,7 @@ def run_stage(
 
 
 def run(names: list[str], folder: Path, quick: bool, minutes: float = MINUTES) -> bool:
-    """Runs the stages in order until one fails; whether none did. ``minutes`` is what all of them take."""
+    """Runs the stages in order until one fails; returns True if none did. ``minutes`` is their total time."""
     report = Report(folder, names)
     try:
         from bench.device_stages import STAGES as known
@@ -173,7 +173,7 @@ def run(names: list[str], folder: Path, quick: bool, minutes: float = MINUTES) -
 
 
 def main() -> None:
-    """Runs what is asked for; see the module."""
+    """Runs the stages that the options ask for; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m bench.device", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the report")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, with commas; all without")

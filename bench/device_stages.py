@@ -1,7 +1,7 @@
-"""What `bench.device` runs. A stage is a generator of cases: a label, and a function that runs it.
+"""The stages of `bench.device`: each is a generator of cases, a label and a function that runs the case.
 
-A case returns a record: ``text`` for people, figures for programs, and ``failed``, why it failed, if it did.
-Raising fails it too. Cases are begun only while there is time.
+A case returns a record: ``text`` for people, figures for programs, and ``failed``, the reason, if it failed.
+An exception fails it too. Cases begin only while there is time.
 """
 
 import argparse
@@ -41,19 +41,19 @@ TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
 
 @dataclasses.dataclass
 class Options:
-    """How much is done: ``quick`` takes tiny shapes; ``deadline`` of the stage, in monotonic seconds."""
+    """Extent of the run: ``quick`` takes tiny shapes, ``deadline`` ends the stage, in monotonic seconds."""
 
     quick: bool = False
     deadline: float = math.inf
 
     @property
     def seconds(self) -> float:
-        """That are left to the stage."""
+        """Seconds that are left to the stage."""
         return self.deadline - time.monotonic()
 
 
 def capability(options: Options) -> Cases:
-    """The device, whether it multiplies, and which implementation products take."""
+    """The device, a first product, and the implementation that products take."""
     yield "the device", _describe
     yield "a first product", _first_product
     for m in (16,) if options.quick else (1, 16, 64, 2048):
@@ -95,7 +95,7 @@ def _first_product() -> Record:
 
 
 def _implementation(m: int, group_size: int) -> Record:
-    """What a product of this size takes, and why not what would come before."""
+    """Finds the implementation that a product of this size takes, and why the preferred ones refuse it."""
     groups = 4096 // group_size
     segments = (groups // 4, groups // 2, groups // 4)
     w = abstract_tensor((4096, 4096), widths=(1, 2, 3), segments=segments, group_size=group_size)
@@ -113,12 +113,12 @@ def _implementation(m: int, group_size: int) -> Record:
 
 
 def check(options: Options) -> Cases:
-    """Values against float64."""
+    """Products compared with float64."""
     return device_values.cases(options.quick)
 
 
 def table(options: Options) -> Cases:
-    """Times of the packed product and its competitors."""
+    """Times of the packed product and of the products it is compared with."""
     shapes = ((128, 128),) if options.quick else ((4096, 4096), (4096, 11008), (11008, 4096))
     sizes = (1,) if options.quick else (16, 2048)
     wanted = [(m, k, n) for m in sizes for k, n in shapes]
@@ -151,7 +151,7 @@ def _row(options: Options, m: int, k: int, n: int) -> Record:
 
 @cache
 def _generators(quick: bool) -> dict[str, Generator]:
-    """A random decoder, dense and packed: tiny, or some blocks as wide as Llama-2-7B's, all alike."""
+    """Generators of a random decoder, dense and packed: tiny, or eight equal blocks of Llama-2-7B's width."""
     heads = 2 if quick else 32
     config = DecoderConfig(
         family="llama",
@@ -215,12 +215,12 @@ class _OutOfTime(Exception):
 
 
 def quantization(options: Options) -> Cases:
-    """SmolLM2, or a random decoder where its weights are not installed, and the perplexity after."""
+    """Quantization of SmolLM2 (a random decoder if its weights are not installed), and its perplexity."""
     yield "quantize", partial(_quantize, options)
 
 
 def _model(options: Options) -> tuple[Any, np.ndarray, str]:
-    """A source, tokens of a text, and what they are."""
+    """Returns a source, tokens of a text, and the model's name."""
     if not options.quick:
         try:
             source = load_source("smollm2")
@@ -286,7 +286,7 @@ def _quantize(options: Options) -> Record:
 
 
 def _perplexities(source: Any, model: Decoder, tokens: np.ndarray, window: int, text: str) -> Record:
-    """Before and after; and after by XLA, which must agree with what the platform takes."""
+    """Perplexity before and after, and after with XLA, which must agree with the platform's kernels."""
     found = {"dense": perplexity(read_decoder(source), tokens, window, 4).perplexity}
     found["packed"] = perplexity(model, tokens, window, 4).perplexity
     with backends.use_implementation("xla"):
@@ -304,14 +304,14 @@ def _perplexities(source: Any, model: Decoder, tokens: np.ndarray, window: int, 
 
 
 def profile(options: Options) -> Cases:
-    """Which kernels a product takes, from the profiler; last, as it may fail where the rest does not."""
+    """Kernels that a product launches, from the profiler; the last stage, because it may fail on its own."""
     for m in (1,) if options.quick else (16, 2048):
         yield f"profile of M {m}", partial(_profile, options, m)
     yield "profile of tokens", partial(_profile_tokens, options)
 
 
 def _profile_tokens(options: Options) -> Record:
-    """What a decoded token launches, and how long that takes without what lies between."""
+    """Launches of a decoded token, and the time in kernels alone."""
     generators = _generators(options.quick)
     tokens, record, lines = 4 if options.quick else 32, dict[str, Any](), []
     for name, generator in generators.items():
@@ -350,4 +350,4 @@ STAGES: dict[str, tuple[Callable[[Options], Cases], float]] = {
     "quantize": (quantization, 80),
     "profile": (profile, 20),
 }
-"""Name -> the stage and its seconds; together eight minutes. What a stage leaves is the next ones'."""
+"""Name -> the stage and its seconds, eight minutes in total. Unused time goes to the stages that follow."""

@@ -1,4 +1,4 @@
-"""The stage of `bench.device` that compares values with float64: attention, MLPs and products."""
+"""The stage of `bench.device` that compares attention, MLPs and products with float64."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ MOST_PROCESSES = 8
 
 
 def _likeliest(case: values.Case) -> bool:
-    """Whether a case is among those that say most, for a compilation may take seconds."""
+    """True if a case is among the most informative, which run first because compiling takes seconds."""
     if case.n < 1024:
         return case.m == 17
     if case.joined:
@@ -31,8 +31,11 @@ def _likeliest(case: values.Case) -> bool:
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
-    """A stage, the cases that say most first; ``quick`` takes a few tiny ones. TPUs begin with these, checked
-    (`pallas_kernels.tpu.config.checked`)."""
+    """The cases of the stage, most informative first; ``quick`` takes a few tiny ones.
+
+    TPUs first run the most informative cases with bounds and semaphores checked
+    (`pallas_kernels.tpu.config.checked`).
+    """
     if chips.of_target().platform == "cuda" and not quick:
         for case in attention.CASES:
             yield str(case), partial(_compared, attention, case)
@@ -44,7 +47,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     elif chips.of_target().platform != "cuda":
         wanted = [case for case in wanted if case.split_k is None]
     wanted.sort(key=lambda case: not _likeliest(case))
-    # A TPU is one process's. On a GPU compiling a case takes much longer than running it.
+    # Only one process can hold a TPU. On a GPU, compiling a case takes much longer than running it.
     alone = quick or chips.of_target().platform != "cuda"
     processes = 1 if alone else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
     if chips.of_target().platform == "tpu":

@@ -1,10 +1,10 @@
-"""How quantization scales over processes: the first blocks of SmolLM2 by one process, then by two.
+"""Scaling of quantization over processes: the first blocks of SmolLM2 by one process, then by two.
 
     python -m bench.devices [--blocks 4]
 
-Every process is pinned to a core of its own and has one CPU device; they talk over the loopback
-interface. Prints wall seconds of the blocks after the first, which compiles, and how many codes differ.
-Give the machine nothing else to do.
+Every process is pinned to its own core and has one CPU device; the processes communicate over the loopback
+interface. Prints wall seconds of the blocks after the first, which includes compilation, and the number of
+codes that differ. Run it on an otherwise idle machine.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class _FirstBlocks:
 
 
 def work(blocks: int, out: Path, processes: int, index: int, port: int) -> None:
-    """One process of several."""
+    """Runs one of several processes."""
     os.sched_setaffinity(0, [index])
     mesh = None
     if processes > 1:
@@ -57,7 +57,7 @@ def work(blocks: int, out: Path, processes: int, index: int, port: int) -> None:
 
 
 def measure(blocks: int, out: Path, processes: int) -> float:
-    """Mean wall seconds of a block, without the first."""
+    """Mean wall seconds of a block, without the first block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,7 +73,7 @@ def measure(blocks: int, out: Path, processes: int) -> float:
 
 
 def differing(one: Path, other: Path) -> tuple[int, int]:
-    """How many codes of two checkpoints differ, and of how many."""
+    """Number of codes that differ between two checkpoints, and number of all codes."""
     sources, found = (CheckpointSource(one), CheckpointSource(other)), [0, 0]
     for index in range(sources[0].config.num_layers):
         a, b = (source.block(index) for source in sources)
@@ -85,7 +85,7 @@ def differing(one: Path, other: Path) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures both runs and prints the comparison."""
     parser = argparse.ArgumentParser(prog="python -m bench.devices", description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=4)
     blocks = parser.parse_args().blocks

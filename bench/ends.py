@@ -1,8 +1,9 @@
-"""Embedding and head: perplexity of an otherwise full-precision model with its tables packed.
+"""Embedding and LM head: perplexity of a full-precision model in which only these two are packed.
 
     python -m bench.ends --calibration a.txt --text b.txt --bits 8,6,5,4 --group-sizes 32,64
 
-Stored bits are those of the tables. ``--unseen`` rounds to nearest also what a head multiplies with.
+Stored bits are those of embedding and LM head. ``--unseen`` also rounds the LM head to nearest, without
+calibration.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from slim_jax.placement import ONE_DEVICE
 
 
 def main() -> None:
-    """Measures what the options ask for and prints a line for each setting."""
+    """Measures every setting that the options ask for, and prints a line for each."""
     parser = argparse.ArgumentParser(prog="python -m bench.ends", description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--calibration", required=True, help="text to draw samples from")

@@ -1,4 +1,4 @@
-"""Values of an MLP in few launches on a GPU against float64, as models take it."""
+"""Checks of the GPU's fused MLP kernels against float64, in the models' shapes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from pallas_kernels import InputNorm, MixedTensor
 from pallas_kernels.gpu import gated, joined
 
 TOLERANCE = 0.01
-"""Largest error, relative to the largest output: both inputs are rounded to bfloat16."""
+"""Largest error relative to the largest output: both inputs are rounded to bfloat16."""
 
 EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda a: a / (1 + np.exp(-a)),
@@ -24,8 +24,10 @@ EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """``rows`` of ``k`` channels through ``inner`` to ``n``, weights of 2 bits on average, behind a norm and
-    added to a residual."""
+    """An MLP with ``rows`` of ``k`` channels, ``inner`` hidden channels and ``n`` outputs.
+
+    Weights have 2 bits on average. The MLP follows a norm, and its output is added to a residual.
+    """
 
     rows: int
     k: int
@@ -44,8 +46,10 @@ CASES = (
 
 
 def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
-    """The fields of the case, ``ok``, and ``error``: the largest, relative to the largest output, or None
-    where values are not finite."""
+    """Returns the fields of the case, ``ok``, and ``error`` relative to the largest output.
+
+    ``error`` is the largest error of an output, or None if values are not finite.
+    """
     rng = np.random.default_rng(case.inner)
     shapes = (case.k, case.inner), (case.k, case.inner), (case.inner, case.n)
     gate, up, down = (random_packed(shape, 2, case.group_size, rng) for shape in shapes)
@@ -69,7 +73,7 @@ def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record in words."""
+    """Formats a record as text."""
     case = (
         f"MLP of {record['k']}, {record['inner']}, {record['n']}, {record['activation']}, "
         f"g {record['group_size']}, M {record['rows']}"

@@ -1,19 +1,19 @@
-"""What an optimized HLO program, as XLA prints it, says of what it will do."""
+"""Analysis of an optimized HLO program from the text that XLA prints."""
 
 import math
 import re
 
 OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", re.MULTILINE)
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
-"""Operations that do nothing."""
+"""Operations without any work."""
 
 
 def kernels_of(hlo: str) -> tuple[int, int, int]:
-    """How many kernels a program launches, and what bytes they read and write.
+    """Number of kernels that a program launches, and the bytes that they read and write.
 
-    Every operand of each is counted once. XLA's ``cost_analysis`` says nothing for a device that is not
-    there. This count takes intermediates as memory traffic although most stay in the L2 cache, and a loop
-    for one kernel.
+    Every operand of each kernel is counted once. XLA's ``cost_analysis`` reports nothing for a device that is
+    not present. This count takes intermediates as memory traffic although most stay in the L2 cache, and a
+    loop as one kernel.
     """
     entry = hlo[hlo.index("ENTRY") :]
     entry = entry[: entry.index("\n}")]
@@ -22,14 +22,14 @@ def kernels_of(hlo: str) -> tuple[int, int, int]:
     for name, shape, opcode, operands in OPERATION.findall(entry):
         size[name] = bytes_of(shape)
         if opcode not in FREE:
-            launches += not opcode.endswith("-done")  # the end of what a "-start" began
+            launches += not opcode.endswith("-done")  # a "-done" completes a "-start"
             read += sum(size.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
             written += size[name]
     return launches, read, written
 
 
 def bytes_of(shape: str) -> int:
-    """Of all arrays in a shape."""
+    """Number of bytes of all arrays in a shape."""
     return sum(
         math.prod(int(d) for d in dims.split(",") if d) * (int(re.sub(r"\D", "", kind) or 8) // 8)
         for kind, dims in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", shape)
@@ -48,7 +48,7 @@ def looped(hlo: str) -> list[str]:
 
 
 def brought_bytes(hlo: str) -> int:
-    """What a TPU's program copies from memory to VMEM ahead of its use, of a loop one round."""
+    """Bytes that a TPU's program copies from HBM to VMEM ahead of use, counting one iteration of a loop."""
     done = [row for row in OPERATION.findall(hlo) if row[2] in ("copy-done", "slice-done")]
     return sum(bytes_of(shape) for _, shape, _, _ in done if "S(1)}" in shape)
 

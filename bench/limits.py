@@ -1,4 +1,4 @@
-"""Time limits for what may never end: a kernel that hangs on a device cannot be interrupted, only left."""
+"""Time limits for kernels that may hang: the device cannot interrupt them, so the process exits."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ def _leave() -> None:
 
 
 class Limit:
-    """Ends the process, with status 1, when something takes longer than it may.
+    """Ends the process, with status 1, when an operation exceeds its time limit.
 
     Attributes:
-      on_expiry: called first, from another thread, with a sentence that says what took too long.
+      on_expiry: called first, from another thread, with a sentence that names what took too long.
     """
 
     def __init__(self, on_expiry: Callable[[str], None], leave: Callable[[], None] = _leave) -> None:
@@ -25,7 +25,7 @@ class Limit:
 
     @contextlib.contextmanager
     def within(self, seconds: float, what: str) -> Iterator[None]:
-        """What runs inside must end within so many seconds."""
+        """Limits the duration of the block to this many seconds."""
         timer = threading.Timer(seconds, self._expire, [f"{what} did not end within {seconds:.0f} s"])
         timer.daemon = True
         timer.start()

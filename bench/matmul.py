@@ -1,13 +1,13 @@
-"""Packed against dense products on the device at hand: seconds, bytes per second, percent of the peak.
+"""Packed and dense products on the current device: seconds, bytes per second, percent of the peak.
 
     python -m bench.matmul --shapes llama-2-7b --rows 1,16,2048
     python -m bench.matmul --check                      # values only, against float64
     python -m bench.matmul --profiler --rows 16         # time in kernels, as the profiler sees them
 
-How a product is timed is in `bench.timing`; the range in brackets is that of the repeats. xla is the packed
-product without a kernel, with many rows a dequantization and a dense one. bf16 and f32 are the plain XLA
-product; int4 is that with 4-bit weights and a scale for each group. With ``--profiler`` each product is
-compiled once, not a loop of them, and what lies between its kernels does not count.
+`bench.timing` describes how a product is timed; the range in brackets is that of the repeats. xla is the
+packed product without a kernel; with many rows it dequantizes and multiplies densely. bf16 and f32 are the
+plain XLA product; int4 is the plain product with 4-bit weights and a scale for each group. With
+``--profiler`` each product is compiled alone, not in a loop, and time between its kernels does not count.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PRODUCTS = ("packed", "xla", "bf16", "f32", "int4")
 
 
 def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Product]:
-    """The packed product and its competitors on random data of one shape."""
+    """The packed product and the products it is compared with, on random data of one shape."""
     rng = np.random.default_rng(0)
     names = arguments.products.split(",")
     x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
@@ -79,18 +79,18 @@ def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str,
 
 
 def _configured(config: str) -> Callable[..., jax.Array]:
-    """The GPU kernel with fields of its configuration given, ``"block_n=32,split_k=4"``."""
+    """The GPU kernel with some fields of its configuration set, such as ``"block_n=32,split_k=4"``."""
     fields = {name: int(value) for name, _, value in (field.partition("=") for field in config.split(","))}
     return partial(mixed_matmul, implementation="mosaic_gpu", config=Config(**fields))
 
 
 def profile(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """As :func:`row`, of the time in kernels: their sum, their number and each one's."""
+    """Like :func:`row`, but with the time in kernels: their sum, their number and each kernel's."""
     found: dict[str, Any] = {"m": m, "k": k, "n": n}
     for name, product in products(m, k, n, arguments).items():
         try:
             kernels = kernel_times(product)
-        except Exception as error:  # whatever a compiler or a driver raises is this product's result
+        except Exception as error:  # any error of a compiler or driver is this product's result
             found[name] = {"error": first_line(error)}
             continue
         found[name] = {"microseconds": sum(kernels.values()), "kernels": kernels}
@@ -98,14 +98,14 @@ def profile(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, 
 
 
 def row(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The record of one shape and number of rows: figures of every product, or why there are none."""
+    """Record of one shape and number of rows: figures of every product, or the error."""
     contestants = products(m, k, n, arguments)
     found: dict[str, Any] = {"m": m, "k": k, "n": n}
     prepared = {}
     for name, product in contestants.items():
         try:
             prepared[name] = prepare(product)
-        except Exception as error:  # whatever a compiler or a driver raises is this product's result
+        except Exception as error:  # any error of a compiler or driver is this product's result
             found[name] = {"error": first_line(error)}
     for name, timing in take_turns(prepared, arguments.repeats, arguments.seconds or 20).items():
         try:
@@ -116,14 +116,14 @@ def row(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A :func:`row` for each shape and number of rows."""
+    """Yields a :func:`row` for each shape and number of rows."""
     for k, n in SHAPES[arguments.shapes]:
         for m in map(int, arguments.rows.split(",")):
             yield (profile if arguments.profiler else row)(m, k, n, arguments)
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table as text."""
+    """Formats a row of the table as text."""
     figures = [f"M {row['m']:5d}  K {row['k']:6d}  N {row['n']:6d}"]
     for name in PRODUCTS:
         if name not in row:

@@ -1,10 +1,10 @@
-"""Quantizing Flax modules that are no language models: a vision transformer, an encoder-decoder, an MLP.
+"""Quantization of Flax modules that are not language models: vision transformer, encoder-decoder, MLP.
 
     python -m bench.modules [--seconds 100] [--bits 2,3,4] [--json]
 
-Each is trained for so many CPU seconds (a minute on two cores) on data that is made here, then quantized
-on a few batches of it. Accuracy is measured on fresh data: of classes for the transformer and the MLP, of
-pixels for the encoder-decoder.
+Each module is trained for the given CPU seconds (a minute on two cores) on synthetic data, then quantized on
+a few batches of it. Accuracy is measured on fresh data: of classes for the transformer and the MLP, of pixels
+for the encoder-decoder.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SIZE, SHAPES = 24, 6
 
 
 def shapes(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy images ``[count, 24, 24, 1]`` of one shape each, and its mask: 0 outside, else 1 + its kind."""
+    """Noisy images ``[count, 24, 24, 1]`` of one shape each, and their masks: 0 outside, 1 + kind inside."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     kind = rng.integers(0, SHAPES, count)
     centre, radius = rng.uniform(8, SIZE - 8, (2, count)), rng.uniform(4, 7, count)
@@ -55,13 +55,13 @@ def shapes(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray
 
 
 def kinds(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same images, and the kind of each."""
+    """The same images, and the kind of shape in each."""
     images, masks = shapes(rng, count)
     return images, masks.max(axis=(1, 2)) - 1
 
 
 def spirals(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points ``[count, 32]`` on five spirals in a plane of 32 dimensions, and the spiral of each."""
+    """Points ``[count, 32]`` on five spirals in a plane of a 32-dimensional space, and their spirals."""
     arm, t = rng.integers(0, 5, count), rng.uniform(0.2, 1, count)
     angle = 2 * np.pi * (arm / 5 + 1.5 * t)
     plane = np.stack([t * np.cos(angle), t * np.sin(angle)], axis=1) + rng.normal(0, 0.02, (count, 2))
@@ -70,7 +70,7 @@ def spirals(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarra
 
 
 class MLP(nnx.Module):
-    """Five classes of points."""
+    """An MLP that classifies points into five classes."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         sizes = (32, 256, 256, 256)
@@ -84,7 +84,7 @@ class MLP(nnx.Module):
 
 
 class ViTBlock(nnx.Module):
-    """Attention and MLP, each behind a norm."""
+    """Attention and MLP, each preceded by a norm."""
 
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
         self.attn_norm, self.mlp_norm = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -114,7 +114,7 @@ class ViT(nnx.Module):
 
 
 class EncoderDecoder(nnx.Module):
-    """Convolutions down to a sixteenth of the pixels and up again, with a shortcut."""
+    """Convolutions down to a sixteenth of the pixels and up again, with a skip connection."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 32) -> None:
         conv = partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
@@ -144,7 +144,7 @@ EXAMPLES: dict[str, tuple[Callable[[nnx.Rngs], Any], Data]] = {
 
 
 def train(module: Any, data: Data, seconds: float, batch: int = 128) -> None:
-    """Adam on fresh data until so many CPU seconds are over, on a machine that is busy or not."""
+    """Trains with AdamW on fresh data for the given CPU seconds, which other load does not shorten."""
     optimizer = nnx.Optimizer(module, optax.adamw(1e-3), wrt=nnx.Param)
 
     @nnx.jit
@@ -160,7 +160,7 @@ def train(module: Any, data: Data, seconds: float, batch: int = 128) -> None:
 
 
 def accuracy(module: Any, data: Data) -> float:
-    """Percent right, on data that is the same for every module."""
+    """Percentage of correct answers, on data that is the same for every module."""
     run = nnx.jit(lambda module, x: jnp.argmax(module(x), axis=-1))
     rng, right = np.random.default_rng(2), []
     for _ in range(8):
@@ -170,7 +170,7 @@ def accuracy(module: Any, data: Data) -> float:
 
 
 def example(name: str, seconds: float, widths: list[int], group_size: int) -> dict[str, Any]:
-    """Trains and quantizes one module."""
+    """Trains and quantizes one module; returns its accuracies."""
     make, data = EXAMPLES[name]
     module = make(nnx.Rngs(0))
     train(module, data, seconds)

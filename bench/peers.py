@@ -1,7 +1,7 @@
-"""Other quantizers on the model, the calibration windows and the judge that our own figures have.
+"""Other quantizers, measured on the same model, calibration windows and evaluation as our own figures.
 
-Runs in an environment of its own, with PyTorch and without JAX; nothing else here imports it. What is rounded
-are the linear layers of the blocks; embedding, head and norms stay as they are, and count 16 bits.
+Runs in its own environment, with PyTorch and without JAX; nothing else here imports it. The linear layers of
+the blocks are quantized; embedding, LM head and norms stay as they are and count 16 bits.
 
     python3.11 -m venv /tmp/peers && /tmp/peers/bin/pip install torch==2.13.0 transformers hqq auto-round
     /tmp/peers/bin/pip install --no-deps gptqmodel==7.7.0   # asks for a newer PyTorch and does not need it
@@ -18,9 +18,10 @@ are the linear layers of the blocks; embedding, head and norms stay as they are,
         --method gptq --bits 2 --group-size 64 --calibration out/tokens.npy --out out/gptq-2
     slim-jax eval out/gptq-2 --against smollm2 --text wt2_test.txt --max-windows 38 --json
 
-What a method stores is written dequantized, as a Hugging Face directory, so that all have one judge. A line
-of JSON, printed and kept there as ``peers.json``, has stored bits, and CPU seconds of quantization alone,
-children included. gptqmodel compiles an extension the first time; take the second run's seconds.
+The weights of each method are written dequantized, as a Hugging Face directory, so that all are evaluated
+alike. A line of JSON, printed and stored there as ``peers.json``, has stored bits and the CPU seconds of
+quantization alone, including child processes. gptqmodel compiles an extension on its first run; use the
+seconds of the second run.
 """
 
 import argparse
@@ -36,16 +37,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""How the linear layers of a llama-like block are called."""
+"""Names of the linear layers of a llama-like block."""
 
 
 class Quantized(NamedTuple):
-    """What a method made of the blocks.
+    """A method's result for the blocks.
 
     Attributes:
       weights: ``[N, K]`` of each layer by its name, dequantized.
-      stored: bits of all that the method stores for them.
-      settings: that it was given, for the record.
+      stored: number of bits of all that the method stores for them.
+      settings: the method's settings, for the record.
     """
 
     weights: dict[str, torch.Tensor]
@@ -54,7 +55,7 @@ class Quantized(NamedTuple):
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The linear layers of the blocks, or what stands in their place, by name."""
+    """The linear layers of the blocks, or their replacements, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -63,19 +64,19 @@ def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def load(folder: Path) -> torch.nn.Module:
-    """The model in float32."""
+    """Loads the model in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
 
 def size_of(*tensors: torch.Tensor) -> int:
-    """Bits that tensors take as they are."""
+    """Number of bits that tensors take in their own dtypes."""
     return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def run_hqq(arguments: argparse.Namespace, _: np.ndarray) -> Quantized:
-    """Half-quadratic quantization, as the package does by default; it does not calibrate.
+    """Half-quadratic quantization with the package's defaults, without calibration.
 
-    Three bits are packed ten to a word of 32. Scales and zeros are 16-bit.
+    Three-bit codes are packed ten to a 32-bit word. Scales and zeros are 16-bit.
     """
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -89,16 +90,16 @@ def run_hqq(arguments: argparse.Namespace, _: np.ndarray) -> Quantized:
 
 
 def run_gptqmodel(arguments: argparse.Namespace, tokens: np.ndarray) -> Quantized:
-    """GPTQ, GPTAQ or FOEM with the package's defaults, but with zero points (its own is symmetric).
+    """GPTQ, GPTAQ or FOEM with the package's defaults, except for zero points (its default is symmetric).
 
-    Stored are codes, scales, zero points and each channel's group, as in the files that it writes.
+    Stored bits count codes, scales, zero points and each channel's group, as in the files that it writes.
     """
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
 
     variants = {"gptq": {}, "gptaq": {"gptaq": GPTAQConfig()}, "foem": {"foem": FOEMConfig()}}
     settings = {"bits": arguments.bits, "group_size": arguments.group_size, "sym": False}
-    # In the older format zero points are one lower, in memory too, where dequantizing does not expect it.
+    # The older format stores zero points minus one, in memory too, which dequantizing does not expect.
     how = {"format": "gptq_v2", "offload_to_disk": False}
     config = QuantizeConfig(**settings, **variants[arguments.method], **how)
     model = GPTQModel.load(str(arguments.source), config, device="cpu", dtype=torch.float32)
@@ -111,9 +112,9 @@ def run_gptqmodel(arguments: argparse.Namespace, tokens: np.ndarray) -> Quantize
 
 
 def run_autoround(arguments: argparse.Namespace, tokens: np.ndarray) -> Quantized:
-    """AutoRound's steps of signed gradient descent; a recipe is the package's, but for the windows.
+    """AutoRound's signed gradient descent; a recipe is the package's, except for the windows.
 
-    Stored are codes and zero points of as many bits as asked for, and 16-bit scales.
+    Stored bits count codes and zero points of the given width, and 16-bit scales.
     """
     from auto_round import AutoRound
 
@@ -154,14 +155,14 @@ METHODS: dict[str, tuple[str, Callable[[argparse.Namespace, np.ndarray], Quantiz
     "autoround": ("auto-round", run_autoround),
     "autoround-best": ("auto-round", run_autoround),
 }
-"""The package of each method, and what runs it."""
+"""The package of each method, and the function that runs it."""
 
 
 def write(source: Path, weights: dict[str, torch.Tensor], out: Path) -> torch.nn.Module:
-    """Writes the source with other weights in its blocks, and returns it.
+    """Writes the source with other weights in its blocks, and returns the model.
 
     Raises:
-      ValueError: a layer of the blocks has none, or they are of another shape.
+      ValueError: a layer of the blocks lacks weights, or they have another shape.
     """
     model = load(source)
     layers = layers_of(model)
@@ -177,7 +178,7 @@ def write(source: Path, weights: dict[str, torch.Tensor], out: Path) -> torch.nn
 
 
 def stored_bits(model: torch.nn.Module, stored: int) -> dict[str, float]:
-    """Bits per weight of the blocks, per parameter of the model, and its size; a tied head counts once."""
+    """Bits per weight of the blocks and per parameter of the model, and its size; a tied head counts once."""
     blocks = sum(layer.weight.numel() for layer in layers_of(model).values())
     every = sum(parameter.numel() for parameter in model.parameters())
     whole = stored + 16 * (every - blocks)
@@ -185,13 +186,13 @@ def stored_bits(model: torch.nn.Module, stored: int) -> dict[str, float]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU seconds of this process and of the children that it has waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def main() -> None:
-    """Quantizes as the options say, writes the result and prints what was done."""
+    """Quantizes as the options say, writes the result and prints a record."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="Hugging Face directory of a llama-like model")
     parser.add_argument("--method", choices=METHODS, required=True)

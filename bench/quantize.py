@@ -1,10 +1,10 @@
-"""Quantization: time, memory and quality, all measured in one run.
+"""Quantization: time, memory and quality, measured in one run.
 
     python -m bench.quantize                                # search speed, memory, seconds for SmolLM2
     python -m bench.quantize --calibration a.txt --text b.txt --methods rtn,gptq,slim --bits 2,3,4
 
-Prints tables, and one JSON document with ``--json``. Seconds are CPU seconds of the process unless
-they are called wall seconds; compare ratios, not machines.
+Prints tables, and one JSON document with ``--json``. Seconds are CPU seconds of the process unless they are
+called wall seconds; compare ratios rather than seconds of different machines.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from slim_jax.store.source import Source, read_decoder
 def _candidate(
     w: jax.Array, x: jax.Array, importance: jax.Array, bits: jax.Array, *, group_size: int
 ) -> jax.Array:
-    """The score of one allocation, every group quantized and every product taken anew."""
+    """Score of one allocation, with every group quantized and every product computed from scratch."""
     at = partial(quantized_at, w, importance, group_size=group_size, zero_bits=4, sqc="minmax")
     width = jnp.repeat(bits, group_size)[:, None]
     w_hat = jnp.where(width == 1, at(1), jnp.where(width == 2, at(2), at(3)))
@@ -54,7 +54,7 @@ def _candidate(
 
 
 def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]:
-    """The incremental bit search against one that recomputes every candidate, same scores."""
+    """Times the incremental bit search and one that recomputes every candidate; both give the same scores."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (tokens, k))
     w = jax.random.normal(keys[1], (k, n)) * k**-0.5
@@ -73,13 +73,13 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]
 
 
 def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
-    """An epoch of "slim-plus" over one block against the block's full-precision gradient, same samples."""
+    """Times an epoch of "slim-plus" over one block, and the block's full-precision gradient."""
     config, dense = source.config, dict(source.block(0))
     rtn = SlimConfig(group_size=64, method="rtn").resolved()
     params, _ = BlockQuantizer(source, tokens, rtn, None).quantize(0)
     packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
     x = jnp.concatenate(list(Activations.of(source, tokens).batches))
-    samples = Samples(x, x, x)  # for time any target will do
+    samples = Samples(x, x, x)  # any target will do for timing
     settings = SlimConfig(group_size=64, method="slim-plus").resolved()
     learner = BlockLearner(config, settings, len(tokens))
     learned, layers, rest = learner.start(dense, packed)
@@ -96,7 +96,7 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
         return jax.lax.scan(lambda _, rows: (None, jax.grad(loss)(params, rows)), None, order)[1]
 
     def epoch() -> Any:
-        start = jax.tree.map(jnp.copy, (learned, state))  # an epoch overwrites its arguments
+        start = jax.tree.map(jnp.copy, (learned, state))  # an epoch donates its arguments
         return plus.epoch(*start, layers, rest, samples, order)
 
     dense = {name: jnp.asarray(value, jnp.float32) for name, value in dense.items()}
@@ -105,15 +105,15 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
 
 
 class RandomSource:
-    """A model with random weights, whose blocks are made when they are read, so that none of them stays.
+    """A model with random weights; its blocks are made when they are read, so that none stays in memory.
 
     Attributes:
-      config: of the decoder.
-      origin: says that it is random.
+      config: the decoder's config.
+      origin: marks the model as random.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = np.float32, alike: bool = False) -> None:
-        """Args: ``dtype`` of the parameters; ``alike``: there is one block, as often as there are layers."""
+        """``dtype`` is that of the parameters; if ``alike``, all blocks are one and the same."""
         self.config, self._dtype, self._alike = config, dtype, alike
         self.origin: dict[str, Any] = {"kind": "random", "layers": config.num_layers}
         self._block: dict[str, np.ndarray] | None = None
@@ -143,7 +143,7 @@ class RandomSource:
 
 
 def _small(layers: int) -> RandomSource:
-    """A llama-like model."""
+    """Returns a small llama-like model."""
     return RandomSource(
         DecoderConfig(
             family="llama",
@@ -160,7 +160,7 @@ def _small(layers: int) -> RandomSource:
 
 
 def peak_memory(layers: int) -> float:
-    """Peak resident MiB of a process that quantizes a random model of so many blocks to disk."""
+    """Peak resident MiB of a process that quantizes a random model of ``layers`` blocks to disk."""
     code = f"from bench.quantize import _quantize_random; _quantize_random({layers})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
@@ -179,7 +179,7 @@ def _quantize_random(layers: int) -> None:
 
 
 def peak_mib() -> float:
-    """Of this process alone: Linux lets ``ru_maxrss`` begin at the parent's."""
+    """Peak resident MiB of this process alone; Linux starts ``ru_maxrss`` at the parent's value."""
     try:
         status = Path("/proc/self/status").read_text()
     except FileNotFoundError:
@@ -212,7 +212,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def quality(arguments: argparse.Namespace, name: str, bits: float) -> dict[str, Any]:
-    """Quantizes the source once: CPU seconds, stored bits, spread of ``p``, perplexity if there is a text."""
+    """Quantizes the source once: CPU seconds, stored bits, values of ``p``, perplexity if there is a text."""
     source = convert.load_source(arguments.source)
     samples = _samples(source, arguments)
     start, wall = _cpu_seconds(), time.monotonic()
@@ -253,7 +253,7 @@ def _spread(values: list[int | None]) -> dict[str, int]:
 
 
 def _random_tokens(source: Source) -> np.ndarray:
-    """Enough for timing, which needs tokens, not sense."""
+    """Random tokens, enough for timing."""
     return np.random.default_rng(0).integers(0, source.config.vocab_size, 300_000)
 
 
@@ -264,12 +264,12 @@ def tokens_of(source: Any, path: str | None) -> np.ndarray:
 
 
 def encode_text(tokenizer: Any, text: str) -> np.ndarray:
-    """The tokens of a text, none added."""
+    """Tokens of a text, without special tokens."""
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def main() -> None:
-    """Runs what the options ask for and prints it."""
+    """Runs the measurements that the options ask for and prints them."""
     parser = argparse.ArgumentParser(prog="python -m bench.quantize", description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--calibration", help="as of `slim-jax quantize`, joined by commas; random without")

@@ -1,4 +1,4 @@
-"""Dense products of few rows: a head in float32, in bfloat16 as XLA takes it, and as `slim_jax` does.
+"""Dense products with few rows: an LM head in float32, in XLA's bfloat16, and in `slim_jax`'s.
 
 ``python -m bench.rows [--shape 576,49152] [--rows 1,2,512] [--rounds 15]``
 """
@@ -15,26 +15,26 @@ from slim_jax.model.linear import dense_product, unembed
 
 
 def xla(x: jax.Array, w: jax.Array) -> jax.Array:
-    """``x @ w`` in the dtype of ``w``."""
+    """Computes ``x @ w`` in the dtype of ``w``."""
     return jnp.dot(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
 
 def xla_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """``x @ table.T`` in the dtype of ``table``."""
+    """Computes ``x @ table.T`` in the dtype of ``table``."""
     return jnp.einsum("...d,vd->...v", x.astype(table.dtype), table, preferred_element_type=jnp.float32)
 
 
 def milliseconds(
     candidates: dict[str, tuple[Callable[..., jax.Array], jax.Array]], x: jax.Array, rounds: int
 ) -> dict[str, list[float]]:
-    """The least CPU time and the least time of each, taking turns; a busy machine disturbs the first less."""
+    """Least CPU time and least wall time of each, measured alternately; other load disturbs CPU time less."""
     run = {name: (jax.jit(function), w) for name, (function, w) in candidates.items()}
     taken: dict[str, list[np.ndarray]] = {name: [] for name in run}
     for i in range(rounds + 1):
         for name, (function, w) in run.items():
             start = np.array([time.process_time(), time.perf_counter()])
             function(x, w).block_until_ready()
-            if i:  # the first compiles
+            if i:  # the first run compiles
                 taken[name].append(1e3 * (np.array([time.process_time(), time.perf_counter()]) - start))
     return {name: np.min(times, axis=0).tolist() for name, times in taken.items()}
 

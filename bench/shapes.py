@@ -1,4 +1,4 @@
-"""The linear layers of well-known models, ``(K, N)``, and what a device can do at best."""
+"""The linear layers of well-known models, ``(K, N)``, and the bandwidth of devices."""
 
 from pallas_kernels.chips import DEVICES
 

@@ -1,9 +1,9 @@
-"""A checkpoint larger than the memory that quantizing it takes.
+"""Quantization of a checkpoint that is larger than the memory that quantizing takes.
 
     python -m bench.streaming /tmp/streaming       # 12 GB of random float32 weights, in a llama's shape
 
-Writes the checkpoint as sharded safetensors unless it is there already, quantizes it block by block with
-the activations on disk, and prints the peak resident memory of the process that did it.
+Writes the checkpoint as sharded safetensors unless it exists, quantizes it block by block with the
+activations on disk, and prints the peak resident memory of the process.
 """
 
 import argparse
@@ -26,7 +26,7 @@ HIDDEN, INTERMEDIATE, HEADS, VOCABULARY, LENGTH = 2048, 5632, 16, 32_000, 256
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
-    """A Hugging Face directory with random weights, a shard for each block; about 205 MB a block."""
+    """Writes a Hugging Face directory with random weights, one shard per block, about 205 MB each."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
 
@@ -67,11 +67,11 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         "tie_word_embeddings": False,
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(config))  # last: with it the folder is whole
+    (folder / "config.json").write_text(json.dumps(config))  # last: it marks a complete folder
 
 
 def main() -> None:
-    """Runs what the options ask for and prints it."""
+    """Runs the quantization that the options ask for and prints the result."""
     parser = argparse.ArgumentParser(prog="python -m bench.streaming", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="for the checkpoint and the result")
     parser.add_argument("--layers", type=int, default=56, help="blocks of 205 MB")

@@ -1,12 +1,12 @@
-"""How long a product takes on the device at hand.
+"""Timing of products on the current device.
 
 *On a GPU or a TPU* a product takes microseconds, and calling it from Python takes more. So whole programs are
-timed: a loop over products with several weights, each of which waits for the one before, and the same loop
-three times as long. Their difference over the number of products in it is the time of one product, everything
-around it included (``x`` brought into order, a scalar that hands ``y`` to the next ``x``). The weights are
-copies of one, together larger than the GPU's last cache, so that each is read from memory.
+timed: a loop over products with several weights, each of which waits for the previous one, and the same loop
+three times as long. The difference, divided by the number of products in it, is the time of one product,
+including everything around it (reordering ``x``, a scalar that passes ``y`` on to the next ``x``). The
+weights are copies of one, together larger than the GPU's last-level cache, so that each is read from memory.
 
-*On a CPU* single calls are timed. Either way contestants take turns, and the median counts.
+*On a CPU* single calls are timed. In both cases the products are measured alternately, and the median counts.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jax import lax
 
 from pallas_kernels import chips
 
-CACHES = 3  # a cache that replaces at random still keeps 0.06 of what is three times its size
+CACHES = 3  # with random replacement, a cache still holds 6 % of data three times its size
 MOST_WEIGHTS = 48
 FEW_ROWS = 32
 LOOP_SECONDS = 4e-3
@@ -36,14 +36,14 @@ LEAST_REPEATS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """What is timed.
+    """A product to be timed.
 
     Attributes:
       run: ``(x, weight) -> y``, jitted; ``y`` is ``[M, N]``.
       x: ``[M, K]``.
-      weights: one or more of one kind, for which ``run`` compiles once; what they hold does not matter.
-      bytes: that one product must read and write at least.
-      flops: operations of one product.
+      weights: one or more of one kind, for which ``run`` compiles once; their values do not matter.
+      bytes: the least number of bytes that one product must read and write.
+      flops: floating-point operations of one product.
     """
 
     run: Callable[[jax.Array, Any], jax.Array]
@@ -55,7 +55,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one product over some repeats."""
+    """Seconds of one product over several repeats."""
 
     median: float
     least: float
@@ -65,21 +65,21 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float], weights: int) -> "Timing":
-        """The median and the spread of what was measured."""
+        """Computes median and range of the measured times."""
         return cls(float(np.median(seconds)), min(seconds), max(seconds), len(seconds), weights)
 
 
 def on_accelerator() -> bool:
-    """Whether the default device is none of the host's."""
+    """True if the default device is not the CPU."""
     return jax.default_backend() != "cpu"
 
 
 def copies(weight: Any, rows: int) -> tuple[Any, ...]:
-    """So many copies of a weight that a chain over them reads memory: one on a CPU, few with many rows."""
+    """Enough copies of a weight that a chain over them reads memory: one on a CPU, few with many rows."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
     count = 1
     if on_accelerator():
-        count = 4  # where there is no cache, or weights are little of what a product costs
+        count = 4  # no last-level cache, or reading weights takes little of the time
         if jax.default_backend() == "gpu" and rows <= FEW_ROWS:
             known = chips.of_target().l2_bytes
             count = min(MOST_WEIGHTS, max(2, math.ceil(CACHES * (known or UNKNOWN_CACHE) / size)))
@@ -89,20 +89,22 @@ def copies(weight: Any, rows: int) -> tuple[Any, ...]:
 def _chain(
     run: Callable[[jax.Array, Any], jax.Array], weights: tuple[Any, ...], zero: jax.Array, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """``x``, and the last ``y``, after a product with each weight, every one waiting for the last."""
+    """Returns ``x`` and the last ``y`` after one product per weight, each waiting for the previous."""
     first = x
     for weight in weights:
-        # No compiler may compute the one element that is used alone, nor know that zero is 0.
+        # The barrier keeps compilers from computing only the one element that is used; they cannot know that
+        # zero is 0.
         y = lax.optimization_barrier(run(x, weight))
         bump = (y[0, 0] * zero).astype(x.dtype)
-        # Few rows: a part of whatever reads x. Many: one element in place, so that x is not written anew.
+        # Few rows: the addition fuses with whatever reads x. Many rows: one element is updated in place, so
+        # that x is not rewritten.
         few = x.shape[0] <= FEW_ROWS
         x = first + bump if few else lax.dynamic_update_slice(x, x[:1, :1] + bump, (0, 0))
     return x, y
 
 
 def _turns(product: Product) -> int:
-    """How often the shorter loop takes each weight: some milliseconds, if products ran at the peak."""
+    """Number of passes over the weights in the shorter loop, for some milliseconds at peak speed."""
     device = chips.of_target()
     by_bytes = product.bytes / (device.bandwidth or 1e12)
     by_flops = product.flops / (device.bfloat16_flops or 1e14)
@@ -112,7 +114,7 @@ def _turns(product: Product) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A compiled product: what it computed, ``[M, N]``, and how to time it once more."""
+    """A compiled product: its output ``[M, N]``, and a function that times it once more."""
 
     y: jax.Array
     sample: Callable[[], float]
@@ -120,9 +122,9 @@ class Prepared:
 
 
 def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
-    """Compiles and warms up, as a loop or (``loop=False``) as a call; by the platform if None.
+    """Compiles and warms up, as a loop or (``loop=False``) as a call; None decides by platform.
 
-    Raises whatever the compiler or the device raises.
+    Raises any exception of the compiler or the device.
     """
     if not (on_accelerator() if loop is None else loop):
         x, weight = product.x, product.weights[0]
@@ -137,8 +139,9 @@ def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
         def chain(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             return _chain(product.run, weights, zero, carry[0])
 
-        # One program for both lengths, as a kernel may take seconds to compile. On a GPU the host reads the
-        # outer loop's condition, so nearly all turns are in the inner one, whose number of turns is static.
+        # One program serves both lengths, because a kernel may take seconds to compile. On a GPU the host
+        # reads the outer loop's condition, so nearly all iterations are in the inner loop, whose number of
+        # iterations is static.
         def inner(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             return lax.fori_loop(0, turns, chain, carry)
 
@@ -166,7 +169,7 @@ def _host_seconds(run: Callable[..., jax.Array], *arguments: Any) -> float:
 def take_turns[K: Hashable](
     prepared: Mapping[K, Prepared], repeats: int, seconds: float = math.inf
 ) -> dict[K, Timing]:
-    """Times each ``repeats`` times, or until the time is up, but three times at least."""
+    """Times each product ``repeats`` times alternately, or until the time is up but at least three times."""
     taken: dict[K, list[float]] = {name: [] for name in prepared}
     end = time.monotonic() + seconds
     for i in range(repeats):
@@ -178,7 +181,7 @@ def take_turns[K: Hashable](
 
 
 def rates(product: Product, timing: Timing) -> dict[str, Any]:
-    """What a time means: microseconds, and the shares of the device's bandwidth and matrix peak."""
+    """Converts a time to microseconds and percentages of the device's bandwidth and matrix peak."""
     device = chips.of_target()
     row: dict[str, Any] = {
         "microseconds": 1e6 * timing.median,
@@ -202,9 +205,9 @@ def rates(product: Product, timing: Timing) -> dict[str, Any]:
 
 
 def kernel_times(product: Product) -> dict[str, float]:
-    """Microseconds of one product by kernel, as the profiler saw them; empty where it sees none.
+    """Microseconds of one product by kernel, from the profiler; empty where it sees no kernels.
 
-    What lies between kernels is in none of them: the sum is less than what :func:`prepare` times.
+    Time between kernels is not included: the sum is less than the time that :func:`prepare` measures.
     """
     product.run(product.x, product.weights[0]).block_until_ready()
 
@@ -216,7 +219,7 @@ def kernel_times(product: Product) -> dict[str, float]:
 
 
 def profiled(run: Callable[[], object]) -> dict[str, tuple[float, int]]:
-    """Microseconds and launches of every kernel while ``run`` runs, those that take longest first."""
+    """Microseconds and launches of every kernel while ``run`` runs, longest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()

@@ -1,12 +1,12 @@
-"""Finds the fastest configuration of a kernel on the device at hand, and writes it into the user's table.
+"""Autotuning: finds a kernel's fastest configuration on this device, for the user's table.
 
     python -m bench.tune --shapes llama-2-7b --rows 1,16
 
-Candidates are tried from the heuristic outwards. Each is compiled, its values are held against float64, and
-it is timed briefly; the fastest few are then timed in turns (`bench.timing`: in a loop over weights that
-exceed the cache). Whatever is wrong, not finite or does not compile cannot win. The time is shared out among
-the products, and each result is written as soon as it is known, so an interrupted run loses nothing. Entries
-that are there already stay, unless ``--again``.
+Candidates are tried in order of their distance from the heuristic. Each is compiled, its values are compared
+with float64, and it is timed briefly; the fastest few are then timed alternately (`bench.timing`: in a loop
+over weights that exceed the cache). A candidate that is wrong, not finite or does not compile cannot win. The
+time is divided among the products, and each result is written as soon as it is known, so an interrupted run
+loses nothing. Existing entries are kept, unless ``--again``.
 """
 
 import argparse
@@ -43,15 +43,15 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "mosaic_tpu": {"strips": (8, 16, 32), "groups": (4, 8, 16), "join": (1, 2), "deep": (False, True)},
 }
-"""What is tried of each field; the others keep the heuristic's value."""
+"""Values to try for each field; other fields keep the heuristic's value."""
 
-TOLERANCE = 0.01  # of the largest output: x rounded to bfloat16 costs less
+TOLERANCE = 0.01  # of the largest output; rounding x to bfloat16 causes less
 FINALISTS = 4
 CANDIDATE_SECONDS = 240  # a candidate that takes longer hangs
 
 
 def candidates(start: Any, fields: dict[str, tuple[Any, ...]]) -> Iterator[Any]:
-    """``start``, then every combination of the fields that its class takes: those that differ least first."""
+    """Yields ``start``, then every valid combination of the fields, those that differ least first."""
     found = []
     for values in itertools.product(*fields.values()):
         try:
@@ -65,7 +65,7 @@ def candidates(start: Any, fields: dict[str, tuple[Any, ...]]) -> Iterator[Any]:
 
 
 def relative_error(found: jax.Array, wanted: np.ndarray) -> float:
-    """Largest difference over the largest wanted value; infinite where something is not finite."""
+    """Largest difference over the largest expected value; infinite if a value is not finite."""
     values = np.asarray(found, np.float64)
     if values.shape != wanted.shape or not np.isfinite(values).all():
         return math.inf
@@ -74,30 +74,30 @@ def relative_error(found: jax.Array, wanted: np.ndarray) -> float:
 
 @dataclasses.dataclass
 class Search:
-    """The candidates of one product that may win, and why the others may not."""
+    """The candidates of one product that may win, and the reasons why others failed."""
 
     works: dict[Any, tuple[Prepared, Timing]] = dataclasses.field(default_factory=dict)
     failed: dict[Any, str] = dataclasses.field(default_factory=dict)
 
     def attempt(self, config: Any, product: Product, wanted: np.ndarray) -> None:
-        """Compiles, checks and times one; keeps only the compiled programs that may still win."""
+        """Compiles, checks and times a candidate; keeps only the compiled programs that may still win."""
         try:
             prepared = prepare(product)
             error = relative_error(prepared.y, wanted)
             if not error <= TOLERANCE:
                 raise ValueError(f"values are wrong, relative error {error:.1e}")
             self.works[config] = prepared, take_turns({config: prepared}, 3)[config]
-        except Exception as error:  # compilers raise what they like, and the next candidate may do
+        except Exception as error:  # compilers raise anything, and the next candidate may work
             self.failed[config] = first_line(error)
             return
         for slow in sorted(self.works, key=lambda c: self.works[c][1].median)[FINALISTS:]:
             del self.works[slow]
 
     def best(self, repeats: int, seconds: float = math.inf) -> tuple[Any, Timing]:
-        """The fastest when all that are left take turns.
+        """Returns the fastest of the remaining candidates, timed alternately.
 
         Raises:
-          ValueError: none is left.
+          ValueError: no candidate is left.
         """
         if not self.works:
             reason = next(iter(self.failed.values()), "there was no time to try one")
@@ -109,7 +109,7 @@ class Search:
 def search(
     products: Iterable[tuple[Any, Product]], wanted: np.ndarray, end: float, limit: Limit | None = None
 ) -> Search:
-    """Tries configurations until the time ``end`` (monotonic), the first in any case."""
+    """Tries configurations until the time ``end`` (monotonic); the first is always tried."""
     found = Search()
     for i, (config, product) in enumerate(products):
         if i and time.monotonic() > end:
@@ -125,7 +125,7 @@ def search(
 def tune(
     kernel: Any, m: int, shape: tuple[int, int], arguments: argparse.Namespace, seconds: float
 ) -> dict[str, Any] | None:
-    """The fields of the fastest configuration of one product; prints how it compares. None if none works."""
+    """Returns the fastest configuration's fields for one product, None if none works; prints a comparison."""
     begin, limit = time.monotonic(), Limit(lambda sentence: print(f"bench.tune: {sentence}", flush=True))
     rng = np.random.default_rng(0)
     w = random_packed(shape, arguments.bits, arguments.group_size, rng)
@@ -156,7 +156,7 @@ def tune(
 
 
 def store(table: Path, name: str, key: str, fields: dict[str, Any]) -> None:
-    """Adds an entry; the file is written whole and then renamed."""
+    """Adds an entry; the file is written completely and then renamed."""
     content = autotune.read_table(table)
     content.setdefault(name, {})[key] = fields
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def store(table: Path, name: str, key: str, fields: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Tunes every shape for every number of rows."""
+    """Autotunes every shape for every number of rows."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--rows", default="1,8,16,32", help="rows of x, M")

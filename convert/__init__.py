@@ -1,4 +1,4 @@
-"""Other people's formats: Hugging Face directories, GGUF files, tokenizers; and the command line."""
+"""Readers and writers of other projects' formats (Hugging Face, GGUF, tokenizers), and the command line."""
 
 from convert.errors import ConvertError
 from convert.readers.load import load_source

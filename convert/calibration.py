@@ -1,8 +1,8 @@
-"""Calibration windows: of files, of the model's own writing, or of a mixture that needs neither file nor net.
+"""Calibration windows: from files, from text that the model writes, or from a built-in mixture.
 
-A model that was quantized to two bits forgets what its calibration text did not show. The mixture shows some
-of everything: what the model writes itself, articles, fiction, a manual, programs, and many languages
-(`convert/texts/README.md`).
+A model that was quantized to two bits forgets what its calibration text did not show. The mixture needs no
+file and no network and covers much: text that the model writes, articles, fiction, a manual, programs and
+many languages (`convert/texts/README.md`).
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from slim_jax.eval.windows import draw_windows
 SELF, MIX = "self", "mix"
 
 SHARES = {SELF: 0.3, "articles": 0.18, "fiction": 0.07, "manual": 0.09, "code": 0.11, "languages": 0.25}
-"""Of the mixture's windows."""
+"""Each part's share of the mixture's windows."""
 
 WriteText = Callable[[int, int, int], np.ndarray]
-"""``write(samples, length, seed)``: what the model writes, ``int32[samples, length]``."""
+"""``write(samples, length, seed)`` returns tokens that the model writes, ``int32[samples, length]``."""
 
 
 class Part(NamedTuple):
-    """A part of the calibration.
+    """One part of the calibration.
 
     Attributes:
       name: "self", one of the texts of the mixture, or a file's path.
-      share: of the windows, a part of the sum of all shares.
-      text: where the windows are cut from; None where the model writes them.
+      share: this part's share of the windows, relative to the sum of all shares.
+      text: the text that the windows are cut from; None where the model writes them.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 def parts(given: Sequence[str]) -> list[Part]:
-    """What `--calibration` names: ``mix``, ``self`` or files, each with a share behind a colon or without.
+    """Parses `--calibration`: ``mix``, ``self`` or files, each with an optional share after a colon.
 
     Raises:
       ValueError: a share is not a positive number, or a file is not UTF-8 text.
@@ -61,7 +61,7 @@ def _share(item: str) -> tuple[str, float]:
     try:
         share = float(tail)
     except ValueError:
-        return item, 1.0  # the colon is the path's own
+        return item, 1.0  # the colon belongs to the path
     if not colon:
         return item, 1.0
     if not 0 < share < float("inf"):
@@ -76,7 +76,7 @@ def _shipped(name: str) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """A file's text.
+    """Returns a file's text.
 
     Raises:
       ValueError: it is not UTF-8.
@@ -89,7 +89,7 @@ def read_text(path: Path) -> str:
 
 
 def counts(given: Sequence[Part], samples: int) -> list[int]:
-    """How many of ``samples`` windows each part gives, as near to its share as whole numbers allow."""
+    """Number of the ``samples`` windows that each part gives, as near to its share as whole numbers allow."""
     exact = np.asarray([part.share for part in given]) * samples / sum(part.share for part in given)
     whole = np.floor(exact).astype(int)
     for index in np.argsort(whole - exact, kind="stable")[: samples - whole.sum()]:
@@ -98,12 +98,12 @@ def counts(given: Sequence[Part], samples: int) -> list[int]:
 
 
 def written(given: Sequence[Part], samples: int) -> int:
-    """How many of ``samples`` windows the model writes."""
+    """Number of the ``samples`` windows that the model writes."""
     return sum(count for part, count in zip(given, counts(given, samples)) if part.text is None)
 
 
 def recipe(given: Sequence[Part], *numbers: int) -> list[Any]:
-    """What :func:`draw` goes by, as JSON values: texts by their SHA-256, and its numbers."""
+    """Everything that determines what :func:`draw` returns, as JSON values; texts by their SHA-256."""
     texts = [None if p.text is None else hashlib.sha256(p.text.encode()).hexdigest() for p in given]
     return [*zip(texts, (part.share for part in given)), *numbers]
 
@@ -116,18 +116,18 @@ def draw(
     length: int,
     seed: int,
 ) -> Int32[np.ndarray, "samples length"]:
-    """The windows of all parts, in an order drawn by ``seed``; of one part alone, as they come.
+    """Returns the windows of all parts, shuffled by ``seed``; a single part's windows keep their order.
 
     Args:
       given: see :func:`parts`.
-      encode: tokens of a text; None where there is no tokenizer.
-      write: the model's own writing.
-      samples: windows.
-      length: tokens of each.
-      seed: equal seeds give equal windows.
+      encode: maps a text to its tokens; None where there is no tokenizer.
+      write: returns windows that the model writes.
+      samples: number of windows.
+      length: tokens per window.
+      seed: the same seed gives the same windows.
 
     Raises:
-      ValueError: there is no tokenizer though there is a text, or a text is shorter than one window.
+      ValueError: a part is text but there is no tokenizer, or a text is shorter than one window.
     """
     windows = []
     for index, (part, count) in enumerate(zip(given, counts(given, samples))):
@@ -139,7 +139,7 @@ def draw(
         if encode is None:
             raise ValueError(f"{part.name} needs the model's tokenizer, of which there is none: use self")
         tokens = np.asarray(encode(part.text), np.int32)
-        if part.name in SHARES and len(tokens) < length:  # a long window shows a short text more than once
+        if part.name in SHARES and len(tokens) < length:  # a short text is repeated to fill a long window
             tokens = np.resize(tokens, length)
         if len(tokens) < length:
             raise ValueError(f"{part.name} has {len(tokens)} tokens, expected at least {length} (--length)")

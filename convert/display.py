@@ -1,4 +1,4 @@
-"""What the command line shows on a terminal: lines, progress, text as it grows, the table of layers."""
+"""Terminal output of the command line: lines, progress, streamed text, and the table of layers."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_json(document: dict[str, Any], indent: int | None = 2) -> None:
-    """A document on standard output; numbers that JSON has not are null there, and a line says which."""
+    """Prints a document as JSON; numbers that JSON lacks become null, with a note that names them."""
     typer.echo(json.dumps(_finite(document, ""), indent=indent, allow_nan=False))
 
 
@@ -32,7 +32,7 @@ def _finite(value: Any, where: str) -> Any:
 
 
 def print_result(result: dict[str, Any], line: str, as_json: bool) -> None:
-    """A line on standard output, or the result as JSON."""
+    """Prints the line on standard output, or the result as JSON."""
     if as_json:
         print_json(result)
     else:
@@ -40,13 +40,13 @@ def print_result(result: dict[str, Any], line: str, as_json: bool) -> None:
 
 
 def say(line: str) -> None:
-    """One line on standard error; what a terminal would obey, or cannot show, is spelt out."""
+    """Prints one line on standard error; control and unprintable characters are escaped."""
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(line.split()))
     typer.echo(f"slim-jax: {''.join(shown)}", err=True)
 
 
 class Progress:
-    """A call is a finished step with figures to show: a bar on a terminal, else some lines."""
+    """Progress of a task: a bar on a terminal, else about ten lines. Calling it finishes one step."""
 
     def __init__(self, what: str, total: int, bar: Any = None) -> None:
         self.what, self.total, self.bar = what, total, bar
@@ -62,14 +62,14 @@ class Progress:
             typer.echo(f"{self.what} {self.done}/{self.total}  {figures}".rstrip(), err=True)
 
     def show(self, figures: str) -> None:
-        """Figures of the step that is under way."""
+        """Shows figures of the step that is under way."""
         if self.bar is not None:
             self.bar.update(self.task, figures=figures)
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Progress]:
-    """Shows progress on standard error while the block runs; yields what to call at every step."""
+    """Shows progress on standard error while the block runs; yields a callable to call at every step."""
     from rich import progress as rich_progress
 
     console = _console(stderr=True)
@@ -88,24 +88,24 @@ def progress(what: str, total: int) -> Iterator[Progress]:
 
 
 class Stream:
-    """Prints a text as it grows, and counts how fast."""
+    """Prints a text as it is generated, and measures the rate."""
 
     def __init__(self, text: "Text") -> None:
         self.text, self.times = text, list[float]()
 
     def take(self, row: int, token: int) -> bool:
-        """The next token of the one row; whether the row ends with it."""
+        """Takes the next token of the single row; returns True if the row ends with it."""
         self.times.append(time.monotonic())
         stopped = self.text.take(token)
         self._show(self.text.news())
         return stopped
 
     def close(self) -> None:
-        """Prints what was held back."""
+        """Prints the text that was held back."""
         self._show(self.text.news(final=True) + "\n")
 
     def rate(self) -> str:
-        """How many tokens, and how many a second after the first, whose time is that of the prompt."""
+        """Number of tokens, and tokens per second after the first, whose time includes the prefill."""
         count, seconds = len(self.times), self.times[-1] - self.times[0] if self.times else 0.0
         return f"{count} token{'' if count == 1 else 's'}" + (
             f", {(count - 1) / seconds:.1f} tokens/s" if seconds > 0 else ""
@@ -117,7 +117,7 @@ class Stream:
 
 
 def layer_kinds(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Layers by what they are: ``blocks.7.attn.q`` is an ``attn.q``."""
+    """Groups layers by kind: ``blocks.7.attn.q`` is an ``attn.q``."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:
         parts = [part for part in layer["name"].split(".") if part != "blocks" and not part.isdigit()]
@@ -126,7 +126,7 @@ def layer_kinds(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, An
 
 
 def _console(*, stderr: bool = False) -> Any:
-    """A terminal for names of others: a bracket or a colon in them is no markup."""
+    """Console that prints foreign names literally: brackets and colons are not markup."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False)
@@ -182,7 +182,7 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
 
 
 def print_plan(name: str, plan: "Plan", duration: str) -> None:
-    """A plan in words and gibibytes; ``duration`` is that of the quantization on this machine."""
+    """Prints a plan in words and GiB; ``duration`` is that of the quantization on this machine."""
     from rich.table import Table
 
     def gib(size: int) -> str:

@@ -1,6 +1,6 @@
-"""The page ``report.html``: what was quantized and how well. One file, no scripts, nothing fetched.
+"""The page ``report.html``: sizes, bits and errors of a checkpoint, in one file without scripts or links.
 
-The manifest may be a stranger's: whatever the page takes from it is escaped, numbers too.
+The manifest may come from a stranger, so everything that the page takes from it is escaped.
 """
 
 import html
@@ -17,7 +17,7 @@ COLORS = {
     5: "#f46d43", 6: "#d53e4f", 7: "#9e0142", 8: "#6b0030",
 }  # fmt: skip
 MOST_GROUPS = 1 << 16
-"""Of a layer that is drawn."""
+"""Uniform layers with more groups than this are not drawn."""
 PARTS = {
     "codes": "#3288bd",
     "scales": "#66c2a5",
@@ -56,10 +56,10 @@ svg.chart { background: none; width: 100%; height: 9rem; border-bottom: 1px soli
 
 
 def write_report(checkpoint: str | Path, file: Path) -> None:
-    """Writes the page of a checkpoint, local or on the hub.
+    """Writes the report page of a checkpoint, local or on the hub.
 
     Raises:
-      CheckpointError: there is no finished checkpoint.
+      CheckpointError: the checkpoint is missing or unfinished.
       OSError: the file cannot be written.
     """
     manifest = read_manifest(find(checkpoint, weights=False))
@@ -67,11 +67,11 @@ def write_report(checkpoint: str | Path, file: Path) -> None:
 
 
 def report_page(title: str, manifest: Manifest) -> str:
-    """A checkpoint as an HTML page.
+    """Returns the report page of a checkpoint as HTML.
 
     Args:
       title: of the page, such as the checkpoint's name.
-      manifest: what `slim.json` says.
+      manifest: the contents of `slim.json`.
     """
     found, title = summary(manifest), _text(title)
     sections = [_tiles(found, manifest), _where(manifest)]
@@ -91,7 +91,7 @@ def report_page(title: str, manifest: Manifest) -> str:
 
 
 def _tiles(found: dict[str, Any], manifest: Manifest) -> str:
-    """The figures that matter most."""
+    """Tiles with the main figures: size, bits per weight, parameters and method."""
     smaller = 2 * found["parameters"] / found["bytes"]
     tiles = [
         (f"{found['bytes'] / 1e6:,.1f} MB", f"in all, {smaller:.2f} times smaller than in bfloat16"),
@@ -114,7 +114,7 @@ def _key(colors: dict[str, str]) -> str:
 
 
 def byte_parts(manifest: Manifest) -> dict[str, int]:
-    """Bytes of all arrays by what they are, in the order of :data:`PARTS`."""
+    """Bytes of all arrays by category, in the order of :data:`PARTS`."""
     parts = dict.fromkeys(PARTS, 0)
     for block, entry in manifest.entries:
         for name, (shape, kind) in entry.arrays.items():
@@ -128,7 +128,7 @@ def byte_parts(manifest: Manifest) -> dict[str, int]:
 
 
 def _where(manifest: Manifest) -> str:
-    """One bar: where the bytes went."""
+    """Bar that shows which share of the bytes each category takes."""
     parts = {name: size for name, size in byte_parts(manifest).items() if size}
     total = sum(parts.values())
     told = {f"{name} {size / 1e6:,.2f} MB ({size / total:.1%})": PARTS[name] for name, size in parts.items()}
@@ -140,7 +140,7 @@ def _where(manifest: Manifest) -> str:
 
 
 def _heat_map(found: dict[str, Any], manifest: Manifest) -> str:
-    """The bits of every group, a panel for each kind of layer; of uniform layers too."""
+    """Maps of every group's bits, one panel for each kind of layer, uniform layers included."""
     given: dict[str, list[int]] = {}
     for block in manifest.blocks:
         given |= {} if block.report is None else block.report.allocation
@@ -164,7 +164,7 @@ def _heat_map(found: dict[str, Any], manifest: Manifest) -> str:
 
 
 def _panel(kind: str, layers: Sequence[dict[str, Any]], rows: Sequence[Sequence[int]]) -> str:
-    """A row for each layer, a cell for each group; runs of one width are one shape."""
+    """Map of one kind of layer: a row per layer, a cell per group; equal neighbours form one shape."""
     paths: dict[int, list[str]] = {}
     for y, groups in enumerate(rows):
         start = 0
@@ -189,7 +189,7 @@ def _panel(kind: str, layers: Sequence[dict[str, Any]], rows: Sequence[Sequence[
 
 
 def _errors(manifest: Manifest) -> str:
-    """A bar for each block: the mean error of its layers' outputs."""
+    """Chart of each block's mean layer output error."""
     means = []
     for block in manifest.blocks:
         errors = [layer.error for layer in layer_reports(block)]
@@ -202,7 +202,7 @@ def _errors(manifest: Manifest) -> str:
 
 
 def _losses(manifest: Manifest) -> str:
-    """Where blocks were learned: two bars for each, before and after."""
+    """Chart of each learned block's loss before and after learning."""
     reports = [None if block.report is None else block.report.learning for block in manifest.blocks]
     if not any(found and found.losses for found in reports):
         return ""
@@ -219,7 +219,7 @@ def _losses(manifest: Manifest) -> str:
 def _chart(
     title: str, note: str, series: Sequence[Sequence[float]], told: Sequence[str], colors: Sequence[str]
 ) -> str:
-    """Bars from zero, those of one block side by side."""
+    """Bar chart from zero; the bars of one block stand next to each other."""
     highest = max(map(max, series)) or 1.0
     count, width = len(told), 0.8 / len(series)
     bars = []
@@ -245,7 +245,7 @@ def _table(found: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value of the manifest as the page shows it."""
+    """Escapes a value of the manifest for HTML."""
     return html.escape(str(value))
 
 

@@ -1,7 +1,7 @@
-"""Scores that people know: a model as EleutherAI's lm-evaluation-harness (`lm_eval`) asks for one.
+"""Benchmark scores: a model as EleutherAI's lm-evaluation-harness (`lm_eval`) expects it.
 
-:class:`Scores` answers the harness's requests and needs nothing of it; :func:`evaluate` hands the harness a
-model, and so needs it: ``pip install slim-jax[scores]``. Only there is it imported, and it needs no PyTorch.
+:class:`Scores` answers the harness's requests and does not import it. :func:`evaluate` runs the harness on a
+model and needs ``pip install slim-jax[scores]``. Neither needs PyTorch.
 """
 
 import contextlib
@@ -27,27 +27,27 @@ from slim_jax.store.source import Source, read_decoder
 
 NAME = "slim-jax"
 ROWS = 16
-"""Requests for text that are answered at once."""
+"""Generation requests that are answered at once in one batch."""
 MAX_TOKENS = 256
-"""Tokens of an answer, where a task does not say: the harness's own default."""
+"""Tokens of an answer if the task sets no limit: the harness's own default."""
 HOW_LONG = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 Ids = list[int]
 Requests = Sequence[Any]
-"""The harness's ``Instance``s, of which only ``args`` is read."""
+"""The harness's ``Instance`` objects; only ``args`` is read."""
 
 
 class Scores:
     """A model that answers the three kinds of requests of the harness's ``LM``, in the requests' order.
 
     Args:
-      model: dense or packed.
-      tokenizer: its own.
+      model: the decoder, dense or packed.
+      tokenizer: the model's tokenizer.
     """
 
     def __init__(self, model: Decoder, tokenizer: Any) -> None:
-        super().__init__()  # the harness's, where this is mixed with it
+        super().__init__()  # calls the harness's LM.__init__ where that class is mixed in
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
 
     @functools.cached_property
@@ -60,10 +60,10 @@ class Scores:
 
     @property
     def prefix(self) -> int:
-        """The token that a text without a context comes after.
+        """Token that precedes a text without context.
 
         Raises:
-          ConvertError: the tokenizer has neither a first nor a last token.
+          ConvertError: the tokenizer has neither a BOS nor an EOS token.
         """
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
@@ -71,7 +71,7 @@ class Scores:
         raise ConvertError("the tokenizer has neither bos_token nor eos_token, expected one")
 
     def loglikelihood(self, requests: Requests) -> list[tuple[float, bool]]:
-        """Of ``(context, continuation)``: the log-probability, and whether greedy decoding would write it."""
+        """Log-probability of each ``(context, continuation)``, and whether it is the greedy one."""
         pairs = [self._pair(*request.args) for request in requests]
         found = self._judge("log-likelihoods", pairs)
         for request, result in zip(requests, found):
@@ -79,7 +79,7 @@ class Scores:
         return found
 
     def loglikelihood_rolling(self, requests: Requests) -> list[float]:
-        """Of ``(text,)``: the log-probability of all its tokens, in windows as long as the model allows."""
+        """Log-probability of all tokens of each ``(text,)``, in windows as long as the model allows."""
         windows = [list(self._windows(self._encode(request.args[0]))) for request in requests]
         judged = iter(self._judge("windows", list(itertools.chain(*windows))))
         found = [float(sum(log_p for log_p, _ in itertools.islice(judged, len(own)))) for own in windows]
@@ -88,7 +88,7 @@ class Scores:
         return found
 
     def generate_until(self, requests: Requests) -> list[str]:
-        """Of ``(context, options)``: what the model writes, up to the first of ``options["until"]``."""
+        """Text that the model writes for each ``(context, options)``, up to one of ``options["until"]``."""
         found: dict[int, str] = {}
         ids = [self._encode(request.args[0]) or [self.prefix] for request in requests]
 
@@ -108,17 +108,17 @@ class Scores:
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells the tokenizer's chat template from others, for the harness's cache."""
+        """Name that distinguishes this tokenizer's chat template in the harness's cache."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The model's own chat template, if one is asked for."""
+        """Returns the model's own chat template, if one is asked for."""
         return self.tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the model's own chat template writes it."""
+        """Renders a conversation with the model's chat template."""
         return as_template(
             self.tokenizer,
             chat_history,
@@ -127,14 +127,16 @@ class Scores:
         )
 
     def _encode(self, text: str, **how: Any) -> Ids:
-        """Token ids; with what the tokenizer puts before a text, unless the text begins with it."""
+        """Returns token ids; no special tokens are added to a text that already begins with the prefix."""
         if not how and text.startswith(self.tokenizer.decode([self.prefix])):
             how = {"add_special_tokens": False}
         return list(self.tokenizer(text, verbose=False, **how)["input_ids"])
 
     def _pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        """Tokens of both. They are encoded together and cut where the context alone ends, since tokens may
-        reach over the border; spaces go with the word that follows. All as in the harness's own models."""
+        """Returns the tokens of both, encoded together and split where the context alone ends.
+
+        Tokens may cross the border, and spaces go with the word that follows, as in the harness's own models.
+        """
         if not context.strip():
             continuation = context + continuation
             whole = self._encode(continuation, add_special_tokens=False)
@@ -151,9 +153,11 @@ class Scores:
         return whole[:split], whole[split:]
 
     def _windows(self, tokens: Ids) -> Iterator[tuple[Ids, Ids]]:
-        """Contexts and continuations in which each of ``tokens`` is predicted once. The last window reaches
-        back as far as there are positions. A text begins after :attr:`prefix`, even where its tokens begin
-        with one: the harness counts so."""
+        """Yields contexts and continuations such that each of ``tokens`` is predicted once.
+
+        The last window's context is as long as the positions allow. The text always follows :attr:`prefix`,
+        even where its tokens already begin with it: the harness counts this way.
+        """
         most, begun = self.config.max_positions, [self.prefix, *tokens]
         for start in range(0, len(tokens), most):
             end = min(start + most, len(tokens))
@@ -170,7 +174,7 @@ class Scores:
             return [(log_p, greedy) for log_p, greedy in judge(self.reader, pairs, on_judged=judged)]
 
     def _write(self, prompts: list[Ids], options: dict[str, Any]) -> list[str]:
-        """Texts for prompts that share their options, as many rows at once as a power of two."""
+        """Generates texts for prompts that share their options; pads the batch to a power of two."""
         most = int(next((options[name] for name in HOW_LONG if options.get(name) is not None), MAX_TOKENS))
         room = self.config.max_positions - most
         if room < 1:
@@ -179,7 +183,7 @@ class Scores:
             )
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
-        special = self.tokenizer.get_added_vocab()  # these are not in a text, so a text cannot end by them
+        special = self.tokenizer.get_added_vocab()  # decoded text lacks added tokens: match by id
         stop = {*self.config.eos_token_ids, *(special[text] for text in until if text in special)}
         if self.tokenizer.eos_token_id is not None:
             stop.add(self.tokenizer.eos_token_id)
@@ -199,15 +203,17 @@ class Scores:
         return [text.text for text in texts]
 
     def _keep(self, kind: str, args: tuple[Any, ...], result: Any) -> None:
-        """Into the harness's cache of answers, where it has one."""
+        """Stores a result in the harness's cache of answers, if it has one."""
         hook = getattr(self, "cache_hook", None)
         if hook is not None:
             hook.add_partial(kind, args, result)
 
 
 def require_harness() -> None:
-    """Raises:
-    ConvertError: lm_eval is not installed.
+    """Checks that the harness is installed.
+
+    Raises:
+      ConvertError: lm_eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConvertError("scores need the package lm_eval: pip install 'slim-jax[scores]'")
@@ -215,7 +221,7 @@ def require_harness() -> None:
 
 @functools.cache
 def harness_class() -> type:
-    """The harness's model class, known to it as ``slim-jax`` with the argument ``pretrained`` from then on.
+    """Returns the harness's model class, and registers it as ``slim-jax`` with the argument ``pretrained``.
 
     Raises:
       ConvertError: lm_eval is not installed.
@@ -225,7 +231,7 @@ def harness_class() -> type:
     from lm_eval.api.registry import register_model
 
     class HarnessScores(Scores, LM):
-        """:class:`Scores` that the harness takes, and makes by name: ``pretrained=SOURCE``."""
+        """:class:`Scores` as a model class of the harness, which creates it from ``pretrained=SOURCE``."""
 
         def __init__(
             self,
@@ -233,7 +239,7 @@ def harness_class() -> type:
             tokenizer: Any = None,
             *,
             pretrained: str | None = None,
-            batch_size: Any = None,  # these three the harness always gives; JAX and lengths decide
+            batch_size: Any = None,  # the harness always passes these three; they are ignored
             max_batch_size: Any = None,
             device: Any = None,
         ) -> None:
@@ -255,24 +261,24 @@ def evaluate(
     fewshot: int | None = None,
     folder: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The harness's results of a model, dense or packed.
+    """Runs the harness on a model, dense or packed, and returns its results.
 
     Args:
-      source: of the model, with a tokenizer.
+      source: the model, with a tokenizer.
       tasks: names of tasks, groups of tasks, or tags.
-      limit: at most so many questions of each task; all if None.
-      fewshot: solved questions before each; what the task says if None.
-      folder: where there are more tasks, YAML files of the harness's kind.
+      limit: maximum number of questions of each task; None for all.
+      fewshot: solved questions before each question; None for the task's own number.
+      folder: folder with more tasks, YAML files of the harness's kind.
 
     Returns:
-      For each task and group its measures, by the names that the harness gives them (``acc,none``).
+      The measures of each task and group, by the harness's names (``acc,none``).
 
     Raises:
-      ConvertError: lm_eval is not installed, or there is no such task.
+      ConvertError: lm_eval is not installed, or a task does not exist.
     """
     require_harness()
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap forks, which JAX's threads do not survive
-    with contextlib.redirect_stdout(sys.stderr):  # it prints tables and notes
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap forks, which breaks with JAX's threads
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints tables and notes
         import lm_eval
         from lm_eval.tasks import TaskManager
 

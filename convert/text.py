@@ -1,4 +1,4 @@
-"""Text that grows token by token, and conversations as a model's chat template writes them."""
+"""Streamed text, token by token, and conversations rendered with a model's chat template."""
 
 import contextlib
 import signal
@@ -9,46 +9,47 @@ from typing import Any
 from convert.errors import ConvertError, first_line
 
 TEMPLATE_SECONDS = 5.0
-"""So long a chat template may take, which is a program of the model's."""
+"""Time limit of a chat template, which is a program that comes with the model."""
 HELD = 8
-"""Tokens that wait for the rest of a character, at most: one has four bytes."""
+"""Tokens that wait for the rest of a character, at most; a character has at most four bytes."""
 CONTEXTS = (16, 256)
-"""Tokens of a prompt that are looked at, from its end; all of it where these begin inside a character."""
+"""Numbers of last prompt tokens to try as context; the whole prompt if both begin inside a character."""
 PARTIAL = "\ufffd"
 
 
 class Text:
-    """The text of one row as its tokens come: never half a character, and nothing from a stop string on.
+    """The text of one row as its tokens arrive: never half a character, never a stop string.
 
-    A token's text depends on its neighbours (spaces, characters of several tokens), so it is what it adds to
-    that of the few tokens before it. Together with the prompt's text it is that of all tokens.
+    A token's text depends on its neighbours (spaces, characters that span tokens), so each token's text is
+    the difference that it makes to the text of the few tokens before it. The prompt's text followed by this
+    text is the text of all tokens.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       stop: strings that end the text.
-      prompt: the tokens that the text continues; where there are none, it begins a text of its own.
+      prompt: the tokens that the text continues; if empty, the text stands on its own.
 
     Attributes:
       ids: the tokens so far.
-      stopped: whether a stop string came.
+      stopped: True if a stop string came.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.ids: list[int] = []
         self.stopped = False
-        self._window = self._context(list(prompt))  # tokens that are told, then those that wait
+        self._window = self._context(list(prompt))  # tokens already emitted, then pending ones
         self._known, self._given = len(self._window), len(self._decode(self._window))
-        self._parts: list[str] = []  # of the text, `_told` of them told
+        self._parts: list[str] = []  # of the text; `_told` of them were returned by `news`
         self._told, self._tail, self._partial = 0, "", ""
 
     @property
     def text(self) -> str:
-        """All so far, up to the first of the stop strings."""
+        """The whole text so far, up to the first stop string."""
         return "".join([*self._parts, self._tail, self._partial])
 
     def take(self, token: int) -> bool:
-        """The next token; whether the row ends with it."""
+        """Takes the next token; returns True if a stop string ended the row."""
         self.ids.append(token)
         text = self._tail + self._added(token)
         ends = [at for at in map(text.find, self.stop) if at >= 0]
@@ -60,7 +61,7 @@ class Text:
         return self.stopped
 
     def news(self, *, final: bool = False) -> str:
-        """The text since the last call; what may yet change is held back, unless this is the last."""
+        """Returns the text since the last call; text that may still change is held back unless ``final``."""
         if final:
             self._parts += [self._tail, self._partial]
             self._tail = self._partial = ""
@@ -73,12 +74,12 @@ class Text:
         return self.tokenizer.decode(ids, **how) if ids else ""
 
     def _context(self, prompt: list[int]) -> list[int]:
-        """The end of a prompt, from a character's beginning on."""
+        """Returns the end of a prompt, beginning at a character boundary."""
         ends = (prompt[-count:] for count in CONTEXTS)
         return next((end for end in ends if not self._decode(end).startswith(PARTIAL)), prompt)
 
     def _added(self, token: int) -> str:
-        """Whole characters that ``token`` adds."""
+        """Returns the whole characters that ``token`` adds."""
         self._window.append(token)
         now = self._decode(self._window)
         whole = now.rstrip(PARTIAL) if len(self._window) - self._known < HELD else now
@@ -88,19 +89,19 @@ class Text:
         elif new:
             del self._window[: self._known]
             self._known, self._given = len(self._window), len(self._decode(self._window))
-        elif not self._decode([token, token]):  # such as a special one; a space may be seen by the next
+        elif not self._decode([token, token]):  # such as a special token
             self._window.pop()
         return new
 
 
 def _begun(text: str, stop: str) -> int:
-    """Characters at the end of ``text`` that may be the beginning of ``stop``."""
+    """Number of characters at the end of ``text`` that may begin ``stop``."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises ``TimeoutError`` in the block after so long, in the main thread, where signals arrive."""
+    """Raises ``TimeoutError`` in the block after ``seconds``; only in the main thread, which gets signals."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -118,25 +119,25 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def as_template(tokenizer: Any, messages: Sequence[dict[str, str]], **how: bool) -> str:
-    """A conversation as a model's chat template writes it, in jinja's sandbox; ``how`` as in transformers.
+    """Renders a conversation with a model's chat template, in jinja's sandbox; ``how`` as in transformers.
 
     Raises:
-      ConvertError: the template refuses the conversation, or does not end.
+      ConvertError: the template raises an error or exceeds the time limit.
     """
     try:
         with _time_limit(TEMPLATE_SECONDS):
             return tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template can raise anything
         raise ConvertError(f"the chat template refuses: {first_line(error)}") from None
 
 
 class Conversation:
-    """Messages, and the tokens that a model is to continue.
+    """Messages of a conversation, and the prompt tokens that the model is to continue.
 
     Args:
-      tokenizer: with a chat template.
-      name: of the model, for messages.
-      system: what the model is told first.
+      tokenizer: a tokenizer with a chat template.
+      name: the model's name, for messages.
+      system: the system message, if any.
 
     Raises:
       ConvertError: the tokenizer has no chat template.
@@ -154,18 +155,18 @@ class Conversation:
         self.messages.append({"role": role, "content": content})
 
     def prompt(self) -> list[int]:
-        """The conversation so far, and the beginning of an answer.
+        """Returns the tokens of the conversation so far, followed by the beginning of an answer.
 
         Raises:
-          ConvertError: the template refuses the conversation.
+          ConvertError: the template fails on the conversation.
         """
         return self._encode(self._write([*self.system, *self.messages], answer=True))
 
     def end_of_turn(self) -> list[int]:
-        """The token that the template writes after an answer, where it is a special one.
+        """Returns the token that the template writes after an answer, if it is a special token.
 
         Raises:
-          ConvertError: the template refuses the conversation, such as one with a system's message.
+          ConvertError: the template fails, for instance because it allows no system message.
         """
         mark = "-answer-"
         turns = [{"role": "user", "content": "-question-"}, {"role": "assistant", "content": mark}]

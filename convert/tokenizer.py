@@ -1,4 +1,4 @@
-"""Tokenizers, always as transformers' ``PreTrainedTokenizerFast``: from directories, rebuilt from GGUF."""
+"""Tokenizers as transformers' ``PreTrainedTokenizerFast``, from directories or rebuilt from GGUF metadata."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from convert.errors import ConvertError, first_line, listed
 
-# transformers says at import that PyTorch is missing. It is meant to be.
+# transformers warns at import that PyTorch is missing, which is intended here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -24,13 +24,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of a Hugging Face directory or of one of our checkpoints.
+    """Loads the tokenizer of a Hugging Face directory or of one of our checkpoints.
 
-    No Python of the directory runs, and nothing is asked: where ``auto_map`` names some, ``tokenizer.json``
-    does without it.
+    No Python code from the directory runs, and the user is not asked: where ``auto_map`` names some code,
+    ``tokenizer.json`` is used without it.
 
     Raises:
-      ConvertError: there is none, it cannot be read, or it needs Python of the directory.
+      ConvertError: there is no tokenizer, it cannot be read, or it needs Python code from the directory.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -40,7 +40,7 @@ def load_tokenizer(directory: str | Path) -> Any:
     only_model = not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     if only_model and importlib.util.find_spec("sentencepiece") is None:
         raise ConvertError(f"{directory} has only tokenizer.model, which needs: pip install sentencepiece")
-    # tokenizer.json says everything; a tokenizer class may differ
+    # tokenizer.json is complete; a tokenizer class may deviate from it
     loader = PreTrainedTokenizerFast if (directory / "tokenizer.json").is_file() else AutoTokenizer
     try:
         found = loader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
@@ -51,7 +51,7 @@ def load_tokenizer(directory: str | Path) -> Any:
                 " is not run, expected tokenizer.json"
             ) from None
         raise ConvertError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
-    found.init_kwargs.pop("auto_map", None)  # what we write has no such file
+    found.init_kwargs.pop("auto_map", None)  # we do not write that file
     return found
 
 
@@ -61,14 +61,14 @@ def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
-    """The tokenizer that a GGUF's metadata describes.
+    """Builds the tokenizer that a GGUF's metadata describes.
 
     Args:
-      metadata: the file's key-value pairs, ``tokenizer.ggml.*`` among them.
-      name: of the file, for messages.
+      metadata: the file's key-value pairs, including ``tokenizer.ggml.*``.
+      name: the file's name, for messages.
 
     Raises:
-      ConvertError: there is no vocabulary, or it is of a kind that is not supported.
+      ConvertError: the vocabulary is missing or of an unsupported kind.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -90,7 +90,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
 
 
 def _build(own: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer and its special tokens."""
+    """Returns the tokenizer and its special tokens."""
     tokens, kind = own["tokens"], own.get("model")
     if kind == "gpt2":
         tokenizer = _byte_level(own)
@@ -122,7 +122,7 @@ def _special_tokens(own: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _words(pre: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into words before the merges, by llama.cpp's name of it.
+    """Returns the pre-tokenizer that splits text into words, by llama.cpp's name.
 
     Raises:
       ConvertError: the name is not known.
@@ -146,7 +146,7 @@ def _words(pre: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _byte_level(own: Mapping[str, Any]) -> Tokenizer:
-    """GPT-2's byte-level BPE: tokens and merges are given, the cut into words has a name."""
+    """Builds GPT-2's byte-level BPE from tokens, merges and the name of the pre-tokenizer."""
     pre = own.get("pre", "default")
     words = _words(pre)
     merges = [tuple(merge.split(" ", 1)) for merge in own.get("merges") or ()]
@@ -160,9 +160,9 @@ def _byte_level(own: Mapping[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece(own: Mapping[str, Any]) -> Tokenizer:
-    """SentencePiece's BPE with byte fallback; merges are ranked by the scores of what they make.
+    """Builds SentencePiece's BPE with byte fallback; merges are ranked by the scores of their results.
 
-    As in transformers' Llama tokenizer, and unlike SentencePiece, ``<unk>`` or ``<s>`` in a text is that
+    As in transformers' Llama tokenizer, and unlike SentencePiece, ``<unk>`` or ``<s>`` in a text becomes that
     token, and text after a special token begins with a space of its own.
     """
     tokens, types = own["tokens"], own.get("token_type") or [NORMAL] * len(own["tokens"])
@@ -186,7 +186,7 @@ def _sentencepiece(own: Mapping[str, Any]) -> Tokenizer:
 
 
 def _merges(pieces: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two, best score first, as SentencePiece would take them."""
+    """Every way to join two pieces to a third, best score first, in SentencePiece's order."""
     ranked = [
         (-scores[i], i, cut, (piece[:cut], piece[cut:]))
         for piece, i in pieces.items()

@@ -1,4 +1,4 @@
-"""What tests of the command line share: a tiny model with a tokenizer and texts, commands run in process."""
+"""Helpers for tests of the command line: a tiny model with tokenizer and texts, commands run in process."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ QUANTIZE = ["--bits", "2", "--group-size", "32", "--samples", "4", "--length", "
 
 
 def tiny_golden() -> Golden:
-    """A golden's architecture, four times as wide, so that layers have several groups."""
+    """A golden model's architecture with random weights, four times as wide, for several groups per layer."""
     golden = load_golden("llama_gqa_tied")
     rng = np.random.default_rng(0)
 
@@ -32,7 +32,7 @@ def tiny_golden() -> Golden:
 
 
 def write_model(directory: Path, *, shards: int = 1) -> Path:
-    """The tiny model with a tokenizer of 64 words."""
+    """Writes the tiny model with a tokenizer of 64 words."""
     write_hf(tiny_golden(), directory, shards=shards)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,14 +42,14 @@ def write_model(directory: Path, *, shards: int = 1) -> Path:
 
 
 def write_text(path: Path, words: int, seed: int) -> Path:
-    """Random words."""
+    """Writes a text of random words."""
     ids = np.random.default_rng(seed).integers(3, 64, words)
     path.write_text(" ".join(WORDS[i] for i in ids))
     return path
 
 
 def make_room(room: Path) -> Path:
-    """Fills a directory with a model, texts, and a quantized checkpoint ``q2`` of it."""
+    """Fills a directory with a model, texts, and a quantized checkpoint ``q2`` of the model."""
     write_model(room / "hf")
     write_text(room / "calib.txt", 300, 1)
     write_text(room / "test.txt", 200, 2)
@@ -60,14 +60,14 @@ def make_room(room: Path) -> Path:
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Standard output of a command that succeeds."""
+    """Runs a command that succeeds; returns its standard output."""
     capsys.readouterr()
     assert run([str(a) for a in arguments]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a command says to its user's mistake."""
+    """Runs a command with a user's mistake; returns the one line that it prints."""
     capsys.readouterr()
     status = run([str(a) for a in arguments])
     captured = capsys.readouterr()
@@ -80,12 +80,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def names(folder: Path) -> list[str]:
-    """What is in a folder."""
+    """Names of the entries of a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def same_weights(a: Path, b: Path) -> bool:
-    """Whether two checkpoints hold the same, bit for bit."""
+    """True if two checkpoints hold the same arrays, bit for bit."""
     leaves = [jax.tree.leaves(checkpoint.load(path)) for path in (a, b)]
     assert len(leaves[0]) == len(leaves[1])
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(*leaves))

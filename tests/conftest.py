@@ -1,8 +1,8 @@
-"""Strictness for every test: shapes never broadcast by rank, annotations are checked as the code runs.
+"""Strict settings for every test: no rank promotion; type annotations are checked at run time.
 
-And haste: tests compile hundreds of programs and run each of them a few times. So LLVM does not polish what
-runs so briefly (`XLA_FLAGS`, where set, wins), and what one process has compiled the others read, from a
-folder that goes when the session ends.
+Tests compile hundreds of programs and run each a few times. To save time, LLVM's expensive optimizations are
+off (`XLA_FLAGS`, if set, takes precedence), and processes share a compilation cache in a folder that is
+deleted when the session ends.
 """
 
 import gc
@@ -19,8 +19,8 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 UNCHECKED = (
-    # JAX rebuilds the records of arrays in these with whatever stands for their leaves (shardings, shapes,
-    # gradients without a type), which the fields' annotations would refuse.
+    # JAX rebuilds the array records in these modules with other leaves (shardings, shapes, untyped
+    # gradients), which the fields' annotations would refuse.
     "pallas_kernels.layout",
     "pallas_kernels.prepared",
     "pallas_kernels.xla.prepared",
@@ -28,11 +28,11 @@ UNCHECKED = (
     "pallas_kernels.tpu.layers",
     "slim_jax.model.cache",
     "slim_jax.infer.sampling",
-    # Tests describe devices that are not here by records that look like JAX's.
+    # Tests describe devices that are not present with records that resemble JAX's.
     "pallas_kernels.chips",
-    # What runs inside a kernel there is given Mosaic's registers where interpret mode gives arrays.
+    # Inside a kernel, these functions receive Mosaic's registers where interpret mode gives arrays.
     "pallas_kernels.gpu.registers",
-    # Typer reads these annotations as how to parse, and passes other things (its own click's Context).
+    # Typer parses by these annotations, and passes other objects (its own click's Context).
     "convert.cli",
 )
 
@@ -41,7 +41,7 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 
 def modules(package: str) -> list[str]:
-    """The modules below a package, without importing them."""
+    """Names of the modules of a package, without importing them."""
     root = Path(find_spec(package).origin).parent
     files = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
     return sorted(".".join(file.parts) for file in files if file.name != "__init__")
@@ -50,18 +50,18 @@ def modules(package: str) -> list[str]:
 CHECKED = [name for package in ("pallas_kernels", "slim_jax", "convert") for name in modules(package)]
 install_import_hook([name for name in CHECKED if not name.startswith(UNCHECKED)], "typecheck.check")
 
-jax.config.update("jax_num_cpu_devices", 8)  # tests of sharding need several, no other test sees them
+jax.config.update("jax_num_cpu_devices", 8)  # tests of sharding need several; no other test sees them
 
-# Examples compile; a time limit on one would measure the machine, not the code.
+# Examples compile, so a deadline for one would measure the machine, not the code.
 settings.register_profile("slim", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("slim")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before anything compiles: how it does, here and in the workers and programs that tests start."""
+    """Configures compilation before any, for this process and those that tests start."""
     if config.option.markexpr == "aot":
-        return  # those tests measure what the compilers of other devices make
-    if "not slow" in config.option.markexpr:  # the slow ones compute more than they compile
+        return  # these tests measure the output of the compilers of other devices
+    if "not slow" in config.option.markexpr:  # slow tests spend more time computing than compiling
         os.environ.setdefault("XLA_FLAGS", QUICK)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="slim-jax-tests-")
@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """Skips what needs a kernel that the lowest version of JAX cannot build."""
+    """Skips a test that needs a kernel which the lowest supported version of JAX cannot build."""
     try:
         return (yield)
     except NotImplementedError as error:
@@ -86,11 +86,11 @@ def pytest_runtest_call() -> Iterator[None]:
 
 
 LONG = ("test_notebooks", "test_tune", "test_cli")
-"""Files of a few long tests. They come first, so that no process is left alone with one at the end."""
+"""Files with a few long tests. They run first, so that no process runs one alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The others keep their order (`--no-loadscope-reorder`)."""
+    """Moves the long files to the front; the others keep their order (`--no-loadscope-reorder`)."""
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
@@ -101,8 +101,10 @@ def _no_rank_promotion():
 
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 15_000
-"""Of the 65,530 memory maps that Linux gives a process. A compiled program holds several; a worker that
-compiled all the tests' programs, and kept them, died for want of maps."""
+"""Limit on a process's memory maps, of the 65,530 that Linux allows.
+
+A compiled program holds several maps; a worker that kept all the tests' programs ran out of them and died.
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,6 @@
 """One process of a distributed quantization: python distributed_run.py PORT COUNT ID OUT BLOCKS.
 
-Stops after so many blocks, as if it had been interrupted.
+Stops after BLOCKS blocks, as if it had been interrupted.
 """
 
 import sys
@@ -33,7 +33,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (16, 32))
 
 
 def main() -> None:
-    """Joins the others, then quantizes together with them."""
+    """Joins the other processes, then quantizes together with them."""
     port, count, index, out, blocks = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))

@@ -1,4 +1,4 @@
-"""The golden models of `goldens/` and how tests write them out again as Hugging Face directories."""
+"""The golden models of `goldens/`, and functions that write them as Hugging Face directories and run them."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ NAMES = sorted(path.stem for path in HERE.glob("*.npz"))
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One model as `make_goldens.py` stored it. Tests change copies of ``config`` and ``weights``."""
+    """A model as `make_goldens.py` stored it. Tests change copies of ``config`` and ``weights``."""
 
     config: dict[str, Any]
     weights: dict[str, np.ndarray]
@@ -33,7 +33,7 @@ class Golden:
 
 
 def load_golden(name: str) -> Golden:
-    """The golden of this name."""
+    """Loads a golden model."""
     with np.load(HERE / f"{name}.npz") as file:
         weights = {k.removeprefix("weight:"): file[k] for k in file.files if k.startswith("weight:")}
         config = json.loads(bytes(file["config"]))
@@ -41,7 +41,7 @@ def load_golden(name: str) -> Golden:
 
 
 def write_hf(golden: Golden, directory: Path, *, shards: int = 1, dtype: Any = np.float32) -> Path:
-    """The golden as a Hugging Face directory, in one file or in shards with an index."""
+    """Writes a golden model as a Hugging Face directory, in one file or in shards with an index."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(golden.config))
     weights = {k: np.ascontiguousarray(v, dtype) for k, v in golden.weights.items()}
@@ -57,7 +57,7 @@ def write_hf(golden: Golden, directory: Path, *, shards: int = 1, dtype: Any = n
 
 
 def decoder_of(source: Source) -> Decoder:
-    """The whole model in memory."""
+    """Reads the whole model into memory."""
     return make_decoder(
         source.config, source.outer(), [source.block(i) for i in range(source.config.num_layers)]
     )
@@ -69,7 +69,7 @@ def _pass(block: Block, h: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def run(decoder: Decoder, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Input of the first block and outputs of all ``[layers + 1, B, T, hidden]``, and logits."""
+    """Input of the first block and outputs of all blocks ``[layers + 1, B, T, hidden]``, and the logits."""
     tokens = jnp.asarray(tokens)
     positions = sequence_positions(tokens)
     hidden = [decoder.embed_tokens(tokens, positions)]
@@ -79,8 +79,11 @@ def run(decoder: Decoder, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_cached(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray, steps: int) -> np.ndarray:
-    """Logits ``[steps + 1, B, vocab]`` by way of a cache: after the first ``lengths`` tokens of each row,
-    padded on the left to the longest, and after each of the next ``steps`` tokens."""
+    """Logits ``[steps + 1, B, vocab]`` of a run with a cache.
+
+    The first logits follow the first ``lengths`` tokens of each row, padded on the left to the longest; the
+    others follow each of the next ``steps`` tokens.
+    """
     rows, width = len(lengths), int(lengths.max())
     outer = make_outer(decoder.config, split_params(decoder)[0])
     state = State.empty([Run(r[0].config, len(r), False) for r in decoder.runs()], rows, width + steps)
@@ -100,7 +103,7 @@ _forward = jax.jit(forward)
 
 
 def relative_error(value: Any, expected: Any) -> float:
-    """Largest error over the largest magnitude."""
+    """Largest error divided by the largest magnitude."""
     value, expected = np.asarray(value), np.asarray(expected)
     assert value.shape == expected.shape
     return float(np.abs(value - expected).max() / np.abs(expected).max())

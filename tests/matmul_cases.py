@@ -1,7 +1,7 @@
-"""``mixed_matmul`` against float64 NumPy: one body of cases for every back end.
+"""Tests of ``mixed_matmul`` against float64 NumPy: one body of cases for every back end.
 
-A back end's test file subclasses :class:`MatmulCases` and says how it is called (``matmul``), to what
-it rounds ``x`` (``x_dtype``) and its error beyond that (``tolerance``).
+A back end's test file subclasses :class:`MatmulCases` and defines the call (``matmul``), the type to which
+the back end rounds ``x`` (``x_dtype``), and its remaining error (``tolerance``).
 """
 
 import itertools
@@ -18,7 +18,7 @@ from pallas_kernels import chips, mixed_matmul, pack, scales
 from pallas_kernels.gpu import config as gpu_config
 
 MOSAIC_GPU = jax.__version_info__ >= gpu_config.JAX
-"""Whether the GPU kernel can be built with this version of JAX."""
+"""True if this version of JAX can build the GPU kernel."""
 
 ALLOCATIONS = {
     "balanced": lambda g, n: [n - 1] * (g // 3) + [n + 1] * (g // 3) + [n] * (g - 2 * (g // 3)),
@@ -29,7 +29,7 @@ ALLOCATIONS = {
 
 
 def random_weight(k, n, group_size, bits, seed=0, widths=None, scales_in_bytes=True, **kwargs):
-    """A packed weight with its groups shuffled, and the same weight in float64."""
+    """Returns a packed weight with shuffled groups, and the same weight in float64."""
     parts = random_parts(k, n, group_size, np.random.default_rng(seed).permutation(bits), seed, widths)
     scale = parts["scale"]
     if scales_in_bytes:
@@ -44,7 +44,7 @@ def random_x(*shape, dtype=jnp.float32, seed=1):
 
 
 def slow(*values):
-    """A case for `make test-slow`."""
+    """Marks a case for `make test-slow`."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -58,7 +58,7 @@ SWEPT = {
 
 
 def swept_in_pairs():
-    """Of the 432 combinations of :data:`SWEPT`, 24 in which any two values of two parameters meet."""
+    """24 of the 432 combinations of :data:`SWEPT`, in which any two values of two parameters meet."""
     allocations, rows, sizes, means, dtypes = SWEPT.values()
     return [
         (allocations[a], rows[b], sizes[(a + b) % 3], means[(a + 2 * b) % 3], dtypes[(a // 2 + b) % 2])
@@ -69,13 +69,13 @@ def swept_in_pairs():
 class MatmulCases:
     """Cases that hold for every back end; pytest collects them from subclasses named ``Test...``.
 
-    The error is measured in units of ``sum |x| |w|``, the sum of absolute terms, so that cancellation
-    in the product itself does not count, and one bound serves all shapes.
+    The error is measured relative to ``sum |x| |w|``, the sum of absolute terms, so that cancellation in the
+    product does not count, and one bound serves all shapes.
     """
 
     implementation: str
-    x_dtype: type | None = None  # the back end rounds x to this before anything else; None: it does not
-    tolerance = 3e-6  # what float32 accumulation of a few hundred terms may cost
+    x_dtype: type | None = None  # type to which the back end rounds x first; None if it does not
+    tolerance = 3e-6  # float32 accumulation of a few hundred terms
 
     def matmul(self, x, w, **kwargs):
         return jax.jit(partial(mixed_matmul, implementation=self.implementation))(x, w, **kwargs)
@@ -147,7 +147,7 @@ class MatmulCases:
 
     @pytest.mark.parametrize("bits", [slow([1, 2, 3]), slow([1, 1, 2, 3, 3, 3]), [1, 1, 1, 2, 2, 3]])
     def test_odd_and_even_segments_of_large_groups(self, bits):
-        """Odd numbers of groups put the next segment's first row off the tiles of eight rows."""
+        """Odd numbers of groups: the next segment's first row is not aligned to tiles of eight rows."""
         self.check(16, 128 * len(bits), 128, 128, bits)
 
     @pytest.mark.parametrize("m", [1, slow(16), slow(128)])
@@ -155,7 +155,7 @@ class MatmulCases:
         self.check(m, 90, 24, 32, [1, 2, 3], scales_in_bytes=False)
 
     def test_an_outlier_in_x(self):
-        """One channel a thousand times the rest, as in real activations: the rest must survive it."""
+        """An outlier channel, a thousand times the rest as in real activations, must not drown the others."""
         w, dense = random_weight(512, 16, 128, [1, 2, 2, 3])
         x = random_x(4, 512).at[1, 77].set(3000.0)
         self.assert_close(self.matmul(x, w), x, dense)
@@ -192,7 +192,7 @@ class MatmulCases:
 
 
 def on_device(platform):
-    """Marks tests of a kernel that need a device of its platform, "cuda" or "tpu"."""
+    """Skips tests of a kernel unless there is a device of its platform, "cuda" or "tpu"."""
     here = chips.of_target()
     return pytest.mark.skipif(
         here.platform != platform,
@@ -201,7 +201,7 @@ def on_device(platform):
 
 
 class DeviceCases(MatmulCases):
-    """The shared cases on a device, and the shapes and configurations of real products (`bench.check`)."""
+    """The shared cases on a device, with the shapes and configurations of real products (`bench.check`)."""
 
     @pytest.mark.parametrize("weight", check.WEIGHTS, ids=lambda weight: "x".join(map(str, weight)))
     def test_real_products(self, weight):

@@ -1,15 +1,15 @@
-"""Slow, plain float64 NumPy versions of the algorithm, written from its formulas and not from our code."""
+"""Slow, plain float64 NumPy versions of the algorithm, written from its formulas, not from our code."""
 
 import numpy as np
 
 
 def hessian(x: np.ndarray) -> np.ndarray:
-    """``(2 / T) X^T X``."""
+    """Computes ``(2 / T) X^T X``."""
     return 2.0 / len(x) * x.T @ x
 
 
 def damped(h: np.ndarray, damping: float) -> np.ndarray:
-    """Live inputs get ``damping`` times their mean diagonal more, dead ones 1."""
+    """Adds ``damping`` times the mean diagonal of live inputs to theirs; sets that of dead inputs to 1."""
     h = h.copy()
     live = [j for j in range(len(h)) if h[j, j] != 0]
     mean = np.mean([h[j, j] for j in live])
@@ -19,7 +19,7 @@ def damped(h: np.ndarray, damping: float) -> np.ndarray:
 
 
 def inverse_cholesky(h: np.ndarray) -> np.ndarray:
-    """Upper ``U`` with ``U^T U = H^-1``, by way of the inverse."""
+    """Upper triangular ``U`` with ``U^T U = H^-1``, computed from the inverse."""
     return np.linalg.cholesky(np.linalg.inv(h)).T
 
 
@@ -35,15 +35,15 @@ def log_softmax(y: np.ndarray) -> np.ndarray:
 
 
 def divergence(y: np.ndarray, y_hat: np.ndarray) -> float:
-    """``KL(softmax(y) || softmax(y_hat))``, mean over tokens."""
+    """``KL(softmax(y) || softmax(y_hat))``, averaged over tokens."""
     p, q = log_softmax(y), log_softmax(y_hat)
     return float(np.mean(np.sum(np.exp(p) * (p - q), axis=1)))
 
 
 def gptq(w: np.ndarray, u: np.ndarray, grids: list, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Column by column on the whole matrix, errors spread at once: codes and what they stand for.
+    """GPTQ column by column on the whole matrix, errors propagated at once; returns codes and values.
 
-    ``grids`` has, per group, ``(scale [N], zero [N], levels [N])``.
+    ``grids`` has ``(scale [N], zero [N], levels [N])`` for each group.
     """
     w = w.copy()
     codes, values = np.zeros(w.shape), np.zeros(w.shape)
@@ -60,7 +60,7 @@ def gptq(w: np.ndarray, u: np.ndarray, grids: list, group_size: int) -> tuple[np
 def direct_scores(
     x: np.ndarray, w: np.ndarray, by_width: dict, order: np.ndarray, bits: int, group_size: int
 ) -> list:
-    """The bit search as the paper has it: every candidate's weight built and multiplied from scratch."""
+    """The paper's bit search: every candidate's weight is built and multiplied from scratch."""
     groups, result = len(order), []
     for p in range((groups - 1) // 2 + 1):
         widths = np.full(groups, bits)

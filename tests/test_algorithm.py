@@ -88,7 +88,7 @@ def test_bit_search_equals_the_direct_one(layer, sqc):
 
 
 def test_bit_search_finds_the_groups_that_matter():
-    """Two loud groups and two silent ones among eight: they get the high bits and the low bits."""
+    """Among eight groups, two loud ones get the high bits and two silent ones the low bits."""
     rng = np.random.default_rng(1)
     k, n = 8 * G, 32
     loud = np.ones(k)
@@ -137,7 +137,7 @@ def test_grids_can_be_stored(sqc, bits):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_search_is_near_the_best_grid(bits):
-    """Against every clip factor and zero code of a fine grid, tried one by one in float64."""
+    """Compares with every clip factor and zero code of a fine grid, tried one by one in float64."""
     rng = np.random.default_rng(bits)
     w, importance = rng.normal(size=(G, 6)) * 0.1, np.exp(rng.normal(size=G))
     levels = 2**bits - 1
@@ -154,12 +154,12 @@ def test_search_is_near_the_best_grid(bits):
     )
     found = error(np.asarray(grid.scale, np.float64), np.asarray(grid.zero, np.float64))
     assert np.all(found <= 1.3 * best)
-    assert found.sum() <= (1.1 if bits < 4 else 1.15) * best.sum()  # the best has scales at will
+    assert found.sum() <= (1.1 if bits < 4 else 1.15) * best.sum()  # the best grid's scales are not rounded
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_paper_grid_by_hand(bits):
-    """The authors' 101 clip factors, one after another; scales compared after rounding to bfloat16."""
+    """Tries the authors' 101 clip factors one by one; scales are compared after rounding to bfloat16."""
     rng = np.random.default_rng(bits)
     w = rng.normal(size=(G, 5)).astype(np.float32) * np.float32(0.1)
     low, high, levels = np.minimum(w.min(0), 0), np.maximum(w.max(0), 0), 2**bits - 1
@@ -182,7 +182,7 @@ def test_paper_grid_of_one_bit():
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_solver_equals_the_oracle(layer, bits):
-    """The solver's grids depend on its own state, so the oracle is given them; the codes must agree."""
+    """The solver's grids depend on its own state, so they are passed to the oracle; the codes must agree."""
     _, w, u = layer
     k, n = w.shape
     solution = solve(
@@ -235,26 +235,26 @@ def test_the_reported_error_is_that_of_the_outputs(layer, method):
 
 @pytest.mark.parametrize("length", [512, 2048, 500])
 def test_the_search_looks_at_all_positions_alike(length):
-    """With 16 tokens between two of the sample, and windows of a multiple of 16: no position stands out."""
+    """Stride 16 in windows of a multiple of 16 tokens: the samples favour no position."""
     windows = 4096 // length
     found = sample_positions(windows * length, 16)
     assert len(found) == -(-windows * length // 16)
     assert np.all(np.diff(found) > 0)
     assert found[-1] < windows * length
     starts, quarters = found % length == 0, np.bincount(found % length * 4 // length)
-    assert np.sum(starts) <= 1  # of at most 8 windows; it was all of them
+    assert np.sum(starts) <= 1  # of at most 8 windows; a plain stride would hit them all
     assert quarters.max() - quarters.min() <= 0.05 * len(found)
     np.testing.assert_array_equal(sample_positions(640, 1), np.arange(640))
 
 
 @pytest.mark.parametrize(("own", "at_most"), [(12, 0.6), (48, 0.75), (2048, 1.02)])
 def test_an_expert_with_few_tokens_learns_from_those_of_all(layer, own, at_most):
-    """Error on tokens of the expert's that calibration did not see, against that of its own tokens alone."""
+    """Bounds the error on the expert's unseen tokens, relative to calibration on its own tokens alone."""
     _, w, _ = layer
     rng = np.random.default_rng(3)
     k = len(w)
     mixing = np.eye(k) + 0.1 * rng.normal(size=(k, k))
-    loud = np.exp(0.4 * rng.normal(size=k))  # of the expert alone
+    loud = np.exp(0.4 * rng.normal(size=k))  # scales of the expert's own input channels
     everyone = (rng.normal(size=(4096, k)) @ mixing).astype(np.float32)
     expert = (rng.normal(size=(own + 1024, k)) @ mixing * loud).astype(np.float32)
     seen, unseen = expert[:own], np.asarray(expert[own:], np.float64)
@@ -299,7 +299,7 @@ def test_feedback_beats_rounding_to_nearest(layer):
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_a_channel_does_not_depend_on_those_beside_it(layer, parts):
-    """To the last bit: however many devices share a layer, each finds what one would."""
+    """Exact equality: with any number of devices, each channel's result is that of one device."""
     _, w, u = layer
     k, n = len(w), 576
     w = np.random.default_rng(0).normal(size=(k, n)).astype(np.float32)
@@ -321,7 +321,7 @@ def test_a_channel_does_not_depend_on_those_beside_it(layer, parts):
 
 
 def test_stored_is_what_was_calibrated(layer):
-    """Unpacked weights equal the solver's, bit for bit; its grids, given again, give its codes."""
+    """Unpacked weights equal the solver's bit for bit; its stored grids give the same codes again."""
     _, w, u = layer
     k, n = w.shape
     bits = np.array([1, 2, 3, 2, 3, 1])

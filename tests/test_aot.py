@@ -1,6 +1,6 @@
-"""The kernels still compile for devices that are not here, at no higher cost: ``make test-aot``.
+"""The kernels still compile for devices that are not present, at no higher cost: ``make test-aot``.
 
-Bounds are what was reached (docs/kernels.md has the table), with a few percent for another compiler.
+Bounds are the measured figures (docs/kernels.md has the table) plus a few percent for other compilers.
 """
 
 import math
@@ -34,7 +34,7 @@ def test_tpu_decode_with_segment_sizes_as_data(target):
 
 
 def test_tpu_weights_side_by_side():
-    """Alone, each takes 8,918: their product's beginning and end, and a number of the layer to wait for."""
+    """Alone, each weight takes 8,918 cycles; their product adds a start, an end and a wait for the index."""
     arguments = {**SHAPE, "m": 1, "weights": 3, "layers": 2, "constant": True}
     record = aot_tpu.compile_for("v6e", "bench.aot_tpu:packed", arguments)
     assert record.error is None
@@ -42,9 +42,9 @@ def test_tpu_weights_side_by_side():
 
 
 def test_tpu_decoder_copies_neither_words_nor_cache():
-    """Scanned layers are read, and slots written, where they lie.
+    """Scanned layers are read, and cache slots written, in place.
 
-    A cache has 64 MiB a layer, the embedding 64, and both layers' scales and zeros 4.
+    A layer's cache has 64 MiB, the embedding 64, and both layers' scales and zeros 4.
     """
     arguments = {"implementation": "mosaic_tpu", "layers": 2}
     record = aot_tpu.compile_for("v5e", "bench.aot_decoder:decode_step", arguments, estimate=False)
@@ -56,8 +56,8 @@ def test_tpu_decoder_copies_neither_words_nor_cache():
 def test_tpu_over_four_devices():
     record = aot_tpu.compile_for("v5e-4", "bench.aot_tpu:sharded", SHAPE)
     assert record.error is None
-    assert record.argument_bytes <= 1.05 * (PACKED_BYTES / 4 + 16 * 4096 * 2)  # x is whole on each
-    assert record.temp_bytes <= 2**20  # nobody gathers the weight
+    assert record.argument_bytes <= 1.05 * (PACKED_BYTES / 4 + 16 * 4096 * 2)  # x is whole on each device
+    assert record.temp_bytes <= 2**20  # no device gathers the weight
 
 
 @pytest.mark.parametrize(("target", "ratio"), [("v5e", 1.1), ("v6e", 1.17)])
@@ -74,13 +74,13 @@ def test_tpu_prefill(target, ratio):
 def test_gpu_decode(target, bits, instructions):
     record = aot_gpu.compile_for(target, "bench.aot_gpu:matmul", {**SHAPE, "bits": bits})
     assert record["error"] is None
-    assert record["grids"] == {"mixed_matmul": [[1, 128]]}  # not the CPU's; timed on an H200
+    assert record["grids"] == {"mixed_matmul": [[1, 128]]}  # not the CPU's choice; timed on an H200
     kernel = record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]
     assert kernel["spill_bytes"] == 0
     assert kernel["tensor_core"]
     costs = [loop["per_weight_and_16_rows"] for loop in kernel["inner_loops"]]
     costs = [cost for cost in costs if cost is not None]
-    main = costs[:: len(costs) // len(bits)]  # each is followed by those for the remainder
+    main = costs[:: len(costs) // len(bits)]  # each main loop is followed by those for the remainder
     shares = [1.0] if len(bits) == 1 else [0.25, 0.5, 0.25]
     assert sum(map(math.prod, zip(shares, main, strict=True))) <= instructions
     moved = record["read_bytes"] + record["written_bytes"]
@@ -105,15 +105,15 @@ def test_gpu_with_less_shared_memory(m):
 def test_gpu_weights_side_by_side():
     record = aot_gpu.compile_for("h100", "bench.aot_gpu:matmul", {**SHAPE, "weights": 3})
     assert record["error"] is None
-    assert record["launches"] <= 3  # x made ready, the kernel, and its magic number, which a decoder has once
+    assert record["launches"] <= 3  # preparing x, the kernel, and its magic number, which a decoder has once
     assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0
 
 
 def test_gpu_decoder_launches_few_kernels():
-    """q, k and v, and o, are two launches, x made ready and the kernel; attention is one, the MLP three."""
+    """q, k, v together and o have two launches each (preparing x, kernel), attention one, the MLP three."""
     arguments = {"implementation": "mosaic_gpu", "layers": 1}
     record = aot_gpu.compile_for("h100", "bench.aot_decoder:decode_step", arguments)
     assert record["error"] is None
-    assert record["launches"] <= 8 + 8  # a block had 27, then 16, then 10
+    assert record["launches"] <= 8 + 8  # a block had 27 launches, then 16, then 10
     for name in ("mixed_matmul_mosaic_gpu_kernel", "mixed_mlp_mosaic_gpu_kernel", "attend"):
         assert record["kernels"][name]["spill_bytes"] == 0

@@ -1,4 +1,4 @@
-"""Layers that make up for what the layers before them have lost, against least squares in float64."""
+"""Layers that compensate the error of the layers before them, compared with float64 least squares."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def test_the_target_is_the_least_squares_one(adds):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_what_is_lost(weighted):
-    """Of several batches, tokens weighed alike or not; the scale is that of the Gram matrix."""
+    """Several batches, with equal or weighted tokens; the sums are scaled like the Gram matrix."""
     rng = np.random.default_rng(1)
     x, full = rng.normal(size=(2, 3, 4, 6, 32)).astype(np.float32)
     h, full_h = rng.normal(size=(2, 3, 4, 6, 16)).astype(np.float32)
@@ -63,7 +63,7 @@ def test_what_is_lost(weighted):
 
 @pytest.mark.slow
 def test_a_model_loses_less():
-    """At 2 bits the logits of a random model come out nearer to those of full precision."""
+    """At 2 bits, compensation brings a random model's logits closer to the full-precision ones."""
     model, rng = Decoder(CONFIG, rngs=nnx.Rngs(0)), np.random.default_rng(3)
     text, tokens = rng.integers(0, CONFIG.vocab_size, 2000), rng.integers(0, CONFIG.vocab_size, (64, 32))
     lost = []
@@ -74,7 +74,7 @@ def test_a_model_loses_less():
 
 
 def test_a_head_makes_up_for_what_it_reads():
-    """With codes of 8 bits, an untied head is what least squares would have."""
+    """An untied LM head with 8-bit codes equals the least-squares solution."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4096, 64))
     full, w = x + 0.3 * rng.normal(size=x.shape) + 0.2 * x[:, ::-1], rng.normal(size=(64, 96))

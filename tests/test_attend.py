@@ -1,4 +1,4 @@
-"""Attention of one new token by the GPU's kernel, in the interpreter, and when the model takes it."""
+"""The GPU's decode attention kernel (one new token) in the interpreter, and the model's choice of it."""
 
 import importlib.util
 import sys
@@ -24,7 +24,7 @@ CASES = [
     Case(4, 4, 16, 192, 150, parts=8, dtype="float32"),  # most parts have no block
     Case(6, 2, 32, 100, 99, batch=2, padding=30, parts=2, dtype="float32"),  # slots that no block divides
     Case(2, 1, 64, 128, 64, window=20, parts=2, dtype="float32"),  # alone in its block and part
-    Case(40, 2, 16, 64, 40, softcap=5.0, parts=1, dtype="float32"),  # more than 16 queries a head
+    Case(40, 2, 16, 64, 40, softcap=5.0, parts=1, dtype="float32"),  # more than 16 queries per KV head
     Case(4, 2, 16, 128, 0, batch=3, parts=2),
 ]
 
@@ -48,7 +48,7 @@ def test_a_token_that_is_padding_gives_numbers():
 def test_parts_fill_the_chip_and_no_more():
     h100 = chips.describe("h100")
     assert [attention.parts_of(h100, heads, 4096) for heads in (1, 8, 32, 64, 256)] == [8, 8, 4, 2, 1]
-    assert attention.parts_of(h100, 8, 128) == 2  # blocks of slots there are
+    assert attention.parts_of(h100, 8, 128) == 2  # as many as there are blocks of slots
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_is_supported(device, width, dtype, wanted):
 
 @pytest.mark.parametrize("left", [(), ("CompilerParams", "load", "dot")], ids=["nothing", "some"])
 def test_without_what_the_kernel_stands_on(left, monkeypatch, kernel):
-    """JAX has announced that Pallas's lowering to Triton will go; XLA takes the token then."""
+    """JAX has announced the removal of Pallas's lowering to Triton; XLA then computes attention."""
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     monkeypatch.delattr(pallas, "triton")
     spec = importlib.util.spec_from_file_location("attend_again", attention.__file__)
@@ -94,7 +94,7 @@ def random_cache(rng, dtype="float32") -> KeyValues:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Lets this machine run what an H100 would; returns how often it did."""
+    """Makes this machine run what an H100 would; yields the list of calls."""
     calls = []
 
     def interpreted(*arrays, **how):

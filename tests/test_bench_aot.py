@@ -1,4 +1,4 @@
-"""What ``bench.aot`` computes from what compilers say; ``tests/test_aot.py`` asks the compilers."""
+"""The computations of ``bench.aot`` on compilers' reports; ``tests/test_aot.py`` runs the compilers."""
 
 import jax
 import pytest
@@ -32,21 +32,21 @@ def test_launches_and_bytes_of_an_hlo_program():
 
 
 def test_floor_is_the_larger_of_memory_and_matrix_units():
-    """H100, 4096 x 4096: 16 rows are bound by memory, 2048 by 989.4 TFLOP/s, whatever the bytes."""
+    """H100, 4096 x 4096: 16 rows are bound by memory, 2048 rows by 989.4 TFLOP/s."""
     h100 = chips.BY_SHORT_NAME["h100"]
     decode = aot.against_floor(h100, 16, 4096, 4096, memory_us=1.5, takes_us=3.0)
     assert decode == {"floor_us": 1.5, "bound": "memory", "ratio": 2.0}
     prefill = aot.against_floor(h100, 2048, 4096, 4096, memory_us=16.4, takes_us=61.3)
     assert prefill["floor_us"] == pytest.approx(2 * 2048 * 4096**2 / 989.4e6)
     assert prefill["bound"] == "matrix units"
-    assert prefill["ratio"] == 1.0  # 61 us would be faster than the chip
+    assert prefill["ratio"] == 1.0  # 61 us would beat the chip's peak
     assert aot.against_floor(h100, 16, 64, 64, 1.5, None)["ratio"] is None
     assert aot.against_floor(h100, 16, 64, 64, None, None)["floor_us"] is None
 
 
 @pytest.mark.parametrize("target", aot_gpu.targets())
 def test_described_gpus_are_in_the_table(target):
-    """What XLA is told of a GPU is what the kernels and the floors are told, but for rounding."""
+    """XLA's description of a GPU agrees, up to rounding, with the table that kernels and floors use."""
     device = aot_gpu.device(target)
     assert device.compute_capability.split(".")[0] in aot_gpu.described(target, "major")
     assert device.processors == int(aot_gpu.described(target, "core_count"))
@@ -61,7 +61,7 @@ def test_tpus_are_in_the_table(target):
 
 @pytest.mark.parametrize("target", ["h100", "a100", "b200"])
 def test_the_gpu_kernel_is_that_of_the_target(target, monkeypatch):
-    """Not that of this machine's CPU: blocks are chosen for the target, by its multiprocessors."""
+    """Blocks are chosen for the target, by its multiprocessors, not for this machine's CPU."""
     chosen, choose = [], kernel.choose
 
     def spy(device_kind, *product):
@@ -75,5 +75,5 @@ def test_the_gpu_kernel_is_that_of_the_target(target, monkeypatch):
     assert grids == {"mixed_matmul": [[1, 344]]}
     ((name, config),) = chosen
     assert name == aot_gpu.device(target).name
-    # Of 344 blocks, three to a multiprocessor, all run at once on 132 multiprocessors, but not on 108.
+    # All 344 blocks, three per multiprocessor, run at once on 132 multiprocessors, but not on 108.
     assert config.groups_per_step == (2 if target == "a100" else 1)

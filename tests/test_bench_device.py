@@ -1,4 +1,4 @@
-"""The one command for whoever has a device: all of it at tiny shapes, and what it does when things fail."""
+"""`bench.device`, the one command for a new device: all stages at tiny shapes, and failures."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ def main(monkeypatch, *arguments: str) -> int:
 
 @pytest.fixture
 def quick_to_compile():
-    """Programs are compiled with less care: nothing here is about speed."""
+    """Turns off most compiler optimizations: these tests do not measure speed."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -65,7 +65,7 @@ def test_the_stages_are_those_that_are_offered():
 
 
 def test_every_kernel_is_asked_on_a_gpu(monkeypatch):
-    """Attention and MLPs before products; what a case gives is what its module says of it."""
+    """Attention and MLPs run before products; a case's result is its module's."""
     with chips.target("h100"):
         labels = [label for label, _ in itertools.islice(device_values.cases(quick=False), 12)]
         monkeypatch.setattr(attention, "compare", lambda case: {"ok": False})
@@ -202,9 +202,9 @@ def test_nvidia_smi(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rows", [2, 64])
 def test_a_loop_and_calls_time_the_same_product(rows, monkeypatch):
-    """The loop computes every product, and its time counts one of them, which no call beats by far.
+    """The loop computes every product, and its time is that of one product, which no call beats by far.
 
-    Nothing is said of how much slower a call may be: on a busy machine, dispatch takes any time.
+    There is no bound on how much slower a call may be: on a busy machine, dispatch may take any time.
     """
     monkeypatch.setattr(timing, "_turns", lambda product: 3)
     rng = np.random.default_rng(0)
@@ -220,7 +220,7 @@ def test_a_loop_and_calls_time_the_same_product(rows, monkeypatch):
 
 
 def test_nothing_of_a_loop_is_left_out():
-    """Every turn multiplies with every weight: the compiled loop has one product for each."""
+    """Every iteration multiplies with every weight: the compiled loop has one product for each."""
     weights = tuple(jnp.full((8, 8), float(i)) for i in range(3))
     x = jnp.ones((2, 8))
 

@@ -1,4 +1,4 @@
-"""The budget of bits over a whole model, against brute force; and the gradient sweep that prices it."""
+"""The model-wide bit budget against brute force, and the gradient sweep that computes its costs."""
 
 import itertools
 
@@ -22,7 +22,7 @@ WIDTHS = (1, 2, 3, 4)
 
 
 def random_costs(rng, groups: int, weights: int) -> LayerCosts:
-    """Costs that fall about fourfold with a bit, as rounding errors do."""
+    """Random costs that fall about fourfold per bit, as rounding errors do."""
     rise = rng.exponential(size=(groups, 1)) * 4.0 ** -np.arange(4) * rng.uniform(0.7, 1.3, (groups, 4))
     return LayerCosts(rise * weights, weights)
 
@@ -60,7 +60,7 @@ def test_layers_share_the_budget_nearly_as_brute_force_does(seed):
     ]
     best = min(cost(layers, one) for one in every)
     assert spent(layers, found) <= budget
-    # One price of a bit finds the best of all allocations that spend as much as it does.
+    # One bit weight finds the best of all allocations that spend as much as it does.
     assert cost(layers, found) <= min(
         cost(layers, one) for one in every if spent(layers, one) <= budget - 192
     ) * (1 + 1e-9)
@@ -102,7 +102,7 @@ def model() -> Decoder:
 
 
 def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
-    """Against central differences: each output of a layer at a token moved a little, the whole loss taken."""
+    """Compares with central differences of the whole loss, moving each output of a layer at one token."""
     monkeypatch.setattr(activations, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
     tokens = TOKENS[:2]
     found = sensitivity.Sweep(DecoderSource(model), tokens, SlimConfig(group_size=32, guide=True).resolved())
@@ -137,7 +137,7 @@ def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
         by[(*token, channel)] = step
         square += ((float(loss(by)) - float(loss(-by))) / (2 * step)) ** 2
     assert weights["attn.v"][token] == pytest.approx(square / n, rel=0.05)
-    assert weights["attn.v"][0, -1] == 0  # nothing comes after the last token
+    assert weights["attn.v"][0, -1] == 0  # no token follows the last one
 
 
 def test_limited():

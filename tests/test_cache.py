@@ -1,4 +1,4 @@
-"""Keys and values in fewer bits."""
+"""KV caches in fewer bits."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_a_slot_is_written_by_a_kernel(dtype, start):
 
 
 def after_reading(generator: Generator) -> tuple[jax.Array, int]:
-    """Logits of another token after :data:`TOKENS`, and the bytes of what was seen."""
+    """Logits of one more token after :data:`TOKENS`, and the bytes of the cached keys and values."""
     state = generator._empty(len(TOKENS), 32)
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), TOKENS.shape)
     greedy = Sampling().start(0, len(TOKENS), CONFIG.vocab_size)

@@ -1,4 +1,4 @@
-"""What `--calibration` names: parts, shares, windows."""
+"""The values of `--calibration`: parts, shares, windows."""
 
 import json
 from importlib import resources
@@ -97,7 +97,7 @@ def test_windows_are_of_their_parts_and_mixed():
     assert found.shape == (8, 8)
     own = np.all(found == -6, axis=1)
     assert own.sum() == 2
-    assert not np.all(own[:2])  # of both parts at the beginning, where held-out samples are drawn from
+    assert not np.all(own[:2])  # both parts occur at the beginning, where validation samples are drawn
     for row in found[~own]:
         assert "".join(map(chr, row)) in "abcdefgh" * 4
     np.testing.assert_array_equal(found, calibration.draw(given, letters, write, 8, 8, 5))

@@ -1,4 +1,4 @@
-"""`bench.check`: wrong and missing values fail, and the cases are those that real products take."""
+"""`bench.check`: wrong and missing values fail, and the cases are those of real products."""
 
 import dataclasses
 import itertools
@@ -56,13 +56,13 @@ def test_processes_share_the_cases():
 
 @pytest.fixture(scope="module")
 def exact():
-    """The reference of the small cases; a kernel that takes its weight compiles in no time."""
+    """The reference of the small cases; its small weight compiles quickly."""
     return check._Reference(SMALL[0], 17)
 
 
 @pytest.fixture
 def made(monkeypatch, exact):
-    """How many rows each reference was made with; all are ``exact``."""
+    """Numbers of rows with which references were created; each of them is ``exact``."""
     rows = []
     monkeypatch.setattr(check, "_Reference", lambda case, m: rows.append(m) or exact)
     return rows

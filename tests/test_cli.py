@@ -48,7 +48,7 @@ def test_inspect(room, capsys, tmp_path):
     page = (tmp_path / "q2.html").read_text()
     assert all(layer["name"] in page for layer in found["layers"])
     assert "<h2>Bits</h2>" in page
-    assert page == (room / "q2/report.html").read_text()  # quantize has written it, too
+    assert page == (room / "q2/report.html").read_text()  # quantize has written it too
     table = said(capsys, "inspect", room / "q2")
     assert "mlp.down" in table
     assert "embed" in table
@@ -238,7 +238,7 @@ def test_allocation_goes_round(room, capsys, tmp_path):
 
 
 def own_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What was said before each time that the model, here something quicker, writes calibration text."""
+    """Replaces the model's calibration text; returns what was printed before each time that it is written."""
     said_before = []
 
     def write(source: object, samples: int, length: int, seed: int) -> np.ndarray:
@@ -298,7 +298,7 @@ def test_what_a_command_without_options_asks_for(room, capsys, tmp_path, monkeyp
 
 
 def interrupt_in_block(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
-    """Ctrl-C while the block of this index is quantized."""
+    """Raises Ctrl-C while the block of this index is quantized."""
     whole = quantizer.BlockQuantizer.quantize
 
     def quantize(self, at, on_epoch=None):

@@ -1,4 +1,4 @@
-"""What the command line says to its users' mistakes: one line, and nothing is left behind or in the way."""
+"""Users' mistakes on the command line: one line of output, and nothing is left behind or in the way."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_quantize_refuses(room, capsys, tmp_path, options, expected):
 
 
 def test_a_text_that_is_too_short(room, capsys, tmp_path):
-    """It is read once the run is announced."""
+    """The text is read after the run is announced."""
     command = ["quantize", room / "hf", tmp_path / "out", "--calibration", room / "short.txt", *QUANTIZE]
     assert run([*map(str, command)]) == 2
     assert "has 20 tokens, expected at least 32" in capsys.readouterr().err.splitlines()[-1]
@@ -276,7 +276,7 @@ def test_a_start_that_fails_blocks_nothing(room, capsys, tmp_path):
     assert run([*map(str, quantize), "--allocation", str(tmp_path / "bits.json")]) == 2
     assert "expected" in capsys.readouterr().err.splitlines()[-1]
     assert names(tmp_path) == ["bits.json"]
-    (tmp_path / "out").mkdir()  # as SIGKILL leaves it before the first block
+    (tmp_path / "out").mkdir()  # the state after SIGKILL before the first block
     manifest = json.loads((room / "q2/slim.json").read_text()) | {
         "complete": False,
         "outer": None,
@@ -355,7 +355,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 @pytest.mark.slow
 def test_the_program_says_nothing_else(room):
-    """Other libraries' logs and warnings stay away from both streams."""
+    """Logs and warnings of other libraries stay out of both streams."""
     program = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""`bench.demo`: its table, its picture, what it is asked for, and all of it on a tiny model."""
+"""`bench.demo`: its table, its plot, its arguments, and a whole run on a tiny model."""
 
 import io
 import xml.etree.ElementTree as ET

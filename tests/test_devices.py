@@ -1,4 +1,4 @@
-"""Quantization by eight devices, and by two processes, against one device: the same bits and codes."""
+"""Quantization on eight devices, and by two processes, gives the same bits and codes as on one device."""
 
 import socket
 import subprocess
@@ -50,7 +50,7 @@ def test_eight_devices_find_the_same_codes(source, alone, mesh, tmp_path, offloa
 
 
 def quantize_by_two_processes(out: Path, stop_after: int) -> tuple[Block, ...]:
-    """The manifest's blocks after two processes, of two devices each, have run together."""
+    """Runs two processes of two devices each; returns the manifest's blocks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,7 +106,7 @@ def test_a_checkpoint_loads_over_several_devices(alone, mesh):
 
 @pytest.mark.slow
 def test_generating_over_several_devices(alone):
-    """Each device keeps the keys and values of its own heads."""
+    """Each device stores the keys and values of its own heads."""
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     generator = Generator(checkpoint.load(alone, mesh=mesh))
     assert len({shard.index for shard in generator._empty(1, 16).kv[0][0].addressable_shards}) == 2

@@ -1,4 +1,4 @@
-"""What the documentation shows runs as it is written, and what it says of defaults and files is so."""
+"""The documentation's examples run as written, and its defaults and file names are correct."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def snippets(page: str) -> list[str]:
 def test_snippets_of_jax_programs():
     found = snippets("jax-programs.md")
     assert len(found) == 3
-    space: dict[str, object] = {"__name__": "snippet"}  # one: the second goes on from the first
+    space: dict[str, object] = {"__name__": "snippet"}  # one namespace, because snippets build on each other
     for code in found:
         exec(compile(code, "jax-programs.md", "exec"), space)
 
@@ -37,7 +37,7 @@ def test_every_page_is_in_the_site():
 
 
 def tree() -> dict[str, list[str]]:
-    """The files that the drawing of docs/architecture.md names, by folder."""
+    """The files that the drawing in docs/architecture.md names, by folder."""
     drawing = (
         (DOCS / "architecture.md").read_text().partition("```\n")[2].partition("```")[0].replace("─", "")
     )

@@ -1,4 +1,4 @@
-"""How long a quantization may take: what is counted, against counts by hand, and what is said of it."""
+"""Estimated duration of a quantization: counted operations against counts by hand, and the messages."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Embedding and head packed: look-up, product, generation, quantizing, files, devices, sizes."""
+"""Packed embedding and LM head: look-up, product, generation, quantization, files, devices, sizes."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ SMALL = dataclasses.replace(CONFIG, num_layers=1)
 
 
 def table(d: int, vocab: int, bits: tuple[int, ...], seed: int = 0) -> MixedTensor:
-    """A random packed table ``[d, vocab]`` whose logits lie far apart."""
+    """A random packed embedding ``[d, vocab]`` whose logits lie far apart."""
     rng = np.random.default_rng(seed)
     groups = -(-d // 32)
     widths = rng.permutation(np.resize(bits, groups))
@@ -44,7 +44,7 @@ def table(d: int, vocab: int, bits: tuple[int, ...], seed: int = 0) -> MixedTens
 
 
 def with_packed_ends(decoder: Decoder) -> Decoder:
-    """The decoder with random packed tables, remade from its parameters."""
+    """Rebuilds the decoder with a random packed embedding and LM head."""
     outer, blocks = split_params(decoder)
     vocab, d = outer["embed"].shape
     outer["embed"] = table(d, vocab, (3, 4))
@@ -171,7 +171,7 @@ def test_chunks_change_nothing(model, quantized, monkeypatch):
 
 
 def test_a_head_is_rounded_for_its_inputs():
-    """Feeding errors forward along the Hessian beats rounding to nearest, on outputs of correlated inputs."""
+    """GPTQ with the inputs' Hessian beats rounding to nearest, on outputs of correlated inputs."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64))
     seen = Observation(jnp.asarray(x.T @ x, jnp.float32), jnp.asarray(x[:8], jnp.float32), 500)
@@ -189,7 +189,7 @@ def test_a_head_is_rounded_for_its_inputs():
 
 
 def test_a_head_is_solved_once():
-    """As the docs of `refine` say: layers of blocks are gone over again, embedding and head are not."""
+    """`refine` adds coordinate-descent passes to the blocks' layers, not to embedding and LM head."""
     seen = Observation(jnp.eye(64), jnp.ones((8, 64)), 500)
     weight = np.random.default_rng(0).normal(size=(64, 67)).astype(np.float32)
     tables = [
@@ -246,7 +246,7 @@ def test_killed_at_the_ends_and_resumed(whole, tmp_path, monkeypatch, moment):
             patch.setattr(writer.CheckpointWriter, "finish", kill)
         with pytest.raises(Killed):
             pipeline.quantize_to_checkpoint(source, TOKENS, ENDS, tmp_path / "parts")
-    for _ in range(2):  # goes on, then finds it complete
+    for _ in range(2):  # resumes, then finds it complete
         again = pipeline.quantize_to_checkpoint(source, TOKENS, ENDS, tmp_path / "parts", resume=True)
         assert (again.ends, again.stored_bytes) == (report.ends, report.stored_bytes)
     assert_same_checkpoint(path, tmp_path / "parts")

@@ -1,4 +1,4 @@
-"""Exported directories: what was read is what is read again."""
+"""Exported directories: reading them again gives the same model."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from slim_jax import CheckpointError
 
 
 def golden_source(name: str, directory: Path) -> Any:
-    """A golden as a source without a tokenizer."""
+    """Opens a golden model as a source without a tokenizer."""
     source = load_source(write_hf(load_golden(name), directory))
     return SimpleNamespace(config=source.config, origin={}, outer=source.outer, block=source.block)
 
@@ -108,7 +108,7 @@ def test_configs_that_transformers_lacks(tmp_path: Path) -> None:
 
 
 def test_file_weights_are_transposed_views_no_more(tmp_path: Path) -> None:
-    """safetensors' NumPy writer stores the buffer as it lies: a view would be written untransposed."""
+    """safetensors' NumPy writer stores a view's underlying buffer, which would be untransposed."""
     source = golden_source("llama_gqa_tied", tmp_path / "in")
     export_hf(source, tmp_path / "out")
     up = load_source(tmp_path / "out").block(0)["mlp.up.weight"]

@@ -1,4 +1,4 @@
-"""What fails under way: one clear message, no finished block is lost, and a resumed run ends the same."""
+"""Failures during a run: one clear message, no finished block is lost, and a resumed run ends the same."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from slim_jax.store.source import DecoderSource
 
 @contextlib.contextmanager
 def file_size_limit(size: int):
-    """Larger files cannot be written, as on a full disk."""
+    """Larger files cannot be written inside the block, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -74,7 +74,7 @@ def test_a_shard_that_goes_away(tmp_path, capsys, monkeypatch):
 
 
 def refused_after_progress(capsys, *arguments) -> str:
-    """The last line that a command says which fails under way."""
+    """Runs a command that fails during the run; returns the last line that it prints."""
     capsys.readouterr()
     assert run([str(a) for a in arguments]) == 2
     return capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""NaN and infinity: refused by name in weights and calibration inputs, and kept out of what is learned."""
+"""NaN and infinity: refused by name in weights and calibration inputs, and ignored by learning."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 def damaged(golden: Golden, name: str, value: float = math.nan) -> Golden:
-    """Two of the values of a tensor are no numbers."""
+    """Replaces two values of a tensor."""
     weight = golden.weights[name].copy()
     weight.flat[[1, 5]] = value
     return dataclasses.replace(golden, weights={**golden.weights, name: weight})
@@ -68,7 +68,7 @@ def test_every_reader_refuses(tmp_path, kind):
         with pytest.raises(ValueError, match=r"^embed has 1 of 4,096 values"):
             slim_jax.quantize(decoder, TOKENS, SLIM)
         return
-    save(decoder, tmp_path / "dense")  # a copy of what is in memory, whatever it is
+    save(decoder, tmp_path / "dense")  # a copy of the model in memory, whatever it holds
     with pytest.raises(ValueError, match=r"dense: embed has 1 of"):
         save_source(CheckpointSource(tmp_path / "dense"), tmp_path / "again")
 

@@ -1,4 +1,4 @@
-"""Damaged files: a model, or one of our errors in one line; never another exception, never much memory."""
+"""Damaged files give a model or a one-line error of ours; never another exception, never much memory."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ from slim_jax.store.checkpoint import CheckpointError, CheckpointSource, save_so
 from slim_jax.store.manifest import read_manifest, summary
 
 MORE_MEMORY = 1 << 29
-"""Bytes, far more than any of these files needs, far less than what a damaged header may claim."""
+"""Bytes: far more than any of these files needs, far less than a damaged header may claim."""
 
 NUMBERS = (0, 1, 2, 3, 7, 9, 31, 2**8, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1)
 VALUES = (
@@ -47,7 +47,7 @@ MORE_KEYS = (
 
 
 def counts(quick: int) -> Any:
-    """Examples: few, and in the slow tests many."""
+    """Numbers of examples: few, and many in the slow tests."""
     slow = pytest.param(50 * quick, marks=pytest.mark.slow)
     return pytest.mark.parametrize("examples", [quick, slow], ids=["few", "many"])
 
@@ -60,7 +60,7 @@ def _memory() -> Iterator[None]:
 
 
 def in_one_line(read: Callable[[], Any]) -> None:
-    """Reads what may be damaged."""
+    """Reads a possibly damaged file; its error, if any, must be of ours and have one line."""
     said = "a model"
     try:
         read()
@@ -74,11 +74,11 @@ EDIT = st.tuples(
     st.sampled_from(["byte", "number", "short", "delete", "repeat", "end"]),
     st.integers(0, 255),
 )
-"""Where, as a part of the whole; what; and with which byte or number."""
+"""Place as a fraction of the file, kind of damage, and its byte or number."""
 
 
 def edited(content: bytes, edits: list[tuple[float, str, int]], within: int) -> bytes:
-    """A file's bytes, damaged in the first ``within``."""
+    """Returns a file's bytes with damage in the first ``within`` bytes."""
     data = bytearray(content)
     for place, kind, value in edits:
         at = int(place * min(within, len(data)))
@@ -127,7 +127,7 @@ def test_gguf(examples: int, tmp_path: Path) -> None:
 
 
 def changed(draw: Callable[[Any], Any], document: Any) -> Any:
-    """A JSON document with one value changed, dropped or added."""
+    """Returns a JSON document with one value changed or dropped."""
     document = copy.deepcopy(document)
     inner, key = document, None
     while isinstance(inner, dict | list) and inner:
@@ -146,7 +146,7 @@ def changed(draw: Callable[[Any], Any], document: Any) -> Any:
 
 
 def written(draw: Callable[[Any], Any], document: Any) -> str:
-    """A document as text, whose text may be damaged too."""
+    """Returns a changed document as text, which may be damaged too."""
     for _ in range(draw(st.integers(1, 2))):
         document = changed(draw, document)
     text = json.dumps(document)

@@ -1,4 +1,4 @@
-"""An MLP in few launches on a GPU, in the interpreter: its values, and when it is taken."""
+"""The GPU's fused MLP in the interpreter: its values, and the rows and settings for which it is chosen."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def rounded(a: np.ndarray) -> np.ndarray:
 
 
 def weights(k: int, inner: int, n: int, g: int):
-    """Gate, up and down, packed and in float64, of other widths and orders each."""
+    """Gate, up and down, packed and in float64, each with its own widths and order."""
     bits = [2, 3, 4] * (k // 32), [2, 2, 3] * (k // 32), [1, 2, 3] * (inner // g)
     shapes = zip(((k, inner, 32), (k, inner, 32), (inner, n, g)), bits)
     made = [
@@ -62,7 +62,7 @@ def test_values(m, g, splits, activation, normed):
     first, second = (rounded(wide) * factor @ own for own in dense[:2])
     hidden = rounded(EXACT[activation](first) * second)
     error = np.abs(np.asarray(found - residual, np.float64) - hidden @ dense[2])
-    # An input of down near the middle of two bfloat16 may be rounded the other way.
+    # An input of down near the midpoint of two bfloat16 may be rounded the other way.
     assert np.max(error / (np.abs(hidden) @ np.abs(dense[2]))) < 5e-4
 
 
@@ -72,7 +72,7 @@ def test_what_a_device_is_asked():
 
 
 def test_gate_and_up_are_still_what_they_were():
-    """For products with more rows, whoever takes them."""
+    """The joined weight still serves products with more rows, in any implementation."""
     (gate, up, _), dense = weights(128, 256, 32, 64)
     w, both = joined.join([gate, up], feeds=64), np.concatenate(dense[:2], axis=1)
     np.testing.assert_array_equal(w.dequantize(), np.float32(both))
@@ -86,7 +86,7 @@ def test_gate_and_up_are_still_what_they_were():
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Lets this machine run what an H100 would."""
+    """Makes this machine run what an H100 would."""
     run = gated.mlp
     monkeypatch.setattr(gated, "mlp", partial(run, interpret=True))
     monkeypatch.setattr(lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))

@@ -37,7 +37,7 @@ def tiny(**changes) -> Decoder:
         "max_positions": 96,
     }
     decoder = Decoder(DecoderConfig(**{**fields, **changes}), rngs=nnx.Rngs(3))
-    # Logits far apart, so that rounding never decides which is the greatest.
+    # Logits lie far apart, so that rounding never decides which is the largest.
     decoder.embed.set_value(decoder.embed[...] * 20)
     return decoder
 
@@ -48,9 +48,10 @@ def linears(block: Block, config: DecoderConfig) -> list[Linear]:
 
 
 def packed(decoder: Decoder, bits: tuple[int, ...] = (1, 2, 3), unlike: str = "") -> Decoder:
-    """The decoder with random codes of mixed widths, in an order that differs from layer to layer.
+    """Returns the decoder with random codes of mixed widths, in an order that differs between layers.
 
-    In the first block the mean width may be another (unlike in "rows"), or only one width (in "widths").
+    ``unlike`` changes the first block: all its groups have the last width, and it may declare all widths
+    ("rows") or only that one ("widths").
     """
     rng = np.random.default_rng(0)
     for i, block in enumerate(decoder.blocks):
@@ -81,7 +82,7 @@ def forward(model: Decoder, tokens: jax.Array) -> jax.Array:
 
 
 def oracle(model: Decoder, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens by a full forward pass for each; what lies behind a causal position is no matter."""
+    """Greedy tokens, each from a full forward pass; tokens after a causal position have no effect."""
     tokens = np.zeros((1, 24), np.int32)
     tokens[0, : len(prompt)] = prompt
     for i in range(len(prompt), len(prompt) + count):
@@ -146,7 +147,7 @@ def test_prompt_may_fill_all_positions_but_one():
 def test_packed_equals_dequantized(unlike, variant):
     model = packed(tiny(**VARIANTS[variant]), unlike=unlike)
     generator = Generator(model)
-    assert generator.stacked == [True] * (2 if unlike == "widths" else 1)  # a run of blocks each
+    assert generator.stacked == [True] * (2 if unlike == "widths" else 1)  # scan segments
     found = generator.generate([PROMPTS[0]], max_tokens=9)
     dense = Generator(dequantized(model))
     assert dense.stacked == [False]
@@ -187,7 +188,7 @@ def test_on_token_may_end_its_row():
 
 
 def test_a_repetition_penalty_forbids_what_was_seen():
-    """So great a penalty that nothing that the row has seen is likeliest again."""
+    """The penalty is so large that no token that the row has seen is likeliest again."""
     found = generate(tiny(), PROMPTS, max_tokens=9, repetition_penalty=1e9)
     for prompt, row in zip(PROMPTS, found):
         assert len({*prompt, *row}) == len(prompt) + 9
@@ -208,7 +209,7 @@ def test_stop_token_ends_its_row_only_and_is_not_returned():
 
 
 def test_chunks_give_what_single_tokens_give(monkeypatch):
-    """The same draws, however many tokens a dispatch writes; none is asked for beyond the last."""
+    """The draws do not depend on the tokens per dispatch; no token beyond the last is computed."""
     generator, sizes = Generator(tiny()), []
     several = generation.write
 
@@ -311,7 +312,7 @@ def test_sample_text(bos, monkeypatch):
 
 @pytest.mark.parametrize("bos", [None, 1])
 def test_sample_text_follows_the_model(bos, monkeypatch):
-    """Where the model is certain, what it writes is its greedy continuation."""
+    """Where the model is certain, its text is the greedy continuation."""
     monkeypatch.setattr(generation, "LENGTH_STEP", 8)
     model = tiny(bos_token_id=bos)
     model.embed.set_value(model.embed[...] * 40)

@@ -1,4 +1,4 @@
-"""GGUF files, written here as llama.cpp's converter would, and the built-in model."""
+"""GGUF files, written as llama.cpp's converter would, and the built-in model."""
 
 import dataclasses
 import importlib.util
@@ -44,7 +44,7 @@ PARTS = {
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to the rows of q and k."""
+    """Interleaves the rows of q and k as llama.cpp's converter does."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -55,7 +55,7 @@ def write_gguf(
     architecture: str = "llama",
     **extra: Any,
 ) -> Path:
-    """The golden as a GGUF file; ``extra`` are metadata keys (``__`` for a dot) or, where arrays, tensors."""
+    """Writes a golden model as GGUF; ``extra`` are metadata keys (``__`` for a dot), or tensors if arrays."""
     hf, writer = golden.config, gguf.GGUFWriter(path, architecture)
     writer.add_block_count(hf["num_hidden_layers"])
     writer.add_context_length(hf["max_position_embeddings"])
@@ -114,14 +114,14 @@ PARITY = {
 
 @pytest.mark.parametrize("name", PARITY)
 def test_parity(name: str, tmp_path: Path) -> None:
-    """The same config and parameters as of the Hugging Face directory, whose logits are tested there."""
+    """Config and parameters equal those of the Hugging Face directory, whose logits other tests check."""
     golden, (architecture, extra) = load_golden(name), PARITY[name]
     if architecture.startswith("gemma"):
         extra = {**extra, "attention__sliding_window": 7}
     source = load_source(write_gguf(golden, tmp_path / "model.gguf", architecture=architecture, **extra))
     reference = load_source(write_hf(golden, tmp_path / "hf"))
     found = source.config
-    if architecture.startswith("gemma"):  # a GGUF has no key for it
+    if architecture.startswith("gemma"):  # a GGUF has no key for this field
         assert found.query_pre_attn_scalar == found.head_dim
         found = dataclasses.replace(found, query_pre_attn_scalar=24.0)
     assert found == reference.config
@@ -180,7 +180,7 @@ def test_stored_types(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def llama3_divisors(head_dim: int, theta: float, factor: float, original: int) -> np.ndarray:
-    """The `rope_freqs` of llama.cpp's converter for Llama 3, low 1 and high 4."""
+    """The `rope_freqs` of llama.cpp's converter for Llama 3, with low 1 and high 4."""
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = (original / wavelength - 1) / 3
     blend = 1 / ((1 - smooth) / factor + smooth)
@@ -215,8 +215,8 @@ LINEAR = {"rope__scaling__type": "linear"}
 @pytest.mark.parametrize(
     ("extra", "factor"),
     [
-        ({"rope__scaling__factor": 2.5}, 2.5),  # as llama.cpp: without a type it is linear
-        ({"rope__scale_linear": 2.5}, 2.5),  # the key before
+        ({"rope__scaling__factor": 2.5}, 2.5),  # as in llama.cpp: linear without a type
+        ({"rope__scale_linear": 2.5}, 2.5),  # the older key
         ({**LINEAR, "rope__scale_linear": 2.5}, 2.5),
         ({**LINEAR, "rope__scaling__factor": 2.5, "rope__scale_linear": 4.0}, 2.5),
         ({**LINEAR, "rope__scaling__factor": 2}, 2.0),
@@ -251,7 +251,7 @@ def test_bad_files(tmp_path: Path) -> None:
 
 
 def packed(value: Any) -> bytes:
-    """A value as a GGUF's header has it, its type first."""
+    """Encodes a value as in a GGUF's header, its type first."""
     kinds = {bool: (7, "?"), int: (10 if isinstance(value, int) and value >= 0 else 11, "Q"), float: (6, "f")}
     if isinstance(value, str):
         return struct.pack("<IQ", 8, len(value)) + value.encode()
@@ -264,7 +264,7 @@ def packed(value: Any) -> bytes:
 
 
 def with_pair(whole: bytes, key: str, value: Any) -> bytes:
-    """A GGUF whose metadata has this value; its data stay aligned by a string of padding."""
+    """Returns a GGUF with this metadata value added; a padding string keeps its data aligned."""
     begin, name = 24, key.encode()
     tensors, pairs = struct.unpack_from("<QQ", whole, 8)
     whole = whole.replace(

@@ -1,4 +1,4 @@
-"""The GPTQ format: read by an oracle of its documented arithmetic, it is the model, bit for bit."""
+"""The GPTQ format: an oracle of its documented arithmetic recovers the model bit for bit."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from slim_jax.model.params import block_buffers, block_params, outer_params
 
 
 def stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """``count`` values of ``bits`` bits from ``int32[...]`` words along the last axis, low bits first."""
+    """Reads ``count`` values of ``bits`` bits from ``int32[...]`` words, last axis, low bits first."""
     spread = (words.view(np.uint32)[..., None] >> np.arange(32, dtype=np.uint32)) & 1
     values = spread.reshape(*words.shape[:-1], -1)[..., : count * bits].reshape(
         *words.shape[:-1], count, bits
@@ -31,9 +31,10 @@ def stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def dequantize(tensors: dict[str, np.ndarray], prefix: str, config: dict[str, Any]) -> np.ndarray:
-    """``float32[K, N]`` as GPTQModel's documentation has it: ``scales * (code - zero)``, groups by ``g_idx``.
+    """Dequantizes to ``float32[K, N]`` by GPTQModel's documentation.
 
-    The first version of the format adds one to the stored zero point.
+    The formula is ``scales * (code - zero)``, with groups by ``g_idx``. The first version of the format adds
+    one to the stored zero point.
     """
     bits = config["bits"]
     qweight, qzeros = tensors[f"{prefix}.qweight"], tensors[f"{prefix}.qzeros"]
@@ -48,7 +49,7 @@ def dequantize(tensors: dict[str, np.ndarray], prefix: str, config: dict[str, An
 
 
 def uniform(weight: Any, rng: np.random.Generator, bits: int, **changes: Any) -> Any:
-    """Random codes with whole zero points in the shape of a weight, in groups of 32."""
+    """Random codes with integer zero points in the shape of a weight, in groups of 32."""
     k, n = weight.shape
     groups = -(-k // 32)
     lowest = changes.pop("lowest", 1)
@@ -60,7 +61,7 @@ def uniform(weight: Any, rng: np.random.Generator, bits: int, **changes: Any) ->
 
 
 def quantized(name: str, bits: int, *, heads: int = 2, **changes: Any) -> Any:
-    """A model of a golden's architecture, random, with the layers of its blocks and its embedding packed."""
+    """A random model of a golden's architecture, with the blocks' layers and the embedding packed."""
     hf = load_golden(name).config
     config = dataclasses.replace(
         by_architecture(hf["architectures"][0]).hf.read_config(hf),

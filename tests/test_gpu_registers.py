@@ -1,10 +1,9 @@
-"""What the GPU kernel does to registers, executed for every thread of a warpgroup in NumPy.
+"""Register operations of the GPU kernel, executed for every thread of a warpgroup in NumPy.
 
 Interpret mode replaces the functions of ``pallas_kernels.gpu.registers`` that rename registers, and the
-tensor-core instruction, by functions of arrays. Here the real ones emit their instructions, and
-``tests/warpgroup.py`` executes them on registers filled as Mosaic's layouts say; they must do what those of
-interpret mode do.
-What is left to a device: Mosaic's loads and stores, ptxas, and timing.
+tensor-core instruction, by functions of arrays. Here the real functions emit their instructions,
+``tests/warpgroup.py`` executes them on registers filled by Mosaic's layouts, and the results must equal those
+of interpret mode. Only a device can test Mosaic's loads and stores, ptxas, and timing.
 """
 
 from functools import partial
@@ -28,7 +27,7 @@ SPLITS = [(split, n) for split in (1, 2, 4) for n in (32, 64, 128, 256)]  # as C
 
 @pytest.fixture
 def group(monkeypatch):
-    """A warpgroup; the functions that emit do so when they are called, not when JAX lowers them."""
+    """A warpgroup; the emitting functions emit when they are called, not when JAX lowers them."""
 
     def inline_mgpu(*, arg_types=(), return_type=None):
         return lambda function: lambda *arrays: function(None, *arrays)
@@ -51,14 +50,14 @@ def group(monkeypatch):
 
 
 def share_of_thread(group, split):
-    """Which share of the groups each thread works for, by ``Warps.share``."""
+    """Index of the K-slice that each thread works on, by ``Warps.share``."""
     if split == 1:
         return np.zeros(128, int)
     return group.value(Warps(split, False).share().registers.item()).astype(int)
 
 
 def test_layouts_mean_what_mosaic_takes_them_for(group):
-    """`elements`, on which all else rests, against the indices that Mosaic computes for each thread."""
+    """Checks `elements`, on which all other tests rely, against Mosaic's own indices per thread."""
     for split, n in SPLITS[::2] + SPLITS[1::4]:
         warps = Warps(split, False)
         shapes = {warps.accumulator: (warps.rows, n), warps.left: (warps.rows, 16), warps.right: (16, n)}
@@ -75,7 +74,7 @@ def test_layouts_mean_what_mosaic_takes_them_for(group):
 
 @pytest.mark.parametrize(("split", "n"), SPLITS)
 def test_what_is_stored_fits_a_tile_of_the_swizzle(split, n):
-    """A longer vector is stored where nothing reads it: on an H200 all results of a split K were wrong."""
+    """A longer vector is stored where nothing reads it: on an H200, all split-K results were wrong."""
     vector = Warps(split, False).stored(n).to_mgpu().vector_length
     assert 4 * vector <= registers.VECTOR_BYTES
 
@@ -100,7 +99,7 @@ def test_words_of_few_rows_become_full_tiles(group, split, n, rows):
 
 @pytest.mark.parametrize(("split", "n"), SPLITS)
 def test_a_product_of_words_is_that_of_interpret_mode(group, split, n):
-    """`as_operand`, `mma`, `as_accumulator`, `from_accumulator`; words and scales are each share's own."""
+    """Tests `as_operand`, `mma`, `as_accumulator`, `from_accumulator`, with operands per K-slice."""
     draw = np.random.default_rng(n).integers
     warps, interpreted, share = Warps(split, False), Warps(split, True), share_of_thread(group, split)
     operand = draw(-8, 8, (split, 8, n, 2)).astype(jnp.bfloat16)
@@ -119,7 +118,7 @@ def test_a_product_of_words_is_that_of_interpret_mode(group, split, n):
     right = operand.astype(np.float32).swapaxes(2, 3).reshape(split, 16, n)  # row 2 j: a word's low half
     by_hand = (left @ right + start.reshape(split, ROW_TILE, 1)) * scale.astype(np.float32)[:, None]
     np.testing.assert_array_equal(found, by_hand.reshape(found.shape))
-    if n == 32:  # once for each split: compiling takes longer than all else
+    if n == 32:  # once per split: compiling takes longer than the rest
         expected = jnp.broadcast_to(jnp.asarray(start)[:, None], (warps.rows, n))
         expected = interpreted.mma(expected, jnp.asarray(x), interpreted.as_operand(jnp.asarray(words)))
         np.testing.assert_array_equal(found, expected * interpreted.as_accumulator(jnp.asarray(scale)))
@@ -131,7 +130,7 @@ def test_a_product_of_words_is_that_of_interpret_mode(group, split, n):
     [*((128, b) for b in range(1, 9)), *((g, b) for g in (32, 64) for b in (1, 2, 3, 4))],
 )
 def test_groups_of_every_width_are_multiplied(group, group_size, bits, split, n):
-    """A group per share, from packed words to the results that are stored: exactly, for all are integers."""
+    """One group per K-slice, from packed words to stored results; exact, because all values are integers."""
     draw = np.random.default_rng(bits).integers
     codes = draw(0, 1 << bits, (split, group_size, n))
     scale = draw(1, 16, (split, n)).astype(jnp.bfloat16)
@@ -168,7 +167,7 @@ def test_groups_of_every_width_are_multiplied(group, group_size, bits, split, n)
 
 
 def joined(fields_t, *words):
-    """A right operand of the kernel: the planes' codes, masked and joined, on top of 128."""
+    """Builds a right operand of the kernel: the planes' codes, masked and joined, on top of 128."""
     code = np.full_like(words[0], MAGIC)
     for field, word in zip(fields_t, words):
         shifted = word >> np.uint32(field.by) if field.by >= 0 else word << np.uint32(-field.by)

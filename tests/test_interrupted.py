@@ -1,4 +1,4 @@
-"""Runs that meet in one folder, find it damaged, or find another model."""
+"""Runs that share a folder, find it damaged, or find another model."""
 
 import contextlib
 import dataclasses
@@ -54,7 +54,7 @@ def die(*_: Any) -> Any:
 
 
 def interrupt(source: Any, path: Path, after: int = 1, config: SlimConfig = ROUNDED) -> Path:
-    """A run that ended after a block."""
+    """Quantizes until a block is finished, as an interrupted run does."""
 
     def kill(report):
         if report.index == after:
@@ -66,7 +66,7 @@ def interrupt(source: Any, path: Path, after: int = 1, config: SlimConfig = ROUN
 
 
 def damage(folder: Path) -> None:
-    """Changes a byte of the largest file."""
+    """Changes one byte of the largest file."""
     file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -126,12 +126,12 @@ def test_a_damaged_end_is_done_again(source, whole, tmp_path, monkeypatch):
 
 
 def test_drafts_stay_until_all_tuned_blocks_are_written(source, tmp_path):
-    """A tuned block that is damaged is made of its draft again; a damaged draft takes the rest along."""
+    """A damaged fine-tuned block is rebuilt from its draft; a damaged draft invalidates later blocks."""
     outer, blocks = split_params(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     heard: list[str] = []
 
     def write(last: int) -> list[int]:
-        """Writes what is missing, tuned blocks up to the last; which of these it has written."""
+        """Writes missing blocks, fine-tuned ones up to ``last``; returns the fine-tuned ones written."""
         made, resume = [], (tmp_path / "out").exists()
         with (
             contextlib.suppress(Killed),

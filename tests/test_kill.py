@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, with SIGKILL, resumes to the same checkpoint: ``make test-slow``."""
+"""A run that is killed with SIGKILL at any moment resumes to the same checkpoint: ``make test-slow``."""
 
 import random
 import subprocess

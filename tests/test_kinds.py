@@ -1,4 +1,4 @@
-"""Models whose blocks are of several kinds: other sizes of heads and MLP, experts behind a dense block."""
+"""Models with several kinds of blocks: other sizes of heads and MLP, experts after a dense block."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_mistakes(change, message):
 
 
 def parallel(config: DecoderConfig) -> tuple[Stage, ...]:
-    """Attention beside the MLP, as in GPT-J: both read one norm, and what both give joins the stream."""
+    """Attention parallel to the MLP, as in GPT-J: both read one norm and add to the residual stream."""
     entry = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
     return (
         Stage(_normed, ("h",), ("x",), layers=entry),
@@ -79,7 +79,7 @@ def _joined(block, h, seen, inner):
 
 
 def test_another_kind_of_block_is_its_stages(monkeypatch):
-    """They are all that calibration, the report and the model itself need to know of it."""
+    """Calibration, the report and the model itself know a kind of block only through its stages."""
     for module in (block, activations):
         monkeypatch.setattr(module, "stages", parallel)
     model = Decoder(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""The packed layout, against an oracle that reads the words bit by bit as the docstring describes them."""
+"""The packed layout, compared with an oracle that reads the words bit by bit as the docstring says."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ as_on_a_gpu = jax.jit(lambda w: layout._dequantize_elements(w, jnp.dtype(jnp.flo
 
 
 def random_parts(k, n, group_size, bits, seed=0, widths=None):
-    """Codes, scales and zero codes that fit ``bits``, and a tensor whose groups may have ``widths``."""
+    """Random codes, scales and zero codes that fit ``bits``; ``widths`` are those that groups may have."""
     rng = np.random.default_rng(seed)
     bits = np.asarray(bits)
     limit = np.repeat(1 << bits, group_size)[:k, None]
@@ -25,7 +25,7 @@ def random_parts(k, n, group_size, bits, seed=0, widths=None):
 
 
 def oracle_weight(codes, scale, zero_code, bits, group_size, widths=None):
-    """``scale * (code - zero)`` in float32, from the definition."""
+    """Computes ``scale * (code - zero)`` in float32, from the definition."""
     group = np.arange(codes.shape[0]) // group_size
     z = 4 if max(widths or bits) <= 4 else 8
     zero = (zero_code * 2.0 ** (np.asarray(bits)[:, None] - z)).astype(np.float32)
@@ -33,7 +33,7 @@ def oracle_weight(codes, scale, zero_code, bits, group_size, widths=None):
 
 
 def oracle_codes(w: MixedTensor):
-    """Codes ``[G * g, N]``, each read from its words one bit field at a time."""
+    """Codes ``[G * g, N]``, read from the words one bit field at a time."""
     g, words = w.group_size, np.asarray(w.words).astype(object)
     codes = np.zeros((w.groups * g, w.shape[1]), object)
     row = 0

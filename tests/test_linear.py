@@ -1,4 +1,4 @@
-"""In which dtype products are taken, and the products of one row in bfloat16."""
+"""The dtype of products, and products of one row in bfloat16."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ CONFIG = DecoderConfig(
 def test_a_model_in_memory_equals_the_same_model_loaded(platform, expected, tmp_path, monkeypatch):
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 40, (2, 8))
-    # Not for all: kernels for other back ends would not run here.
+    # Patch only this module: kernels for other back ends would not run here.
     target = Device(name="a target", platform=platform)
     monkeypatch.setattr(linear, "chips", SimpleNamespace(of_target=lambda: target))
     memory, _ = quantize(model, tokens, SlimConfig(bits=2, group_size=32, method="rtn"))
@@ -97,7 +97,7 @@ def test_one_row_has_the_gradients_of_many():
     ],
 )
 def test_which_products_are_left_to_xla(rows, dtype, target, left_to_xla):
-    """It is the target of the compilation that decides, not this machine."""
+    """The compilation target decides, not this machine."""
     x, w = jnp.ones((rows, 16)), jnp.ones((16, 24), dtype)
     for product, weight in ((dense_product, w), (unembed, w.T)):
         program = jax.jit(product).trace(x, weight).lower(lowering_platforms=(target,)).as_text()

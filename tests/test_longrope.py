@@ -1,8 +1,8 @@
-"""Longrope against an independent NumPy decoder, over the border of the trained context.
+"""Longrope compared with an independent NumPy decoder, across the border of the trained context.
 
-transformers' rule (`modeling_rope_utils.longrope_frequency_update`): a pass takes the long factors where
-its greatest position plus one exceeds the trained context. Phi-3's `prepare_inputs_for_generation` drops
-the cache at the step that crosses the border, so that all tokens are read again with the long factors.
+transformers' rule (`modeling_rope_utils.longrope_frequency_update`): a pass takes the long factors if its
+greatest position plus one exceeds the trained context. Phi-3's `prepare_inputs_for_generation` drops the
+cache at the step that crosses the border, so all tokens are read again with the long factors.
 """
 
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 
 class Reference:
-    """The golden's decoder in float64, one row, keys kept with the rotation that they were stored with."""
+    """The golden decoder in float64, for one row; cached keys keep their rotation at storing."""
 
     def __init__(self) -> None:
         golden = load_golden("phi3_longrope")
@@ -57,7 +57,7 @@ class Reference:
         )
 
     def read(self, tokens: list[int], reach: int) -> np.ndarray:
-        """Logits after the last of ``tokens``, in a pass of a batch that reaches so far."""
+        """Logits after the last of ``tokens``, in a pass whose batch reaches ``reach`` tokens."""
         positions = self.length + np.arange(len(tokens))
         h = self.weights["model.embed_tokens.weight"][tokens]
         for i in range(self.layers):
@@ -84,7 +84,7 @@ class Reference:
 
 
 def greedy(prompts: list[list[int]], count: int) -> list[list[int]]:
-    """What transformers' generate gives: greedy, all rows long from the step on at which the longest is."""
+    """Greedy tokens of transformers' generate, where the longest row decides the factors of all rows."""
     rows, references = [list(prompt) for prompt in prompts], [Reference() for _ in prompts]
     for step in range(count):
         reach = max(len(row) for row in rows)
@@ -119,14 +119,14 @@ def test_each_pass_chooses_for_its_batch_and_cached_keys_stay(decoder: Decoder) 
 
 @pytest.mark.parametrize("lengths", [(14, 5), (8, 12)])
 def test_generation_over_the_border(decoder: Decoder, lengths: tuple[int, ...]) -> None:
-    """The cache has room for more than the trained context from the start, which must not matter."""
+    """The cache has room for more than the trained context from the start, which must have no effect."""
     tokens = load_golden("phi3_longrope").tokens
     prompts = [tokens[i % len(tokens), :length].tolist() for i, length in enumerate(lengths)]
     assert Generator(decoder).generate(prompts, max_tokens=9, stop=[]) == greedy(prompts, 9)
 
 
 def test_written_text_is_read_as_it_was_written(decoder: Decoder) -> None:
-    """Where logits are so far apart that drawing is choosing, each is what a pass over all expects."""
+    """Each token is the one that a full pass predicts: logits lie so far apart that sampling is greedy."""
     outer, blocks = split_params(decoder)
     sure = make_decoder(decoder.config, {**outer, "head.weight": outer["head.weight"] * 1000}, blocks)
     text = sample_text(sure, samples=2, length=24, seed=0)

@@ -1,7 +1,7 @@
-"""Programs lowered for chips that are not here, by their names alone (`AbstractDevice`): their path.
+"""Lowering for chips that are not present, known only by name (`AbstractDevice`): which code runs.
 
-Interpret mode and compilers of single products do not see what `vmap`, several devices or a chip that a
-kernel refuses do to a program; lowering does. Whoever warns or logs an error here fails.
+Interpret mode and compilers of single products do not show what `vmap`, several devices or a chip that a
+kernel refuses do to a program; lowering does. A test fails if anything warns or logs an error.
 """
 
 import logging
@@ -29,7 +29,7 @@ G = 64
 
 
 def mesh_of(target: str, count: int = 1, kind: AxisType = AxisType.Auto) -> AbstractMesh:
-    """So many devices of a chip, as JAX names them."""
+    """Mesh of ``count`` devices of a chip, as JAX names it."""
     device = BY_SHORT_NAME[target]
     tpu = device.platform == "tpu"
     cores = device.processors if tpu else None
@@ -57,7 +57,7 @@ def several(count: int):
 
 
 def over_four(kind: AxisType, target: str) -> str:
-    """Four rows on four devices, weights on all."""
+    """Product of four rows on four devices, with the weights on all."""
     mesh = mesh_of(target, 4, kind)
     cut, whole = (NamedSharding(mesh, spec) for spec in (P("x"), P()))
     return lowered(target, mixed_matmul, rows(4, sharding=cut), weight(sharding=whole), mesh=mesh)
@@ -73,11 +73,11 @@ def through_layers(x, ws):
 
 @cache
 def model():
-    return packed_model(layers=1, widths=(2,))  # a loop for each, which would all be lowered
+    return packed_model(layers=1, widths=(2,))  # one width: each has its own loop to lower
 
 
 def decode_step(target: str) -> str:
-    """A token of a tiny model."""
+    """Lowered decode step of a tiny model."""
     with use_abstract_mesh(mesh_of(target)):
         runs = [Run(run[0].config, len(run), stackable(run)) for run in model().runs()]
         outer, blocks = jax.eval_shape(lambda model: ready(model)[:2], model())
@@ -105,17 +105,20 @@ PROGRAMS = {
     "decode step": decode_step,
 }  # fmt: skip
 LOOPS = {"scan": 1, "experts": 1, "weights": 1}
-"""Of the programs themselves."""
+"""Number of loops of the programs themselves."""
 
 
 def cases():
-    """All programs for the chips that no kernel serves, where they lower in no time; for one TPU and one GPU
-    of those that are served; one product for the others, and the rest of theirs among the slow tests."""
+    """Yields all programs and targets, as quick or slow tests.
+
+    All programs are quick for chips without a kernel, where they lower quickly, and for one TPU and one GPU
+    with a kernel. The other targets have one quick product; the rest are slow tests.
+    """
     for target in (*TPUS, *GPUS, *REFUSED):
         for name in PROGRAMS:
             quick = target in (TPUS[0], GPUS[0], *REFUSED) or name == "1 rows"
             marks = [] if quick else [pytest.mark.slow]
-            if name == "decode step" and target in GPUS:  # attention's, until it is written anew
+            if name == "decode step" and target in GPUS:  # attention's kernel, until it is rewritten
                 marks.append(pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"))
             yield pytest.param(target, name, marks=marks)
 
@@ -125,7 +128,7 @@ def test_the_path_of_a_program(target, name, caplog):
     with caplog.at_level(logging.WARNING):
         text = PROGRAMS[name](target)
     assert caplog.records == []
-    many = name == "300 rows" and target in GPUS  # which a dense product takes sooner
+    many = name == "300 rows" and target in GPUS  # a dense product is faster
     served = target in TPUS or (target in GPUS and MOSAIC_GPU)
     by_kernel = served and name != "auto" and not many
     assert ("tpu_custom_call" in text or "mosaic_gpu" in text) == by_kernel
@@ -135,7 +138,7 @@ def test_the_path_of_a_program(target, name, caplog):
 
 
 def test_one_program_is_right_on_every_platform():
-    """Traced here, for a CPU, and lowered for others: a loop over packed words is for CPUs alone."""
+    """Traced here for a CPU and lowered for other platforms: only CPUs loop over packed words."""
     traced = jax.jit(mixed_matmul).trace(rows(1), weight())
     loops = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
@@ -153,7 +156,7 @@ def test_a_group_size_without_a_kernel(group_size):
 
 
 def test_tpu_kernels_with_checks_on():
-    """They are another program, of the same function."""
+    """The checked kernels are another program of the same function."""
     product = jax.jit(lambda x, w: mixed_matmul(x, w))
 
     def text():

@@ -1,4 +1,4 @@
-"""The manifest `slim.json`: what is read is what was written, and each fault is one line that names it."""
+"""The manifest `slim.json`: reading returns what was written; each fault is one line that names it."""
 
 import json
 from pathlib import Path

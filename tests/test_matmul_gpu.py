@@ -1,7 +1,7 @@
-"""The GPU back end in interpret mode: the shared cases, and what the kernel's own limits and tiles add.
+"""The GPU back end in interpret mode: the shared cases, and the kernel's own limits and tiles.
 
-Interpret mode takes ``jnp.dot`` for the tensor cores and knows no registers: ``tests/test_gpu_registers.py``
-has these.
+Interpret mode uses ``jnp.dot`` for the tensor cores and has no registers: ``tests/test_gpu_registers.py``
+tests these.
 """
 
 from functools import partial
@@ -18,29 +18,29 @@ from pallas_kernels.gpu.kernel import Config
 from pallas_kernels.gpu.operands import fields, places
 from pallas_kernels.planes import pack_group, pieces
 
-# The interpreted kernel becomes an XLA program whose compilation is all the time these tests take.
+# The interpreted kernel becomes an XLA program, whose compilation takes all the time of these tests.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def small(m: int, n: int) -> Config:
-    """The least code: no pipelining; few blocks. Steps of several groups have tests of their own."""
+    """The smallest code: no pipelining, few blocks. Steps of several groups have tests of their own."""
     return Config(16 if m <= 32 else 64, 32 if n <= 32 else 128, stages=1, groups_per_step=1)
 
 
 class TestMosaicGpu(MatmulCases):
     implementation = "mosaic_gpu"
     x_dtype = jnp.bfloat16
-    tolerance = 1e-5  # products are summed with 128 + code in place of code
+    tolerance = 1e-5  # products are summed with 128 + code instead of code
 
     def matmul(self, x, w, **kwargs):
         kwargs = {"config": small(x.shape[0], w.shape[1]), **kwargs}
         product = partial(kernel.mixed_matmul, interpret=True, **kwargs)
-        if isinstance(w.words, jax.core.Tracer):  # compiler options are for the outermost jit
+        if isinstance(w.words, jax.core.Tracer):  # compiler options go to the outermost jit
             return product(x, w)
         return jax.jit(product, compiler_options=QUICK)(x, w)
 
     def test_segment_sizes_are_data(self):
-        # The interpreter's first run in a process changes JAX's tracing context: one more trace, once.
+        # The interpreter's first run in a process changes JAX's tracing context, which causes one more trace.
         w, _ = random_weight(32, 8, 32, [1])
         self.matmul(random_x(1, 32), w)
         super().test_segment_sizes_are_data()
@@ -57,7 +57,7 @@ class TestMosaicGpu(MatmulCases):
         ("m", "split_k", "split_blocks"), [(1, 1, 1), (1, 2, 1), slow(1, 4, 1), slow(1, 2, 2), (3, 2, 1)]
     )
     def test_what_a_product_is_added_to(self, m, split_k, split_blocks):
-        """Of one row the kernel adds it, and writes one."""
+        """The kernel itself adds the residual to a single row, and writes one row."""
         w, dense = random_weight(7 * 32, 64, 32, [1, 2, 2, 2, 2, 3, 3])
         x, bias, residual = random_x(m, 7 * 32), random_x(64, seed=2), random_x(m, 64, seed=3)
         config = Config(block_n=32, stages=2, groups_per_step=2, split_k=split_k, split_blocks=split_blocks)
@@ -79,7 +79,7 @@ class TestMosaicGpu(MatmulCases):
 
     @pytest.mark.parametrize(("split_blocks", "split_k", "n"), [(2, 1, 72), (4, 2, 40), slow(8, 4, 40)])
     def test_groups_dealt_to_blocks(self, split_blocks, split_k, n):
-        """Parts with many groups of a width, with few, and with none; a bias; columns that fill no block."""
+        """K-slices with many, few or no groups of a width; a bias; columns that fill no block."""
         w, dense = random_weight(32 * 11, n, 32, [1, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3], dtype=jnp.bfloat16)
         x, bias = random_x(5, 32 * 11), random_x(n, seed=2)
         config = Config(block_n=32, stages=2, groups_per_step=2, split_k=split_k, split_blocks=split_blocks)
@@ -103,8 +103,10 @@ class TestMosaicGpu(MatmulCases):
         ],
     )
     def test_weights_side_by_side(self, config, m):
-        """Of other widths, orders and numbers of columns; one fills several tiles, blocks are narrower than
-        a tile, or would be wider."""
+        """Joined weights with other widths, orders and numbers of columns.
+
+        One fills several tiles; blocks are narrower than a tile, or would be wider.
+        """
         bits = [2] * 12 + [3] * 6, [2] * 9 + [3] * 8 + [4], [2] * 18
         kinds = zip((128, 32, 64), bits, ((2, 3), (2, 3, 4), (2,)))
         cases = [
@@ -126,7 +128,7 @@ class TestMosaicGpu(MatmulCases):
         ],
     )
     def test_a_norm_before_weights_side_by_side(self, config, m):
-        """Rows of very different size, the last group short."""
+        """Rows of very different size; the last group is short."""
         k = 17 * 32 + 16
         cases = [random_weight(k, 64, 32, [2] * 10 + [3] * 8, seed, widths=(2, 3)) for seed in range(2)]
         size = 10.0 ** np.linspace(-2, 3, m)[:, None]
@@ -142,7 +144,7 @@ class TestMosaicGpu(MatmulCases):
         assert np.max(np.abs(found - rounded @ dense) / (np.abs(rounded) @ np.abs(dense))) < 2e-5
         exact = wide * np.asarray(norm.scale, np.float64)[None] * factor
         np.testing.assert_allclose(norm(x), exact, rtol=1e-5)
-        by_xla = mixed_matmul(x, w, implementation="xla")  # as where there are many rows
+        by_xla = mixed_matmul(x, w, implementation="xla")  # as with many rows
         assert np.max(np.abs(by_xla - exact @ dense) / (np.abs(exact) @ np.abs(dense))) < 4e-3
 
     def test_a_product_with_a_norm_in_it_has_no_gradient(self):

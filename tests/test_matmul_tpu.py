@@ -1,7 +1,7 @@
-"""The TPU kernels in the TPU interpreter, with memory full of NaN, so that reading it uninitialised shows.
+"""The TPU kernels in the TPU interpreter; memory starts as NaN, so that uninitialised reads show.
 
-The interpreter takes seconds a case, so a few cases cover what matters, and the body of cases of all back
-ends is marked slow. Race detection needs two CPU cores: on one, the interpreter of jax 0.12 deadlocks.
+The interpreter takes seconds per case, so a few cases cover the essentials, and the shared cases of all back
+ends are marked slow. Race detection needs two CPU cores: on one, the interpreter of jax 0.12 deadlocks.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="deadlock
 
 
 class TpuCases(MatmulCases):
-    """What the two strategies share; a chunk is as small as can be, for less to unroll and compile."""
+    """Base of both strategies' cases; chunks are minimal, so that there is less to unroll and compile."""
 
     config: Config
     prefill_tolerance = 4e-3  # weights rounded to bfloat16
@@ -45,10 +45,10 @@ class TpuCases(MatmulCases):
 class Bfloat16(TpuCases):
     config = Config(strips=2, groups=2, join=2, unpack="bfloat16", vector="bfloat16")
     x_dtype = jnp.bfloat16
-    tolerance = 2e-5  # float32 sums of x * (128 + q), from which 128 * sum(x) is taken again
+    tolerance = 2e-5  # float32 sums of x * (128 + q); 128 * sum(x) is subtracted
 
     def test_an_outlier_in_x(self):
-        """128 times the outlier is in the sums for a while: seven bits of float32 less for the rest."""
+        """The sums temporarily contain 128 times the outlier, which costs the rest seven bits of float32."""
         w, dense = random_weight(512, 16, 128, [1, 2, 2, 3])
         x = random_x(4, 512).at[1, 77].set(3000.0)
         self.assert_close(self.matmul(x, w), x, dense, tolerance=1e-4)
@@ -59,7 +59,7 @@ class Int8(TpuCases):
     tolerance = 1e-4  # fixed point of x, see the module's docstring
 
     def test_an_outlier_in_x(self):
-        """Beside an outlier, two digits keep what rounding x to bfloat16 does, and three keep more."""
+        """Two digits next to an outlier are as exact as rounding x to bfloat16, and three are more exact."""
         w, dense = random_weight(512, 16, 128, [1, 2, 2, 3])
         x = random_x(4, 512).at[1, 77].set(3000.0)
         self.assert_close(self.matmul(x, w), x, dense, tolerance=2.0**-9)
@@ -76,7 +76,8 @@ INT8 = pytest.mark.parametrize("cases", [Int8()], ids=["int8"])
 @pytest.mark.parametrize(
     ("cases", "m", "k", "n", "group_size", "bits"),
     [
-        # Odd segments, so that groups begin off the registers of 8 rows; a short last group; a tile past N.
+        # Odd segments, so that groups are not aligned to registers of 8 rows; a short last group; a tile past
+        # N.
         (Int8(), 1, 635, 300, 128, [1, 3, 2, 1, 3]),
         (Bfloat16(), 17, 380, 130, 128, [1, 2, 3]),
         (Int8(), 17, 127, 40, 32, [5, 6, 7, 8]),
@@ -98,7 +99,7 @@ def test_group_sizes_and_empty_segments(cases, m, group_size, bits, widths):
     cases.check(m, group_size * len(bits), 130, group_size, bits, widths=widths, dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize(  # cases: Config.vector is bfloat16 or float32
+@pytest.mark.parametrize(  # for Config.vector bfloat16 and float32
     ("cases", "m", "group_size", "bits"),
     [
         (Int8(), 40, 32, [1, 3, 6, 8]),
@@ -138,7 +139,7 @@ def test_zeros_in_x(cases):
     ],
 )
 def test_error_of_digits(m, outlier, digits, most):
-    """Figures of docs/kernels.md, in units of ``sum |x| |w|``; bfloat16 makes 3e-4 of ordinary x."""
+    """The figures of docs/kernels.md, relative to ``sum |x| |w|``; bfloat16 gives 3e-4 for ordinary x."""
     w, dense = random_weight(1024, 256, 128, [1, 1, 2, 2, 2, 2, 3, 3], seed=1)
     x = random_x(m, 1024)
     x = x.at[m // 2, 77].set(3000.0) if outlier else x
@@ -187,7 +188,7 @@ def test_segment_sizes_are_data(cases):
     ids=["int8", "bfloat16-two-cores", "prefill"],
 )
 def test_no_races(cases, m, cores):
-    """Two steps of the grid a core, so that copies of words and the computation overlap."""
+    """Two grid steps per core, so that copies of words overlap with the computation."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     columns = 2 * cores * 128 * cases.config.strips
@@ -202,7 +203,7 @@ def test_no_races(cases, m, cores):
 @TWO_CPUS
 @pytest.mark.parametrize("cores", [1, slow(2)])
 def test_no_races_side_by_side(cores):
-    """A core's first tile may be any of a weight's, and x is made ready again for the next weight."""
+    """A core's first tile may be any of a weight's tiles, and x is prepared again for the next weight."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     made, dense = side_by_side(n=(256, 128, 128))
@@ -269,7 +270,7 @@ def test_heuristic(kind, unpack, cores):
 
 @pytest.mark.parametrize("m", [2, 40])
 def test_layers_are_read_where_they_lie(m):
-    """Of other segments, orders and rows of words, and columns that fill no register."""
+    """Layers with other segments, orders and rows of words, and with columns that fill no register."""
     bits = [1, 2, 3, 3], [2, 2, 2, 2], [3, 2, 1, 1]
     made = [random_weight(4 * 128, 200, 128, own, i, widths=(1, 2, 3)) for i, own in enumerate(bits)]
     w = layers.prepare([[one] for one, _ in made], stacked=True)
@@ -282,7 +283,7 @@ def test_layers_are_read_where_they_lie(m):
 
 
 def side_by_side(n=(200, 384, 130)):
-    """Two layers of three weights that share nothing but their input; and the weights in float64."""
+    """Two layers of three weights with the same input but different layouts, packed and in float64."""
     bits = [([1, 2, 3, 3], [2, 2, 2, 2], [3, 4, 4, 4]), ([3, 3, 1, 1], [3, 2, 1, 2], [4, 4, 4, 3])]
     widths = (1, 2, 3), (1, 2, 3), (3, 4)
     made = [
@@ -296,7 +297,7 @@ def side_by_side(n=(200, 384, 130)):
     ("m", "config"), [(2, Config(2, 2, join=2)), slow(17, Config(1, 1)), (40, Config(2, 2))]
 )
 def test_weights_that_read_one_input_are_one_product(m, config):
-    """Of other widths, segments, orders, rows of words, and columns that fill no tile or register."""
+    """Weights with other widths, segments, orders and rows of words; columns fill no tile or register."""
     made, dense = side_by_side()
     w, x = layers.prepare(made, stacked=True), random_x(m, 4 * 128)
     run = jax.jit(lambda w, i: kernel.mixed_matmul(x, w.at(i), config=config, interpret=INTERPRET))

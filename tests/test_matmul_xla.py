@@ -1,4 +1,4 @@
-"""The XLA back end, and what the public function adds to any: batches, gradients, argument checks."""
+"""The XLA back end, and features of the public function: batches, gradients, argument checks."""
 
 import itertools
 import re
@@ -99,7 +99,7 @@ class TestXla(MatmulCases):
 
     @pytest.mark.parametrize("m", [4, 12])
     def test_the_gradient_is_taken_in_the_weights_dtype(self, m):
-        """A weight in bfloat16 is not made float32 for the way back, nor kept dense until then."""
+        """A bfloat16 weight is not converted to float32 for the backward pass, nor kept dense until then."""
         w, dense = random_weight(96, 6, 32, [1, 2, 3])
         w, x = w.astype(jnp.bfloat16), random_x(m, 96)
         dy = random_x(m, 6, seed=2)
@@ -158,7 +158,7 @@ class TestXla(MatmulCases):
 
 @pytest.mark.parametrize("m", [3, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 12))])
 def test_weights_that_read_one_input_are_one_product(m):
-    """Each has widths, an order of groups and rows of its own, which differ from layer to layer too."""
+    """Each weight has its own widths, order of groups and rows, which also differ between layers."""
     sizes, allocations = (64, 32, 96), ([1, 2, 3], [3, 2, 1], [4, 2, 2], [1, 1, 2])
     layers, denses = [], []
     for i in range(2):
@@ -200,7 +200,7 @@ def test_weights_that_do_not_fit_together_are_not_joined():
 
 
 def test_weights_joined_for_a_tpu_are_multiplied_elsewhere():
-    """A program that was prepared for a TPU runs on a CPU, and its gradient too."""
+    """A program that was prepared for a TPU also runs on a CPU, including its gradient."""
     made = [random_weight(96, n, 32, bits, n) for n, bits in ((64, [1, 2, 3]), (40, [3, 2, 2]))]
     dense, x = np.concatenate([dense for _, dense in made], axis=1), random_x(3, 96)
     w = prepare_joined([[w for w, _ in made]], implementation="mosaic_tpu")
@@ -221,7 +221,7 @@ def test_columns_of_a_weight_in_tiles(monkeypatch):
 
 @pytest.mark.parametrize("name", [None, "xla", "mosaic_gpu", "mosaic_tpu"])
 def test_export_of_a_symbolic_batch(name):
-    """Of a packed weight, and of what back ends make of it: here as XLA multiplies them."""
+    """Exports a packed weight, and the weights that back ends prepare; XLA multiplies all of them here."""
     w, dense = random_weight(64, 32, 32, [1, 2])
     w = w if name is None else prepare(w, implementation=name)
     assert name is None or w.implementation == name

@@ -1,4 +1,4 @@
-"""Quantizing Flax modules that are no decoders."""
+"""Quantization of Flax modules that are not decoders."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ PLUS = SlimConfig(bits=2, group_size=32, method="slim-plus", refine=0, epochs=5)
 
 
 class Net(nnx.Module):
-    """A convolution with stride and dilation, attention, a layer that is used twice, one that is not."""
+    """A convolution with stride and dilation, attention, a layer that is used twice, and one that is not."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.conv = nnx.Conv(3, 16, (3, 5), strides=(2, 1), kernel_dilation=(1, 2), rngs=rngs)
@@ -28,7 +28,7 @@ class Net(nnx.Module):
         self.named = nnx.Dict(head=nnx.Linear(16, 4, use_bias=False, rngs=rngs))
         self.unused = nnx.Linear(3, 3, rngs=rngs)
         self.grouped = nnx.Conv(16, 16, (1,), feature_group_count=2, rngs=rngs)
-        self.table = nnx.Param(jnp.eye(4))  # of a class of its own
+        self.table = nnx.Param(jnp.eye(4))  # a parameter of no known layer class
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(x)
@@ -69,7 +69,7 @@ def test_what_was_quantized_and_what_not(net, quantized):
     assert isinstance(found.attn.out, PackedLinear)
     assert found.again is found.twice[0]
     assert isinstance(found.again, PackedLinear)
-    assert type(net.again) is nnx.Linear  # the module that was given is as it was
+    assert type(net.again) is nnx.Linear  # the given module is unchanged
 
 
 def test_outputs_are_near(net, quantized, batches):
@@ -81,7 +81,7 @@ def test_outputs_are_near(net, quantized, batches):
 
 
 def test_eight_bits_are_almost_exact(net, batches):
-    """The order of a patch's entries, the shapes of attention: with any of them wrong, this is far off."""
+    """If the order of a patch's entries or the shapes of attention were wrong, this would be far off."""
     found, report = quantize_module(net, batches, SlimConfig(bits=8, group_size=32, method="gptq"))
     expected = net(batches[0])
     np.testing.assert_allclose(found(batches[0]), expected, atol=0.02 * float(jnp.abs(expected).max()))
@@ -89,7 +89,7 @@ def test_eight_bits_are_almost_exact(net, batches):
 
 
 def test_calibration_sees_the_patches(net, batches):
-    """GPTQ feeds errors along the inputs' correlations: on smooth images it beats rounding to nearest."""
+    """GPTQ propagates errors along the inputs' correlations: it beats rounding on smooth images."""
     smooth = [np.cumsum(np.cumsum(x, axis=1), axis=2) for x in batches]
     errors = {}
     for method in ("gptq", "rtn"):
@@ -100,7 +100,7 @@ def test_calibration_sees_the_patches(net, batches):
 
 
 class Twice(nnx.Module):
-    """A layer that is in two places and called in both."""
+    """A module with one layer in two places, called in both."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.once = self.again = nnx.Linear(32, 32, rngs=rngs)
@@ -111,13 +111,13 @@ class Twice(nnx.Module):
 
 
 def test_slim_plus_learns_by_the_outputs():
-    """What is packed is what the last judgement saw."""
+    """The packed weights have the validation loss that is reported for the kept epoch."""
     net, rng, losses, seen = Twice(nnx.Rngs(0)), np.random.default_rng(0), [], []
     batches = [rng.normal(size=(64, 32)).astype(np.float32) for _ in range(16)]
     found, report = quantize_module(net, batches, PLUS, on_epoch=lambda *epoch: seen.append(epoch))
     plain, _ = quantize_module(net, batches, dataclasses.replace(PLUS, method="slim"))
     for made in (plain, found):
-        outputs = [(made(x), net(x)) for x in batches[::8]]  # the held-out ones
+        outputs = [(made(x), net(x)) for x in batches[::8]]  # the validation batches
         losses.append(np.mean([jnp.sum((y - t) ** 2) / jnp.sum(t**2) for y, t in outputs]))
     learning = report.learning
     assert learning.losses[0] == pytest.approx(losses[0], rel=1e-2)
@@ -193,7 +193,7 @@ def test_rules(net, batches):
 
 
 def assert_same(found: tuple, wanted: tuple) -> None:
-    """Packed leaves and reports."""
+    """Asserts that packed leaves and reports are equal."""
     assert found[1] == wanted[1]
     ours, theirs = (jax.tree.leaves(nnx.state(one, nnx.Not(nnx.RngState))) for one in (found[0], wanted[0]))
     for leaf, other in zip(ours, theirs, strict=True):
@@ -259,8 +259,9 @@ def test_a_stage_is_what_does_not_depend_on_one_another(net, batches, monkeypatc
     monkeypatch.setattr(quantize, "observe", lambda *a: observed.append(a) or activations.observe(*a))
     quantized, _ = quantize_module(net, batches, CONFIG, forward=forward)
     assert [sorted(stage) for stage in found] == STAGES
-    assert len(observed) == len(STAGES)  # query, key and value share what they were given
-    # One to see what is called, one more before stages are looked for; one a stage, and that on every batch.
+    assert len(observed) == len(STAGES)  # query, key and value share their input
+    # One run to see what is called and one before the search for stages; one per stage, and one per stage and
+    # batch.
     assert len(runs) == 2 + len(STAGES) + len(STAGES) * len(batches)
     one_by_one = [[path] for stage in found for path in stage]
     monkeypatch.setattr(quantize, "find_stages", lambda *a: one_by_one)
@@ -270,7 +271,7 @@ def test_a_stage_is_what_does_not_depend_on_one_another(net, batches, monkeypatc
 
 
 class Noisy(nnx.Module):
-    """Never gives the same twice."""
+    """A module that never returns the same value twice."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.layers = nnx.List([nnx.Linear(32, 32, rngs=rngs) for _ in range(3)])

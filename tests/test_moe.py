@@ -1,4 +1,4 @@
-"""Mixtures of experts: what each is calibrated on, experts that no token reached, packed and resumed."""
+"""Mixtures of experts: calibration per expert, experts without tokens, packing and resuming."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ UNREACHED = "blocks.1.moe.experts.2"
 
 
 def random_model(layers: int = 2, **changes) -> Decoder:
-    """A decoder whose last expert no token of block 1 reaches: its logit, 0, is never the greatest."""
+    """A decoder in which no token of block 1 reaches the last expert: its logit, 0, is never the largest."""
     model = Decoder(dataclasses.replace(MOE, num_layers=layers, **changes), rngs=nnx.Rngs(0))
     if layers > 1:
         router = model.blocks[1].moe.router.weight
@@ -71,7 +71,7 @@ def test_mixture_is_the_weighted_sum_of_the_chosen_experts(norm_topk):
 
 @pytest.mark.parametrize("tokens", [33, 150])
 def test_an_expert_takes_the_tokens_that_chose_it(tokens):
-    """Many tokens, some at a time, one expert that none chose: the sum over all, and its gradient."""
+    """Chunks of many tokens, with one expert that none chose: the sum over all experts, and its gradient."""
     moe = MoE(dataclasses.replace(MOE, num_experts=8, experts_per_token=2), rngs=nnx.Rngs(1))
     keys = jax.random.split(jax.random.key(tokens), 2)
     x = jax.random.normal(keys[0], (2, tokens, 64))
@@ -189,7 +189,7 @@ def test_each_step_compiles_once_per_model(model):
         pipeline.quantize(small, TOKENS, SLIM)
         counts.append([step._cache_size() for step in steps])
     assert counts[0] == counts[1]
-    assert counts[0][0] == 8  # stages of a block, of however many experts
+    assert counts[0][0] == 8  # the stages of a block, for any number of experts
 
 
 def test_too_few_experts():
@@ -198,7 +198,7 @@ def test_too_few_experts():
 
 
 def packed_experts(number: int, unlike: bool = False) -> Decoder:
-    """Random codes in every layer of two blocks; one expert is packed in another width if ``unlike``."""
+    """A model of two blocks with random codes; if ``unlike``, one expert is packed in another width."""
     model = tiny(num_experts=number, experts_per_token=2)
     model = packed(model)
     if unlike:
@@ -208,7 +208,7 @@ def packed_experts(number: int, unlike: bool = False) -> Decoder:
 
 
 def in_four_bits(w: MixedTensor) -> MixedTensor:
-    """The same codes, packed in another width."""
+    """Packs the same codes in another width."""
     scale = np.asarray(w.scale)[np.argsort(np.asarray(w.order))]
     zero = np.full(scale.shape, 4, np.uint8)
     return pack(np.asarray(w.codes()), scale, zero, np.full(w.groups, 4), group_size=32, widths=(4,))
@@ -216,7 +216,7 @@ def in_four_bits(w: MixedTensor) -> MixedTensor:
 
 @pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 40])
 def test_experts_made_one_are_the_experts(tokens):
-    """Of single rows, and of more than a turn takes."""
+    """Compares single rows, and more rows than one chunk takes."""
     block = packed_experts(3).blocks[0]
     one = with_experts_as_one(nnx.clone(block)).moe
     assert one.stacked is not None
@@ -231,7 +231,7 @@ def test_experts_made_one_are_the_experts(tokens):
     ("names", "unlike"), [(["xla"], False), (["xla"], True), (["mosaic_tpu", "xla"], False)]
 )
 def test_experts_made_one_for_generating_say_the_same(names, unlike):
-    """By the back end that prepares weights, and as they are stacked for one that does not."""
+    """Tests the back end that prepares weights, and stacked weights for one that does not."""
     model = packed_experts(3, unlike)
     with use_implementation(*names):
         generator = Generator(model)
@@ -245,7 +245,7 @@ def test_experts_made_one_for_generating_say_the_same(names, unlike):
     logits = np.asarray(read(model, jnp.array([prompt + tokens[:-1]])))
     chosen = logits[0, len(prompt) - 1 :]
     assert (chosen[np.arange(4), tokens] >= chosen.max(axis=1) - 1e-3).all()
-    assert len(model.blocks[0].moe.experts) == 3  # the caller's model is as it was
+    assert len(model.blocks[0].moe.experts) == 3  # the caller's model is unchanged
 
 
 def test_what_is_compiled_does_not_grow_with_the_experts():

@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, as someone would who opens them."""
+"""The notebooks run from the first cell to the last."""
 
 import importlib.util
 import json

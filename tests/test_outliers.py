@@ -1,6 +1,6 @@
 """Layers whose scales no byte holds: one large weight, small siblings, weights far from those of models.
 
-What a column loses is counted in float64, and held against rounding to nearest on float64 grids.
+The loss of a column is computed in float64, and compared with rounding to nearest on float64 grids.
 """
 
 import itertools
@@ -19,21 +19,21 @@ from slim_jax.placement import ONE_DEVICE
 
 G, K, N, SIGMA = 64, 128, 12, 0.02
 COLUMN = 5
-"""Which the large weight is in."""
+"""The column with the large weight."""
 
 METHODS = {"rtn": {"method": "rtn"}, "gptq": {"method": "gptq"}, "slim": {"method": "slim", "asymmetric": 0}}
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Inputs ``[T, K]`` and a layer's weights ``[K, N]``."""
+    """Inputs ``[T, K]`` and two layers' weights ``[2, K, N]``."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(512, K)) @ (np.eye(K) + 0.05 * rng.normal(size=(K, K)))
     return x.astype(np.float32), (SIGMA * rng.normal(size=(2, K, N))).astype(np.float32)
 
 
 def solved(x, weights, method, bits):
-    """The packed layers, and their reports."""
+    """Packs the layers; returns the tensors and their reports."""
     solver = LayerSolver(
         SlimConfig(bits=min(bits, 7), group_size=G, **METHODS[method]).resolved(),
         {str(i): [bits] * (K // G) for i in range(len(weights))},
@@ -45,13 +45,13 @@ def solved(x, weights, method, bits):
 
 
 def losses(x, w, w_hat):
-    """The root of every column's squared error over its squared output, in float64."""
+    """Root of every column's squared error over its squared output, in float64."""
     x, w, w_hat = (np.asarray(a, np.float64) for a in (x, w, w_hat))
     return np.sqrt(np.sum((x @ (w - w_hat)) ** 2, axis=0) / np.sum((x @ w) ** 2, axis=0))
 
 
 def check(x, w, method, bits, outlier, ratio, usual):
-    """Untouched columns of a layer with a large weight, and a sibling, lose what they do alone."""
+    """Asserts that untouched columns, and a sibling layer, lose no more than without the large weight."""
     first, second = w
     damaged, sibling = first.copy(), second * np.float32(ratio)
     if outlier:
@@ -70,7 +70,7 @@ def check(x, w, method, bits, outlier, ratio, usual):
 def sweep(data, method, widths, outliers, ratios):
     x, w = data
     for bits in widths:
-        # Alone, at a size whose scales bytes hold with room to spare.
+        # The layer alone, at a size whose scales fit well into bytes.
         usual = [losses(x, 10 * one, next(solved(x, [10 * one], method, bits))[0].dequantize()) for one in w]
         for outlier, ratio in itertools.product(outliers, ratios):
             dtypes = check(x, w, method, bits, outlier, ratio, usual)
@@ -93,7 +93,7 @@ def test_large_weights_and_siblings_of_all_sizes(data, method):
 
 @pytest.mark.parametrize("size", [1e-8, 1e-5, 100.0])
 def test_weights_far_from_those_of_models(data, size):
-    """Against rounding to nearest on float64 grids."""
+    """Compares with rounding to nearest on float64 grids."""
     x, w = data
     w = w[0] / np.float32(SIGMA) * np.float32(size)
     ((tensor, report),) = zip(*solved(x, [w], "rtn", 4))
@@ -109,7 +109,7 @@ def test_weights_far_from_those_of_models(data, size):
 
 
 def test_a_flattened_column_shows_in_the_report(data):
-    """One column of all but the largest weight is lost in the others' sums, but not in ``worst``."""
+    """A column flattened to its largest weight hardly changes the mean error, but shows in ``worst``."""
     x, w = data
     w = w[0].copy()
     w[3, COLUMN] = 1000.0
@@ -129,7 +129,7 @@ def test_costs_of_bits_are_those_of_a_layer_of_another_size(data):
 
 
 def test_a_table_with_a_large_weight(monkeypatch):
-    """Chunks whose scales are stored in different dtypes make one table, in bfloat16."""
+    """Chunks whose scales are stored in different dtypes form one embedding, in bfloat16."""
     monkeypatch.setattr("slim_jax.calibrate.embeddings.CHUNK", 16)
     rng = np.random.default_rng(0)
     table = (SIGMA * rng.normal(size=(32, 64))).astype(np.float32)
@@ -146,7 +146,7 @@ def test_a_table_with_a_large_weight(monkeypatch):
 
 
 def test_codes_beside_a_large_weight_are_those_of_the_oracle(data):
-    """With grids as they are stored, the codes are those of GPTQ in float64."""
+    """The codes are those of GPTQ in float64 on the stored grids."""
     x, w = data
     w = w[0].copy()
     w[3, COLUMN] = 100.0

@@ -1,4 +1,4 @@
-"""Checkpoints to pass on: packed safetensors, their card, the hub, and what is said of damaged ones."""
+"""Exported checkpoints: packed safetensors, their card, the hub, and the errors for damaged ones."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from slim_jax.store import checkpoint
 
 
 def packed_weight(weight: Any, rng: np.random.Generator, widths: tuple[int, ...]) -> MixedTensor:
-    """Random codes in the shape of a weight, groups of 32 of these widths in turn."""
+    """Random codes in the shape of a weight, in groups of 32 that cycle through these widths."""
     k, n = weight.shape
     groups = -(-k // 32)
     bits = np.resize(widths, groups)
@@ -36,7 +36,7 @@ def packed_weight(weight: Any, rng: np.random.Generator, widths: tuple[int, ...]
 
 
 def packed_source(name: str, directory: Path, widths: tuple[int, ...] = (1, 2, 4)) -> Any:
-    """A golden with the linear layers of its blocks, and its embedding at 5 bits, in packed random codes."""
+    """A golden model with random packed codes in its blocks' linear layers and, at 5 bits, its embedding."""
     source = load_source(write_hf(load_golden(name), directory))
     rng = np.random.default_rng(0)
 
@@ -54,7 +54,7 @@ def packed_source(name: str, directory: Path, widths: tuple[int, ...] = (1, 2, 4
 
 
 def same_leaves(a: Any, b: Any) -> bool:
-    """Whether two trees hold the same, bit for bit, in arrays of the same types."""
+    """True if two trees hold the same values, bit for bit, in arrays of the same types."""
     one, other = map(jax.tree.leaves, (a, b))
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(one, other)
@@ -63,7 +63,7 @@ def same_leaves(a: Any, b: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed model as an Orbax checkpoint ``orbax``, and exported from it, ``packed``, in one file."""
+    """A packed model as an Orbax checkpoint ``orbax``, and its export ``packed`` in one file."""
     room = tmp_path_factory.mktemp("packed")
     checkpoint.save_source(packed_source("gemma3", room / "hf"), room / "orbax")
     save_tokenizer(gguf_tokenizer(byte_level(), "x"), room / "orbax/tokenizer")
@@ -80,7 +80,7 @@ def test_the_same_arrays_as_in_the_orbax_checkpoint(room: Path) -> None:
     ]  # fmt: skip
     found = slim_jax.inspect(room / "packed")
     before = slim_jax.inspect(room / "orbax")
-    assert found["origin"]["path"] == "golden"  # nothing of this machine
+    assert found["origin"]["path"] == "golden"  # no path of this machine
     assert {**found, "origin": None} == {**before, "origin": None}
     tokenizer = source_tokenizer(open_model(room / "packed"))
     assert tokenizer("the 2024").input_ids == gguf_tokenizer(byte_level(), "x")("the 2024").input_ids

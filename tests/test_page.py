@@ -1,4 +1,4 @@
-"""The report: what it shows of a manifest, that it needs nothing but itself, and that a browser takes it."""
+"""The report page: its contents, that it needs no other file, and that a browser renders it."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ CHROMIUM = next(
 
 
 def with_reports(room: Path) -> Manifest:
-    """Of a packed model whose blocks have 1, 2 and 4 bits in turn, with reports of a run that learned."""
+    """Manifest of a packed model with groups of 1, 2 and 4 bits, and with reports of a run that learned."""
     export_packed(packed_source("llama_untied", room / "hf", (2,)), room / "packed")
     manifest = read_manifest(room / "packed")
     blocks = []
@@ -54,7 +54,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 class Strict(HTMLParser):
-    """Collects what a page asks for, and refuses tags that are not closed."""
+    """Collects a page's tags and links, and refuses tags that are not closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ HOSTILE = "</td><script>alert('1')</script>|\n[x](javascript:y)"
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all strings and numbers of a JSON document."""
+    """Paths of all strings and numbers of a JSON document."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inner, (*path, key))
@@ -133,7 +133,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_a_strangers_words_are_words(manifest: Manifest, tmp_path: Path) -> None:
-    """Every value, number or string, and every name; of numbers, reading refuses what is none."""
+    """Tries every value and name; where a number is expected, reading the manifest refuses the text."""
     fields = json.loads(json.dumps(manifest.to_json()))
     calibration = {"samples": 1, "length": 2, "sha256": "0123456789abcdef"}
     rules = [["*", {"bits": 3}]]
@@ -171,7 +171,7 @@ def test_of_a_dense_model(tmp_path: Path) -> None:
 
 
 def photograph(page: Path, picture: Path, *options: str) -> bytes:
-    """A screenshot; the browser's console must have nothing to say."""
+    """Takes a screenshot; the browser's console must be empty."""
     assert CHROMIUM is not None
     done = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Devices that share the work of every token: eight virtual CPUs, see conftest."""
+"""Tensor parallelism, in which devices share the work of every token: eight virtual CPUs, see conftest."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def mesh_of(count: int) -> jax.sharding.Mesh:
 
 
 def logits(generator: Generator) -> np.ndarray:
-    """After a prompt of one token, by the program that chooses first tokens."""
+    """Logits after a prompt of one token, from the program that chooses first tokens."""
     state = generator._empty(1, 16)
     return np.asarray(next_logits(generator._structure, generator._leaves, state, np.array([[5]], np.int32)))
 
@@ -124,7 +124,7 @@ def test_rows_of_a_packed_table_that_is_cut():
 
 
 def _table(model: Decoder) -> MixedTensor:
-    """The model's embedding with codes of 4 bits."""
+    """The model's embedding, packed in 4 bits."""
     values = np.asarray(model.embed[...]).T
     scale = np.abs(values).reshape(2, 32, -1).max(1) / 7 + 1e-3
     codes = np.round(values.reshape(2, 32, -1) / scale[:, None] + 8).clip(0, 15).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Perplexity against float64, in parts of any size, and the products that it takes."""
+"""Perplexity compared with float64, in parts of any size, and the products that it computes."""
 
 import dataclasses
 import importlib
@@ -73,7 +73,7 @@ def test_other_vocabularies_are_refused(model):
 
 
 def test_logits_of_many_tokens_are_one_product(model, monkeypatch):
-    """Token by token, a head in bfloat16 would be multiplied as rows of their own."""
+    """Token by token, a bfloat16 LM head would be multiplied as single rows."""
     rows: list[tuple[int, ...]] = []
     logits = Decoder.logits
     monkeypatch.setattr(Decoder, "logits", lambda self, h: rows.append(h.shape) or logits(self, h))

@@ -24,7 +24,7 @@ CONFIG = DecoderConfig(
     family="llama",
     vocab_size=64,
     hidden_size=64,
-    intermediate_size=112,  # not a multiple of the group: a short last one
+    intermediate_size=112,  # not a multiple of the group size: a short last group
     num_layers=3,
     num_heads=4,
     num_kv_heads=2,
@@ -46,7 +46,7 @@ def quantized(model):
 
 
 def dense(decoder: Decoder) -> Decoder:
-    """The same weights, fake-quantized."""
+    """Returns the decoder with the same weights, dequantized."""
     outer, blocks = split_params(decoder)
     unpacked = [
         {name: v.dequantize() if isinstance(v, MixedTensor) else v for name, v in block.items()}
@@ -56,7 +56,7 @@ def dense(decoder: Decoder) -> Decoder:
 
 
 def folder_arrays(path):
-    """All parameters of a checkpoint, leaf by leaf, those outside the blocks first."""
+    """Yields all arrays of a checkpoint, those outside the blocks first."""
     source = checkpoint.CheckpointSource(path)
     for index in range(-1, source.config.num_layers):
         for name, value in (source.outer() if index < 0 else source.block(index)).items():
@@ -143,7 +143,7 @@ def test_each_step_compiles_once_per_model(config):
     ids=["search", "paper", "model"],
 )
 def test_resumed_equals_uninterrupted(model, tmp_path, monkeypatch, killed_after, slim):
-    offload = killed_after == 1  # where activations are changes nothing
+    offload = killed_after == 1  # where activations are stored has no effect
     source = DecoderSource(model)
     pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "whole")
 
@@ -162,10 +162,10 @@ def test_resumed_equals_uninterrupted(model, tmp_path, monkeypatch, killed_after
     (tmp_path / "parts/activations.0/left/by/kill-9").mkdir(parents=True)
     with pytest.raises(ValueError, match="unfinished"):
         checkpoint.load(tmp_path / "parts")
-    # A block folder that was written just before the manifest could be.
+    # A block folder written just before the process could write the manifest.
     shutil.copytree(tmp_path / "parts/blocks/000", tmp_path / "parts/blocks" / f"{killed_after + 1:03d}")
     with monkeypatch.context() as patch:
-        patch.setattr(quantizer.Sweep, "run", None)  # what it found is kept
+        patch.setattr(quantizer.Sweep, "run", None)  # the sweep's result is kept
         pipeline.quantize_to_checkpoint(
             source, TOKENS, slim, tmp_path / "parts", resume=True, offload=offload
         )

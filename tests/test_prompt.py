@@ -1,4 +1,4 @@
-"""Prompts read in chunks: the logits of one pass, in memory that grows with a prompt's length at most."""
+"""Prompts read in chunks: the logits equal those of one pass, and memory is at most linear in the length."""
 
 import importlib
 import math
@@ -29,13 +29,13 @@ LENGTH = 8192
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 @decode_loop._on_each_device(False, True, False)
 def logits_and_state(tree, leaves, state, tokens, positions, choice):
-    """In the place of `slim_jax.infer.decode_loop.read`, whose result shows only the likeliest token."""
+    """Replacement of `slim_jax.infer.decode_loop.read`, which returns only the likeliest token."""
     outer, runs = jax.tree.unflatten(tree, leaves)
     return *forward(outer, runs, state, tokens, positions), choice.reads(tokens, positions)
 
 
 def after(model: Decoder, chunk: int, **how) -> tuple[jax.Array, Choice]:
-    """Logits after prompts of 14 and 9 tokens in a batch padded to 16, and what the rows have seen."""
+    """Logits after prompts of 14 and 9 tokens in a batch padded to 16, and the tokens that rows have seen."""
     generator = Generator(model, prompt_chunk=chunk, **how)
     tokens = np.random.default_rng(0).integers(0, 61, (2, 16)).astype(np.int32)
     positions = np.maximum(np.arange(16)[None] - np.array([[2], [7]]), -1).astype(np.int32)
@@ -65,7 +65,7 @@ def after(model: Decoder, chunk: int, **how) -> tuple[jax.Array, Choice]:
     ],
 )
 def test_chunks_give_the_logits_of_one_pass(changes, pack_it, how, monkeypatch):
-    """Chunks of 6: the first has the 4 that are left over, and is all padding in one row."""
+    """Chunks of 6: the first has the 4 remaining tokens, and is all padding in one row."""
     monkeypatch.setattr(generation, "read", logits_and_state)
     model = tiny(**changes)
     model = packed(model) if pack_it else model
@@ -75,11 +75,11 @@ def test_chunks_give_the_logits_of_one_pass(changes, pack_it, how, monkeypatch):
 
 
 class Read(Exception):
-    """Ends a generation when its prompt has been read."""
+    """Ends a generation once its prompt has been read."""
 
 
 def reads_of(generator: Generator, monkeypatch, length: int) -> list[tuple]:
-    """The arguments of what reads a prompt of so many tokens, as shapes; nothing is run."""
+    """Arguments of the calls that read a prompt of this length, as shapes; nothing is run."""
     seen: list[tuple] = []
 
     def record(structure, leaves, *rest):
@@ -112,7 +112,7 @@ def test_memory_grows_with_a_prompt_s_length_at_most(long, monkeypatch):
     assert 0 < most < 4.5 * least
     assert (
         most < 4 * 4 * (4 * LENGTH) ** 2 / 50
-    )  # scores of four heads, in float32, of which no 50th is there
+    )  # less than a fiftieth of the scores of four heads, which are in float32
 
 
 def test_few_programs_read_prompts_of_any_length(long, monkeypatch):
@@ -134,7 +134,7 @@ def sizes(text: str) -> list[list[int]]:
 @pytest.mark.parametrize("target", ["cpu", "h100", "mi300x", "v6e"])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_no_device_has_all_scores_at_once(target, softcap, monkeypatch):
-    """Of whole windows, with and without a gradient, and of a chunk of 512 against a long cache."""
+    """Whole windows, with and without a gradient, and a chunk of 512 against a long cache."""
     device = chips.BY_SHORT_NAME.get(target)
     platform = "cpu" if device is None else device.platform
 
@@ -171,7 +171,7 @@ def test_queries_in_turns_find_what_all_at_once_find(softcap, monkeypatch):
         return jnp.sum(jnp.sin(y)), y
 
     def found() -> list[jax.Array]:
-        # Another function each time: jit does not know of SCORES.
+        # A new function each time, because jit does not see changes of SCORES.
         run = jax.jit(lambda *qkv: jax.value_and_grad(value, (0, 1, 2), has_aux=True)(*qkv))
         (_, y), gradients = run(q, k, v)
         return [y, *gradients]
@@ -179,7 +179,7 @@ def test_queries_in_turns_find_what_all_at_once_find(softcap, monkeypatch):
     at_once = found()
     with chips.target("h100"):
         results = [found()]
-        monkeypatch.setattr(module, "SCORES", 2 * 4 * 9 * 3)  # three queries: turns of 3, 3 and 1
+        monkeypatch.setattr(module, "SCORES", 2 * 4 * 9 * 3)  # three queries: chunks of 3, 3 and 1
         results.append(found())
     for result in results:
         for one, other in zip(result, at_once):

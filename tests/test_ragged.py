@@ -1,4 +1,4 @@
-"""``mixed_ragged_dot`` against float64 NumPy, expert by expert, and on every back end."""
+"""``mixed_ragged_dot`` compared with float64 NumPy, expert by expert, and on every back end."""
 
 import re
 from functools import partial
@@ -19,7 +19,7 @@ K, N, G = 128, 64, 32
 
 
 def experts(count):
-    """Packed weights of differing widths, stacked, and the same in float64."""
+    """Packed weights of different widths, stacked, and the same weights in float64."""
     bits = [[1, 3, 2, 2], [2, 2, 2, 2], [3, 3, 1, 3], [1, 1, 1, 2], [2, 3, 3, 1]]
     made = [random_weight(K, N, G, bits[i % 5], seed=i, widths=(1, 2, 3)) for i in range(count)]
     return stack([w for w, _ in made]), [dense for _, dense in made]
@@ -90,7 +90,7 @@ def test_export_of_a_symbolic_number_of_rows():
 
 
 def test_only_turns_with_rows_are_taken(monkeypatch):
-    """Twelve rows of two experts among 64, four a turn: three turns, in one program."""
+    """Twelve rows of two experts among 64, four per chunk: three chunks, in one program."""
     taken = []
 
     def product(x, w, residual):

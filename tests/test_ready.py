@@ -1,4 +1,4 @@
-"""A model made ready for decoding is not held twice: what is in memory meanwhile."""
+"""Memory use while a model is prepared for decoding: it is not held twice."""
 
 import operator
 import os
@@ -21,12 +21,12 @@ MIXTURE = {"num_experts": 4, "experts_per_token": 2}
 
 
 def live() -> int:
-    """Bytes of all arrays."""
+    """Bytes of all live arrays."""
     return sum(array.nbytes for array in jax.live_arrays())
 
 
 def sampled(monkeypatch, before: int) -> list[int]:
-    """How many bytes there are more than ``before``, those of the host too, as weights are written."""
+    """Samples the bytes in excess of ``before``, including the host's, as weights are written."""
     seen, written = [], []
     one_by_one = prepared.one_by_one
 
@@ -49,7 +49,7 @@ def sampled(monkeypatch, before: int) -> list[int]:
 @pytest.mark.parametrize("target", [None, "v6e", pytest.param("mi300x", marks=pytest.mark.slow)])
 def test_no_more_than_the_model_and_a_block_is_in_memory(target, monkeypatch):
     with chips.target(target or chips.of_target()):
-        wanted = module.ready(test_step.packed_model(8))[1]  # constants of what is compiled stay
+        wanted = module.ready(test_step.packed_model(8))[1]  # constants of compiled programs stay
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(wanted))
         model = test_step.packed_model(8)
         stored = sum(value.nbytes for params in split_params(model)[1] for value in params.values())
@@ -62,7 +62,7 @@ def test_no_more_than_the_model_and_a_block_is_in_memory(target, monkeypatch):
 
 
 def test_blocks_that_stay_apart_go_one_by_one(monkeypatch):
-    """As on NVIDIA GPUs; what of a block is dense is shared with the model."""
+    """As on NVIDIA GPUs, blocks are not stacked; a block's dense parts are shared with the model."""
     seen, prepared_block = [], module._with_weights_prepared
     with chips.target("h100"):
         model = test_step.packed_model()
@@ -152,7 +152,7 @@ print(size, memory("VmHWM") - before)
 
 
 def peak(how: str) -> tuple[int, int]:
-    """Bytes of a model, and how much more there is of resident memory at most while it is made ready."""
+    """Bytes of a model, and the peak increase of resident memory while it is prepared."""
     command = [sys.executable, "-c", PROGRAM, how]
     as_commands_have_it = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # convert.cli.program
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""Refinement of solved weights, against what single steps could still gain, counted in float64."""
+"""Coordinate-descent passes over solved weights, compared with the gains of single steps, in float64."""
 
 import itertools
 
@@ -18,7 +18,7 @@ SETTINGS = {"group_size": G, "zero_bits": ZERO_BITS}
 def solved(
     k: int = 96, n: int = 8, dead: tuple[int, ...] = ()
 ) -> tuple[jnp.ndarray, Statistics, jnp.ndarray, Solution]:
-    """Weights of correlated inputs, their statistics, widths 1, 2 and 3 and what GPTQ makes of them."""
+    """Weights with correlated inputs, their statistics, widths 1, 2 and 3, and the GPTQ solution."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, k)) @ (np.eye(k) + 0.15 * rng.normal(size=(k, k)))
     x[:, list(dead)] = 0
@@ -33,7 +33,7 @@ def solved(
 
 
 def error(w, found: Statistics, solution: Solution) -> np.ndarray:
-    """``diag(D^T H D)``, of every output channel, in float64."""
+    """``diag(D^T H D)``, the error of every output channel, in float64."""
     delta = np.asarray(solution.weight(), np.float64) - np.asarray(w, np.float64)
     return np.sum(delta * (np.asarray(found.damped, np.float64) @ delta), axis=0)
 
@@ -64,7 +64,7 @@ def test_the_error_falls_from_sweep_to_sweep(grids):
 
 
 def test_in_the_end_no_single_step_gains():
-    """Every code one up or down, every scale a byte up or down, every zero a step up or down."""
+    """Tries every code, every scale byte and every zero point one step up and down."""
     w, found, bits, solution = solved()
     final = refine(w, found.damped, solution, bits, sweeps=60, **SETTINGS)
     least = error(w, found, final)

@@ -1,4 +1,4 @@
-"""Rules: which layer they are for, what they change, and that all others are treated as ever."""
+"""Rules: which layers they match, what they change, and that all other layers are unaffected."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ def model() -> Decoder:
 
 @pytest.fixture(scope="module")
 def quantized(model, tmp_path_factory):
-    """A checkpoint of a quantization with rules for some blocks, and its report."""
+    """A checkpoint quantized with rules for some blocks, and its report."""
     path = tmp_path_factory.mktemp("rules") / "q"
     settings = dataclasses.replace(SLIM, rules=RULES)
     return path, pipeline.quantize_to_checkpoint(DecoderSource(model), TOKENS, settings, path)
@@ -141,7 +141,7 @@ def test_what_the_rules_changed(model, quantized):
 
 
 def test_layers_that_no_rule_is_for_are_solved_as_ever(model):
-    """Of the first block, whose inputs are the same; allocated within each layer, so that bits are, too."""
+    """Compares the first block: its inputs are equal, and so are its bits, allocated per layer."""
     plain = dataclasses.replace(SLIM, criterion="kl")
     rules = [("blocks.0.attn.k", {"group_size": 64}), ("blocks.0.mlp.*", "skip"), ("blocks.1.*", "skip")]
     models = [
@@ -155,7 +155,7 @@ def test_layers_that_no_rule_is_for_are_solved_as_ever(model):
 
 
 def test_a_rules_layer_is_solved_as_in_a_model_of_its_settings(model):
-    """GPTQ beside rounding to nearest is GPTQ by its own defaults; "slim" beside it spends a budget."""
+    """GPTQ within a "rtn" run uses GPTQ's own defaults; "slim" within it spends a bit budget."""
     plain = SlimConfig(method="rtn", group_size=32, embedding_bits=16)
     change = {"method": "gptq"}
     rules = [("blocks.0.attn.[qk]", change), ("blocks.1.attn.q", {"method": "slim", "bits": 2.5})]
@@ -171,7 +171,7 @@ def test_a_rules_layer_is_solved_as_in_a_model_of_its_settings(model):
 
 
 def assert_same_model(packed: Decoder) -> None:
-    """Packed and fake-quantized, a model has one perplexity and writes the same."""
+    """A model has the same perplexity and writes the same text, packed and fake-quantized."""
     fake = dense(packed)
     found, wanted = (perplexity(m, TEXT, 32).perplexity for m in (packed, fake))
     assert found == pytest.approx(wanted, rel=1e-5)
@@ -182,13 +182,13 @@ def assert_same_model(packed: Decoder) -> None:
 @pytest.mark.slow
 def test_blocks_that_differ_run(quantized):
     loaded = checkpoint.load(quantized[0])
-    assert len(Generator(loaded).stacked) == 2  # two runs of one block
+    assert len(Generator(loaded).stacked) == 2  # two scan segments of one block each
     assert_same_model(loaded)
 
 
 @pytest.mark.slow
 def test_blocks_that_differ_alike_are_scanned(model):
-    """Of layers that read one input one is skipped, one has other groups, one other widths."""
+    """Layers that read one input differ: one is skipped, one has other groups, one has other widths."""
     rules = [("*.attn.k", "skip"), ("*.mlp.gate", {"group_size": 64}), ("*.attn.v", {"bits": 5})]
     settings = dataclasses.replace(SLIM, method="rtn", rules=rules)
     packed, _ = pipeline.quantize(model, TOKENS, settings)
@@ -246,7 +246,7 @@ def test_a_run_is_resumed_with_its_rules_only(model, quantized, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("learn", ["rounding", pytest.param("clip-gptq", marks=pytest.mark.slow)])
 def test_blocks_are_learned_and_tuned_beside_rules(model, learn):
-    """One block has layers of other groups and zero points, one is not packed at all."""
+    """One block has layers with other groups and zero points; another is not packed at all."""
     rules = [
         ("blocks.0.attn.k", "skip"),
         ("blocks.0.mlp.*", {"bits": 5, "group_size": 64, "method": "rtn"}),
@@ -279,7 +279,7 @@ def test_blocks_are_learned_and_tuned_beside_rules(model, learn):
 
 
 def test_a_model_with_rules_is_as_near_as_its_bits_say(model):
-    """With all of a block at 8 bits and the rest skipped, next to nothing is lost."""
+    """A model with one block at 8 bits and the rest skipped is almost exact."""
     rules = [("blocks.1.*", {"bits": 8, "method": "rtn"}), ("*", "skip")]
     packed, _ = pipeline.quantize(model, TOKENS, dataclasses.replace(SLIM, rules=rules))
     outer, blocks = split_params(model)

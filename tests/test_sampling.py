@@ -1,4 +1,4 @@
-"""Choosing tokens, against NumPy that follows the definitions one after the other."""
+"""Sampling of tokens, compared with NumPy that applies the definitions one by one."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ LOGITS = RNG.normal(0, 3, (5, 41)).astype(np.float32)
 
 
 def kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Which tokens may be drawn, ``bool[B, vocab]``, a row at a time and a token at a time."""
+    """True for each token that may be drawn, ``bool[B, vocab]``, computed token by token."""
     found = np.zeros(logits.shape, bool)
     for row, values in enumerate(logits.astype(np.float64)):
         order = np.argsort(-values)[: top_k or None]

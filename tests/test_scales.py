@@ -1,4 +1,4 @@
-"""Scales in eight bits: what bytes stand for, rounding, and weights that are packed with them."""
+"""Eight-bit scales: the values of the bytes, rounding, and weights packed with them."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ BYTES = np.arange(256, dtype=np.uint8)
 
 
 def value(code: int) -> float:
-    """The formula of the module's docstring."""
+    """Value of a byte by the formula of the module's docstring."""
     return (1 + code % 16 / 16) * 2.0 ** (code // 16 - 13)
 
 
@@ -57,7 +57,7 @@ def test_other_types_are_refused():
 
 
 def test_a_weight_with_bytes_for_scales():
-    """It is the weight whose scales are what the bytes stand for, in half their bytes."""
+    """The weight equals one that stores the bytes' values in bfloat16, with half the bytes for scales."""
     parts = random_parts(96, 8, 32, [1, 3, 2])
     parts["scale"] = np.asarray(scales.encoded(jnp.asarray(parts["scale"], jnp.float32)))
     short = pack(**parts, group_size=32)

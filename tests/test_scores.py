@@ -1,4 +1,4 @@
-"""Scores: log-probabilities against float64, texts against `generate`, and the harness itself where it is."""
+"""Scores: log-probabilities against float64, texts against `generate`, and the harness if installed."""
 
 import importlib.util
 import itertools
@@ -56,7 +56,7 @@ def scores(model: Decoder, words: Any) -> Scores:
 
 
 def asked(*args: Any) -> SimpleNamespace:
-    """What the harness calls an Instance."""
+    """Stands for the harness's Instance."""
     return SimpleNamespace(args=args)
 
 
@@ -72,7 +72,7 @@ def log_softmax(model: Decoder, tokens: list[int]) -> np.ndarray:
 
 
 def expected(model: Decoder, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """By one pass over the pair alone."""
+    """Log-probability of a pair, and whether it is greedy, from one pass over it alone."""
     tokens = [*context, *continuation][-(model.config.max_positions + 1) :]
     log_p = log_softmax(model, tokens[:-1])[-len(continuation) :]
     chosen = log_p[np.arange(len(continuation)), continuation]
@@ -89,7 +89,7 @@ def draw(rng: np.random.Generator, count: int) -> list[int]:
 
 @pytest.mark.parametrize("batch_tokens", [16, 64, 8192])
 def test_pairs_of_any_length_in_their_order(batch_tokens, model):
-    """Those that do not fit are cut at their beginning, the last with no room for a context."""
+    """Pairs that do not fit are cut at their beginning, one of them almost to the continuation alone."""
     rng = np.random.default_rng(0)
     sizes = [(3, 2), (20, 17), (1, 1), (17, 1), (39, 1), (40, 1), (70, 9), (2, 5), (30, 40)]
     pairs = [(draw(rng, a), draw(rng, b)) for a, b in sizes]
@@ -138,7 +138,7 @@ def test_no_context_is_the_first_token(scores, model):
 
 
 def letters(*merges: tuple[str, str], **special: str) -> Any:
-    """A tokenizer of letters and what merges make of them."""
+    """A tokenizer of letters and the merges of them."""
     vocab = ["<s>", *"abc ", *("".join(pair) for pair in merges)]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, list(merges)))
     tokenizer.decoder = decoders.Fuse()
@@ -151,7 +151,7 @@ def test_borders_between_tokens(model):
     assert scores._pair("a", " b") == ([a], [space_b])
     assert scores._pair("a ", "b") == ([a], [space_b]), "the space goes with the word"
     assert scores._pair("ab", "c") == ([a, b], [c])
-    # A token that reaches over the border: as many tokens as the context has alone are its.
+    # A token that crosses the border: the context gets as many tokens as it has alone.
     assert scores._pair("bc", "ab") == ([b, ca], [b])
     assert scores._pair("<s>a", "b") == ([0, a], [b])
     with pytest.raises(ConvertError, match="the continuation 'a' has no tokens of its own after 'bc'"):
@@ -199,7 +199,7 @@ def test_drawn_texts_differ_from_the_likeliest(scores):
 
 
 def test_answers_are_those_of_the_harness_own_model(folder, words):
-    """Of each kind of request, what `goldens/make_scores.py` was answered by its model of Hugging Face."""
+    """For each kind of request, the answers of the harness's own model in `goldens/make_scores.py`."""
     golden = json.loads((Path(__file__).parent / "goldens/scores.json").read_text())
     model = Scores(read_decoder(load_source(folder, dtype="float32")), words)
     for kind, pairs in golden.items():
@@ -277,7 +277,7 @@ metric_list:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_itself(folder, tmp_path, capsys, monkeypatch):
-    """A local task of each kind, by the command, against what the answers must be."""
+    """Runs a local task of each kind with the command, and checks the results."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
@@ -290,7 +290,7 @@ def test_the_harness_itself(folder, tmp_path, capsys, monkeypatch):
         max(range(3), key=lambda i, own=own, ids=ids: expected(model, ids, own[i])[0])
         for ids, own in zip(questions, choices)
     ]
-    answers = [i if n % 3 else (i + 1) % 3 for n, i in enumerate(best)]  # four of six are the model's
+    answers = [i if n % 3 else (i + 1) % 3 for n, i in enumerate(best)]  # four of six match the model
     written = generate(model, questions, max_tokens=4)
     rows = {
         "choosing": [

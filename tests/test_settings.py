@@ -1,4 +1,4 @@
-"""Presets, and what `--set` makes of a name and a value."""
+"""Presets, and how `--set` parses a name and a value."""
 
 import dataclasses
 import re
@@ -87,14 +87,14 @@ def test_a_rule_gives_layers_what_it_would_give_a_model(whole, change, decoder):
 def test_runs_have_settings_in_common_by_what_they_come_to():
     rules = [("a", {"sqc": "search"}), ("b", "skip")]
     one = SlimConfig(method="gptq", rules=rules)
-    explicit = SlimConfig(method="gptq", damping=0.01, rules=rules)  # the default, but not where a rule holds
+    explicit = SlimConfig(method="gptq", damping=0.01, rules=rules)  # the default, but not under a rule
     assert SlimConfig(method="gptq").resolved() == SlimConfig(method="gptq", damping=0.01).resolved()
     assert one.resolved().to_json() != explicit.resolved().to_json()
     found, skipped = one.resolved().to_json()["rules_resolved"]
     assert found == {"sqc": "search", "asymmetric": 0.5, "damping": 0.1, "refine": 2}
     assert skipped is None
     fields = {field.name for field in dataclasses.fields(SlimConfig)}
-    assert SlimConfig().resolved().to_json().keys() == fields  # as ever: begun runs without rules go on
+    assert SlimConfig().resolved().to_json().keys() == fields  # unchanged, so that runs without rules resume
 
 
 def test_the_table_in_the_docs_names_every_setting():

@@ -1,4 +1,4 @@
-"""Packed weights cut over several devices: eight virtual CPUs, see conftest."""
+"""Packed weights sharded over several devices: eight virtual CPUs, see conftest."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from pallas_kernels.layout import stack
 
 
 def product(parts: int, over: str):
-    """A jitted ``x @ w`` over so many devices."""
+    """Returns a jitted ``x @ w`` over ``parts`` devices."""
     mesh = jax.make_mesh((parts,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def local(x, w):
@@ -50,7 +50,7 @@ def test_product_with_channels_cut_over_a_mesh(n):
 
 @pytest.mark.parametrize("over", ["n", "k"])
 def test_rows_over_data_and_channels_over_model(over):
-    """A layer's first product, and the one that reads it and sums."""
+    """The first product of a block's part, over N, and the one that reads it and sums, over K."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     w, dense = random_weight(256, 24, 32, [1, 1, 1, 1, 3, 3, 2, 4], widths=(1, 2, 3, 4))
     x = random_x(4, 256)

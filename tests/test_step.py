@@ -1,4 +1,4 @@
-"""The compiled decode step: how many programs a layer takes on a CPU, and what of the cache is written."""
+"""The compiled decode step: the number of programs per layer on a CPU, and the writes to the cache."""
 
 import dataclasses
 import re
@@ -47,7 +47,7 @@ def packed_model(layers: int = CONFIG.num_layers, widths: tuple[int, ...] = (1, 
 
 @pytest.fixture(scope="module")
 def step() -> str:
-    """The HLO of the loop over tokens through packed blocks of several widths."""
+    """HLO of the loop over tokens, for packed blocks of several widths."""
     generator = Generator(packed_model())
     at = Tokens(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool))
     choice = Sampling().start(0, 1, CONFIG.vocab_size)
@@ -57,7 +57,7 @@ def step() -> str:
 
 
 def layer_body(step: str) -> str:
-    """The computation that the scan over layers runs: the one that launches the most products."""
+    """The computation that the scan over layers runs: the one with the most calls of products."""
     bodies = re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY)", step)
     return max(bodies, key=lambda body: len(re.findall(r"= .* call\(", body)))
 
@@ -66,7 +66,7 @@ def test_a_layer_takes_few_programs(step):
     body = layer_body(step)
     launched = len(re.findall(r"= \S+ (?:fusion|copy)\(", body))
     assert 20 < launched <= 45  # it was 211, then 103
-    # Four products (q, k and v together, o, gate and up together, down), each as two loops at a time.
+    # Four products (q, k, v together; o; gate, up together; down), each with two loops at a time.
     assert len(re.findall(r"= .* call\(", body)) == 8
     assert " sort(" not in body
 
@@ -83,7 +83,7 @@ def test_a_layer_whose_scales_bytes_cannot_hold_is_scanned_over_like_the_rest():
 
 
 def test_the_cache_is_written_where_it_lies(step):
-    """Nothing of the whole cache's size is copied, nor is a layer's packed words."""
+    """Neither the whole cache nor a layer's packed words are copied."""
     copies = re.findall(r"= (\S+?)\{\S* copy\(", step)
     assert f"f32[3,1,2,{SLOTS},16]" not in copies
     words = re.findall(r"= u32\[(\d+),(\d+)\]\S* (?:fusion|copy)\(", step)
@@ -97,7 +97,7 @@ def on_an_nvidia_gpu(model: Decoder) -> Generator:
 
 
 def test_an_nvidia_gpu_scans_over_no_packed_blocks():
-    """XLA would copy a layer's words there before the kernel reads them."""
+    """XLA would copy a layer's words before the kernel reads them."""
     model = packed_model()
     assert (on_an_nvidia_gpu(model).stacked, Generator(model).stacked) == ([False], [True])
 

@@ -1,4 +1,4 @@
-"""What a kernel cannot serve goes to XLA while tracing, and says why: tested with described devices."""
+"""Products that a kernel cannot serve go to XLA at trace time, with a reason; devices are described."""
 
 import dataclasses
 import itertools
@@ -112,7 +112,7 @@ def test_shared_memory_is_what_mosaic_says(config):
 
 
 def lowered(platform, dtype="bfloat16", **kwargs):
-    """The program of a product that is small for the kernels, for a platform that is not here."""
+    """Program of a product that is small for the kernels, lowered for a platform that is not present."""
     w = abstract_tensor((64, 64), widths=(2,), segments=(2,), group_size=32)
     product = jax.jit(lambda x, w: mixed_matmul(x, w, **kwargs))
     traced = product.trace(jax.ShapeDtypeStruct((2, 64), dtype), w)
@@ -130,7 +130,7 @@ def test_cuda_and_rocm_are_told_apart():
 
 
 def test_many_rows_are_not_the_gpu_kernels():
-    """Unless it is named: on an H200 a dequantization and cuBLAS are faster from 256 rows on."""
+    """XLA takes them unless the kernel is named: on an H200, cuBLAS after dequantizing wins from 256 rows."""
     assert backends.tried(4096) == ("xla",)
     with chips.target("h100"):
         assert backends.tried(128) == ("mosaic_gpu", "xla")
@@ -157,7 +157,7 @@ def test_the_target_decides(target, platform, dtype, kernel):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_without_what_a_kernel_stands_on(platform, monkeypatch):
-    """As with a version of JAX that has it no longer: XLA takes the product, and nothing is prepared."""
+    """A JAX version without the kernel's API: XLA computes the product, and nothing is prepared."""
     modules = ("pallas_kernels.gpu.kernel", "pallas_kernels.gpu.gated"), ("pallas_kernels.tpu.decode",)
     for module in itertools.chain(*modules):
         monkeypatch.setitem(sys.modules, module, None)
@@ -176,7 +176,7 @@ def test_without_what_a_kernel_stands_on(platform, monkeypatch):
 
 
 def test_one_jitted_function_takes_each_implementation(monkeypatch):
-    """It is traced once for each, and runs the one that is asked for."""
+    """The function is traced once per implementation, and runs the requested one."""
     w, _ = random_weight(32, 4, 32, [2])
     traced = []
 
@@ -199,7 +199,7 @@ def test_one_jitted_function_takes_each_implementation(monkeypatch):
 
 
 def test_the_gpu_kernel_needs_a_version_of_jax(monkeypatch):
-    """Before it, XLA takes the product; nothing is prepared for the kernel."""
+    """An older version of JAX leaves the product to XLA, and nothing is prepared for the kernel."""
     monkeypatch.setattr(gpu_config, "JAX", (99, 1))
     w, _ = random_weight(64, 64, 32, [1, 2])
     with chips.target(dataclasses.replace(H100, name="an H100 of another kind")):

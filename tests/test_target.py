@@ -1,4 +1,4 @@
-"""The table of devices: names are found as JAX prints them; the target of a program is part of jit's key."""
+"""The table of chips: names are found as JAX prints them, and a program's target is part of jit's key."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_unknown_names(kind):
 
 
 def test_the_table_is_whole():
-    """Every name is found, by its own record; what all devices have is there, in plausible units."""
+    """Every name finds its own record, and the fields that all chips have are set, in plausible units."""
     for device in chips.DEVICES:
         assert find(device.name) is find(device.short) is device
         assert 2**34 <= device.memory_bytes < 2**38
@@ -108,7 +108,7 @@ def test_the_target_of_an_abstract_mesh():
 
 @pytest.mark.parametrize(("short", "platform"), [("mi300x", "rocm"), ("h100", "cuda")])
 def test_a_gpu_in_an_abstract_mesh(short, platform):
-    """Whose platform is "gpu", whoever made it."""
+    """The mesh's platform is "gpu" for every vendor."""
     device = AbstractDevice(device_kind=BY_SHORT_NAME[short].name, num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
         assert chips.of_target() is BY_SHORT_NAME[short]
@@ -116,7 +116,7 @@ def test_a_gpu_in_an_abstract_mesh(short, platform):
 
 
 def test_what_an_abstract_mesh_lacks_the_device_says(monkeypatch):
-    """Its device has a name; the one that is here has a compute capability, too."""
+    """The mesh's device has only a name; the present one also has a compute capability."""
     here = SimpleNamespace(device_kind="NVIDIA RTX 9", platform="gpu", compute_capability="12.0")
     monkeypatch.setattr(jax, "local_devices", lambda: [here])
     device = AbstractDevice(device_kind=here.device_kind, num_cores=None, platform="gpu")

@@ -1,4 +1,4 @@
-"""Text that grows, with stop strings; conversations."""
+"""Streamed text with stop strings; conversations."""
 
 import random
 from importlib import resources
@@ -16,14 +16,14 @@ from convert.text import Conversation, Text, as_template
 
 
 class Characters:
-    """A tokenizer of bytes."""
+    """A tokenizer whose tokens are bytes."""
 
     def decode(self, ids: list[int], **how: bool) -> str:
         return bytes(ids).decode(errors="replace")
 
 
 def grown(text: str, *stop: str) -> tuple[list[str], Text]:
-    """What is told after every byte and in the end."""
+    """Feeds a text byte by byte; returns the text emitted after every byte and at the end, and the row."""
     row, told = Text(Characters(), stop), []
     for byte in text.encode():
         stopped = row.take(byte)
@@ -58,7 +58,7 @@ LANGUAGES = (resources.files("convert") / "texts" / "languages.txt").read_text(e
 
 
 def byte_level() -> Tokenizer:
-    """As of GPT-2, Llama 3 and Qwen."""
+    """A byte-level BPE tokenizer as of GPT-2, Llama 3 and Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,7 +71,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece(*, metaspace: bool) -> Tokenizer:
-    """As of Llama 2, Mistral and Phi-3, or with the newer files' Metaspace; rare characters are bytes."""
+    """A tokenizer as of Llama 2, Mistral and Phi-3, or with Metaspace; rare characters are bytes."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(
@@ -111,7 +111,7 @@ TOKENIZERS = {
 
 
 class Counted:
-    """A tokenizer that counts what it decodes."""
+    """A tokenizer that counts the tokens that it decodes."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.decoded = tokenizer, 0
@@ -123,7 +123,7 @@ class Counted:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_prompt_and_stream_are_the_text_of_all_tokens(kind: str) -> None:
-    """In every language, wherever the prompt ends, and with special tokens between."""
+    """Samples every language, with the prompt's end anywhere and special tokens in between."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[kind](), bos_token="<s>")
     draw, partial = random.Random(0), 0
     for _ in range(60):
@@ -131,11 +131,11 @@ def test_prompt_and_stream_are_the_text_of_all_tokens(kind: str) -> None:
         text = LANGUAGES[start : start + draw.randrange(2, 300)]
         text += draw.choice(["", " ", "  🙂", "\n 日本", "é"])
         ids = tokenizer(text).input_ids
-        if draw.random() < 0.5:  # special tokens say nothing and change nothing
+        if draw.random() < 0.5:  # special tokens must change nothing
             ids.insert(draw.randrange(len(ids)), tokenizer.bos_token_id)
         cut = draw.randrange(1, len(ids) + 1)
         while "\ufffd" in (prompt := tokenizer.decode(ids[:cut], skip_special_tokens=True)):
-            cut -= 1  # a prompt is a text, of whole characters
+            cut -= 1  # a prompt is text of whole characters
         row, told = Text(tokenizer, prompt=ids[:cut]), []
         for token in ids[cut:]:
             row.take(token)
@@ -153,7 +153,7 @@ def test_the_space_after_a_prompt() -> None:
     prompt, both = tokenizer("a").input_ids, tokenizer("a a").input_ids
     assert both[: len(prompt)] == prompt
     row = Text(tokenizer, prompt=prompt)
-    answer = Text(tokenizer)  # of its own, as in a chat
+    answer = Text(tokenizer)  # an answer on its own, as in a chat
     for token in both[len(prompt) :]:
         row.take(token)
         answer.take(token)

@@ -1,4 +1,4 @@
-"""Tokenizers: from directories, and rebuilt from the metadata of GGUF files."""
+"""Tokenizers, loaded from directories and rebuilt from the metadata of GGUF files."""
 
 import importlib.util
 import io
@@ -35,7 +35,7 @@ def byte_level(**changes: Any) -> dict[str, Any]:
 
 
 def pieces(score: float = 0.0) -> dict[str, Any]:
-    """Metadata of a SentencePiece vocabulary with bytes; the best merge is not the longest."""
+    """Metadata of a SentencePiece vocabulary with bytes, in which the best merge is not the longest."""
     words = {
         "▁": -9.0,
         "▁a": -1.0,
@@ -104,7 +104,7 @@ def test_beginning_of_sequence() -> None:
 
 def test_sentencepiece() -> None:
     tokenizer = gguf_tokenizer(pieces(), "x")
-    assert tokenizer.tokenize("abc") == ["▁a", "bc"]  # bc first, then ▁a: the best score, not the longest
+    assert tokenizer.tokenize("abc") == ["▁a", "bc"]  # bc first, then ▁a: best score, not longest
     assert tokenizer.tokenize("  ab") == ["▁", "▁", "▁ab"]
     assert tokenizer.tokenize("é") == ["▁", "<0xC3>", "<0xA9>"]
     for text in ("abc", " ab c", "é\n🙂"):
@@ -141,7 +141,7 @@ def test_bad_metadata(metadata: dict[str, Any], culprit: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# As the oldest transformers that we allow makes a tokenizer of these two files.
+# The warning comes from the oldest supported transformers with these two files.
 @pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")
 def test_hf_directory(tmp_path: Path) -> None:
     source = load_source(write_hf(load_golden("opt_pre_norm"), tmp_path))
@@ -171,7 +171,7 @@ def test_sentencepiece_model_needs_its_package(tmp_path: Path) -> None:
 def test_python_of_a_folder_never_runs(
     fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Though somebody answers "y" to every question."""
+    """The code is not run even if every question is answered with "y"."""
     save_tokenizer(gguf_tokenizer(byte_level(), "x"), tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": ["evil.Own", "evil.Own"]}, "tokenizer_class": "Own"}

@@ -1,4 +1,4 @@
-"""Training what stands beside packed weights: they are constants, and no gradient or optimizer meets them."""
+"""Training next to packed weights: these are constants, without gradient or optimizer state."""
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 12))
 
 
 def codes(model: nnx.Module) -> list[np.ndarray]:
-    """Every leaf of every packed weight."""
+    """Copies of every leaf of every packed weight."""
     return [np.asarray(leaf).copy() for leaf in jax.tree.leaves(nnx.state(model, Packed))]
 
 
 def train(model: nnx.Module, loss, steps: int = 3, rate: float = 3e-3) -> list[float]:
-    """Losses of a few steps, after which every packed weight is what it was, bit for bit."""
+    """Losses of a few steps; checks that every packed weight stays the same, bit for bit."""
     before = codes(model)
     assert any(leaf.dtype == np.uint32 for leaf in before)
     optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
@@ -48,7 +48,7 @@ def next_token_loss(model: Decoder) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    """Remade from its parameters, as `load` and `quantize` make one."""
+    """A decoder rebuilt from its parameters, as `load` and `quantize` build one."""
     model = packed(tiny(qkv_bias=True, num_layers=1, intermediate_size=64), bits=(1, 2))
     return make_decoder(model.config, *split_params(model))
 
@@ -60,12 +60,12 @@ def test_norms_biases_embeddings_and_lora_of_a_packed_decoder(decoder):
         setattr(attn, layer, lora)
     params = jax.tree.leaves(nnx.state(decoder, nnx.Param))
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in params)
-    assert len(params) == 1 + 2 + 1 + 3 + 4  # embedding, norms of the block, last norm, biases, LoRA
+    assert len(params) == 1 + 2 + 1 + 3 + 4  # embedding, norms of the block, final norm, biases, LoRA
     start = [np.asarray(leaf).copy() for leaf in params]
     losses = train(decoder, next_token_loss)
     assert np.all(np.diff(losses) < 0), losses
     assert all(np.any(a != b) for a, b in zip(start, jax.tree.leaves(nnx.state(decoder, nnx.Param))))
-    assert Generator(decoder).stacked == [True]  # finds its packed layers behind the LoRA
+    assert Generator(decoder).stacked == [True]  # finds its packed layers inside the LoRA modules
 
 
 def test_the_bias_of_a_packed_linear_and_a_layer_before_it():

@@ -1,4 +1,4 @@
-"""Tuning end to end: its loss and gradient against oracles, what it keeps, what it changes, resuming."""
+"""End-to-end fine-tuning of scales: loss and gradient against oracles, kept results, effects, resuming."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from slim_jax.model.params import make_decoder, split_params
 from slim_jax.store import checkpoint, writer
 from slim_jax.store.source import DecoderSource
 
-# Judged by what it learns from: what a random model learns of one sample says nothing of others.
+# Validated on its training samples: what a random model learns from a sample says nothing about others.
 TUNED = SlimConfig(
     bits=2,
     group_size=32,
@@ -39,7 +39,7 @@ UNTUNED = dataclasses.replace(TUNED, tune=False)
 
 
 def confident(config: DecoderConfig) -> Decoder:
-    """A random model whose next tokens are not all alike."""
+    """A random model whose next tokens differ."""
     model = Decoder(dataclasses.replace(config, num_layers=2), rngs=nnx.Rngs(0))
     model.embed.set_value(20 * model.embed.get_value())
     return model
@@ -50,7 +50,7 @@ BOTH = [pytest.param(CONFIG, id="plain"), pytest.param(GEMMA, id="local_global",
 
 @pytest.fixture(scope="module", params=BOTH)
 def models(request):
-    """A model, and its quantization before any tuning."""
+    """A model, and its quantization before fine-tuning."""
     model = confident(request.param)
     return model, pipeline.quantize(model, TOKENS, UNTUNED)[0]
 
@@ -70,7 +70,7 @@ def divergence(full: Decoder, packed: Decoder, tokens: np.ndarray) -> float:
 def parts(
     full: Decoder, packed: Decoder, tokens: np.ndarray
 ) -> tuple[fine_tune.Fixed, fine_tune.Learned, fine_tune.Batch]:
-    """What the loss is a function of."""
+    """Arguments of the loss."""
     source = DecoderSource(full)
     outer, blocks = split_params(packed)
     reference = Activations.of(source, tokens)
@@ -104,7 +104,7 @@ def test_the_loss_is_the_divergence_of_the_stored_model(models):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gains_of_norms_are_multiplied(dtype):
-    """All of them, with what the model adds to the scale, and as they can be stored."""
+    """All norms are scaled, including the model's offset of the scale, and stay storable."""
     config = dataclasses.replace(CONFIG, norm_offset=1.0, qk_norm=True, output_norms=True, num_layers=1)
     outer, (block,) = split_params(Decoder(config, rngs=nnx.Rngs(0)))
     params = {name: jnp.full_like(value, 0.5, dtype) for name, value in (outer | block).items()}
@@ -121,7 +121,7 @@ def test_gains_of_norms_are_multiplied(dtype):
 
 @pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences(models, monkeypatch):
-    """Without rounding to bfloat16, which differences would feel."""
+    """Turns off rounding to bfloat16, which would disturb the differences."""
     full, packed = models
     monkeypatch.setattr(fine_tune, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
     monkeypatch.setattr(fine_tune, "straight_through", lambda x, rounded: x)
@@ -171,7 +171,7 @@ def test_layers_are_not_solved_on_what_tuning_looks_at():
     half = len(TOKENS) // 2
     found, report = pipeline.quantize(model, TOKENS, own)
     assert report.tuning is not None
-    assert 0 < report.tuning.tokens <= (half - 1) * TOKENS.shape[1]  # one of them judges
+    assert 0 < report.tuning.tokens <= (half - 1) * TOKENS.shape[1]  # one sample validates
     untuned, _ = pipeline.quantize(model, TOKENS[:half], UNTUNED)
     for mine, theirs in zip(codes(found), codes(untuned), strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -200,7 +200,7 @@ def test_a_tuning_that_only_harms_changes_nothing(models, monkeypatch):
     found, report = pipeline.quantize(full, TOKENS, dataclasses.replace(TUNED, tune_epochs=12))
     assert report.tuning.kept == 0
     assert report.tuning.note
-    assert len(report.tuning.losses) <= 1 + fine_tuning.PATIENCE  # nor does it go on
+    assert len(report.tuning.losses) <= 1 + fine_tuning.PATIENCE  # and it stops early
     for before, after in zip(jax.tree.leaves(nnx.state(packed)), jax.tree.leaves(nnx.state(found))):
         np.testing.assert_array_equal(before, after)
 
@@ -232,7 +232,7 @@ def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, m
     pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "whole")
 
     def kill(step, of, loss):
-        if step - 1 == after:  # the step is taken, and what the one before it left is kept
+        if step - 1 == after:  # the step is done, and the previous step's state is kept
             raise Killed
 
     save = writer.CheckpointWriter._save
@@ -244,7 +244,7 @@ def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, m
 
     with monkeypatch.context() as patch:
         patch.setattr(writer.CheckpointWriter, "_save", kill_writing)
-        if after == 8:  # all steps are taken, none is applied
+        if after == 8:  # all steps are done, none is applied
             patch.setattr(writer.CheckpointWriter, "write_tuned", _raise)
         with pytest.raises(Killed):
             pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", on_step=kill)

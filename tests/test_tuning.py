@@ -1,4 +1,4 @@
-"""The tuning tables: what stands in them is used, what was fastest and right is written."""
+"""The autotuning tables: entries are used, and the fastest correct configuration is written."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def name_of(kernel) -> str:
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    """The packaged table, then the user's; neither exists."""
+    """Paths of the packaged table and of the user's; neither exists."""
     monkeypatch.setattr(autotune, "PACKAGED", tmp_path / "packaged.json")
     monkeypatch.setenv("SLIM_JAX_CACHE", str(tmp_path / "cache"))
     autotune.forget()
@@ -54,7 +54,7 @@ def test_the_table_comes_before_the_heuristic(tables, kernel):
 
 @KERNELS
 def test_a_kernel_asks_for_its_weight(kernel, monkeypatch):
-    """Mean width and group size are those of the weight that is multiplied."""
+    """The lookup uses the mean width and group size of the weight that is multiplied."""
     asked = []
     monkeypatch.setattr(kernel, "choose", lambda *key: asked.append(key) or kernel.Config())
     monkeypatch.setattr(kernel, "_product", lambda x, *_: x, raising=False)
@@ -125,7 +125,7 @@ def test_candidates_are_valid_and_differ(kernel):
     assert found[0] == start
     assert len(set(found)) == len(found) > 10
     changes = [sum(getattr(c, f) != getattr(start, f) for f in fields) for c in found]
-    assert changes == sorted(changes)  # a search that is cut short has seen the nearest
+    assert changes == sorted(changes)  # a search that is cut short has tried the nearest
 
 
 X = jnp.ones((4, 32))
@@ -161,7 +161,7 @@ def test_the_fastest_wins_and_what_fails_is_left_out():
     "wrong", [lambda x, w: x @ w + 1, lambda x, w: x @ w * jnp.nan, lambda x, w: x @ x.T]
 )
 def test_a_wrong_candidate_never_wins(wrong):
-    """However fast it is, and also where all others are slow."""
+    """A wrong candidate loses however fast it is, even if all others are slow."""
     found = tune.search([("slow", product(slow)), ("wrong", product(wrong))], WANTED, math.inf)
     assert found.best(repeats=3)[0] == "slow"
     assert found.failed["wrong"].startswith("values are wrong")
@@ -181,7 +181,7 @@ def test_the_search_ends_in_time():
 
 
 def test_tune_writes_what_it_found(monkeypatch, capsys):
-    """The whole of a kernel's tuning, with a kernel whose heuristic is wrong."""
+    """A whole autotuning of a kernel whose heuristic is wrong."""
 
     def mixed_matmul(x, w, *, config):
         if config.stages == 4:

@@ -1,4 +1,4 @@
-"""The checker that `conftest.py` puts on every function: as a static one, it takes an int for a float."""
+"""The run-time type checker that `conftest.py` applies to every function; an int passes for a float."""
 
 from beartype import BeartypeConf, beartype
 

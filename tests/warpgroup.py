@@ -1,11 +1,11 @@
-"""A warpgroup in NumPy: executes what GPU code emits for its registers, for all 128 threads at once.
+"""A warpgroup in NumPy: executes the register code that GPU kernels emit, for all 128 threads at once.
 
-``Warps`` and Mosaic's ``mma`` emit MLIR. Here the emitted operations are taken one by one and computed on
-arrays ``[128]`` (a vector's: ``[128, n]``), one row for each thread. Which element of a matrix a thread holds
-is read off the layout by :func:`elements`, from the definition of a tiling, and what the tensor-core
-instruction does with the registers of a warp stands in :func:`mma_sync`, from the PTX manual.
+``Warps`` and Mosaic's ``mma`` emit MLIR. This module executes the emitted operations one by one on arrays
+``[128]`` (``[128, n]`` for a vector), one row per thread. :func:`elements` computes from the layout which
+matrix elements a thread holds, by the definition of a tiling; :func:`mma_sync` computes what the tensor-core
+instruction does with the registers of a warp, by the PTX manual.
 
-Not a simulator of a GPU: memory, control flow and everything that the tests do not emit are missing.
+This is no simulator of a GPU: memory, control flow and everything that the tests do not emit are missing.
 """
 
 import math
@@ -25,7 +25,7 @@ THREADS, LANES = 128, 32
 
 
 def elements(layout: fa.TiledLayout, shape: tuple[int, ...]) -> np.ndarray:
-    """Which elements of an array the threads hold: flat positions ``int[128, registers, vector]``."""
+    """Flat positions ``int[128, registers, vector]`` of the array elements that the threads hold."""
     index = np.arange(math.prod(shape)).reshape(shape)
     for tile in layout.tiling.tiles:
         whole, rank = index.shape[: -len(tile)], len(tile)
@@ -48,8 +48,8 @@ def elements(layout: fa.TiledLayout, shape: tuple[int, ...]) -> np.ndarray:
 def mma_sync(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """``mma.sync.aligned.m16n8k16`` of bfloat16: the PTX manual's fragments, multiplied as matrices.
 
-    Takes ``uint32[4, 128]``, ``uint32[2, 128]``, ``float32[4, 128]`` and returns the like of the last; a
-    register of 32 bits has two bfloat16, the first in its low half.
+    Takes ``uint32[4, 128]``, ``uint32[2, 128]`` and ``float32[4, 128]``, and returns an array like the last.
+    A 32-bit register has two bfloat16, the first in its low half.
     """
     group, thread = np.divmod(np.arange(LANES), 4)
 
@@ -70,14 +70,14 @@ def mma_sync(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 class Warpgroup:
-    """Values of what was emitted since :func:`warpgroup` was entered."""
+    """Computes the values of operations emitted since :func:`warpgroup` was entered."""
 
     def __init__(self, body: ir.Block) -> None:
         self._body, self._done = body, 0
         self._values: dict[ir.Value, Any] = {}
 
     def load(self, array: np.ndarray, layout: Any, owner: np.ndarray | None = None) -> fa.FragmentedArray:
-        """The array in registers. With ``owner``, a thread's first index: each thread loads its own array."""
+        """Loads an array into registers. With ``owner``, each thread loads ``array[owner[thread]]``."""
         layout = layout.to_mgpu() if hasattr(layout, "to_mgpu") else layout
         shape = array.shape if owner is None else array.shape[1:]
         held = elements(layout, shape)
@@ -95,7 +95,7 @@ class Warpgroup:
         return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
     def store(self, array: fa.FragmentedArray) -> np.ndarray:
-        """The array that the registers hold; threads that hold the same element must agree."""
+        """Returns the array that the registers hold; threads that hold the same element must agree."""
         held = elements(array.layout, array.shape)
         values = np.stack([self.value(register) for register in array.registers.flat], 1)
         found = np.zeros(math.prod(array.shape), values.dtype)
@@ -105,7 +105,7 @@ class Warpgroup:
         return found.reshape(array.shape)
 
     def map(self, function: Any, *arrays: fa.FragmentedArray) -> fa.FragmentedArray:
-        """``function`` of arrays of one layout, register by register, in NumPy."""
+        """Applies ``function`` to arrays of one layout, register by register, in NumPy."""
         first = arrays[0]
         registers = np.empty_like(first.registers)
         for i, old in enumerate(zip(*(array.registers.flat for array in arrays))):
@@ -116,7 +116,7 @@ class Warpgroup:
         return fa.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=first.is_signed)
 
     def value(self, value: ir.Value) -> np.ndarray:
-        """What the threads have: ``[128]``, or ``[128, n]`` of a vector."""
+        """Returns the threads' values: ``[128]``, or ``[128, n]`` for a vector."""
         if value not in self._values:
             operations = list(self._body.operations)
             for operation in operations[self._done :]:
@@ -128,7 +128,7 @@ class Warpgroup:
 
 @contextmanager
 def warpgroup() -> Iterator[Warpgroup]:
-    """Inside, GPU code can be emitted, for a capability of 9.0, and executed."""
+    """Context in which GPU code can be emitted, for compute capability 9.0, and executed."""
     with mlir.make_ir_context(), ir.Location.unknown():
         module = ir.Module.create()
         i32 = ir.IntegerType.get_signless(32)
@@ -163,7 +163,7 @@ def _along_x(attributes: Any) -> bool:
 
 
 def _compute(operation: Any, attributes: Any, *operands: Any) -> Any:
-    """The result of one operation; of an instruction with several, ``[results, 128]``."""
+    """Computes one operation; an instruction with several results gives ``[results, 128]``."""
     name = operation.name
     kind = operation.results[0].type
     if name in INTEGER:
@@ -178,7 +178,7 @@ def _compute(operation: Any, attributes: Any, *operands: Any) -> Any:
             return np.full(THREADS, THREADS if _along_x(attributes) else 1, np.uint64)
         case "arith.index_cast" | "arith.index_castui":
             return operands[0].astype(_dtype(kind))
-        case "nvvm.shfl.sync":  # only as a broadcast: each thread takes the value of a thread of its warp
+        case "nvvm.shfl.sync":  # only broadcasts: each thread reads a thread of its warp
             assert "idx" in str(attributes["kind"])
             return operands[1].reshape(-1, LANES)[np.arange(THREADS) // LANES, operands[2]]
         case "arith.bitcast" | "vector.bitcast":

@@ -76,7 +76,7 @@ def chat(
 
 
 def _answer(generator: "Generator", conversation: "Conversation", seed: int, how: dict[str, Any]) -> None:
-    """Prints an answer to the last message, and adds it to the conversation."""
+    """Prints an answer to the last message and adds it to the conversation."""
     from convert.text import Text
 
     ids, positions = conversation.prompt(), generator.config.max_positions
@@ -99,7 +99,7 @@ def _read() -> str | None:
         line = sys.stdin.readline()
         return line.strip() if line else None
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - lines can then be edited and called back
+        import readline  # noqa: F401 - enables line editing and history
     try:
         return input("> ").strip()
     except EOFError:

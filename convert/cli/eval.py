@@ -164,7 +164,7 @@ def _perplexities(
 
 
 def _windows(path: Path, tokens: "np.ndarray", window: int, most: int | None) -> int:
-    """How many windows of a text are read."""
+    """Number of windows of a text that are evaluated."""
     if len(tokens) < window:
         raise ValueError(f"{path} has {len(tokens)} tokens, expected at least {window} (--window)")
     total = len(tokens) // window

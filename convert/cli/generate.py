@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from slim_jax.infer.generate import Generator
 
 ROWS = 16
-"""Prompts that are continued at once."""
+"""Prompts that are continued at once in one batch."""
 
 
 def generate(
@@ -116,7 +116,7 @@ def generate(
 
 
 def _lines(file: Path | None) -> list[str]:
-    """The lines of a file that are not empty."""
+    """Returns the lines of a file that are not empty."""
     from convert.calibration import read_text
 
     if file is None:
@@ -128,7 +128,7 @@ def _lines(file: Path | None) -> list[str]:
 
 
 def _continue(generator: "Generator", ids: list[list[int]], texts: "list[Text]", how: dict[str, Any]) -> None:
-    """Fills the texts, some at a time; every batch draws from a seed of its own."""
+    """Fills the texts in batches of ``ROWS``; every batch has its own seed."""
     seed = how.pop("seed")
     for number, batch in enumerate(itertools.batched(zip(ids, texts), ROWS)):
         prompts, rows = zip(*batch)
@@ -141,7 +141,7 @@ def _continue(generator: "Generator", ids: list[list[int]], texts: "list[Text]",
 
 def _print_json(prompts: list[str], texts: "list[Text]", max_tokens: int, seconds: float) -> None:
     def ended(text: "Text") -> str:
-        """By a stop string, the model's own end, or ``--max-tokens``."""
+        """Returns "stop" for a stop string, "length" for ``--max-tokens``, "end" for an end-of-text token."""
         return "stop" if text.stopped else "length" if len(text.ids) == max_tokens else "end"
 
     results = [

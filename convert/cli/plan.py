@@ -70,7 +70,7 @@ def plan(
     if target_size is not None:
         settings = for_size(config, settings, parse_size(target_size))
     length = window_length(length, config)
-    own = written(parts(()), samples)  # by the default calibration
+    own = written(parts(()), samples)  # for the default calibration
     found = make_plan(
         config,
         settings,

@@ -1,8 +1,8 @@
 """The command line: ``slim-jax convert | quantize | eval | generate | chat | inspect | plan | export``.
 
-It checks options, finds models and texts, and shows progress; the work is done elsewhere. What the
-user got wrong ends in one line on standard error and exit status 2. Heavy imports stay inside the
-commands, so that ``--help`` is instant.
+The commands check options, find models and texts, and show progress; the work is done elsewhere. A user's
+mistake ends in one line on standard error and exit status 2. Heavy imports stay inside the commands, so that
+``--help`` is instant.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ from convert.display import say
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 M_MMAP_THRESHOLD = -3
-"""Of glibc's ``mallopt``: from how many bytes on an allocation is a mapping of its own."""
+"""Parameter of glibc's ``mallopt``: allocations of at least this many bytes get their own mapping."""
 
 # click's ClickException. Newer typer brings its own click, so there is no one place to import it from.
 ClickException: Any = typer.BadParameter.__bases__[0].__bases__[0]
@@ -46,10 +46,10 @@ app = typer.Typer(
 
 @dataclasses.dataclass
 class Session:
-    """What the commands tell :func:`run`.
+    """State that the commands share with :func:`run`.
 
     Attributes:
-      debug: let tracebacks through.
+      debug: if True, tracebacks are let through.
       on_interrupt: the line to print on Ctrl-C.
     """
 
@@ -110,15 +110,15 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command.
 
     Args:
-      arguments: what the user typed after ``slim-jax``.
+      arguments: the words that the user typed after ``slim-jax``.
 
     Returns:
-      The exit status: 0, or 2 for the user's mistake, 130 for Ctrl-C, 1 for a mistake of ours.
+      The exit status: 0 for success, 2 for a user's mistake, 130 for Ctrl-C, 1 for an internal error.
     """
     session = Session()
     try:
         for argument in arguments:
-            if any("\ud800" <= c <= "\udfff" for c in argument):  # bytes that are no text
+            if any("\ud800" <= c <= "\udfff" for c in argument):  # bytes that are not UTF-8
                 raise ValueError(f"the argument {argument} is not UTF-8")
         status = app(list(arguments) or ["--help"], prog_name="slim-jax", standalone_mode=False, obj=session)
     except (typer.Abort, KeyboardInterrupt):
@@ -139,10 +139,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _return_memory() -> None:
-    """Large arrays go back to the system when they are freed.
+    """Makes glibc return large arrays to the system when they are freed.
 
-    glibc, left alone, keeps what a batch of activations has taken, and in the gaps the next does not fit:
-    the first two blocks of SmolLM2 on 64 windows of 512 tokens took 1.9 GiB at most, and take 1.35 so.
+    By default glibc keeps the memory of a freed batch of activations, and the next batch does not fit into
+    the gaps: the first two blocks of SmolLM2 on 64 windows of 512 tokens peaked at 1.9 GiB, and peak at 1.35
+    GiB with this setting.
     """
     options = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if options is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
@@ -150,7 +151,7 @@ def _return_memory() -> None:
 
 
 def main() -> None:
-    """The ``slim-jax`` program: :func:`run` without other libraries' logs and warnings."""
+    """Runs the ``slim-jax`` program: :func:`run`, with the logs and warnings of other libraries silenced."""
     if os.environ.get("SLIM_JAX_DEBUG") is None and "--debug" not in sys.argv:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -177,7 +177,7 @@ def quantize(
 
 
 def _opened(source: str, config: "SlimConfig") -> "Source":
-    """The model, for whose layers the rules are."""
+    """Opens the model, and checks that the rules match its layers and that it is not packed."""
     from slim_jax.calibrate.pipeline import check_dense
     from slim_jax.model.block import linear_names
     from slim_jax.rules import check_rules
@@ -199,7 +199,7 @@ def _require_free(out: Path, resume: bool) -> None:
 
 
 def _tell(out: Path, report: "Report", plan: "Plan", save_allocation: Path | None, as_json: bool) -> None:
-    """Writes the page and the bits of all groups, and prints a line."""
+    """Writes the report page and the chosen bits, and prints the result."""
     from convert.report import write_report
     from slim_jax.method.sba import save_allocation as write_allocation
 
@@ -244,8 +244,11 @@ def _forecast(
 
 
 def _that_fit(texts: "list[Part]", forecast: "Callable[[list[Part]], Plan]") -> "tuple[list[Part], Plan]":
-    """The texts, without what the model would write if there are others and there is no memory for it; and
-    what is forecast with them."""
+    """Returns the texts that fit into memory, and the forecast with them.
+
+    Text that the model would write is left out if writing it needs more memory than there is and other texts
+    remain.
+    """
     from slim_jax.memory import available
 
     plan, room, others = forecast(texts), available(), [part for part in texts if part.text is not None]
@@ -263,7 +266,7 @@ def _announce(
     written: int,
     devices: int,
 ) -> None:
-    """What the run is expected to need."""
+    """Prints how much memory, time and storage the run is expected to need."""
     from slim_jax.duration import in_words, operations, rate
 
     count = operations(source.config, config, samples, length, written)
@@ -276,7 +279,7 @@ def _announce(
 def _calibration(
     source: "Source", texts: "list[Part]", samples: int, length: int, seed: int
 ) -> "tuple[Any, Callable[[], np.ndarray]]":
-    """The tokenizer, None where there is none, and how the windows are drawn."""
+    """Returns the tokenizer (None where there is none) and a function that draws the windows."""
     from convert.calibration import draw
 
     find = tokenizer_of if any(part.text is not None for part in texts) else optional_tokenizer
@@ -288,7 +291,7 @@ def _calibration(
 def _own_text(
     source: "Source", samples: int, length: int, seed: int
 ) -> "np.ndarray":  # int32 [samples, length]
-    """Calibration text that the model writes itself."""
+    """Returns calibration windows that the model writes itself."""
     import numpy as np
 
     from slim_jax.infer.generate import sample_text
@@ -302,7 +305,11 @@ def _own_text(
 
 
 def _mesh(devices: int, samples: int, config: "SlimConfig") -> "jax.sharding.Mesh | None":
-    """Of the first devices, which share the samples, and those that are left to tuning; None for one."""
+    """Mesh of the first ``devices`` devices, or None for one.
+
+    Raises:
+      ValueError: the samples, or those used for fine-tuning, cannot be divided among the devices.
+    """
     mesh = devices_mesh(devices)
     if samples % devices:
         raise ValueError(f"there are {samples} samples, expected a multiple of the {devices} devices")
@@ -311,7 +318,7 @@ def _mesh(devices: int, samples: int, config: "SlimConfig") -> "jax.sharding.Mes
 
 
 def _figures(block: "BlockReport") -> str:
-    """What the progress display says of a finished block."""
+    """Text that the progress display shows for a finished block; prints the block's warnings."""
     if block.warning:
         say(block.warning)
     learning = block.learning
@@ -325,7 +332,7 @@ def _figures(block: "BlockReport") -> str:
 
 
 def _shown(step: Progress) -> dict[str, Any]:
-    """What a run calls, to show how far it is."""
+    """Callbacks of a run that show its progress."""
     return {
         "on_block": lambda block: step(_figures(block)),
         "on_epoch": lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),

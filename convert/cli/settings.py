@@ -1,4 +1,4 @@
-"""The settings of a quantization, from a preset, the options that have a name of their own, and ``--set``."""
+"""Settings of a quantization, built from a preset, the named options and ``--set``."""
 
 import dataclasses
 import difflib
@@ -18,12 +18,12 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def make_settings(preset: str | None, given: Sequence[str], **options: Any) -> "SlimConfig":
-    """What ``--preset``, ``--set`` and options ask for together.
+    """Combines ``--preset``, ``--set`` and the named options into one `SlimConfig`.
 
     Args:
       preset: a name of `slim_jax.config.PRESETS`; None for the defaults of `SlimConfig`.
-      given: ``name=value`` each.
-      options: fields of the settings that have an option; None where it was not given.
+      given: the ``--set`` items, each ``name=value``.
+      options: fields of the settings that have their own option; None where it was not given.
 
     Raises:
       ValueError: a name or a value is wrong, or a field is given twice.
@@ -40,10 +40,10 @@ def make_settings(preset: str | None, given: Sequence[str], **options: Any) -> "
 
 
 def check_size(bits: float | None, target_size: str | None) -> None:
-    """Whether the size of the result is asked for in one way.
+    """Checks that at most one of ``--bits`` and ``--target-size`` is given.
 
     Raises:
-      ValueError: it is asked for in two.
+      ValueError: both are given.
     """
     if bits is not None and target_size is not None:
         raise ValueError(
@@ -52,7 +52,7 @@ def check_size(bits: float | None, target_size: str | None) -> None:
 
 
 def make_rules(given: Sequence[str] | None, file: Path | None) -> "tuple[Rule, ...] | None":
-    """The rules of ``--rule``, and after them those of ``--rules``; None where there are none.
+    """Returns the rules of ``--rule``, followed by those of ``--rules``; None if there are none.
 
     Raises:
       ValueError: one of them cannot be understood; see :func:`parse_rule` and :func:`read_rules`.
@@ -62,10 +62,10 @@ def make_rules(given: Sequence[str] | None, file: Path | None) -> "tuple[Rule, .
 
 
 def parse_rule(item: str) -> "Rule":
-    """``"*.mlp.down: bits=3, group_size=64"``, or ``"blocks.0.*: skip"``.
+    """Parses a rule such as ``"*.mlp.down: bits=3, group_size=64"`` or ``"blocks.0.*: skip"``.
 
     Raises:
-      ValueError: there is no such option, or the value has another type.
+      ValueError: an option does not exist, or its value has another type.
     """
     from slim_jax.rules import Rule
 
@@ -86,10 +86,10 @@ def parse_rule(item: str) -> "Rule":
 
 
 def read_rules(file: Path) -> "list[Rule]":
-    """The rules of a TOML file: ``[[rule]]`` each, with ``pattern`` and options.
+    """Reads rules from a TOML file: one ``[[rule]]`` table each, with ``pattern`` and options.
 
     Raises:
-      ValueError: it is no such file.
+      ValueError: the file does not have this form.
     """
     from slim_jax.rules import Rule
 
@@ -113,10 +113,10 @@ def read_rules(file: Path) -> "list[Rule]":
 
 
 def parse_setting(item: str) -> tuple[str, Any]:
-    """``"damping=0.02"`` -> ``("damping", 0.02)``, of the type that the field of `SlimConfig` has.
+    """Parses ``"damping=0.02"`` to ``("damping", 0.02)``; the field of `SlimConfig` gives the type.
 
     Raises:
-      ValueError: there is no such field, or the value has another type.
+      ValueError: the field does not exist, or the value has another type.
     """
     name, equals, text = (part.strip() for part in item.partition("="))
     if not equals:
@@ -125,7 +125,7 @@ def parse_setting(item: str) -> tuple[str, Any]:
 
 
 def _typed(label: str, name: str, text: str, known: Mapping[str, tuple[type, bool]], what: str) -> Any:
-    """A field's value from its text; ``known`` are the fields, ``what`` a user calls them."""
+    """Parses a field's value; ``known`` are the fields, ``what`` is the user's word for them."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or list(known)
         raise ValueError(f"{label}: there is no {what} {name!r}, expected one such as {', '.join(near)}")
@@ -144,14 +144,14 @@ def _typed(label: str, name: str, text: str, known: Mapping[str, tuple[type, boo
 
 
 def settable() -> dict[str, tuple[type, bool]]:
-    """Every field of `SlimConfig` that one value sets: its type, and whether it may be none."""
+    """Fields of `SlimConfig` that take a single value: each one's type, and whether it may be None."""
     from slim_jax.config import SlimConfig
 
     return _fields(SlimConfig)
 
 
 def _fields(record: Any, leave: Sequence[str] = ()) -> dict[str, tuple[type, bool]]:
-    """The fields of a record that one value sets, without those to leave."""
+    """Fields of a record that take a single value, except those in ``leave``."""
     hints = typing.get_type_hints(record)
     found = {}
     for field in dataclasses.fields(record):

@@ -1,4 +1,4 @@
-"""The model that a command's SOURCE names, its tokenizer, and what both are checked for."""
+"""Opening the model that a command's SOURCE names, and its tokenizer; checks of options against them."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def at_revision(spec: str, revision: str | None) -> str:
-    """A SOURCE with what ``--revision`` says of it.
+    """Returns SOURCE with the ``--revision`` appended.
 
     Raises:
       ValueError: the SOURCE is not a name on the hub.
@@ -31,21 +31,21 @@ def at_revision(spec: str, revision: str | None) -> str:
 
 
 def open_source(spec: str, dtype: str | None = None) -> "Source":
-    """The model that a SOURCE argument names; no weights are read yet."""
+    """Opens the model that a SOURCE argument names; reads no weights yet."""
     from convert.readers.load import open_model
 
     return open_model(spec, dtype)
 
 
 def read_config(spec: str) -> "DecoderConfig":
-    """The config of the model that a SOURCE argument names."""
+    """Reads the config of the model that a SOURCE argument names."""
     from convert.readers.load import load_config
 
     return load_config(spec)
 
 
 def whole_decoder(source: "Source", *, rounded: bool = False) -> "Decoder":
-    """The whole model in memory, see `slim_jax.store.source.read_decoder`."""
+    """Reads the whole model into memory; see `slim_jax.store.source.read_decoder`."""
     from slim_jax.store.source import read_decoder
 
     return read_decoder(source, rounded=rounded)
@@ -58,7 +58,7 @@ def tokenizer_of(source: "Source") -> Any:
 
 
 def optional_tokenizer(source: "Source") -> Any:
-    """The tokenizer, or None and a note where the model has none."""
+    """Returns the tokenizer; where the model has none, prints a note and returns None."""
     try:
         return tokenizer_of(source)
     except ValueError as error:
@@ -67,15 +67,19 @@ def optional_tokenizer(source: "Source") -> Any:
 
 
 def devices_mesh(devices: int, *, cores: bool = False) -> "Mesh | None":
-    """Of the first devices; None for one. ``cores``: where there is no accelerator, so many of a CPU's.
+    """Mesh of the first ``devices`` devices, or None for one.
+
+    Args:
+      devices: number of devices.
+      cores: if True and there is no accelerator, that many CPU cores serve as devices.
 
     Raises:
-      ValueError: there are not as many.
+      ValueError: there are fewer devices.
     """
     import jax
 
     if cores and devices > 1:
-        with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
+        with contextlib.suppress(RuntimeError):  # JAX has already been initialized
             jax.config.update("jax_num_cpu_devices", devices)
     found = jax.devices()
     has = min(len(found), os.cpu_count() or 1) if cores and found[0].platform == "cpu" else len(found)
@@ -92,7 +96,7 @@ def keep_tokenizer(tokenizer: Any, out: Path) -> None:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids, with what the model's own tokenizer puts before a text."""
+    """Returns the token ids of a text, including those that the model's tokenizer puts before it."""
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
@@ -107,7 +111,7 @@ def require_positions(name: str, tokens: int, source: "Source") -> None:
 
 
 def window_length(length: int | None, config: "DecoderConfig") -> int:
-    """Tokens of a calibration window: those asked for, else the default or all that there are."""
+    """Tokens of a calibration window: ``length``, else the default or the model's positions if fewer."""
     from slim_jax.config import LENGTH
 
     return min(LENGTH, config.max_positions) if length is None else length

@@ -1,4 +1,4 @@
-"""The families that can be read and written. A new one is a file here and a line in ``FAMILIES``."""
+"""Model families that can be read and written. A new family is a file here and an entry in ``FAMILIES``."""
 
 from convert.errors import ConvertError
 from convert.families import gemma, llama, mixtral, opt, phi, qwen, smollm
@@ -21,10 +21,10 @@ GUIDE = "docs/adding-a-family.md says how to add a family"
 
 
 def by_architecture(architecture: str) -> Family:
-    """The family that serves one of config.json's ``architectures``.
+    """Returns the family that serves one of config.json's ``architectures``.
 
     Raises:
-      ConvertError: none does.
+      ConvertError: no family does.
     """
     known = {name: family for family in FAMILIES for name in family.hf.architectures}
     if architecture not in known:
@@ -35,10 +35,10 @@ def by_architecture(architecture: str) -> Family:
 
 
 def by_gguf(architecture: str) -> GGUFFormat:
-    """The GGUF format of the family that serves a GGUF's ``general.architecture``.
+    """Returns the GGUF format of the family that serves a GGUF's ``general.architecture``.
 
     Raises:
-      ConvertError: none does.
+      ConvertError: no family does.
     """
     known = {name: f.gguf for f in FAMILIES if f.gguf for name in f.gguf.architectures}
     if architecture not in known:
@@ -50,10 +50,10 @@ def by_gguf(architecture: str) -> GGUFFormat:
 
 
 def by_name(name: str) -> Family:
-    """The family that a :class:`DecoderConfig` names.
+    """Returns the family that a :class:`DecoderConfig` names.
 
     Raises:
-      ConvertError: it is not known.
+      ConvertError: the name is not known.
     """
     for family in FAMILIES:
         if family.name == name:

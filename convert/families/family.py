@@ -1,6 +1,6 @@
-"""What a family file fills in: how other people's configs and tensor names map to ours.
+"""The records that a family file fills in, which map others' configs and tensor names to ours.
 
-It knows no family and reads no file.
+This module knows no family and reads no file.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ HF_ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How a format names the modules of the decoder.
+    """Table of a format's names for the decoder's modules.
 
-    Our parameter ``attn.q.weight`` of block 3 is called ``blocks.format(3) + block["attn.q"] + ".weight"``
-    there. A norm's ``scale`` is a ``weight`` everywhere but here. Where several of our modules are mapped to
-    one of theirs, it is split: it holds their output features one after another, in the table's order.
-    ``{}`` stands for the index of an expert on both sides.
+    Our parameter ``attn.q.weight`` of block 3 is called ``blocks.format(3) + block["attn.q"] + ".weight"`` in
+    the format. The ``scale`` of a norm is called ``weight`` there. Where several of our modules map to one of
+    the format's, its tensor holds their output features one after another, in the table's order. ``{}``
+    stands for the index of an expert on both sides.
 
     Attributes:
-      outer: our modules outside the blocks -> theirs, such as ``"norm" -> "norm"``.
+      outer: our modules outside the blocks -> the format's, such as ``"norm" -> "norm"``.
       blocks: the prefix of a block, with ``{}`` for its index.
-      block: our modules inside a block -> theirs.
+      block: our modules inside a block -> the format's.
     """
 
     outer: Mapping[str, str]
@@ -46,7 +46,7 @@ class Names:
     block: Mapping[str, str]
 
     def of(self, ours: str, index: int | None = None) -> str:
-        """Their name of our parameter ``ours``, outside the blocks or in block ``index``."""
+        """Returns the format's name of our parameter ``ours``, outside the blocks or in block ``index``."""
         module, _, leaf = ours.rpartition(".")
         if not module:  # embeddings are bare parameters
             module = leaf
@@ -57,7 +57,7 @@ class Names:
         return f"{self.blocks.format(index)}{self.block[pattern].format(*expert)}.{suffix}"
 
     def tensors(self, ours: Iterable[str], index: int | None = None) -> dict[str, list[str]]:
-        """Their tensors that hold our parameters, each with the parameters in it in their order there."""
+        """Returns the format's tensors that hold our parameters, each with its parameters in stored order."""
         order = {module: i for i, module in enumerate(self.outer if index is None else self.block)}
         held: dict[str, list[str]] = {}
         for name in sorted(ours, key=lambda name: order.get(_pattern(name.rpartition(".")[0])[0], -1)):
@@ -66,22 +66,22 @@ class Names:
 
 
 def _pattern(module: str) -> tuple[str, list[str]]:
-    """``moe.experts.3.up`` -> ``moe.experts.{}.up`` and the index."""
+    """Splits ``moe.experts.3.up`` into ``moe.experts.{}.up`` and the indices."""
     return re.sub(r"\d+", "{}", module), re.findall(r"\d+", module)
 
 
 @dataclasses.dataclass(frozen=True)
 class HFFormat:
-    """A family as Hugging Face stores it.
+    """A family's format in Hugging Face checkpoints.
 
     Attributes:
-      architectures: the values of ``architectures`` in config.json that it serves.
-      read_config: config.json as a dictionary -> our config.
+      architectures: the values of ``architectures`` in config.json that this format serves.
+      read_config: maps config.json, as a dictionary, to our config.
       write_config: the inverse; the result names the architecture.
-      names: tensor names without prefix.
-      prefix: what is put before every name but the head's on writing.
-      prefixes: what may stand before a name on reading, longest first.
-      ignored: patterns of names that carry no parameter.
+      names: tensor names without the prefix.
+      prefix: put before every name but the LM head's on writing.
+      prefixes: prefixes that a name may have on reading, longest first.
+      ignored: patterns of names that hold no parameter.
     """
 
     architectures: tuple[str, ...]
@@ -95,15 +95,15 @@ class HFFormat:
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFormat:
-    """A family as llama.cpp stores it.
+    """A family's format in llama.cpp's GGUF files.
 
     Attributes:
-      architectures: the values of ``general.architecture`` that it serves.
-      read_config: metadata without the ``architecture.`` prefix, and the shapes of the tensors ``[N, K]``
-        with a reader for the small ones -> our config.
+      architectures: the values of ``general.architecture`` that this format serves.
+      read_config: maps metadata (without the ``architecture.`` prefix) and the tensor store, which has shapes
+        ``[N, K]`` and reads small tensors, to our config.
       names: tensor names.
       interleaved: our modules whose output rows are interleaved for llama.cpp's rotary embedding.
-      ignored: patterns of names that carry no parameter.
+      ignored: patterns of names that hold no parameter.
     """
 
     architectures: tuple[str, ...]
@@ -123,7 +123,7 @@ class Family:
 
 
 def field(config: Mapping[str, Any], key: str, kind: type, default: Any = REQUIRED) -> Any:
-    """The value of ``key``, checked to be a ``kind``; null and absence give the default.
+    """Returns the value of ``key``, checked to be a ``kind``; null and absence give the default.
 
     Raises:
       ConvertError: the key is missing and has no default, or holds another type.
@@ -142,7 +142,7 @@ def field(config: Mapping[str, Any], key: str, kind: type, default: Any = REQUIR
 
 
 def optional(config: Mapping[str, Any], key: str, kind: type, absent: Any) -> Any:
-    """As :func:`field`, where null says that there is none, and only absence gives the default.
+    """Like :func:`field`, but null means None and only absence gives the default.
 
     Raises:
       ConvertError: the key holds another type.
@@ -151,7 +151,7 @@ def optional(config: Mapping[str, Any], key: str, kind: type, absent: Any) -> An
 
 
 def count(config: Mapping[str, Any], key: str, default: Any = REQUIRED) -> int:
-    """The value of ``key``, a positive number; null and absence give the default.
+    """Returns the value of ``key``, a positive integer; null and absence give the default.
 
     Raises:
       ConvertError: the key is missing and has no default, or holds something else.
@@ -163,10 +163,10 @@ def count(config: Mapping[str, Any], key: str, default: Any = REQUIRED) -> int:
 
 
 def require(config: Mapping[str, Any], key: str, expected: Any, default: Any) -> None:
-    """Refuses a model whose ``key`` is not the only value that the decoder implements.
+    """Refuses a model whose ``key`` has another value than the only one that the decoder implements.
 
     Raises:
-      ConvertError: it is not.
+      ConvertError: it has another value.
     """
     value = config.get(key, default)
     if value != expected:
@@ -174,10 +174,10 @@ def require(config: Mapping[str, Any], key: str, expected: Any, default: Any) ->
 
 
 def activation(config: Mapping[str, Any], key: str, default: str) -> Any:
-    """Our name of the activation function that Hugging Face's config names under ``key``.
+    """Returns our name of the activation function that Hugging Face's config names under ``key``.
 
     Raises:
-      ConvertError: it is none that the decoder knows.
+      ConvertError: the decoder does not know it.
     """
     name = field(config, key, str, default)
     if name not in HF_ACTIVATIONS:
@@ -186,23 +186,23 @@ def activation(config: Mapping[str, Any], key: str, default: str) -> Any:
 
 
 def hf_activation(config: DecoderConfig) -> str:
-    """The inverse of :func:`activation`."""
+    """Inverse of :func:`activation`."""
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
 
 
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
-"""Hugging Face's names of attention kinds, and whether there is a window."""
+"""Hugging Face's names of attention kinds -> whether attention has a window."""
 
 
 def read_windows(
     hf: Mapping[str, Any], window: int | None, default: Sequence[bool]
 ) -> tuple[int | None, tuple[int, ...]]:
-    """``sliding_window`` and ``global_layers`` of our config.
+    """Reads ``sliding_window`` and ``global_layers`` of our config.
 
     Args:
       hf: config.json, whose ``layer_types`` say which blocks have the window.
-      window: how far they see.
-      default: which blocks have it where there are no ``layer_types``.
+      window: size of the window in tokens; None for no window.
+      default: whether each block has the window, where there are no ``layer_types``.
 
     Raises:
       ConvertError: ``layer_types`` names another kind of attention, or not one per block.
@@ -222,7 +222,7 @@ def read_windows(
 
 
 def layer_types(config: DecoderConfig) -> list[str]:
-    """The inverse of :func:`read_windows`."""
+    """Inverse of :func:`read_windows`."""
     windowed = config.sliding_window is not None
     return [
         "sliding_attention" if windowed and i not in config.global_layers else "full_attention"
@@ -231,7 +231,7 @@ def layer_types(config: DecoderConfig) -> list[str]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Hugging Face's ``eos_token_id``: one, several or none.
+    """Reads Hugging Face's ``eos_token_id``: one id, a list of ids, or null.
 
     Raises:
       ConvertError: it is something else.
@@ -243,5 +243,5 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
-    """The inverse of :func:`token_ids`."""
+    """Inverse of :func:`token_ids`."""
     return ids[0] if len(ids) == 1 else list(ids) or None

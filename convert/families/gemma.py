@@ -1,7 +1,7 @@
-"""Gemma 2 and 3 (text): norms before and after attention and MLP, local and global blocks.
+"""Gemma 2 and 3 (text): norms before and after attention and MLP; local and global blocks.
 
-Gemma 2 caps scores and logits; Gemma 3 norms queries and keys instead, and its local blocks rotate them
-with another base.
+Gemma 2 caps attention scores and logits. Gemma 3 normalizes queries and keys instead, and its local blocks
+use another RoPE base.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.rotary import RopeScaling
 
 PERIOD_2, PERIOD_3 = 2, 6
-"""Every so many blocks, one is global, in Gemma 2 and in Gemma 3."""
+"""Distance between global blocks, in Gemma 2 and in Gemma 3."""
 
 HF_NAMES = dataclasses.replace(
     llama.HF_NAMES,
@@ -46,7 +46,7 @@ GGUF_NAMES = dataclasses.replace(
 
 
 def _gemma(config: DecoderConfig, **changes: Any) -> DecoderConfig:
-    """``config`` with what no file says, since all Gemmas have it."""
+    """Adds the fields that all Gemmas share and that no file states."""
     return dataclasses.replace(
         config,
         family="gemma",
@@ -58,12 +58,12 @@ def _gemma(config: DecoderConfig, **changes: Any) -> DecoderConfig:
 
 
 def _periodic(period: int, layers: int) -> list[bool]:
-    """Which blocks are local where each ``period``-th is global."""
+    """True for each local block, where every ``period``-th block is global."""
     return [(i + 1) % period != 0 for i in range(layers)]
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    """Reads our config from config.json, with transformers' defaults for missing keys."""
     third = "Gemma3ForCausalLM" in hf["architectures"]
     if hf.get("use_bidirectional_attention"):
         raise ConvertError("use_bidirectional_attention is true, only causal attention is supported")
@@ -100,10 +100,10 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_ropes(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]:
-    """Base and scaling of Gemma 3's global blocks, and the base of its local ones.
+    """Returns RoPE base and scaling of Gemma 3's global blocks, and the base of its local blocks.
 
     Raises:
-      ConvertError: those of the local blocks are scaled too.
+      ConvertError: the local blocks have a scaling too.
     """
     by_kind = field(hf, "rope_parameters", dict, {})
     older = {key: hf.get(key) for key in ("rope_theta", "rope_scaling")}
@@ -118,7 +118,7 @@ def _read_ropes(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_hf`: a Gemma 3 where there are q/k norms, a Gemma 2 otherwise."""
+    """Inverse of :func:`read_hf`: a Gemma 3 if the config has q/k norms, else a Gemma 2."""
     third = config.qk_norm
     fields = llama.write_base(
         config, "Gemma3ForCausalLM" if third else "Gemma2ForCausalLM", "gemma3_text" if third else "gemma2"
@@ -139,7 +139,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
-    """Our config from a GGUF's metadata, with llama.cpp's defaults for what converters leave out.
+    """Reads our config from a GGUF's metadata, with llama.cpp's defaults for missing keys.
 
     Raises:
       ConvertError: see :func:`convert.families.llama.read_gguf`.
@@ -148,7 +148,7 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
     base = llama.read_gguf(meta, tensors)
     period = count(meta, "attention.sliding_window_pattern", PERIOD_3 if third else PERIOD_2)
     local = _periodic(period, base.num_layers)
-    # No key holds the scale of the scores: llama.cpp too tells the 27B models by their blocks.
+    # No key holds the scale of the scores; like llama.cpp, recognize the 27B models by their block count.
     largest = base.num_layers == (62 if third else 46)
     return _gemma(
         base,
@@ -157,7 +157,7 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         query_pre_attn_scalar=float(base.hidden_size // base.num_heads if largest else base.head_dim),
         attn_softcap=None if third else field(meta, "attn_logit_softcapping", float, 50.0),
         logit_softcap=field(meta, "final_logit_softcapping", float, None if third else 30.0),
-        sliding_window=base.sliding_window or 4096,  # early files of Gemma 2 leave it out
+        sliding_window=base.sliding_window or 4096,  # early files of Gemma 2 lack the key
         global_layers=tuple(i for i in range(base.num_layers) if not local[i]),
     )
 

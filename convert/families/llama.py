@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3, SmolLM2 and Mistral: RMSNorm, rotary positions, gated MLP, grouped-query attention."""
+"""Llama 1, 2 and 3, SmolLM2 and Mistral: RMSNorm, RoPE, gated MLP, grouped-query attention."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -62,20 +62,20 @@ GGUF_NAMES = Names(
 
 
 def rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """What config.json says of the rotary embedding, in its old and new keys, and the kind of scaling."""
+    """Returns config.json's RoPE fields, from old and new keys, and the kind of scaling."""
     rope = {**field(hf, "rope_scaling", dict, {}), **field(hf, "rope_parameters", dict, {})}
     return rope, rope.get("rope_type", rope.get("type", "default"))
 
 
 def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary embedding, from ``rope_parameters`` or the two older keys.
+    """Returns base and scaling of RoPE, from ``rope_parameters`` or the two older keys.
 
     Args:
       hf: config.json.
-      theta: the base where none is given.
+      theta: the base if config.json has none.
 
     Raises:
-      ConvertError: a kind of scaling that the decoder does not know.
+      ConvertError: the kind of scaling is not supported.
     """
     rope, kind = rope_fields(hf)
     theta = field(rope, "rope_theta", float, field(hf, "rope_theta", float, theta))
@@ -96,7 +96,7 @@ def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, Rop
 
 
 def write_rope(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_rope`, in the keys that transformers 4 and 5 both read."""
+    """Inverse of :func:`read_rope`, with the keys that transformers 4 and 5 both read."""
     scaling = config.rope_scaling
     if scaling is None:
         return {"rope_theta": config.rope_theta, "rope_scaling": None}
@@ -120,18 +120,18 @@ def read_base(
     activation_key: str = "hidden_act",
     default_activation: str = "silu",
 ) -> DecoderConfig:
-    """What the decoders that descend from Llama have in common; the rest of the config is Llama's.
+    """Reads the fields that all descendants of Llama share; the other fields keep their defaults.
 
     Args:
       hf: config.json.
-      family: its name.
-      kv_heads: default of ``num_key_value_heads``; None for that of the heads.
+      family: the family's name.
+      kv_heads: default of ``num_key_value_heads``; None for the number of heads.
       head_dim: default of ``head_dim``; None for ``hidden_size / num_attention_heads``.
       max_positions: default of ``max_position_embeddings``.
       norm_eps: default of ``rms_norm_eps``.
       tied: default of ``tie_word_embeddings``.
       activation_key: the key that names the activation function.
-      default_activation: its default.
+      default_activation: the activation function if that key is missing.
 
     Raises:
       ConvertError: a value is missing or of another type.
@@ -156,7 +156,7 @@ def read_base(
 
 
 def write_base(config: DecoderConfig, architecture: str, model_type: str) -> dict[str, Any]:
-    """The inverse of :func:`read_base`."""
+    """Inverse of :func:`read_base`."""
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -177,7 +177,7 @@ def write_base(config: DecoderConfig, architecture: str, model_type: str) -> dic
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    """Reads our config from config.json, with transformers' defaults for missing keys."""
     mistral = "MistralForCausalLM" in hf["architectures"]
     kv_heads, max_positions = (8, 131072) if mistral else (None, 2048)
     theta, scaling = read_rope(hf)
@@ -194,10 +194,10 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_hf`: a Mistral where there is a window, a Llama otherwise.
+    """Inverse of :func:`read_hf`: a Mistral if the config has a window, else a Llama.
 
     Raises:
-      ConvertError: neither class of transformers has these biases.
+      ConvertError: no class of transformers has this combination of biases and window.
     """
     mistral = config.sliding_window is not None
     if config.qkv_bias != config.o_bias or (mistral and (config.qkv_bias or config.mlp_bias)):
@@ -215,17 +215,17 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
+    """Shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def read_gguf_rope(meta: Mapping[str, Any], tensors: Any, head_dim: int, theta: float) -> RopeScaling | None:
-    """The scaling of a GGUF, by llama.cpp's rule: without a type it is linear, and a factor of 0 is none.
+    """Returns a GGUF's RoPE scaling. As in llama.cpp, the default type is linear, and factor 0 means none.
 
-    Llama 3's is spelt out in ``rope_freqs`` instead.
+    Llama 3's scaling is stored as factors in ``rope_freqs`` instead.
 
     Raises:
-      ConvertError: another kind of scaling, or factors that Llama 3's formula does not give.
+      ConvertError: another kind of scaling, or factors that do not follow Llama 3's formula.
     """
     kind = field(meta, "rope.scaling.type", str, "linear")
     if kind not in ("none", "linear"):
@@ -250,10 +250,10 @@ def read_gguf_rope(meta: Mapping[str, Any], tensors: Any, head_dim: int, theta: 
 
 
 def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
-    """Our config from a GGUF's metadata; biases, q/k norms and a tied head show in the tensors there.
+    """Reads our config from a GGUF's metadata; biases, q/k norms and a tied head follow from the tensors.
 
     Raises:
-      ConvertError: a feature that the decoder lacks, such as partly rotated heads.
+      ConvertError: the decoder lacks a feature, such as partly rotated heads.
     """
     require(meta, "expert_count", 0, 0)
     heads, hidden = count(meta, "attention.head_count"), count(meta, "embedding_length")
@@ -280,7 +280,7 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         o_bias="blk.0.attn_output.bias" in tensors.shapes,
         mlp_bias="blk.0.ffn_up.bias" in tensors.shapes,
         qk_norm="blk.0.attn_q_norm.weight" in tensors.shapes,
-        sliding_window=field(meta, "attention.sliding_window", int, None) or None,  # 0 is none
+        sliding_window=field(meta, "attention.sliding_window", int, None) or None,  # 0 means none
         tied_head="output.weight" not in tensors.shapes,
         bos_token_id=field(meta, "tokenizer.ggml.bos_token_id", int, None),
         eos_token_ids=tuple(dict.fromkeys(eos + eot)),
@@ -293,7 +293,7 @@ def hf_format(
     write_config: Callable[[DecoderConfig], dict[str, Any]],
     names: Names,
 ) -> HFFormat:
-    """How Hugging Face stores the decoders that descend from Llama."""
+    """Hugging Face format of the decoders that descend from Llama."""
     return HFFormat(
         architectures,
         read_config,

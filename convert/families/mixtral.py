@@ -21,7 +21,7 @@ NAMES = dataclasses.replace(
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    """Reads our config from config.json, with transformers' defaults for missing keys."""
     theta, scaling = llama.read_rope(hf)
     base = llama.read_base(
         {"bos_token_id": 1, "eos_token_id": 2, **hf},
@@ -41,7 +41,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_hf`."""
+    """Inverse of :func:`read_hf`."""
     return {
         **llama.write_base(config, "MixtralForCausalLM", "mixtral"),
         **llama.write_rope(config),

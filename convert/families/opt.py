@@ -20,7 +20,7 @@ from convert.families.family import (
 from slim_jax.model.config import DecoderConfig
 
 POSITION_OFFSET = 2
-"""Rows of the position table before position 0."""
+"""Rows of the position embedding before position 0."""
 
 NAMES = Names(
     outer={
@@ -46,7 +46,7 @@ NAMES = Names(
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    """Reads our config from config.json, with transformers' defaults for missing keys."""
     require(hf, "layer_norm_elementwise_affine", True, True)
     heads, hidden = count(hf, "num_attention_heads"), count(hf, "hidden_size")
     embed, biased = field(hf, "word_embed_proj_dim", int, hidden), field(hf, "enable_bias", bool, True)
@@ -79,10 +79,10 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_hf`.
+    """Inverse of :func:`read_hf`.
 
     Raises:
-      ConvertError: some linear layers have a bias and others have not.
+      ConvertError: some linear layers have a bias and others do not.
     """
     if not config.qkv_bias == config.o_bias == config.mlp_bias:
         raise ConvertError("OPT has biases in all linear layers or in none")

@@ -28,7 +28,7 @@ NAMES = dataclasses.replace(
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    """Reads our config from config.json, with transformers' defaults for missing keys."""
     require(hf, "attention_bias", False, False)
     base = llama.read_base(
         {"bos_token_id": 1, "eos_token_id": 32000, **hf}, "phi", max_positions=4096, norm_eps=1e-5
@@ -40,10 +40,10 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_rope(hf: Mapping[str, Any], base: DecoderConfig) -> tuple[float, RopeScaling | None]:
-    """Base and scaling; "su" is the older name of "longrope".
+    """Returns RoPE base and scaling; "su" is the older name of "longrope".
 
     Raises:
-      ConvertError: another scaling, or factors that do not fit the heads.
+      ConvertError: another scaling, or factors whose number does not fit the head size.
     """
     rope, kind = llama.rope_fields(hf)
     if kind not in ("longrope", "su"):
@@ -79,9 +79,9 @@ def _attention_factor(factor: float, original: int) -> float:
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_hf`."""
+    """Inverse of :func:`read_hf`."""
     fields = llama.write_base(config, "Phi3ForCausalLM", "phi3")
-    del fields["head_dim"]  # transformers has none, and derives it
+    del fields["head_dim"]  # transformers lacks this field and derives the value
     scaling = config.rope_scaling
     rope: dict[str, Any] | None = None
     if scaling is not None:
@@ -101,7 +101,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,
         "sliding_window": config.sliding_window,
-        "pad_token_id": None,  # transformers' default lies outside small vocabularies
+        "pad_token_id": None,  # transformers' default exceeds small vocabularies
     }
 
 

@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3: Llama's architecture with q/k/v biases (2, 2.5) or q/k norms (3), also with experts."""
+"""Qwen 2, 2.5 and 3: Llama's architecture with q/k/v biases (2, 2.5) or q/k norms (3); Qwen3-MoE too."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ HF_NAMES = dataclasses.replace(
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Our config from config.json, with transformers' defaults for the keys that may be left out."""
+    """Reads our config from config.json, with transformers' defaults for missing keys."""
     architecture = hf["architectures"][0]
     second, experts = architecture == "Qwen2ForCausalLM", architecture == "Qwen3MoeForCausalLM"
     head_dim = 128 if architecture == "Qwen3ForCausalLM" else None
@@ -54,7 +54,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_experts(hf: Mapping[str, Any], base: DecoderConfig) -> dict[str, Any]:
-    """The fields of a mixture of experts, beside which some blocks may have one dense MLP."""
+    """Reads the fields of a mixture of experts, in which some blocks may have a dense MLP instead."""
     step = field(hf, "decoder_sparse_step", int, 1)
     plain = field(hf, "mlp_only_layers", list, [])
     sparse = [i not in plain and step > 0 and (i + 1) % step == 0 for i in range(base.num_layers)]
@@ -70,10 +70,10 @@ def _read_experts(hf: Mapping[str, Any], base: DecoderConfig) -> dict[str, Any]:
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_hf`: a Qwen3 where there are q/k norms, a Qwen2 otherwise.
+    """Inverse of :func:`read_hf`: a Qwen3 if the config has q/k norms, else a Qwen2.
 
     Raises:
-      ConvertError: no class of transformers has these biases, norms and windows.
+      ConvertError: no class of transformers has this combination of biases, norms and windows.
     """
     third, experts = config.qk_norm, config.num_experts > 0
     if config.o_bias != (config.qkv_bias and third) or not (config.qkv_bias or third):
@@ -111,7 +111,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
-    """Our config from a GGUF's metadata."""
+    """Reads our config from a GGUF's metadata."""
     return dataclasses.replace(llama.read_gguf(meta, tensors), family="qwen")
 
 

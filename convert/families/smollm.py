@@ -1,4 +1,4 @@
-"""SmolLM3: Llama's architecture, in which some blocks do without positions (NoPE)."""
+"""SmolLM3: Llama's architecture, in which some blocks have no positions (NoPE)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from convert.families.family import Family, count, field, layer_types, read_wind
 from slim_jax.model.config import DecoderConfig
 
 WITHOUT, WITH = 0, 1
-"""Kinds of blocks, and what ``no_rope_layers`` says of them."""
+"""Kinds of blocks, without and with RoPE; the same values as in ``no_rope_layers``."""
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Our config from config.json, with transformers' defaults for the keys that may be left out.
+    """Reads our config from config.json, with transformers' defaults for missing keys.
 
     Raises:
-      ConvertError: ``no_rope_layers`` has not one entry per block.
+      ConvertError: ``no_rope_layers`` does not have one entry per block.
     """
     base = llama.read_base(hf, "smollm", kv_heads=4, max_positions=32768, tied=True)
     theta, scaling = llama.read_rope(hf, 2e6)
@@ -47,10 +47,10 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_hf`.
+    """Inverse of :func:`read_hf`.
 
     Raises:
-      ConvertError: no class of transformers has these biases.
+      ConvertError: no class of transformers has this combination of biases.
     """
     if config.qkv_bias != config.o_bias:
         raise ConvertError("this combination of biases exists in no class of transformers")

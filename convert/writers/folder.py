@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the shards of safetensors in them."""
+"""Folders that are written completely or not at all, and the safetensors shards in them."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ SHARD_BYTES = 2 << 30
 
 
 PARTIAL = ".writing"
-"""Folder of an export that is under way, or was killed, in the one that it is for."""
+"""Subfolder of the target that holds an unfinished export, running or killed."""
 
 
 def require_new(out: Path) -> None:
-    """Asks whether a folder can be exported to: it is missing or empty, but for what a killed export left.
+    """Checks that a folder can be exported to: it is missing, empty, or holds only a killed export.
 
     Raises:
-      CheckpointError: it holds something, or another process writes there.
+      CheckpointError: the folder holds something else, or another process writes there.
     """
     refuse_if_locked(out)
     require_empty(out, ours=(PARTIAL,))
@@ -32,12 +32,12 @@ def require_new(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to; what is in it moves to ``out`` at the end, and goes where something fails.
+    """Yields a folder to write to; its contents move to ``out`` at the end, or are deleted on failure.
 
-    It lies in ``out``, which may be a link, a mount point or the working directory.
+    The folder lies inside ``out``, which may be a link, a mount point or the working directory.
 
     Raises:
-      CheckpointError: ``out`` holds something, or another process writes there.
+      CheckpointError: ``out`` is not empty, or another process writes there.
       ConvertError: nothing can be written there.
     """
     partial, moved = out / PARTIAL, list[Path]()
@@ -49,7 +49,7 @@ def new_folder(out: Path) -> Iterator[Path]:
                 partial.mkdir()
                 yield partial
                 sync(*partial.rglob("*"))
-                for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):  # these tell
+                for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):  # JSON last
                     moved.append(out / path.name)
                     path.rename(moved[-1])
                 moved.clear()
@@ -60,22 +60,22 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """A JSON file as people read it."""
+    """Writes an indented JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tensors(
     tensors: Iterator[tuple[str, np.ndarray]], directory: Path, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, int]:
-    """Writes one safetensors file, or shards of about a size and their index; one shard is in memory.
+    """Writes one safetensors file, or shards and their index; one shard is in memory at a time.
 
     Args:
-      tensors: names and values, which must lie in memory as they are to be stored.
-      directory: where.
-      shard_bytes: a shard has no more, but for a tensor that is larger.
+      tensors: names and values, each contiguous in memory as it is to be stored.
+      directory: the directory to write to.
+      shard_bytes: largest size of a shard, unless one tensor alone is larger.
 
     Returns:
-      Bytes of each dtype.
+      Number of bytes of each dtype.
     """
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
@@ -86,7 +86,7 @@ def write_tensors(
         part.touch()
         mode = part.stat().st_mode
         save_file(pending, part, metadata={"format": "pt"})
-        part.chmod(mode & 0o777)  # save_file keeps its files to their owner
+        part.chmod(mode & 0o777)  # save_file makes its files readable by their owner only
         shards.append(list(pending))
         pending.clear()
 

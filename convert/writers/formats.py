@@ -11,14 +11,14 @@ FORMATS = {
     "hf": "dequantized",
     "gptq": "packed, embedding and head dequantized",
 }
-"""Name -> what becomes of the weights."""
+"""Name -> a description of how the weights are stored, for messages."""
 
 
 def check_options(format: str, dtype: str | None, perplexity: Sequence[str]) -> list[tuple[str, float]]:
-    """Whether the options fit the format; the perplexities by text.
+    """Checks that the options fit the format; returns the perplexities with the names of their texts.
 
     Raises:
-      ValueError: the format is not known, an option is not for it, or a perplexity is not ``TEXT=VALUE``.
+      ValueError: the format is unknown, does not take an option, or a perplexity is not ``TEXT=VALUE``.
     """
     if format not in FORMATS:
         raise ValueError(f"--format is {format!r}, expected one of {', '.join(FORMATS)}")
@@ -47,10 +47,10 @@ def write(
     tokenizer: Any,
     perplexity: Sequence[tuple[str, float]],
 ) -> str:
-    """Writes a model in one of :data:`FORMATS`, and says what became of its weights.
+    """Writes a model in one of :data:`FORMATS`; returns the description of how its weights are stored.
 
     Raises:
-      ValueError: the format has no place for this model, or ``out`` cannot be written.
+      ValueError: the format cannot store this model, or ``out`` cannot be written.
     """
     from convert.writers.export import export_hf
     from convert.writers.gptq import export_gptq

@@ -1,8 +1,8 @@
-"""Writing a uniform result in the packed format of AutoGPTQ and GPTQModel.
+"""Writer of uniformly quantized models in the packed format of AutoGPTQ and GPTQModel.
 
-docs/sharing.md says which programs take what.
+docs/sharing.md lists the programs that read it.
 
-A linear layer ``[K, N]`` there is, with ``b`` bits and groups of ``g`` input channels,
+A linear layer ``[K, N]`` with ``b`` bits and groups of ``g`` input channels is stored as:
 
     qweight  int32[K * b / 32, N]             codes, a stream of bits down the input channels, low bits first
     qzeros   int32[ceil(K / g), N * b / 32]   zero points, a stream of bits along the output channels
@@ -11,8 +11,8 @@ A linear layer ``[K, N]`` there is, with ``b`` bits and groups of ``g`` input ch
 
     W[k, n] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n])
 
-Zero points are whole. The first version of the format, "gptq", stores them less one, and so has none for 0;
-"gptq_v2", which fewer programs read, stores them as they are.
+Zero points are integers. The first version of the format, "gptq", stores them minus one and so cannot store
+0; "gptq_v2", which fewer programs read, stores them unchanged.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ OTHERWISE = "; --format safetensors and hf take it"
 
 @dataclasses.dataclass
 class Layout:
-    """What all layers have in common, and what the config says of them.
+    """Properties that all packed layers share, and the quantization config that states them.
 
     Attributes:
-      bits: of every code.
+      bits: width of every code.
       group_size: input channels that share scale and zero point.
-      lowest: zero point of any layer; the first version of the format stores none below 1.
-      symmetric: every zero point is ``2**(bits - 1)``.
-      dense: their names of linear layers that are not packed, but for the head.
+      lowest: smallest zero point of any layer; the first version of the format stores none below 1.
+      symmetric: True if every zero point is ``2**(bits - 1)``.
+      dense: the format's names of linear layers that are not packed, except the LM head.
     """
 
     bits: int
@@ -59,11 +59,11 @@ class Layout:
 
     @property
     def first_version(self) -> bool:
-        """Whether the first version of the format can store it."""
+        """True if the first version of the format can store the zero points."""
         return self.lowest >= 1
 
     def to_json(self) -> dict[str, Any]:
-        """quantize_config.json."""
+        """Contents of quantize_config.json."""
         form = "gptq" if self.first_version else "gptq_v2"
         skipped: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in self.dense}
         return {
@@ -89,24 +89,24 @@ def export_gptq(
     tokenizer: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes the layers of the blocks packed, embedding and head dequantized, as the format wants it.
+    """Writes the blocks' layers packed, and embedding and LM head dequantized, as the format requires.
 
-    The source is read twice: what the config says of zero points must be known before any is written.
+    The source is read twice: the config states properties of all zero points, so they must be known first.
 
     Args:
       source: a quantized model.
-      out_dir: must not exist, or be empty.
-      dtype: of scales and of what is not packed: float16, the format's own and the default, or bfloat16.
-      tokenizer: of the model; None takes ``source.tokenizer`` where there is one.
-      shard_bytes: about the size of a shard.
+      out_dir: must not exist, or must be empty.
+      dtype: type of the scales and of all that is not packed: float16, the format's default, or bfloat16.
+      tokenizer: the model's tokenizer; None takes ``source.tokenizer`` if there is one.
+      shard_bytes: largest size of a shard, unless one tensor alone is larger.
 
     Returns:
       The directory.
 
     Raises:
-      CheckpointError: the directory holds something, or another process writes to it.
-      ConvertError: the format has no place for such a result, the directory cannot be written, or no class
-        of transformers has this config.
+      CheckpointError: the directory is not empty, or another process writes to it.
+      ConvertError: the format cannot store this model, the directory cannot be written, or no class of
+        transformers has this config.
     """
     out, cast = Path(out_dir), parse_dtype(dtype or "float16", DTYPES)
     assert cast is not None
@@ -122,10 +122,10 @@ def export_gptq(
 
 
 def find_layout(source: Source, form: HFFormat, dtype: np.dtype) -> Layout:
-    """Reads all layers of the blocks.
+    """Reads all layers of the blocks and returns their common layout.
 
     Raises:
-      ConvertError: one of them has no place in the format, or they differ.
+      ConvertError: the format cannot store one of them, or they differ.
     """
     layout: Layout | None = None
     dense = []
@@ -144,7 +144,7 @@ def find_layout(source: Source, form: HFFormat, dtype: np.dtype) -> Layout:
 
 
 def _block_layers(name: str, held: dict[str, Any]) -> dict[str, MixedTensor]:
-    """The packed layers of a block in one of their tensors; embedding and head are no such."""
+    """Packed layers of a block in one of the format's tensors; none for embedding and LM head."""
     tensors = {ours: value for ours, value in held.items() if isinstance(value, MixedTensor)}
     if "embed" in tensors or "head.weight" in tensors:
         return {}
@@ -154,7 +154,7 @@ def _block_layers(name: str, held: dict[str, Any]) -> dict[str, MixedTensor]:
 
 
 def _linear(held: dict[str, Any]) -> bool:
-    """Whether a tensor that is not packed is the weight of a linear layer other than the head."""
+    """True if a tensor that is not packed is the weight of a linear layer other than the LM head."""
     return all(ours.endswith(".weight") and value.ndim == 2 for ours, value in held.items()) and (
         "head.weight" not in held
     )
@@ -224,7 +224,7 @@ def _tensors(
 def _packed(
     prefix: str, tensors: list[MixedTensor], layout: Layout, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The four tensors of one of their layers, which holds several of ours side by side."""
+    """Yields the four tensors of one layer of the format, which holds several of ours along its outputs."""
     codes, zeros, scales = (np.concatenate(part, axis=1) for part in zip(*map(_parts, tensors)))
     stored = zeros.astype(np.uint32) - np.uint32(layout.first_version)
     yield prefix + "qweight", pack_rows(codes, layout.bits).view(np.int32)
@@ -234,12 +234,12 @@ def _packed(
 
 
 def _values_per_period(bits: int) -> int:
-    """How many values end where a word ends: 32 of 3 bits, 8 of 4."""
+    """Number of values after which a value ends at a word boundary: 32 of 3 bits, 8 of 4."""
     return 32 // math.gcd(32, bits)
 
 
 def pack_rows(values: np.ndarray, bits: int) -> np.ndarray:
-    """Packs ``uint32[R, C]`` down the rows: a column's values are a stream of bits, low bits first.
+    """Packs ``uint32[R, C]`` down the rows: each column is a stream of bits, low bits first.
 
     Returns:
       ``uint32[R * bits / 32, C]``.

@@ -1,4 +1,4 @@
-"""Writing a checkpoint as safetensors to pass on: the packed arrays bit for bit, in a handful of files."""
+"""Writer of checkpoints as safetensors to share: the packed arrays bit for bit, in a few files."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from slim_jax.store.shards import array_name, digest
 from slim_jax.store.source import Source
 
 Measured = Sequence[tuple[str, float]]
-"""A text and the perplexity on it."""
+"""Names of texts and the perplexity on each."""
 
 
 def export_packed(
@@ -29,24 +29,24 @@ def export_packed(
     perplexity: Measured = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a model as it is, packed or not, for `slim_jax.load`, every command and the hub.
+    """Writes a model, packed or not, as `slim_jax.load`, every command and the hub read it.
 
-    Everything is written to a folder in the target and moved up at the end, so a failure leaves nothing.
+    Everything is written to a folder inside the target and moved up at the end, so a failure leaves nothing.
     One shard is in memory at a time.
 
     Args:
-      source: the model; of a checkpoint what the manifest tells goes along, but for paths on this machine.
-      out_dir: must not exist, or be empty.
-      tokenizer: of the model; None takes ``source.tokenizer`` where there is one.
-      perplexity: for the model card.
-      shard_bytes: a shard has no more, but for an array that is larger.
+      source: the model; a checkpoint's manifest is kept, except for paths on this machine.
+      out_dir: must not exist, or must be empty.
+      tokenizer: the model's tokenizer; None takes ``source.tokenizer`` if there is one.
+      perplexity: perplexities for the model card.
+      shard_bytes: largest size of a shard, unless one array alone is larger.
 
     Returns:
       The directory.
 
     Raises:
-      CheckpointError: the directory holds something, or another process writes to it.
-      ConvertError: it cannot be written.
+      CheckpointError: the directory is not empty, or another process writes to it.
+      ConvertError: the directory cannot be written.
     """
     out, known = Path(out_dir), source.manifest if isinstance(source, CheckpointSource) else None
     origin = _portable(source.origin if known is None else known.origin)
@@ -75,7 +75,7 @@ def export_packed(
 
 
 def _arrays(source: Source, entries: list[dict[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array under its name in the files; the fields of the manifest's entries come on the way."""
+    """Yields every array with its name in the files; appends the manifest's entries to ``entries``."""
     for index in (None, *range(source.config.num_layers)):
         params = source.outer() if index is None else source.block(index)
         arrays, packed = stored_arrays(params)
@@ -85,7 +85,7 @@ def _arrays(source: Source, entries: list[dict[str, Any]]) -> Iterator[tuple[str
 
 
 def _portable(origin: dict[str, Any]) -> dict[str, Any]:
-    """Where a model is from, without the folders of this machine; a name on the hub stays."""
+    """Removes this machine's folders from a model's origin; a name on the hub stays."""
     if "path" not in origin:
         return origin
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(origin["path"]))
@@ -94,10 +94,10 @@ def _portable(origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_config(folder: Path, source: Source, tokenizer: Any, manifest: Manifest) -> None:
-    """Hugging Face's files, by which the hub and its tools know the model; our own reader needs none."""
+    """Writes Hugging Face's files, with which the hub recognizes the model; our own reader needs none."""
     try:
         config = by_name(source.config.family).hf.write_config(source.config)
-    except ConvertError:  # no class of transformers is such a decoder
+    except ConvertError:  # no class of transformers matches this decoder
         keep_tokenizer(folder, source, tokenizer)
         return
     if any(entry.packed for _, entry in manifest.entries):

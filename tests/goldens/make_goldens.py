@@ -1,11 +1,11 @@
-"""Makes the golden models: tiny random ones, run by PyTorch's transformers, one `.npz` each.
+"""Creates the golden models: tiny, random, run by PyTorch's transformers, one `.npz` each.
 
     /path/to/python-with-torch-and-transformers tests/goldens/make_goldens.py [NAME ...]
 
-Names are those of the cases to make, all by default. Each file holds ``config`` (config.json as bytes),
-``tokens [B, T]``, ``logits [B, T, vocab]``, ``hidden [layers + 1, B, T, hidden]`` (the input of the first
-block, then each block's output) and ``weight:NAME`` for every tensor of a saved checkpoint. Everything is
-float32. Made with torch 2.13.0, transformers 5.23.0.
+NAMEs select cases; the default is all. Each file holds ``config`` (config.json as bytes), ``tokens [B, T]``,
+``logits [B, T, vocab]``, ``hidden [layers + 1, B, T, hidden]`` (the input of the first block, then each
+block's output) and ``weight:NAME`` for every tensor of a saved checkpoint. All values are float32. Created
+with torch 2.13.0, transformers 5.23.0.
 """
 
 import json
@@ -75,7 +75,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 48,
 }
 GQA = {**LLAMA, "num_key_value_heads": 2}
-# Scores and logits are several times as large as these caps, and sequences longer than the window.
+# Scores and logits are several times as large as these caps, and the sequences are longer than the window.
 GEMMA = {**GQA, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
 PADDED = {"pad_token_id": 0}
 LONGROPE = {
@@ -85,7 +85,7 @@ LONGROPE = {
     "original_max_position_embeddings": 16,
 }
 
-# The wavelengths of head_dim 8 and theta 100 lie on both sides of the two limits of LLAMA3, and between.
+# With head_dim 8 and theta 100, wavelengths lie below, between and above the two limits of LLAMA3.
 CASES = {
     "llama_gqa_tied": (
         LlamaForCausalLM,
@@ -194,9 +194,9 @@ CASES = {
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Weights large enough that a wrong bias, norm or rotation shows in the logits.
+    """Sets weights large enough that a wrong bias, norm or rotation shows in the logits.
 
-    They are rounded to bfloat16, which loses nothing in tests of float32 and halves the files.
+    They are rounded to bfloat16, which tests in float32 can represent, and which halves the files.
     """
     generator = torch.Generator().manual_seed(SEED)
     mean = 0 if "gemma" in model.config.model_type else 1  # Gemma adds 1 to the scales of its norms
@@ -214,7 +214,7 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def run(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and what enters the first block and leaves each, before any last norm."""
+    """Returns the logits, and the first block's input and every block's output, before the final norm."""
     hidden = []
     decoder = model.model.decoder if hasattr(model.model, "decoder") else model.model
     for i, layer in enumerate(decoder.layers):
@@ -232,14 +232,14 @@ def run(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.nd
 
 
 def saved_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint as the hub has them: tied heads left out, experts one by one."""
+    """Tensors of a checkpoint as on the hub: without tied LM heads, with separate experts."""
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         return load_file(Path(directory) / "model.safetensors")
 
 
 def main() -> None:
-    """Writes the cases beside this file."""
+    """Writes the cases to this file's folder."""
     for name in sys.argv[1:] or CASES:
         model_class, config_class, fields = CASES[name]
         model = model_class._from_config(config_class(**fields), attn_implementation="eager").eval()

@@ -1,10 +1,10 @@
-"""Asks the evaluation harness's own model of Hugging Face what `convert.scores` is asked: `scores.json`.
+"""Writes `scores.json`: answers of the evaluation harness's own Hugging Face model, for `convert.scores`.
 
     PYTHONPATH=tests:. python -c 'from command_line import *; write_model(Path("/tmp/tiny"))'
     /path/to/python-with-torch-and-lm_eval tests/goldens/make_scores.py /tmp/tiny
 
-The first line writes the tiny model of the tests. ``scores.json`` holds every request with its answer. Made
-with torch 2.13.0, transformers 5.24.0, lm_eval 0.4.13.
+The first line writes the tests' tiny model. ``scores.json`` holds every request with its answer. Created with
+torch 2.13.0, transformers 5.24.0, lm_eval 0.4.13.
 """
 
 import json
@@ -20,12 +20,12 @@ KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 def text(rng: np.random.Generator, count: int) -> str:
-    """Words that the tokenizer knows."""
+    """Random words that the tokenizer knows."""
     return " ".join(f"w{i}" for i in rng.integers(3, 64, count))
 
 
 def requests() -> dict[str, list[tuple]]:
-    """By kind, the arguments of every request: short ones, and ones that the model's 64 positions cut."""
+    """Arguments of every request, by kind; some are longer than the model's 64 positions."""
     rng = np.random.default_rng(0)
     pairs = [
         (text(rng, a), " " + text(rng, b)) for a, b in [(5, 3), (1, 1), (30, 20), (8, 2), (63, 2), (90, 9)]
@@ -48,7 +48,7 @@ def main() -> None:
     model = HFLM(pretrained=sys.argv[1], device="cpu", dtype="float32", batch_size=1)
     found = {}
     for kind, rows in reversed(requests().items()):
-        if kind == "loglikelihood":  # what the model itself writes is the likeliest
+        if kind == "loglikelihood":  # the model's own continuation is the greedy one
             (prompt, _), answer = found["generate_until"][0]
             rows.append((prompt, " " + " ".join(answer.split()[:3])))
         asked = [Instance(kind, {}, row, i) for i, row in enumerate(rows)]
