@@ -317,8 +317,7 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
 
 
 def _scratch(x: jax.Array, rows: int, cut: Cut, heights, w: MixedTensor, config: Config, buffer_rows: int):
-    """Scratch memory of :func:`_kernel`, in the order of `Memory`: sizes, order, x, copies of columns, and so
-    on."""
+    """Scratch memory of :func:`_kernel`, in the order of `Memory`: sizes, order, x, and so on."""
     columns, g, weights = cut.strips * LANES, w.group_size, len(cut.sizes)
     exact = jnp.int8 if config.unpack == "int8" else jnp.bfloat16
     digits = config.digits if config.unpack == "int8" else 1

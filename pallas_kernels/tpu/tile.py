@@ -105,8 +105,7 @@ class Tile:
         return table.at[pl.ds(self.which * count, count)] if self.several else table
 
     def copy_columns(self, step, half, do: str) -> None:  # type: ignore[no-untyped-def]
-        """Starts copying one tile's scales, zeros and bias, or waits for the copies: ``do`` is "start" or
-        "wait"."""
+        """Starts copying a tile's scales, zeros and bias, or waits for it: ``do`` is "start" or "wait"."""
         memory, tile = self.memory, self.number(step)
         first = self.cut.first_strip(tile)
         for mine, width in self.cut.widths(tile):
@@ -158,8 +157,7 @@ class Tile:
         return True if all(have) else chosen(self.cut.weight(tile)[0], [jnp.bool_(one) for one in have])
 
     def wait(self, have, need):  # type: ignore[no-untyped-def]
-        """Waits for the blocks of rows that begin from ``have`` to before ``need``; returns the larger of the
-        two."""
+        """Waits for blocks of rows that begin from ``have`` to before ``need``; returns the larger one."""
         for r, rows in enumerate(self.cut.blocks):
             place = pl.ds(SUBLANES + rows.start, rows.stop - rows.start)
             there = self.memory.buffer.at[self.half, :, place]

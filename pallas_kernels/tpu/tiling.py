@@ -45,8 +45,7 @@ class Cut:
 
     @cached_property
     def blocks(self) -> list[slice]:
-        """Blocks of rows of words that are copied at a time; the first are smaller, so that work begins
-        early."""
+        """Rows of words that are copied at a time; the first blocks are smaller so that work begins early."""
         most = max(self.rows)
         parts = (-(-most * part // (16 * SUBLANES)) * SUBLANES for part in (3, 6, 10))
         ends = sorted({0, *parts, *self.rows})
@@ -71,8 +70,10 @@ class Cut:
         return chosen(which, [0, *accumulate(self.strips_of[:-1])]) + place * self.strips
 
     def widths(self, tile: Any) -> list[tuple[Any, int]]:
-        """Pairs ``(condition, strips)`` of every number of strips that occurs; the tile's own has a true
-        condition."""
+        """Pairs ``(condition, strips)``, one for every number of strips that a tile can have.
+
+        The condition is true if this tile has that number.
+        """
         which, place = self.weight(tile)
         found: dict[int, Any] = {}
         for i, (strips, count) in enumerate(zip(self.strips_of, self.tiles_of)):
