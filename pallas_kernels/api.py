@@ -87,7 +87,7 @@ def _on_one(
     """The product of operands ``[..., K]`` and ``[..., N]`` on one device, or partitioned by XLA."""
     rows = math.prod(x.shape[:-1])
     tries = names or tried(rows)
-    if len(tries) > 1 and meshes.spread(x, w, residual).auto:  # XLA can partition only its own
+    if len(tries) > 1 and meshes.spread(x, w, residual).auto:  # XLA can partition only its own products
         names = tries = tuple(name for name in tries if name not in PLATFORM) or tries
     if isinstance(w, Prepared) and tries[0] not in ("xla", w.implementation):
         x = x if w.norm is None else w.norm(x)

@@ -57,6 +57,6 @@ def rounded(scale: ArrayLike, dtype: DTypeLike = jnp.uint8) -> jax.Array:
 
 def within(scale: jax.Array, share: jax.Array) -> jax.Array:
     """The value at the fraction ``share``, 0 to 1, of the interval that rounds to the bytes ``scale``."""
-    offset = ((share * 0.96 - 0.48) * _UNIT).astype(jnp.int32)  # at the ends logarithms would round it away
+    offset = ((share * 0.96 - 0.48) * _UNIT).astype(jnp.int32)  # at the ends, logs could change the byte
     bits = lax.bitcast_convert_type(decoded(scale), jnp.int32)
     return lax.bitcast_convert_type(bits + offset, jnp.float32)

@@ -1,4 +1,4 @@
-"""An MLP of few rows in three launches on NVIDIA GPUs: x is prepared, gate and up, down.
+"""An MLP of few rows in three launches on NVIDIA GPUs: preparing x, then gate and up, then down.
 
 A block of gate and up computes the same columns of both, one after the other, and writes what down reads:
 ``act(gate) * up``, rounded, in the order of down's words, and the sums of its part of a group. For that, gate

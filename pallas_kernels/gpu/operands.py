@@ -31,12 +31,12 @@ class Field:
 
 
 def places(widths: tuple[int, ...], group_size: int) -> np.ndarray:
-    """Bit of their half word at which the codes of every right operand are, ``int[g / 16]``.
+    """Bit of their half word at which the codes of every right operand begin, ``int[g / 16]``.
 
     From one operand to the next, codes lie ``256 / g`` bits further up in all planes. As many operands as the
     mantissa has room for leave their codes in place and share one shift. The bits depend on the widest code
-    that may occur and not on a group's own width: so x, from which they are divided out, is the same for all
-    groups.
+    that may occur and not on a group's own width: so x, which is divided by two to these powers, is the same
+    for all groups.
     """
     apart = 2 * 128 // group_size
     together = (MANTISSA_BITS - min(4, max(widths))) // apart + 1

@@ -194,7 +194,7 @@ class Tile:
             measure_groups(self.order, m.x, m.middle, m.unit, self.w, self.config)
 
     def begin_with_zeros(self) -> None:
-        """Initializes the sums with the zero points' share and, for 16-bit fields, the offset correction.
+        """Initializes the sums with the zero points' term and, for 16-bit fields, the offset correction.
 
         Also lays out the scales by strips.
         """
