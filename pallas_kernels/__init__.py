@@ -1,4 +1,4 @@
-"""Packed mixed-precision weights and their matmul. Knows JAX, not models."""
+"""Packed mixed-precision weights and their matmul. Depends on JAX; knows nothing of models."""
 
 from pallas_kernels.api import mixed_matmul as mixed_matmul
 from pallas_kernels.backends import use_implementation as use_implementation

@@ -1,6 +1,6 @@
-"""The one public matmul: checks its arguments, picks a back end, and knows the gradient.
+"""The public matmul: checks its arguments, picks a back end, and defines the gradient.
 
-It knows nothing of how any back end works (`pallas_kernels.backends`).
+How each back end computes the product is up to `pallas_kernels.backends`.
 """
 
 import math
@@ -33,31 +33,32 @@ def mixed_matmul(
 ) -> Float[Array, "*batch N"]:
     """``x @ w.dequantize() + bias + residual``, accumulated in float32.
 
-    Differentiable in ``x``, ``bias`` and ``residual``, forwards and backwards; ``w`` is a constant. Off CPUs,
-    or with more than a few rows of ``x``, XLA's result is that of a dense product in ``w.dtype``; else
-    products are taken in float32. Gradients are products in ``w.dtype``. Operands over several devices:
+    Differentiable in ``x``, ``bias`` and ``residual``, in forward and reverse mode; ``w`` is a constant. XLA
+    computes a dense product in ``w.dtype``, except on CPUs with at most a few rows of ``x``, where it
+    multiplies in float32. Gradients are products in ``w.dtype``. For operands over several devices see
     docs/kernels.md.
 
     Args:
-      x: ``[..., K]``; rounded to float32 where it is neither that nor bfloat16.
-      w: the packed weight ``[K, N]``, or what :func:`prepare` made of it; index or scan over stacked
-        leaves first.
+      x: ``[..., K]``; converted to float32 unless it is float32 or bfloat16.
+      w: the packed weight ``[K, N]``, or the result of :func:`prepare`; stacked leaves must be indexed or
+        scanned over first.
       bias: ``[N]``, added in float32.
-      residual: ``[*batch, N]``, such as the residual stream that the product belongs to, added in float32; on
-        NVIDIA GPUs one row of it by the kernel, where it would be a launch beside it.
-      implementation: ``"xla"``, ``"mosaic_gpu"``, ``"mosaic_tpu"``, or several to try in order;
-        by platform if None.
-      config: how the one kernel that is named cuts the product (`pallas_kernels.gpu.config.Config`,
-        `pallas_kernels.tpu.config.Config`); as was tuned for the target, or guessed, if None.
-      preferred_element_type: of the result.
+      residual: ``[*batch, N]``, such as the residual stream that the product is added to; added in float32.
+        On NVIDIA GPUs the kernel itself adds a single row, which saves a launch.
+      implementation: ``"xla"``, ``"mosaic_gpu"``, ``"mosaic_tpu"``, or several to try in order; if None,
+        those of :func:`use_implementation`, else chosen by platform and number of rows.
+      config: the tiling of the one kernel that ``implementation`` names (`pallas_kernels.gpu.config.Config`,
+        `pallas_kernels.tpu.config.Config`); if None, the configuration that was autotuned for the target,
+        else the kernel's heuristic.
+      preferred_element_type: dtype of the result.
 
     Returns:
-      ``[..., N]``, float32 if nothing else is preferred.
+      ``[..., N]``, float32 by default.
 
     Raises:
-      ValueError: a shape does not fit, an implementation has no such name, or ``config`` is given and not
-        one kernel named.
-      NotImplementedError: none of the implementations asked for can do this product.
+      ValueError: a shape does not fit, ``x`` is not floating, an implementation does not exist, or ``config``
+        is given and ``implementation`` is not a single kernel.
+      NotImplementedError: none of the requested implementations supports this product.
     """
     _check(x, w, bias, residual)
     x = taken(x)
@@ -83,16 +84,16 @@ def _on_one(
     w: MixedTensor | Prepared,
     residual: jax.Array | None,
 ) -> jax.Array:
-    """The product of operands ``[..., K]`` and ``[..., N]`` that lie on one device, or that XLA divides."""
+    """The product of operands ``[..., K]`` and ``[..., N]`` on one device, or partitioned by XLA."""
     rows = math.prod(x.shape[:-1])
     tries = names or tried(rows)
-    if len(tries) > 1 and meshes.spread(x, w, residual).auto:  # XLA divides its own products alone
+    if len(tries) > 1 and meshes.spread(x, w, residual).auto:  # XLA can partition only its own products
         names = tries = tuple(name for name in tries if name not in PLATFORM) or tries
     if isinstance(w, Prepared) and tries[0] not in ("xla", w.implementation):
         x = x if w.norm is None else w.norm(x)
         parts = [_on_one(names, config, x, one, None) for one in w.weights()]
         return plus(residual, jnp.concatenate(parts, axis=-1))
-    x = vary_like(x, w)  # so that the gradient sums over devices that share x and cut w
+    x = vary_like(x, w)  # so that the gradient is summed over devices that share x and shard w
     added = residual
     if residual is not None:
         added = vary_like(residual.reshape(rows, w.shape[1]).astype(jnp.float32), (x, w))
@@ -101,7 +102,7 @@ def _on_one(
 
 
 def taken(x: jax.Array) -> jax.Array:
-    """``x`` in a dtype that every back end takes: float32, unless it is bfloat16."""
+    """``x`` in a dtype that every back end accepts: float32, unless it is bfloat16."""
     return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
@@ -135,8 +136,10 @@ def _matmul(
     w: MixedTensor | Prepared,
     residual: jax.Array | None,
 ) -> jax.Array:
-    """``x[M, K] @ w (+ residual)`` by the first back end that can on the platform: of those named, or of what
-    the target tries for so many rows."""
+    """``x[M, K] @ w (+ residual)`` by the first back end that supports it on the platform.
+
+    Back ends are tried in the order of ``names`` or, if None, in the target's order for so many rows.
+    """
     tries = names or tried(x.shape[0])
     if tries == ("xla",) and not xla.is_decode(x.shape[0]):
         return _first_that_can(tries, config, x, w, residual)
@@ -174,7 +177,10 @@ def _batched(
     w: MixedTensor | Prepared,
     residual: jax.Array | None,
 ) -> tuple[jax.Array, bool]:
-    """The product of ``size`` batches: their rows are those of one, or several weights take turns."""
+    """The product of ``size`` batches.
+
+    Batches of ``x`` become rows of one product; products of batched weights are computed one after another.
+    """
     product = partial(_matmul, names, config)
     if any(jax.tree.leaves(batched[1])):
         operands, structure = jax.tree.flatten((x, w, residual))
@@ -205,10 +211,10 @@ def _tangent(
     return _matmul(names, config, x, w, residual), plus(tangents[2], moves)
 
 
-@jax.checkpoint  # or the dense weight would be kept for the way back
+@jax.checkpoint  # otherwise the dense weight would be kept for the backward pass
 def linear(x: jax.Array, w: MixedTensor | Prepared) -> jax.Array:
-    """``x @ w`` of tangents, and of gradients its transpose, in the weight's dtype both."""
+    """``x @ w`` for tangents and, transposed, for gradients; both in the weight's dtype."""
     dense = w.dequantize()
-    # A result in float32 would bring float32 gradients to a weight in bfloat16, which XLA would convert.
+    # With a float32 result, float32 gradients would meet a bfloat16 weight, which XLA would convert.
     dtype = dense.dtype if dense.dtype == jnp.bfloat16 else jnp.float32
     return jnp.dot(x.astype(dense.dtype), dense, preferred_element_type=dtype).astype(jnp.float32)

@@ -1,7 +1,7 @@
-"""Configurations that were measured on a device, filled by ``python -m bench.tune``.
+"""Kernel configurations that ``python -m bench.tune`` measured on a device.
 
-They stand in two files: ``tuned.json`` beside this module, which is never written, and the user's, in
-:func:`user_table`, whose entries win. What is in neither is decided by the kernel's heuristic.
+They are in two files: ``tuned.json`` next to this module, which is never written, and the user's
+(:func:`user_table`), whose entries win. The kernel's heuristic decides for all others.
 """
 
 import functools
@@ -18,7 +18,7 @@ Table = dict[str, dict[str, dict[str, Any]]]
 
 
 def user_table() -> Path:
-    """The user's file: in ``$SLIM_JAX_CACHE``, else in ``slim-jax`` of the cache folder (XDG)."""
+    """Path of the user's file: in ``$SLIM_JAX_CACHE``, else in ``slim-jax`` in the cache folder (XDG)."""
     folder = os.environ.get("SLIM_JAX_CACHE")
     if not folder:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -27,23 +27,23 @@ def user_table() -> Path:
 
 
 def row_bucket(m: int) -> int:
-    """Numbers of rows that share a configuration: the next power of two."""
+    """Bucket of row counts that share a configuration: the next power of two."""
     return 1 << (m - 1).bit_length()
 
 
 def key(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> str:
-    """The key of a product ``[m, k] @ [k, n]`` in a kernel's part of the table.
+    """Key of a product ``[m, k] @ [k, n]`` in a kernel's part of the table.
 
-    Mean widths count as the nearest whole number: a search over a whole model gives each layer its own.
+    The mean width is rounded to a whole number, because a search over a whole model gives each layer its own.
     """
     return f"{device_kind}/{row_bucket(m)}x{k}x{n}/{round(bits)}bit-g{group_size}"
 
 
 def read_table(path: Path) -> Table:
-    """The entries of a file, none if there is no such file.
+    """Reads the entries of a file; none if there is no such file.
 
     Raises:
-      ValueError: it holds something else.
+      ValueError: the file holds something else.
     """
     try:
         text = path.read_text()
@@ -61,7 +61,7 @@ def read_table(path: Path) -> Table:
 
 @functools.cache
 def _tables(*paths: Path) -> tuple[Table, ...]:
-    """Those of the files that can be read: a broken cache must not stop a product."""
+    """Reads the tables of all files that can be read; a broken one raises a warning, not an error."""
     tables = []
     for path in paths:
         try:
@@ -72,14 +72,14 @@ def _tables(*paths: Path) -> tuple[Table, ...]:
 
 
 def forget() -> None:
-    """Reads the files anew before the next product is traced."""
+    """Makes the next traced product read the files again."""
     _tables.cache_clear()
 
 
 def tuned[C](
     kernel: str, config: type[C], device_kind: str, m: int, k: int, n: int, bits: float, group_size: int
 ) -> C | None:
-    """The best ``config`` that was measured, or None if nothing was, or not by this version's fields."""
+    """The best measured ``config``, or None if there is none with the fields of this version."""
     if m == 0:
         return None
     name = key(device_kind, m, k, n, bits, group_size)

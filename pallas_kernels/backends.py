@@ -1,7 +1,7 @@
-"""The back ends of a product, and which of them is tried: by name, by the target's platform, by rows.
+"""The back ends of a product, and the choice among them by name, by the target's platform and by rows.
 
-Each is a function ``(x[M, K], w, residual) -> float32[M, N]``; what it cannot serve it refuses with
-``NotImplementedError``.
+Each back end is a function ``(x[M, K], w, residual) -> float32[M, N]``, which raises ``NotImplementedError``
+for products that it does not support.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +20,10 @@ Kernel = Callable[..., jax.Array]
 
 @contextmanager
 def importing(name: str) -> Iterator[None]:
-    """Imports of a kernel that JAX may have no longer.
+    """Context for importing a kernel that the installed JAX may not support.
 
     Raises:
-      NotImplementedError: it has not.
+      NotImplementedError: the import fails.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def _xla(x: jax.Array, w: MixedTensor | Prepared, residual: jax.Array | None = N
 
 def _mosaic_tpu(x: jax.Array, w: Any, residual: jax.Array | None = None, **config: Any) -> jax.Array:
     with importing("mosaic_tpu"):
-        from pallas_kernels.tpu.decode import mixed_matmul  # takes a second that CPUs need not spend
+        from pallas_kernels.tpu.decode import mixed_matmul  # takes a second; CPUs do not need it
 
     return plus(residual, mixed_matmul(x, w, **config))
 
@@ -50,7 +50,7 @@ def _mosaic_gpu(x: jax.Array, w: Any, residual: jax.Array | None = None, **confi
 
 
 def plus(residual: jax.Array | None, y: jax.Array) -> jax.Array:
-    """``y``, and ``residual`` where there is one."""
+    """``y``, plus ``residual`` if there is one."""
     return y if residual is None else residual + y
 
 
@@ -61,37 +61,37 @@ IMPLEMENTATIONS: dict[str, Kernel] = {
 }
 
 PLATFORM = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
-"""Where an implementation runs that does not run everywhere."""
+"""Platform of each implementation that does not run everywhere."""
 
 BY_PLATFORM = {"tpu": ("mosaic_tpu", "xla"), "cuda": ("mosaic_gpu", "xla")}
-"""What is tried, in order, for a target of each platform (:func:`pallas_kernels.chips.of_target`); XLA on
-all others."""
+"""Implementations to try, in order, for a target (:func:`pallas_kernels.chips.of_target`) of each platform;
+XLA on all others."""
 
 MOST_ROWS = {"cuda": 128}
-"""Rows of ``x`` above which a platform takes XLA's product with the dequantized weight instead: measured on
-an H200 (docs/kernels.md)."""
+"""Rows of ``x`` above which a platform uses XLA's product with the dequantized weight instead; measured on an
+H200 (docs/kernels.md)."""
 
-_chosen = jax.make_user_context(None)  # part of what jit keeps programs by
+_chosen = jax.make_user_context(None)  # part of jit's cache key
 
 
 def use_implementation(*names: str) -> AbstractContextManager[None]:
-    """Products traced inside, of whole models too, try these implementations where none is named.
+    """Makes products traced inside the context, in whole models too, try these implementations by default.
 
-    To compare implementations, and for a program that is compiled ahead of time where no target is set
+    For comparing implementations, and for programs that are compiled ahead of time without a target
     (:func:`pallas_kernels.chips.target`). A jitted function is traced again for other names.
     """
     return _chosen(names_for(names))
 
 
 def first_tried(rows: Any) -> str:
-    """What a product with so many rows of ``x`` tries first, on the target and inside what is traced."""
+    """Name of the implementation that a product with ``rows`` rows of ``x`` tries first, in this context."""
     return names_for(None, rows)[0]
 
 
 def tried(rows: Any) -> tuple[str, ...]:
-    """What the target tries, in order, for so many rows of ``x`` where no implementation is named.
+    """Implementations that the target tries, in order, for ``rows`` rows of ``x`` if none is named.
 
-    A number of rows that only the program's caller will say (`jax.export.symbolic_shape`) is XLA's.
+    A symbolic number of rows (`jax.export.symbolic_shape`) is left to XLA.
     """
     platform = chips.of_target().platform
     if not isinstance(rows, int) or rows > MOST_ROWS.get(platform, rows):
@@ -100,15 +100,15 @@ def tried(rows: Any) -> tuple[str, ...]:
 
 
 def names_for(implementation: str | Sequence[str] | None, rows: Any = 1) -> tuple[str, ...]:
-    """Names of what is tried, in order, for a product with so many rows."""
+    """Names of the implementations that a product with ``rows`` rows of ``x`` tries, in order."""
     return given(implementation) or tried(rows)
 
 
 def given(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names that the caller or the context gives; None where target and number of rows decide.
+    """The names that the caller or the context gives; None if the target and the number of rows decide.
 
     Raises:
-      ValueError: an implementation has no such name.
+      ValueError: an implementation does not exist, or none is named.
     """
     if implementation is None:
         return _chosen.value  # type: ignore[no-any-return]

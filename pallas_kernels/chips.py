@@ -1,12 +1,12 @@
-"""What devices can do: one table of datasheet values, and which device a program is made for.
+"""Chips: a table of datasheet values, and the device that a program is compiled for.
 
-The kernels choose by it what they can serve and how, `bench` measures against it, `slim_jax.plan` takes
-memory from it. A device of JAX is half a chip on TPU v7x, so its values are half the datasheet's; NVIDIA's
-operations are those of dense products with float32 sums.
+Kernels choose by it what they support and how, `bench` compares measurements with it, `slim_jax.plan` takes
+memory sizes from it. A JAX device is half a chip on TPU v7x, so its values are half the datasheet's; NVIDIA's
+operations per second are those of dense products with float32 sums.
 
-A program may be compiled for a device that is not here. Then say which:
+A program may be compiled for a device that is not present. Name it then:
 
-    with devices.target("NVIDIA H100 80GB HBM3"):
+    with chips.target("NVIDIA H100 80GB HBM3"):
         jax.jit(program).lower(...)
 """
 
@@ -21,18 +21,18 @@ GIB, MIB, KIB = 2**30, 2**20, 2**10
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device as JAX counts them. What is None is unknown, or does not exist.
+    """A device as JAX counts devices. None means unknown, or nonexistent.
 
     Attributes:
-      name: what ``jax.Device.device_kind`` prints.
-      platform: "cuda", "rocm", "tpu" or "cpu": what a program for it is lowered for.
-      short: the name by which people call it, for command lines.
+      name: ``jax.Device.device_kind``.
+      platform: "cuda", "rocm", "tpu" or "cpu": the platform that a program for it is lowered for.
+      short: short name, for command lines.
       memory_bytes: size of its memory.
-      bandwidth: of that memory, bytes per second.
+      bandwidth: bandwidth of that memory, bytes per second.
       bfloat16_flops: operations per second of dense bfloat16 products.
       l2_bytes: size of the last cache before memory; None on TPUs, which have none.
-      scratch_bytes: fast memory that a kernel can have: shared memory of a block on a GPU, VMEM of a core on
-        a TPU.
+      scratch_bytes: fast memory that a kernel can use: shared memory of a block on a GPU, VMEM of a core on a
+        TPU.
       compute_capability: NVIDIA's ("9.0"), AMD's architecture ("gfx942"), a TPU's generation ("v6e").
       processors: multiprocessors of a GPU, cores of a TPU.
     """
@@ -66,7 +66,7 @@ def _tpu(
 
 
 _SHARED = {"7.5": 64, "8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}
-"""KiB of shared memory that a block can have, by compute capability (CUDA guide)."""
+"""KiB of shared memory that a block can use, by compute capability (CUDA guide)."""
 
 
 def _nvidia(
@@ -131,7 +131,7 @@ DEVICES = (
 
 BY_SHORT_NAME = {device.short: device for device in DEVICES}
 
-# Words of a name that tell a chip from all others, where these are not those of its device_kind.
+# Words in a name that identify a chip, if they are not those of its device_kind.
 _WORDS = {
     "v5e": ("tpu v5 lite", "tpu v5e"),
     "v5p": ("tpu v5", "tpu v5p"),
@@ -143,14 +143,14 @@ _WORDS = {
     "h100": ("h100",),
     "mi300x": ("mi300x",),
 }
-# Whoever has these shares a name with another chip, or is a part of one.
+# A device whose name has one of these is another chip with a similar name, or a part of a chip.
 _OTHERS = {"laptop", "mobile", "mig", "nvl", "ti", "d"}
 
 
 def find(device_kind: str) -> Device | None:
     """The device of that name (``jax.Device.device_kind``, or a short one), or None if it is unknown.
 
-    Words that say nothing of the chip may differ: ``"NVIDIA H100 80GB HBM3"``, ``"NVIDIA H100 SXM5 80GB"``
+    Words that do not identify the chip may differ: ``"NVIDIA H100 80GB HBM3"``, ``"NVIDIA H100 SXM5 80GB"``
     and ``"h100"`` are one device, ``"NVIDIA H100 PCIe"`` is another.
     """
     if device_kind.lower() in BY_SHORT_NAME:
@@ -167,7 +167,7 @@ def find(device_kind: str) -> Device | None:
 
 
 def describe(device: Device | jax.Device | str) -> Device:
-    """The table's record of a device, or what the device itself says where the table has none."""
+    """The table's record of a device, or what JAX reports of the device if the table has none."""
     if isinstance(device, Device):
         return device
     if isinstance(device, str):
@@ -175,7 +175,7 @@ def describe(device: Device | jax.Device | str) -> Device:
         return find(device) or unknown
     capability = getattr(device, "compute_capability", None)
     platform = device.platform
-    if platform == "gpu":  # JAX's word for both; AMD's architectures begin with gfx, where they are known
+    if platform == "gpu":  # JAX's name for both vendors; AMD's architectures, if known, begin with gfx
         amd = str(capability).startswith("gfx") or device.device_kind.startswith("AMD")
         platform = "rocm" if amd else "cuda"
     found = find(device.device_kind)
@@ -194,12 +194,12 @@ _target = jax.make_user_context(None)
 
 
 def target(device: Device | jax.Device | str) -> AbstractContextManager[None]:
-    """Programs traced inside are made for this device instead of JAX's default one.
+    """Compiles programs that are traced inside the context for this device instead of JAX's default one.
 
-    It is part of what `jax.jit` keeps programs by: the same function is traced again for another target.
+    The target is part of the cache key of `jax.jit`: a function is traced again for another target.
 
     Args:
-      device: a record, a device of JAX, or a name as :func:`find` knows it.
+      device: a record, a JAX device, or a name that :func:`find` knows.
 
     Raises:
       ValueError: no device has that name.
@@ -210,16 +210,16 @@ def target(device: Device | jax.Device | str) -> AbstractContextManager[None]:
 
 
 def of_target() -> Device:
-    """The device that the program being traced is made for.
+    """The device that the program being traced is compiled for.
 
-    That of :func:`target`; else that of the abstract mesh (`jax.sharding.use_abstract_mesh`); else JAX's
-    default device.
+    It is the device of :func:`target`; else that of the abstract mesh (`jax.sharding.use_abstract_mesh`);
+    else JAX's default device.
     """
     if _target.value is not None:
         return _target.value
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         here = (d for d in jax.local_devices() if d.device_kind == abstract.device_kind)
-        return describe(next(here, abstract))  # which says more of itself
+        return describe(next(here, abstract))  # a real device reports more
     chosen = jax.config.jax_default_device
     if chosen is None or isinstance(chosen, str):
         chosen = jax.local_devices(backend=chosen)[0]

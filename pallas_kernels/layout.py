@@ -1,10 +1,10 @@
-"""The packed weight: how mixed-width codes lie in memory.
+"""The packed weight: memory layout of mixed-width codes.
 
-This and `planes.py` are the only files that know the layout; kernels, solvers and checkpoints ask it.
-It knows nothing of models or of how codes were chosen.
+Only this file and `planes.py` know the layout; kernels, solvers and checkpoints ask them. Nothing here
+depends on models or on how codes were chosen.
 
-A linear layer computes ``y[M, N] = x[M, K] @ W[K, N]``. Input channels are cut into ``G`` groups
-of ``g``; all output channels of a group share one bit width ``b`` and
+A linear layer computes ``y[M, N] = x[M, K] @ W[K, N]``. Input channels are divided into ``G`` groups of
+``g``; all output channels of a group share one bit width ``b`` and
 
     W[k, n] = scale[G(k), n] * (code[k, n] - zero[G(k), n]).
 
@@ -12,9 +12,9 @@ of ``g``; all output channels of a group share one bit width ``b`` and
 
 *Order.* Groups are stored by ascending width; a group's planes are adjacent rows of one flat buffer.
 
-*Zero points* are stored in ``z`` bits (4, or 8 where a width above 4 occurs) as
-``zero = zero_code * 2**(b - z)``: whole numbers are exact for every width, and the narrow widths,
-which need it, get a fraction.
+*Zero points* are stored in ``z`` bits (4, or 8 if a width above 4 occurs) as
+``zero = zero_code * 2**(b - z)``: whole numbers are exact at every width, and narrow widths, which need them,
+have fractions.
 """
 
 import dataclasses
@@ -51,10 +51,10 @@ def group_count(k: int, group_size: int) -> int:
 
 
 def vary_like(value: jax.Array, like: Any) -> jax.Array:
-    """``value`` typed as differing between devices where a leaf of ``like`` does.
+    """``value``, typed as varying between devices if a leaf of ``like`` does.
 
-    Inside `jax.shard_map` the carry of a loop must start with the type that it ends with. A choice
-    between equals has that type in every version of JAX, and XLA drops it.
+    Inside `jax.shard_map` the carry of a loop must start with the type that it ends with. A selection between
+    equal values has that type in every version of JAX, and XLA removes it.
     """
     for leaf in jax.tree.leaves(like):
         if leaf.size:
@@ -64,7 +64,7 @@ def vary_like(value: jax.Array, like: Any) -> jax.Array:
 
 
 def result_type(shape: tuple[int, ...], like: Any) -> Any:
-    """The type of a kernel's float32 result, which differs between devices where ``like`` does."""
+    """Type of a kernel's float32 result, which varies between devices if ``like`` does."""
     return jax.typeof(vary_like(jnp.zeros(shape, jnp.float32), like))
 
 
@@ -75,9 +75,9 @@ def result_type(shape: tuple[int, ...], like: Any) -> Any:
 )
 @dataclasses.dataclass(frozen=True)
 class MixedTensor:
-    """A weight ``[K, N]`` in packed codes whose bit width changes from group to group.
+    """A weight ``[K, N]`` in packed codes whose bit width differs from group to group.
 
-    Invariants, with ``G = ceil(K / group_size)`` and ``position`` a group's place in storage:
+    Invariants, with ``G = ceil(K / group_size)`` and ``position`` a group's index in storage:
 
     * ``order[position]`` is the original index of that group; groups are sorted by width;
     * ``segments[i]`` groups have width ``widths[i]``; ``sum(segments) == G``;
@@ -85,20 +85,19 @@ class MixedTensor:
     * ``scale[position]``, and the ``position``-th zero code, belong to it;
     * channels past ``K`` in a short last group have code 0 and are never read back.
 
-    Sizes of segments are data, not metadata: all layers of one shape and mean width share one
-    compiled program, and their leaves can be stacked on a leading axis and scanned over.
+    Sizes of segments are data, not metadata: all layers of one shape and mean width share one compiled
+    program, and their leaves can be stacked on a leading axis and scanned over.
 
     Attributes:
       words: ``uint32[R, N]``, the planes of all groups.
-      scale: ``uint8[G, N]`` in storage order, floats of eight bits (`pallas_kernels.scales`), or
-        ``bfloat16[G, N]``.
-      zero: ``uint8[ceil(G / 2), N]`` (two 4-bit codes a byte, planar) or ``uint8[G, N]``.
+      scale: ``uint8[G, N]`` in storage order, 8-bit floats (`pallas_kernels.scales`), or ``bfloat16[G, N]``.
+      zero: ``uint8[ceil(G / 2), N]`` (two 4-bit codes per byte, planar) or ``uint8[G, N]``.
       order: ``int32[G]``.
       segments: ``int32[len(widths)]``.
       shape: ``(K, N)``, static.
       group_size: input channels per group, a multiple of 32, static.
       widths: the bit widths that may occur, ascending, static.
-      dtype: what :meth:`dequantize` returns and products are taken in, static.
+      dtype: dtype of products and of the result of :meth:`dequantize`, static.
     """
 
     words: jax.Array
@@ -113,24 +112,24 @@ class MixedTensor:
 
     @property
     def ndim(self) -> int:
-        """2, or more where leaves are stacked."""
+        """Number of axes of ``words``: 2, or more if leaves are stacked."""
         return self.words.ndim
 
     def __len__(self) -> int:
-        """Layers of a stack."""
+        """Number of layers of a stack."""
         if self.ndim < 3:
             raise TypeError(f"a weight of shape {self.shape} is no stack of layers")
         return int(self.words.shape[0])
 
     def __getitem__(self, layer: int | jax.Array) -> "MixedTensor":
-        """One layer of a stack; a number in Python must be one of a layer, from 0 or from the end, -1."""
+        """One layer of a stack; a Python integer must be in ``-len(self) .. len(self) - 1``."""
         count = len(self)
         if isinstance(layer, int) and not -count <= layer < count:
             raise IndexError(f"layer is {layer}, expected one of {count}")
         return jax.tree.map(lambda leaf: leaf[layer], self)
 
     def __iter__(self) -> Iterator["MixedTensor"]:
-        """The layers of a stack."""
+        """Iterates over the layers of a stack."""
         return (self[layer] for layer in range(len(self)))
 
     def astype(self, dtype: DTypeLike) -> "MixedTensor":
@@ -148,7 +147,7 @@ class MixedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is stored: codes, scales, zeros, order and segments."""
+        """Bytes of all stored arrays: codes, scales, zeros, order and segments."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -159,7 +158,7 @@ class MixedTensor:
 
     @property
     def mean_width(self) -> float:
-        """Bits of a code, averaged over the groups; static, unlike how many groups have which width."""
+        """Bits per code, averaged over the groups; static, unlike the number of groups of each width."""
         return WORD_BITS * self.words.shape[-2] / (self.groups * self.group_size)
 
     def scales(self) -> jax.Array:
@@ -175,7 +174,7 @@ class MixedTensor:
         return self.zero_codes().astype(jnp.float32) * self.zero_steps()[:, None]
 
     def zero_steps(self) -> jax.Array:
-        """`zero_step` of every group in storage order, ``float32[G]``: by comparisons, which XLA fuses."""
+        """`zero_step` of every group in storage order, ``float32[G]``, by comparisons, which XLA fuses."""
         position, end = jnp.arange(self.groups), jnp.int32(0)
         steps = jnp.full(self.groups, zero_step(self.widths[0], self.widths), jnp.float32)
         for i, b in enumerate(self.widths[1:]):
@@ -195,9 +194,9 @@ class MixedTensor:
         return bits
 
     def with_rows(self, rows: int) -> "MixedTensor":
-        """The same weight with its words filled up to so many rows, which nothing reads.
+        """The same weight with its words padded to ``rows`` rows; the padding is never read.
 
-        Compiled programs go by the number of rows, and that by the mean width.
+        Compiled programs depend on the number of rows, which depends on the mean width.
         """
         missing = rows - self.words.shape[-2]
         if not missing:
@@ -205,7 +204,7 @@ class MixedTensor:
         return dataclasses.replace(self, words=jnp.pad(self.words, ((0, missing), (0, 0))))
 
     def codes(self) -> jax.Array:
-        """The codes alone, ``uint8[K, N]``."""
+        """The codes without scales and zeros, ``uint8[K, N]``."""
         ones = jnp.ones(self.scale.shape, jnp.bfloat16)
         plain = dataclasses.replace(self, scale=ones, zero=jnp.zeros_like(self.zero))
         return plain.dequantize(jnp.float32).astype(jnp.uint8)
@@ -219,7 +218,7 @@ class MixedTensor:
         return lax.platform_dependent(self, cuda=by_elements, rocm=by_elements, default=by_groups)
 
     def columns(self, index: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        """``dequantize(dtype)[:, index]`` as ``[*index.shape, K]``, without the rest of the dense weight."""
+        """``dequantize(dtype)[:, index]`` as ``[*index.shape, K]``; other columns are not dequantized."""
         flat = index.reshape(-1)
         own = {name: getattr(self, name)[:, flat] for name in ("words", "scale", "zero")}
         some = dataclasses.replace(self, **own, shape=(self.shape[0], flat.size))
@@ -227,11 +226,11 @@ class MixedTensor:
 
 
 FEW_COLUMNS = 8
-"""Up to which a GPU works out anew for every column where its elements lie."""
+"""Number of columns up to which a GPU recomputes for every column where its elements lie."""
 
 
 def _dequantize_groups(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
-    """Group by group, a loop for each width: whole rows of words are unpacked, as CPUs and TPUs like it."""
+    """Dequantizes group by group, in one loop per width: whole rows of words, which suits CPUs and TPUs."""
     g, n = w.group_size, w.shape[1]
     zero = w.zero_points()
     first_group, first_row = w.segment_starts()
@@ -240,7 +239,7 @@ def _dequantize_groups(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
     for i, b in enumerate(w.widths):
         rows = g * b // WORD_BITS
         if rows > w.words.shape[0]:
-            continue  # too few words for a single group of this width: there is none
+            continue  # too few words for even one group of this width
 
         def body(position, dense, i=i, b=b, rows=rows):
             row = first_row[i] + (position - first_group[i]) * rows
@@ -254,9 +253,9 @@ def _dequantize_groups(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
 
 
 def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
-    """Every weight by itself, in one pass, as GPUs like it: there a loop is several launches a turn.
+    """Dequantizes every element by itself in one pass: on GPUs each iteration of a loop is several launches.
 
-    Which rows a channel's codes, scale and zero code lie in is worked out before, per channel.
+    The rows that hold a channel's codes, scale and zero code are computed beforehand, per channel.
     """
     g, (k, _) = w.group_size, w.shape
     channel = jnp.arange(k, dtype=jnp.int32)
@@ -272,7 +271,7 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
     planes = [shifted_planes(b) for b in w.widths]
     rows, downs, masks, ups = [], [], [], []
     for t in range(max(map(len, planes))):
-        # A width with fewer planes reads some word and keeps nothing of it.
+        # A width with fewer planes reads an arbitrary word and masks all of it.
         n, up = (of_width([(p[t] if t < len(p) else (1, 0))[i] for p in planes]) for i in range(2))
         height = g * n // WORD_BITS
         within = channel % g
@@ -284,8 +283,8 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
     zero_rows = w.zero.shape[0]
     zero_down = (z * (position // zero_rows)).astype(jnp.uint8)
     step = w.zero_steps()[position]
-    if w.shape[1] > FEW_COLUMNS:  # else it is one launch, where it would be several
-        # XLA would work all this out again for every element.
+    if w.shape[1] > FEW_COLUMNS:  # for fewer columns, one launch without the barrier is better than several
+        # Without the barrier XLA would recompute all this for every element.
         position, rows, downs, masks, ups, zero_down, step = lax.optimization_barrier(
             (position, rows, downs, masks, ups, zero_down, step)
         )
@@ -300,8 +299,10 @@ def _dequantize_elements(w: MixedTensor, dtype: jnp.dtype) -> jax.Array:
 
 
 def exported[T: type](record: T) -> T:
-    """Makes a record of arrays, whose static fields are numbers, tuples of numbers and dtypes, one that
-    programs which `jax.export` serializes may take."""
+    """Registers a record of arrays for `jax.export`, so that serialized programs may take it.
+
+    The record's static fields must be numbers, tuples of numbers and dtypes.
+    """
 
     def to_bytes(static: tuple[Any, ...]) -> bytes:
         return json.dumps(static, default=lambda dtype: dtype.name).encode()
@@ -324,7 +325,7 @@ exported(MixedTensor)
 
 
 def stack(layers: Sequence[MixedTensor]) -> MixedTensor:
-    """Weights that are alike but for values and rows of words, on a leading axis of every leaf."""
+    """Stacks weights that differ only in values and rows of words, on a new leading axis of every leaf."""
     most = max(w.words.shape[0] for w in layers)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w.with_rows(most) for w in layers])
 
@@ -343,10 +344,10 @@ def abstract_tensor(
     Args:
       shape: ``(K, N)``.
       widths: the widths that may occur, ascending.
-      segments: number of groups of each; together ``ceil(K / group_size)``.
+      segments: number of groups of each width; they add up to ``ceil(K / group_size)``.
       group_size: input channels per group.
-      scale_dtype: of the scales: uint8 or bfloat16.
-      dtype: of the dequantized weight.
+      scale_dtype: dtype of the scales: uint8 or bfloat16.
+      dtype: dtype of the dequantized weight.
 
     Raises:
       ValueError: the segments do not add up.

@@ -1,8 +1,8 @@
-"""Products of operands that lie over several devices: what JAX says of that while a program is traced.
+"""Products of operands over several devices: the sharding that JAX knows while a program is traced.
 
-Along axes of a mesh that are explicit, every operand's type says how it is cut, and each device takes the
-product of its own part (`jax.shard_map`). Along automatic axes nothing is known but the mesh, and no kernel
-can be divided. A program of one device, or inside a `jax.shard_map` of all axes, knows neither.
+Along explicit axes of a mesh, every operand's type states how it is sharded, and each device computes the
+product of its own part (`jax.shard_map`). Along automatic axes only the mesh is known, and no kernel can be
+partitioned. A program for one device, or inside a `jax.shard_map` over all axes, has neither.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from pallas_kernels.layout import MixedTensor
 
 
 class Spread(NamedTuple):
-    """Over what operands lie.
+    """The mesh that operands lie over.
 
     Attributes:
-      mesh: theirs, or that of the context.
-      explicit: whether some of its axes are.
-      auto: whether XLA would have to divide what is computed along others.
+      mesh: the operands' mesh, or that of the context.
+      explicit: True if some of its axes are explicit.
+      auto: True if XLA would have to partition the computation along automatic axes.
     """
 
     mesh: AbstractMesh
@@ -33,12 +33,12 @@ class Spread(NamedTuple):
 
     @property
     def several(self) -> bool:
-        """Whether a kernel cannot take all of them as they are."""
+        """True if a kernel cannot take all operands as they are."""
         return self.explicit or self.auto
 
 
 def spread(*operands: Any) -> Spread:
-    """Over what arrays, or trees of them, lie."""
+    """The mesh that arrays, or trees of them, lie over."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
     mesh = next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())
     divided = math.prod(mesh.shape[name] for name in mesh.auto_axes) > 1 or bool(mesh.manual_axes)
@@ -63,14 +63,14 @@ def per_device(
     w: Any,
     residual: jax.Array | None,
 ) -> jax.Array:
-    """``product(*static, x, w, residual)`` of each device's own rows and output channels, by explicit axes.
+    """``product(*static, x, w, residual)`` of each device's own rows and output channels, over explicit axes.
 
-    What ``x`` is cut along ``K``, and prepared weights at all, is gathered first.
+    ``x`` is gathered along ``K``, and prepared weights are gathered entirely.
 
     Args:
-      product: gives ``[..., N]``.
-      static: what it takes first.
-      mesh: of the operands.
+      product: returns ``[..., N]``.
+      static: the first arguments of ``product``.
+      mesh: mesh of the operands.
       x: ``[..., K]``.
       w: the weight ``[K, N]``.
       residual: ``[..., N]``.
@@ -95,7 +95,7 @@ def per_device(
 def gathered(
     product: Callable[..., jax.Array], static: tuple[Any, ...], mesh: AbstractMesh, *operands: Any
 ) -> jax.Array:
-    """``product(*static, *operands)`` by every device, of whole operands."""
+    """``product(*static, *operands)`` on every device, with all operands gathered."""
     specs = jax.tree.map(lambda leaf: P(), operands)
     return _on_each(partial(product, *static), mesh, operands, specs, P())
 

@@ -1,4 +1,4 @@
-"""An MLP of prepared weights as one function, where a back end has more than its products one by one."""
+"""An MLP of prepared weights as one function, for back ends that fuse its products."""
 
 import math
 from collections.abc import Callable
@@ -16,17 +16,19 @@ from pallas_kernels.prepared import Prepared
 def few_launches(
     x: Float[Array, "*batch K"], w: Prepared, down: Prepared, activation: str
 ) -> Callable[[jax.Array, jax.Array | None], jax.Array] | None:
-    """``(x, residual) -> down(act(gate(x)) * up(x)) (+ residual)`` on NVIDIA GPUs, float32 ``[..., N]``.
+    """Returns an MLP of few rows on NVIDIA GPUs as one function, with a float32 result ``[..., N]``.
+
+    The function is ``(x, residual) -> down(act(gate(x)) * up(x)) (+ residual)``.
 
     Args:
-      x: what it will be called with.
-      w: gate and up, prepared as what feeds ``down`` (`prepare_joined`).
+      x: an input like those that the function will be called with.
+      w: gate and up, prepared to feed ``down`` (`prepare_joined`).
       down: the last product.
       activation: "silu" or "gelu_tanh".
 
     Returns:
-      None where products one by one are all there is: on other targets, for more than 16 rows, for other
-      activations, shapes or weights.
+      None if the products must be computed one by one: on other targets, for more than 16 rows, for other
+        activations, shapes or weights.
     """
     rows = math.prod(x.shape[:-1])
     if first_tried(rows) != "mosaic_gpu" or meshes.spread(x, w, down).several:

@@ -1,4 +1,4 @@
-"""From codes that a solver chose to the packed weight (`layout.py` says what lies where)."""
+"""Packs the codes that a solver chose into a weight; `layout.py` defines the layout."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +22,13 @@ def pack(
 
     Args:
       codes: ``uint[K, N]``, each below ``2**b`` of its group.
-      scale: ``[G, N]``: bytes that stand for scales (`pallas_kernels.scales`), or scales, which are rounded
-        to bfloat16.
-      zero_code: ``uint[G, N]``, below 16 (below 256 where a width above 4 may occur).
+      scale: ``[G, N]``: the bytes of 8-bit scales (`pallas_kernels.scales`), or scales, which are rounded to
+        bfloat16.
+      zero_code: ``uint[G, N]``, below 16 (below 256 if a width above 4 may occur).
       bits: ``int[G]``, the width of every group.
       group_size: input channels per group, a multiple of 32.
-      widths: the widths that may occur, a superset of ``bits``; those that do occur by default.
-      dtype: of the dequantized weight.
+      widths: the widths that may occur, a superset of ``bits``; by default those that do occur.
+      dtype: dtype of the dequantized weight.
 
     Raises:
       ValueError: shapes, widths, the group size, a code or a zero code are not as above.

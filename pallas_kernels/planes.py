@@ -1,10 +1,9 @@
-"""Planes: how the codes of one group lie in words of 32 bits.
+"""Planes: the layout of one group's codes in 32-bit words.
 
-A ``b``-bit code is the sum of planes of 4, 2 and 1 bits, low bits first
-(``3 = 2 + 1``: ``code = plane2 + 4 * plane1``). A plane of width ``n`` of one group is
-``uint32[g * n / 32, N]`` and *planar*: slot ``s`` (bits ``n*s .. n*s + n``) of word row ``j`` holds
-channel ``s * (g * n / 32) + j`` of the group, so that one shift and mask of a tile of words gives a
-contiguous run of channels.
+A ``b``-bit code is the sum of planes of 4, 2 and 1 bits, low bits first (``3 = 2 + 1``:
+``code = plane2 + 4 * plane1``). A plane of width ``n`` of one group is ``uint32[g * n / 32, N]`` and
+*planar*: slot ``s`` (bits ``n*s .. n*s + n``) of word row ``j`` holds channel ``s * (g * n / 32) + j`` of the
+group, so that one shift and mask of a tile of words gives consecutive channels.
 """
 
 import jax
@@ -34,12 +33,12 @@ def shifted_planes(bits: int) -> list[tuple[int, int]]:
 
 
 def pieces(bits: int) -> list[list[tuple[int, int]]]:
-    """:func:`shifted_planes` in pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
+    """:func:`shifted_planes`, grouped into pieces of up to 4 bits: 7 -> [[(4, 0)], [(2, 4), (1, 6)]]."""
     return [found for low in (0, 4) if (found := [p for p in shifted_planes(bits) if p[1] // 4 * 4 == low])]
 
 
 def pack_plane(codes: np.ndarray, bits: int, word: type = np.uint32) -> np.ndarray:
-    """Packs codes ``[R * s, N]`` of 1, 2, 4 or 8 bits into words ``[R, N]``, planar, ``s`` slots a word."""
+    """Packs codes ``[R * s, N]`` of 1, 2, 4 or 8 bits into planar words ``[R, N]`` with ``s`` slots each."""
     slots = np.dtype(word).itemsize * 8 // bits
     planar: np.ndarray = codes.reshape(slots, -1, codes.shape[-1]).astype(word)
     shifts: np.ndarray = (np.arange(slots) * bits).astype(word)[:, None, None]

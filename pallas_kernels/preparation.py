@@ -1,4 +1,4 @@
-"""Packed weights made ready to be multiplied often: what a product works out of a weight alone, once."""
+"""Prepares packed weights for repeated multiplication: work that depends on the weight alone is done once."""
 
 from collections.abc import Sequence
 
@@ -17,18 +17,18 @@ def prepare(
     implementation: str | Sequence[str] | None = None,
     consume: bool = False,
 ) -> MixedTensor | Prepared:
-    """A packed weight made ready to be multiplied often, by a back end that gains from it; else ``w``.
+    """Prepares a packed weight for repeated multiplication; returns ``w`` if the back end gains nothing.
 
-    What the product would work out of ``w`` alone, each time, is worked out once. The result is for running,
-    not for storing.
+    Work that depends on ``w`` alone is done once, not at every product. The result is for running, not for
+    storing.
 
     Args:
-      w: the packed weight; or those of several layers, alike but for the values of their leaves and the
-        rows of their words. These come back stacked, on a leading axis of the leaves where the back end
-        gains nothing; else choose one by ``at(layer)``, which slices nothing.
+      w: the packed weight; or those of several layers, which differ only in values of their leaves and rows
+        of words. Layers come back stacked: on a leading axis of the leaves if the back end gains nothing,
+        else as a :class:`Prepared`, whose ``at(layer)`` chooses one without slicing.
       implementation: as for :func:`mixed_matmul`.
-      consume: whether words, scales and zero codes of ``w`` are deleted as they are copied, so that never two
-        of all layers are in memory; not for traced code.
+      consume: if True, words, scales and zero codes of ``w`` are deleted as they are copied, so that memory
+        never holds all layers twice; not for traced code.
     """
     name, alone = names_for(implementation)[0], isinstance(w, MixedTensor)
     layers: Sequence[MixedTensor] = [w] if isinstance(w, MixedTensor) else w
@@ -52,17 +52,18 @@ def prepare_joined(
     implementation: str | Sequence[str] | None = None,
     consume: bool = False,
 ) -> Prepared | None:
-    """Weights that read one input as one product whose result has theirs side by side, of stacked layers.
+    """Joins the weights of each layer that read the same input into one product, with results side by side.
 
     Args:
-      layers: of each layer, its weights; layers are alike as for :func:`prepare`.
-      feeds: the group size of the one product that will take all that these give, such as an MLP's last, if
-        it divides every ``N``: a back end may then make the two one (`pallas_kernels.mlp`).
+      layers: the weights of each layer; layers differ only as in :func:`prepare`.
+      feeds: group size of the one product that reads all the results, such as an MLP's last, if it divides
+        every ``N``: a back end may then fuse the two products (`pallas_kernels.mlp`). 0 for none.
       implementation: as for :func:`mixed_matmul`.
       consume: as for :func:`prepare`.
 
     Returns:
-      What :func:`prepare` gives, or None if the back end gains nothing or the weights do not fit together.
+      Prepared weights as from :func:`prepare`, or None if the back end gains nothing or the weights do not
+      fit together.
     """
     name = names_for(implementation)[0]
     if name == "mosaic_gpu" and len(layers) == 1:
@@ -75,7 +76,7 @@ def prepare_joined(
 
 
 def _on_cpu() -> bool:
-    """Whether the target has loops that multiply packed words: elsewhere XLA dequantizes."""
+    """True if the target multiplies packed words in loops; elsewhere XLA dequantizes."""
     return chips.of_target().platform == "cpu"
 
 

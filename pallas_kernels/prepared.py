@@ -1,9 +1,10 @@
-"""Packed weights made ready to be multiplied many times, side by side.
+"""Packed weights prepared for repeated multiplication, side by side.
 
-What a product works out of the weights alone (where each plane lies, what its codes are worth, zero codes a
-byte each) is the same for every token, so a model that generates works it out once. Weights that read one
-input become one product here, each with bits and an order of groups of its own. Nothing here is stored. What
-a back end wants beside that is its own: `pallas_kernels.xla.prepared`, `pallas_kernels.gpu.joined`.
+Part of a product's work depends on the weights alone (where each plane lies, the value of its codes, zero
+codes in a byte each) and is the same for every token, so a model that generates does it once. Weights that
+read the same input become one product here; each keeps its own bit widths and order of groups. Prepared
+weights are not saved to files. Back ends add fields of their own: `pallas_kernels.xla.prepared`,
+`pallas_kernels.gpu.joined`, `pallas_kernels.tpu.layers`.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class InputNorm:
     eps: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Of every row, in float32."""
+        """Normalizes every row of ``x``, in float32."""
         x = x.astype(jnp.float32)
         scale = self.scale.reshape((1,) * (x.ndim - 1) + (-1,))
         return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
@@ -40,24 +41,24 @@ class InputNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Packed weights ``[K, N_i]`` that read one input, or a stack of ``L`` layers of them, side by side.
+    """Packed weights ``[K, N_i]`` that read the same input, side by side, or a stack of ``L`` layers of them.
 
-    Output channels are cut into tiles of ``T``; in each, all that a group needs is adjacent in memory. ``L``
-    is 1 where nothing is stacked.
+    Output channels are divided into tiles of ``T``; within a tile, all that a group needs is adjacent in
+    memory. ``L`` is 1 if nothing is stacked.
 
     Attributes:
-      words: ``uint32[R, T]``: tiles one under the other, of each weight of each layer; nothing at the end.
-      scale: ``[L * tiles * G, T]``, as the weights have them, in the same order.
-      zero: ``uint8[L * tiles * G, T]``, a zero code a byte.
-      first_rows: ``int32[L, weights, 2]``, where in the words a weight begins, and the rows of its tiles.
+      words: ``uint32[R, T]``: the tiles of each weight of each layer, one below the other, and padding.
+      scale: ``[L * tiles * G, T]``, in the dtype of the weights' scales and in the order of the tiles.
+      zero: ``uint8[L * tiles * G, T]``, one zero code per byte.
+      first_rows: ``int32[L, weights, 2]``: a weight's first row in ``words``, and rows in each of its tiles.
       tensors: the weights, stacked on an axis ``L``, without words and scales.
-      layer: which of the stack to multiply with; None for the only one.
-      rows: of words, of each weight, in the layer that has most; static.
-      stacked: whether layers are stacked; static.
+      layer: index of the layer to multiply with; None if there is only one.
+      rows: rows of words of each weight, in the layer with the most; static.
+      stacked: True if layers are stacked; static.
     """
 
     implementation: ClassVar[str]
-    """Of the back end that it is for."""
+    """Name of the back end that the weights are prepared for."""
 
     words: jax.Array
     scale: jax.Array
@@ -73,7 +74,7 @@ class Prepared:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(K, N)``, all weights side by side."""
+        """``(K, N)`` of all weights side by side."""
         return self.tensors[0].shape[0], sum(self.sizes)
 
     @property
@@ -83,29 +84,29 @@ class Prepared:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the dequantized weights."""
+        """Dtype of the dequantized weights."""
         return self.tensors[0].dtype
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """Of each weight."""
+        """Number of tiles of each weight."""
         return tuple(n // self.words.shape[1] for n in self.sizes)
 
     @property
     def norm(self) -> InputNorm | None:
-        """What the product does to its input first."""
+        """The norm that the product applies to its input first, if any."""
         return None
 
     def behind(self, norm: InputNorm) -> Self | None:
-        """With a norm as part of the product, or None if the back end gains nothing."""
+        """The weights with ``norm`` as part of the product, or None if the back end gains nothing from it."""
         return None
 
     def at(self, layer: jax.Array) -> Self:
-        """One layer of the stack: nothing is sliced, products read its part where it lies."""
+        """One layer of the stack; nothing is sliced, products read the layer's part in place."""
         return dataclasses.replace(self, layer=layer)
 
     def weights(self) -> list[MixedTensor]:
-        """The packed weights, of a stack those of the layer."""
+        """The packed weights; for a stack, those of the chosen layer."""
         layer = jnp.int32(0) if self.layer is None else self.layer
         one = partial(lax.dynamic_index_in_dim, index=layer, keepdims=False)
         width = self.words.shape[1]
@@ -126,7 +127,7 @@ class Prepared:
         return jnp.concatenate([w.dequantize(dtype) for w in self.weights()], axis=1)
 
     def columns(self, index: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        """``dequantize(dtype)[:, index]`` as ``[*index.shape, K]`` of one weight that is not stacked."""
+        """``dequantize(dtype)[:, index]`` as ``[*index.shape, K]``, of one weight that is not stacked."""
         (rest,), (rows,), width = self.tensors, self.rows, self.words.shape[1]
         flat = index.reshape(-1)
         tile, column = flat // width, flat % width
@@ -145,14 +146,14 @@ class Prepared:
 
 
 ALIGNED = 64
-"""Bytes: XLA takes memory of the host as it lies where it begins at a multiple of them."""
+"""Bytes: XLA uses host memory without a copy if its address is a multiple of this."""
 
 
 def one_by_one[T](parts: Iterable[T], rows: int) -> T:
-    """Trees of arrays ``[rows_i, ...]`` as one of ``[rows, ...]``.
+    """Concatenates trees of arrays ``[rows_i, ...]`` into one of ``[rows, ...]``.
 
-    They are written one after the other, so that each may go before the next is made, into memory of the
-    host, which is taken as it is written; where that is the device's, there it stays.
+    Parts are copied one after another, so that each can be freed before the next is made. They are copied
+    into host memory; if the device uses host memory, the result stays there without another copy.
     """
     whole: list[np.ndarray] = []
     structure, placed, at = None, None, 0
@@ -175,7 +176,7 @@ def _unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def delete(weight: jax.Array | MixedTensor) -> None:
-    """Frees an array, or the large ones of a packed weight."""
+    """Frees an array, or the large arrays of a packed weight."""
     for a in (weight.words, weight.scale, weight.zero) if isinstance(weight, MixedTensor) else (weight,):
         a.delete()
 
@@ -183,7 +184,7 @@ def delete(weight: jax.Array | MixedTensor) -> None:
 def consumed[T](
     layers: Iterable[Sequence[MixedTensor]], make: Callable[[Sequence[MixedTensor]], T]
 ) -> Iterator[T]:
-    """``make`` of each layer's weights, whose arrays are deleted then."""
+    """Yields ``make(weights)`` of each layer, and deletes the layer's arrays afterwards."""
     for weights in layers:
         yield make(weights)
         for w in weights:
@@ -191,7 +192,7 @@ def consumed[T](
 
 
 def stack_consumed(layers: Sequence[MixedTensor]) -> MixedTensor:
-    """:func:`pallas_kernels.layout.stack` of weights that are deleted one by one."""
+    """:func:`pallas_kernels.layout.stack`, which deletes each weight once it is copied."""
     most = max(w.words.shape[0] for w in layers)
 
     def alone(weights: Sequence[MixedTensor]) -> MixedTensor:
@@ -203,13 +204,12 @@ def stack_consumed(layers: Sequence[MixedTensor]) -> MixedTensor:
 def side_by_side(
     layers: Sequence[Sequence[MixedTensor]], width: int, *, consume: bool = False
 ) -> dict[str, Any]:
-    """The fields of :class:`Prepared`, of layers that are alike but for the values of their leaves and the
-    rows of words.
+    """The fields of :class:`Prepared` for layers that differ only in values and rows of words.
 
     Args:
-      layers: of each, its weights, which read one input.
-      width: columns of a tile, a divisor of every weight's.
-      consume: whether each weight's arrays are deleted once they are copied.
+      layers: the weights of each layer, which read the same input.
+      width: columns of a tile, a divisor of every weight's columns.
+      consume: if True, each weight's arrays are deleted once they are copied.
     """
     first = layers[0]
     rows = np.array([[w.words.shape[0] for w in layer] for layer in layers])
@@ -234,7 +234,7 @@ def side_by_side(
         heights = rows if name == "words" else np.full(rows.shape, first[0].groups)
         return one_by_one(parts(), int(np.sum(heights * tiles)) + sum(map(len, after)))
 
-    # The last tiles are read as if they had as many rows as any.
+    # Every tile is read with the largest number of rows, so the last tiles need padding.
     end = [jnp.zeros((int(rows.max()), width), jnp.uint32)] if rows.size > 1 else []
     bare = [[dataclasses.replace(w, words=w.words[:0], scale=w.scale[:0]) for w in layer] for layer in layers]
     tensors = tuple(stack(same) for same in zip(*bare))  # before anything is deleted
@@ -251,5 +251,5 @@ def side_by_side(
 
 
 def fit_together(weights: Sequence[MixedTensor]) -> bool:
-    """Whether weights that read one input are alike in what one product cannot have two of."""
+    """True if weights agree in K, group size, scale dtype and dtype, as one product requires."""
     return len({(w.shape[0], w.group_size, w.scale.dtype, w.dtype) for w in weights}) == 1

@@ -1,4 +1,4 @@
-"""A product for experts: rows of ``x``, sorted by expert, each with its own expert's packed weight."""
+"""The product for experts: rows of ``x``, sorted by expert, each times its expert's packed weight."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from pallas_kernels.api import linear, mixed_matmul
 from pallas_kernels.layout import MixedTensor, vary_like
 
 LEAST_ROWS = 32
-"""Rows that an expert takes in one turn at least: with fewer, unpacking its weight would be the work."""
+"""Least rows of a chunk of an expert's tokens: with fewer, unpacking the weight would dominate."""
 
 
 def mixed_ragged_dot(
@@ -28,24 +28,24 @@ def mixed_ragged_dot(
     implementation: str | Sequence[str] | None = None,
     preferred_element_type: DTypeLike = jnp.float32,
 ) -> Float[Array, "M N"]:
-    """The product that `jax.lax.ragged_dot` takes, of packed weights, accumulated in float32.
+    """`jax.lax.ragged_dot` with packed weights, accumulated in float32.
 
     The first ``group_sizes[0]`` rows of ``x`` are multiplied by ``w[0]``, the next ``group_sizes[1]`` by
-    ``w[1]``, and so on. Experts take turns of ``rows`` rows, as many turns as their rows need and none
-    without rows, each one :func:`~pallas_kernels.mixed_matmul` by any of its back ends; its weight is sliced
-    from the stack packed. Differentiable in ``x``.
+    ``w[1]``, and so on. Each expert's rows are processed in chunks of ``rows`` rows, one after another; an
+    expert without rows has no chunk. A chunk is one :func:`~pallas_kernels.mixed_matmul` by any of its back
+    ends; its weight is sliced from the stack while packed. Differentiable in ``x``.
 
     Args:
       x: bfloat16 or float32.
       w: the experts' weights ``[K, N]``, stacked on a leading axis of the leaves
         (`pallas_kernels.layout.stack`).
-      group_sizes: ``int32[E]``, together at most ``M``; rows after them give 0.
-      rows: of a turn; by default about half of what an expert has if all have as many.
+      group_sizes: ``int32[E]``, at most ``M`` in total; rows after the total give 0.
+      rows: rows of a chunk; by default about half the rows of an expert if all experts have equally many.
       implementation: as for :func:`~pallas_kernels.mixed_matmul`.
-      preferred_element_type: of the result.
+      preferred_element_type: dtype of the result.
 
     Raises:
-      ValueError: a shape does not fit, or ``rows`` is no positive number.
+      ValueError: a shape does not fit, or ``rows`` is below 1.
     """
     if w.ndim != 3:
         raise ValueError(f"w is no stack of experts: its words have shape {w.words.shape}")
@@ -53,7 +53,7 @@ def mixed_ragged_dot(
         raise ValueError(f"x has shape {x.shape}, expected [M, {w.shape[0]}] for weights of shape {w.shape}")
     if group_sizes.shape != (len(w),):
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, expected [{len(w)}], one per expert")
-    known = isinstance(x.shape[0], int)  # else the program's caller will say how many there are
+    known = isinstance(x.shape[0], int)  # else symbolic: the exported program's caller decides
     if rows is None:
         rows = rows_of_turn(x.shape[0], len(w)) if known else LEAST_ROWS
     if rows < 1:
@@ -63,7 +63,7 @@ def mixed_ragged_dot(
     rows = min(rows, max(x.shape[0], 1)) if known else rows
     static, operands = (rows, names), (x, w, group_sizes.astype(jnp.int32))
     spread = meshes.spread(operands)
-    if spread.explicit:  # whose rows are where is data: each device takes all
+    if spread.explicit:  # which rows an expert has is data, so each device computes everything
         y = meshes.gathered(_ragged, static, spread.mesh, *operands)
     else:
         y = _ragged(*static, *operands)
@@ -71,26 +71,29 @@ def mixed_ragged_dot(
 
 
 def rows_of_turn(rows: int, experts: int) -> int:
-    """Rows of one turn where ``rows`` are shared by so many experts: a power of two, half a fair share or
-    a little more, and :data:`LEAST_ROWS` at least."""
+    """Rows of a chunk, of which there are about two for an expert.
+
+    The least power of two above half the mean number of rows per expert, but at least :data:`LEAST_ROWS`.
+    """
     return max(LEAST_ROWS, 1 << (rows // experts // 2).bit_length())
 
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
-"""From rows of ``x`` and the number of the expert that takes them."""
+"""Function of rows of ``x`` and the number of the expert that multiplies them."""
 
 
 def by_turns(
     product: Product, n: int, rows: int, x: Float[Array, "M K"], sizes: Int[Array, "E"]
 ) -> Float[Array, "M n"]:
-    """``product(x[start : start + rows], expert)`` of every turn, in float32, one after another.
+    """``product(x[start : start + rows], expert)`` for every chunk, one after another, in float32.
 
     Args:
-      product: gives ``n`` columns.
+      product: returns ``n`` columns.
       n: see ``product``.
-      rows: of a turn; where an expert has fewer left, others' rows fill it up and count for nothing.
+      rows: rows of a chunk; if an expert has fewer left, rows of others fill it and their results are
+        dropped.
       x: rows sorted by expert.
-      sizes: how many each expert has, ``int32``.
+      sizes: number of rows of each expert, ``int32``.
     """
     turns = -(-sizes // rows)
     last_turn, end = jnp.cumsum(turns), jnp.cumsum(sizes)
@@ -133,7 +136,7 @@ def _backward(rows: int, names: Any, residuals: tuple[jax.Array, MixedTensor, ja
 
 
 def _no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
-    """The cotangent of a leaf that is a constant."""
+    """The zero cotangent of a leaf that is a constant."""
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros_like(leaf)
     return np.zeros(leaf.shape, jax.dtypes.float0)

@@ -1,9 +1,9 @@
-"""Packed weights over several devices: cut in place, or into parts that are stacked, one for each device.
+"""Packed weights over several devices: sharded in place, or cut into stacked parts, one for each device.
 
-:func:`sharded_matmul` takes a weight whose arrays lie over a mesh, cut along its output channels. With
+:func:`sharded_matmul` takes a weight whose arrays are sharded over a mesh along its output channels. With
 :func:`stack_parts` a program writes its own `jax.shard_map`, over output or input channels. A part is a
-whole packed weight of its own, with the groups and the widths that fall to it, so inside
-`jax.shard_map` every kernel works as it does on one device:
+complete packed weight with its own groups and widths, so inside `jax.shard_map` every kernel works as it does
+on one device:
 
     w = stack_parts(w, 4, over="k")                     # leaves [4, ...]
 
@@ -11,8 +11,8 @@ whole packed weight of its own, with the groups and the widths that fall to it, 
     def product(x, w):
         return jax.lax.psum(mixed_matmul(x, part(w)), "model")
 
-Over output channels (``over="n"``) ``x`` is replicated, the parts of ``y`` lie side by side
-(``out_specs=P(None, "model")``), and there is nothing to sum.
+Over output channels (``over="n"``) ``x`` is replicated, the parts of ``y`` are side by side
+(``out_specs=P(None, "model")``), and nothing is summed.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from pallas_kernels.layout import MixedTensor
 from pallas_kernels.packing import pack
 
 Axes = str | Sequence[str]
-"""One or several axes of a mesh."""
+"""One axis of a mesh, or several."""
 
 
 def sharded_matmul(
@@ -46,22 +46,22 @@ def sharded_matmul(
     """:func:`~pallas_kernels.mixed_matmul` on every device of a mesh, each with its part of the weight.
 
     Args:
-      x: ``[..., K]``, its first axis cut over ``data``; over ``model`` it is whole where output channels are
-        cut, and cut along ``K`` where input channels are.
-      w: over "n" a weight ``[K, N]`` whose words, scales and zeros are cut along ``N``, or whole if the
-        devices do not divide it; over "k" what :func:`stack_parts` gives for as many parts as the axes of
-        ``model`` have devices, one on each.
+      x: ``[..., K]``, its first axis sharded over ``data``. Over ``model`` it is replicated if output
+        channels are sharded, and sharded along ``K`` if input channels are.
+      w: over "n" a weight ``[K, N]`` whose words, scales and zeros are sharded along ``N``, or replicated if
+        ``N`` is not a multiple of the number of devices; over "k" the result of :func:`stack_parts`, with one
+        part for each device of the axes ``model``.
       mesh: the devices.
-      model: the axes that share the weight; all that are not ``data`` if None.
-      data: the axes that share the rows of ``x``.
-      over: output channels, as a layer's first products have it (q, k, v, gate, up), or input channels, as
-        those do that read their results (o, down), whose parts are summed over ``model``.
+      model: the axes that shard the weight; all axes that are not in ``data`` if None.
+      data: the axes that shard the rows of ``x``.
+      over: "n" to shard output channels, as for a layer's first products (q, k, v, gate, up); "k" to shard
+        input channels, as for the products that read their results (o, down), and to sum over ``model``.
 
     Returns:
-      float32 ``[..., N]``: its first axis cut as that of ``x``, and over "n" its last as ``w``.
+      float32 ``[..., N]``: its first axis sharded as that of ``x``, and over "n" its last as that of ``w``.
 
     Raises:
-      ValueError: an axis is none of the mesh's or is named twice, or there are not as many parts as devices.
+      ValueError: an axis is not in the mesh or is named twice, or there are not as many parts as devices.
     """
     data_axes = (data,) if isinstance(data, str) else tuple(data)
     others = tuple(name for name in mesh.axis_names if name not in data_axes)
@@ -96,15 +96,15 @@ def stack_parts(w: MixedTensor, parts: int, *, over: Literal["k", "n"]) -> Mixed
 
     Args:
       w: the weight ``[K, N]``.
-      parts: how many.
+      parts: number of parts.
       over: input channels "k" (whole groups stay together), or output channels "n".
 
     Returns:
-      Parts in the order of their channels. Where groups of many bits meet in one part, words of the
-      others are padded to its length.
+      The parts in the order of their channels. If one part has more bits than others, their words are padded
+      to its length.
 
     Raises:
-      ValueError: ``K`` is no multiple of ``parts * group_size``, or ``N`` none of ``parts``.
+      ValueError: ``K`` is not a multiple of ``parts * group_size``, or ``N`` not one of ``parts``.
     """
     unit = w.group_size if over == "k" else 1
     size = w.shape[0 if over == "k" else 1]
@@ -116,17 +116,17 @@ def stack_parts(w: MixedTensor, parts: int, *, over: Literal["k", "n"]) -> Mixed
 
 
 def part(w: MixedTensor, index: int = 0) -> MixedTensor:
-    """One of the stacked parts: inside `jax.shard_map` the only one, which is number 0."""
+    """One of the stacked parts; inside `jax.shard_map` the only one is number 0."""
     return w[index]
 
 
 def side_by_side(parts: Sequence[MixedTensor]) -> MixedTensor:
-    """One weight of all output channels of several, whose groups have the same bits in the same order.
+    """Concatenates the output channels of weights whose groups have the same bits in the same order.
 
-    Scales are in bfloat16, which holds the value of every byte, where those of one are.
+    If dtypes of scales differ, the result has bfloat16 scales, which represent every 8-bit scale exactly.
 
     Raises:
-      ValueError: they have not.
+      ValueError: K, the group size, widths, dtypes, or the bits or order of groups differ.
     """
     first, places = parts[0], [(np.asarray(w.order), np.asarray(w.segments)) for w in parts]
     if len({w.scale.dtype for w in parts}) > 1:

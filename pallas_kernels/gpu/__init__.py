@@ -1,1 +1,1 @@
-"""The product on NVIDIA GPUs (Pallas Mosaic GPU)."""
+"""The matmul on NVIDIA GPUs (Pallas Mosaic GPU)."""

@@ -1,11 +1,11 @@
-"""Attention of one new token on NVIDIA GPUs as one launch: its key and value written, and all are read once.
+"""Attention of one new token on NVIDIA GPUs in one launch, which also writes the token's key and value.
 
-Written for Triton, whose blocks need no layouts: what is read is read once, and the rest is small. A program
-takes one key-value head of one sample, with all query heads that read it, and every ``parts``-th block of
-slots, so that a few heads and a long cache still fill the chip. Each keeps a softmax of its own; what is left
-to add up is a few numbers, which XLA does where it makes the next product's input ready.
+Written for Triton, whose blocks need no layouts: every key and value is read once, and the rest is small. A
+program processes one key-value head of one sample, with all query heads that read it, and every ``parts``-th
+block of slots, so that a few heads and a long cache still fill the chip. Each program computes its own
+softmax; XLA combines them, a few numbers each, where it prepares the next product's input.
 
-Only blocks of slots that are in use are read. Empty ones and padding have positions of -1.
+Only blocks of slots that are in use are read. Empty slots and padding have positions of -1.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pallas_kernels.chips import Device
 from pallas_kernels.gpu.config import CAPABILITIES
 from pallas_kernels.layout import result_type
 
-try:  # JAX has announced that it will go
+try:  # JAX has announced its removal
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         from jax.experimental.pallas import triton
 except ImportError:
@@ -31,34 +31,36 @@ except ImportError:
 BLOCK = 64
 """Slots that a program reads at a time."""
 LEAST_ROWS = 16
-"""Rows of a tensor-core instruction: queries of a head are filled up to them."""
+"""Rows of a tensor-core instruction, to which the queries of a head are padded."""
 WIDTHS = (16, 32, 64, 128, 256)
-"""Features of a head: Triton's blocks are powers of two, and more would spill registers."""
+"""Supported features of a head: Triton's blocks are powers of two, and more would spill registers."""
 MOST_PARTS = 8
-"""Of a head's slots; XLA adds them one by one."""
+"""Most parts of a head's slots; XLA adds them one by one."""
 LOWEST = -1e30
-"""A score that counts for nothing; finite, so that differences of two are numbers."""
+"""Score that counts for nothing; finite, so that differences of two are numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How a query and a key become a score: times ``scale``; then, if there is a ``softcap``, ``softcap *
-    tanh(score / softcap)``."""
+    """Conversion of the product of a query and a key to a score.
+
+    The product is multiplied by ``scale``; then, if there is a ``softcap``, the score becomes
+    ``softcap * tanh(score / softcap)``.
+    """
 
     scale: float
     softcap: float | None = None
 
 
 def supported(device: Device, width: int, dtype: jnp.dtype) -> bool:
-    """Whether a target has the kernel, and JAX what it is lowered by, for heads of ``width`` features and a
-    cache of ``dtype``."""
+    """True if target and JAX support the kernel for heads of ``width`` features and a cache of ``dtype``."""
     known = device.platform == "cuda" and device.compute_capability in (None, *CAPABILITIES)
     known = known and all(hasattr(triton, name) for name in ("CompilerParams", "load", "store", "dot"))
     return known and width in WIDTHS and dtype in (jnp.bfloat16, jnp.float32)
 
 
 def parts_of(device: Device, heads: int, slots: int) -> int:
-    """Into how many programs a head's slots are cut, where there are so many ``heads`` of all samples."""
+    """Number of programs that share a head's slots, for ``heads`` heads of all samples."""
     parts, idle = 1, (device.processors or 108) // heads
     while 2 * parts <= min(idle, MOST_PARTS, slots // BLOCK):
         parts *= 2
@@ -85,21 +87,21 @@ def attend(
 
     Args:
       token: queries of all ``h`` heads of the new token, its keys and its values, side by side, as one
-        product gives them; head ``i`` reads key-value head ``i // (h // kv)``.
-      rotation: by what each feature of its queries and keys is multiplied, and the one half a head away,
-        which is then added: `slim_jax.model.rotary.Rotation.by_feature`. None where they are as they should.
-      keys: of all slots.
-      values: of all slots.
-      positions: of the new token; -1 for padding, whose output means nothing.
-      slot_positions: of the token in each slot, the new one's included; -1 in empty slots.
+        product returns them; head ``i`` reads key-value head ``i // (h // kv)``.
+      rotation: factors for each feature of its queries and keys, and for the feature half a head away, whose
+        products are added: `slim_jax.model.rotary.Rotation.by_feature`. None if they need no rotation.
+      keys: keys of all slots.
+      values: values of all slots.
+      positions: position of the new token; -1 for padding, whose output means nothing.
+      slot_positions: position of the token in each slot, the new one included; -1 in empty slots.
       start: the slot of the new token, the last that is in use.
-      window: a query sees this many positions, its own included.
-      scores: how they come about.
+      window: number of positions that a query sees, its own included.
+      scores: conversion of products to scores.
       parts: programs for a head, see :func:`parts_of`.
       interpret: run by the Pallas interpreter, on any platform.
 
     Returns:
-      What the heads give side by side, in float32; keys; and values. These two are the arguments' own
+      Outputs of the heads side by side, in float32; keys; and values. The last two are the arguments' own
       memory, in which one slot has been written.
     """
     batch, kv, _, d = keys.shape
@@ -129,8 +131,10 @@ def attend(
 
 
 def _together(one: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
-    """Parts of a softmax ``[..., parts, rows, d]`` as one, written out part by part: sums that XLA can put
-    into the next launch."""
+    """Combines the parts ``[..., parts, rows, d]`` of a softmax.
+
+    It is written out part by part, as sums that XLA can fuse into the next launch.
+    """
     each = [(one[:, :, i], top[:, :, i], total[:, :, i]) for i in range(one.shape[2])]
     highest = each[0][1]
     for _, own, _ in each[1:]:
@@ -146,7 +150,7 @@ def _body(  # type: ignore[no-untyped-def]
     start, window, positions, slot_positions, token, rotation, old_keys, old_values, one, top, total, keys,
     values, *, scores: Scores, parts: int, share: int, rows: int,
 ) -> None:  # fmt: skip
-    """One part of the slots of one head: writes what falls into it, and sums."""
+    """Processes one part of the slots of one head: partial sums, and the new slot if it is in this part."""
     sample, head, part = (pl.program_id(axis) for axis in range(3))
     new, slots, width = start[0], old_keys.shape[2], old_keys.shape[3]
     dtype, position, visible_for = old_keys.dtype, positions[sample], window[0]
@@ -154,7 +158,7 @@ def _body(  # type: ignore[no-untyped-def]
 
     def block_of(ref, own, at, slot):
         found = triton.load(ref.at[sample, head, pl.ds(at, BLOCK)], mask=(slot < slots)[:, None], other=0)
-        return jnp.where((slot == new)[:, None], own, found)  # nobody waits for what is written
+        return jnp.where((slot == new)[:, None], own, found)  # no program waits for the write
 
     def add(i, sums):
         acc, highest, count = sums
@@ -175,7 +179,7 @@ def _body(  # type: ignore[no-untyped-def]
 
     last = lax.div(new, BLOCK)
     nothing = (jnp.zeros((rows, width)), jnp.full((rows,), LOWEST), jnp.zeros((rows,)))
-    times = lax.div(last - part + parts, parts)  # blocks up to the last that fall to this part
+    times = lax.div(last - part + parts, parts)  # blocks of this part, up to the last
     acc, highest, count = lax.fori_loop(0, times, add, nothing)
     one[sample, head, part], top[sample, head, part], total[sample, head, part] = acc, highest, count
     own = jnp.full((1, width), lax.rem(last, parts) == part)
@@ -184,7 +188,7 @@ def _body(  # type: ignore[no-untyped-def]
 
 
 def _new(token, rotation, keys, share, rows):  # type: ignore[no-untyped-def]
-    """Queries ``[rows, d]`` of the new token that read the program's head, its key and value ``[1, d]``."""
+    """The new token's queries ``[rows, d]`` for the program's head, and its key and value ``[1, d]``."""
     (sample, head), (_, kv, _, width), dtype = map(pl.program_id, range(2)), keys.shape, keys.dtype
     feature, row = jnp.arange(width)[None], jnp.arange(rows)[:, None]
     away = jnp.where(feature < width // 2, feature + width // 2, feature - width // 2)
@@ -195,7 +199,7 @@ def _new(token, rotation, keys, share, rows):  # type: ignore[no-untyped-def]
         return own * cos + triton.load(token.at[sample, first + away], **mask) * sin
 
     in_use = jnp.broadcast_to(row < share, (rows, width))
-    own = kv * share + head  # where the head's key is
+    own = kv * share + head  # index of the head's key
     q = turned((head * share + row) * width, mask=in_use, other=0)
     v = triton.load(token.at[sample, (own + kv) * width + feature])
     return tuple(a.astype(dtype) for a in (q, turned(own * width), v))

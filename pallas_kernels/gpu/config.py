@@ -1,4 +1,4 @@
-"""What the GPU kernel can be tuned by, the choice for a device and a product, and what it cannot serve."""
+"""Tunable parameters of the GPU kernel, their choice for a device and a product, and supported products."""
 
 import dataclasses
 
@@ -10,35 +10,36 @@ from pallas_kernels.chips import Device, describe
 from pallas_kernels.gpu.operands import ROW_TILE
 
 JAX = (0, 12)
-"""From which version the kernel can be built."""
+"""Least version of JAX with which the kernel can be built."""
 
 DECODE_ROWS = 64
-# For which the compilers have taken the kernel (tests/test_aot.py); for 12.0 Mosaic of jax 0.12 has failed.
+# For these the kernel has been compiled (tests/test_aot.py); for 12.0 Mosaic of jax 0.12 has failed.
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0")
 
 
 NAME = "mosaic_gpu"
-"""Of the implementation, and of its part of the tuning table."""
+"""Name of the implementation, and of its part of the autotuning table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the product is cut into blocks.
+    """Division of the product into blocks.
 
     Attributes:
       block_m: rows of x per block; 16, 32, 64 or 128.
       block_n: columns per block; 32, 64, 128 or 256.
-      stages: steps of x in flight, or in use, in shared memory.
-      groups_per_step: groups of a warp between two waits; also how far ahead words are loaded. What is left
-        of a width when its groups do not divide by ``groups_per_step * split_k`` is done one group a step.
-      split_k: 1, 2 or 4 shares of the groups, each taken by ``4 / split_k`` of a block's warps; a warp has
-        ``block_n * split_k / 4`` columns. Above 1 with a ``block_m`` of 16 only.
-      split_blocks: 1, 2, 4 or 8 parts of the groups of every width, each taken by a block of its own, whose
-        results XLA adds: for weights of so few columns that multiprocessors would be idle. No device has
-        timed it.
+      stages: steps of x that are in flight, or in use, in shared memory.
+      groups_per_step: groups of a warp between two waits; also how far ahead words are loaded. If the groups
+        of a width are not a multiple of ``groups_per_step * split_k``, the remaining ones are processed one
+        group per step.
+      split_k: number of K-slices, 1, 2 or 4: each is a part of the groups, for ``4 / split_k`` of a block's
+        warps; a warp has ``block_n * split_k / 4`` columns. Above 1 only with a ``block_m`` of 16.
+      split_blocks: 1, 2, 4 or 8 parts of the groups of every width, each for a block of its own; XLA adds
+        their results. For weights with so few columns that multiprocessors would be idle. Not timed on any
+        device.
 
     Raises:
-      ValueError: a field is not as above, or not in 1..16.
+      ValueError: a field is not as above, or ``stages`` or ``groups_per_step`` is not in 1..16.
     """
 
     block_m: int = 16
@@ -65,19 +66,19 @@ class Config:
 
 
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
-    """A configuration for products that nobody has tuned, by what was fastest on an H200 (docs/kernels.md).
+    """A configuration for products that were not autotuned: the fastest on an H200 (docs/kernels.md).
 
-    Up to 64 rows take tiles of 16, and blocks as narrow as they come, whose warps split K: a block waits for
-    memory and for its own instructions, so many small ones were twice as fast as few wide ones. Two groups a
-    step leave registers for two blocks in a multiprocessor, one group for three; what needs fewer rounds is
-    taken. Prefill takes 64 rows, which share each masked word, and one group a step, for their sums fill the
-    registers.
+    Up to 64 rows use tiles of 16 rows and blocks of the least width, whose warps split K: a block waits for
+    memory and for its own instructions, so many small blocks were twice as fast as few wide ones. Two groups
+    per step leave registers for two blocks in a multiprocessor, one group for three; the heuristic chooses
+    one group if that needs fewer rounds. Prefill uses blocks of 64 rows, which share each masked word, and
+    one group per step, because the sums fill the registers.
     """
     if m > DECODE_ROWS:
         block_n = next(width for width in (128, 64, 32) if n >= width or width == 32)
         return Config(block_m=64, block_n=block_n, stages=3, groups_per_step=1)
     processors = describe(device_kind).processors or 108
-    # A share below 512 channels would spend more on filling its pipelines than on its groups.
+    # A K-slice below 512 channels would spend more on filling its pipelines than on its groups.
     split = next(s for s in (4, 2, 1) if k // s >= 512 or s == 1)
     blocks = -(-m // ROW_TILE) * -(-n // 32)
     rounds = {resident: -(-blocks // (resident * processors)) for resident in (2, 3)}
@@ -86,21 +87,21 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
 
 
 def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
-    """What was measured for this product, else what the :func:`heuristic` says."""
+    """The configuration measured for this product, else that of the :func:`heuristic`."""
     found = tuned(NAME, Config, device_kind, m, k, n, bits, group_size)
     return heuristic(device_kind, m, k, n) if found is None else found
 
 
 def shared_bytes(config: Config, group_size: int) -> int:
-    """Shared memory of a block: the pipeline of x and its barriers; after it, the shares' sums."""
-    step = config.split_k * config.block_m * group_size * 2  # of one group per share, bfloat16
+    """Shared memory of a block: the pipeline of x and its barriers; after it, the sums of the K-slices."""
+    step = config.split_k * config.block_m * group_size * 2  # of one group per K-slice, bfloat16
     barriers = config.stages + max(config.stages, config.groups_per_step)
     shares = config.split_k * config.block_m * config.block_n * 4 if config.block_m == ROW_TILE else 0
     return max(config.stages * config.groups_per_step * step, shares) + 8 * barriers
 
 
 def fitted(config: Config, device: Device, group_size: int) -> Config:
-    """The configuration with as many groups a step, then as many stages, as fit the shared memory."""
+    """The configuration with groups per step, then stages, reduced until it fits the shared memory."""
     limit = device.scratch_bytes if device.platform == "cuda" else None
     while limit is not None and shared_bytes(config, group_size) > limit:
         if config.groups_per_step > 1:
@@ -113,17 +114,17 @@ def fitted(config: Config, device: Device, group_size: int) -> Config:
 
 
 def check_supported(device: Device, dtype: jnp.dtype, m: int, group_size: int, config: Config | None) -> None:
-    """Whether the kernel can take a product on a device; of one that is no GPU nothing is asked.
+    """Checks that the kernel supports a product on a device; a device that is no GPU is not itself checked.
 
     Args:
       device: the target.
-      dtype: of x.
+      dtype: dtype of x.
       m: rows of x.
       group_size: channels in a group.
-      config: how the product would be cut, if that is known.
+      config: the product's configuration, if it is known.
 
     Raises:
-      NotImplementedError: it cannot; says why.
+      NotImplementedError: the product is not supported; the message says why.
     """
     if group_size not in (32, 64, 128):
         raise NotImplementedError(f"mosaic_gpu takes groups of 32, 64 or 128, not of {group_size}")

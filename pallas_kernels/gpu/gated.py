@@ -1,8 +1,8 @@
-"""An MLP of few rows in three launches on NVIDIA GPUs: x made ready, gate and up, down.
+"""An MLP of few rows in three launches on NVIDIA GPUs: preparing x, then gate and up, then down.
 
-A block of gate and up takes the same columns of both, one after the other, and what it writes is what down
-reads: ``act(gate) * up``, rounded, in the order of down's words, with the sums of its part of a group. For
-that, gate and up are stored in that order (`Joined.feeds`); where a group lies in down's order is data.
+A block of gate and up computes the same columns of both, one after the other, and writes what down reads:
+``act(gate) * up``, rounded, in the order of down's words, and the sums of its part of a group. For that, gate
+and up are stored in that order (`Joined.feeds`); the position of a group in down's order is data.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from pallas_kernels.gpu.tile import References, Tile
 from pallas_kernels.layout import result_type
 
 COLUMNS = 32
-"""Of gate, and of up, in a block."""
+"""Columns of gate, and of up, in a block."""
 
 
 def _silu(a: jax.Array) -> jax.Array:
@@ -39,29 +39,29 @@ def _gelu_tanh(a: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": _silu, "gelu_tanh": _gelu_tanh}
-"""That the kernel has, by name."""
+"""Activations that the kernel has, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How an MLP is cut: of gate and up, and of down."""
+    """Configurations of an MLP's launches: ``entry`` for gate and up, ``exit`` for down."""
 
     entry: Config
     exit: Config
 
 
 def plan(m: int, dtype: jnp.dtype, w: Joined, down: Joined, activation: str) -> Plan | None:
-    """How so many rows of x pass ``down(act(gate(x)) * up(x))`` here, or None if they do not.
+    """Plan of ``down(act(gate(x)) * up(x))`` for ``m`` rows of x, or None if the kernel cannot compute it.
 
     Args:
       m: rows of x.
-      dtype: of x.
+      dtype: dtype of x.
       w: gate and up.
       down: the other product, alone.
-      activation: its name.
+      activation: name of the activation.
 
     Raises:
-      NotImplementedError: the target is not one for the kernel.
+      NotImplementedError: the kernel does not support the target.
     """
     groups = down.groups
     fits = len(w.sizes) == 2 and w.sizes[0] == w.sizes[1] == groups * w.feeds and w.feeds == down.group_size
@@ -71,7 +71,7 @@ def plan(m: int, dtype: jnp.dtype, w: Joined, down: Joined, activation: str) -> 
     if entry.block_m != ROW_TILE or exit_.block_m != ROW_TILE:
         return None
     entry = dataclasses.replace(entry, block_n=COLUMNS, split_blocks=1)
-    kept = 2 * math.prod(_shares(entry)) * 4  # beside what a product needs
+    kept = 2 * math.prod(_shares(entry)) * 4  # in addition to what a product needs
     limit = chips.of_target().scratch_bytes
     if limit is not None and shared_bytes(entry, w.group_size) + kept > limit:
         return None
@@ -98,11 +98,11 @@ def mlp(
 
     Args:
       x: bfloat16 or float32 ``[M, K]``.
-      w: gate and up, which may norm x first.
+      w: gate and up, which may apply a norm to x first.
       down: ``[I, N]``.
       residual: ``[M, N]``.
       activation: a name in :data:`ACTIVATIONS`.
-      plan: as :func:`plan` says.
+      plan: the result of :func:`plan`.
       interpret: run by the Pallas interpreter, on any platform.
 
     Returns:
@@ -117,7 +117,7 @@ def mlp(
 
 
 def _hidden(x, w: Joined, down: Joined, activation: str, plan: Plan, interpret: bool) -> Operands:  # type: ignore[no-untyped-def]
-    """The input of down, ready for it."""
+    """The input of down, prepared for its kernel."""
     operands = activations(x, w, ROW_TILE, ROW_TILE, plan.entry.split_k)
     groups, g, padded = down.groups, down.group_size, padded_groups(down, plan.exit.split_k)
     parts = g // COLUMNS
@@ -145,7 +145,7 @@ def _hidden(x, w: Joined, down: Joined, activation: str, plan: Plan, interpret: 
 def _body(  # type: ignore[no-untyped-def]
     *refs, w: Joined, groups: int, g: int, padded: int, config: Config, activation: str, interpret: bool
 ) -> None:
-    """One block of threads: columns of gate and of up, over all groups; and what down gets of them."""
+    """Computes one block's columns of gate and of up, over all groups, and writes down's input from them."""
     inputs, (places, zero_steps, factors, *out) = References(*refs[:11]), refs[11:]
     block, blocks = lax.axis_index("n"), groups * g // COLUMNS
     group, part = lax.div(block, g // COLUMNS), lax.rem(block, g // COLUMNS)
@@ -168,7 +168,7 @@ def _body(  # type: ignore[no-untyped-def]
         write(places[0, group], (ACTIVATIONS[activation](gate) * up).astype(jnp.bfloat16))
 
     def write(place, values):
-        """A part of the group at a place of down's storage order, and its sums."""
+        """Writes a part of the group at a position of down's storage order, and its sums."""
         wide = values.astype(jnp.float32)
         factor = plgpu.load(
             factors.at[pl.ds(part * COLUMNS, COLUMNS)], layout=layout.reduce(0), optimized=False
@@ -186,7 +186,7 @@ def _body(  # type: ignore[no-untyped-def]
 
     pl.run_scoped(finish, plgpu.SMEM((2, *_shares(config)), jnp.float32))
 
-    for beyond in range(groups, padded, groups):  # what is read there must be numbers, and count for nothing
+    for beyond in range(groups, padded, groups):  # down reads these too: zeros contribute nothing
 
         @pl.when(beyond + group < padded)
         def _(beyond: int = beyond) -> None:
@@ -194,5 +194,5 @@ def _body(  # type: ignore[no-untyped-def]
 
 
 def _few_rows() -> Any:
-    """Layout of ``[16, 32]``, 4 rows in a warp, 4 adjacent columns in a thread."""
+    """Layout of ``[16, 32]``, 4 rows per warp, 4 adjacent columns per thread."""
     return tiled(((ROW_TILE, COLUMNS), (4, COLUMNS), (1, 4)), (-6,), (-4, -3))

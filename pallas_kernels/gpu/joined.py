@@ -1,8 +1,8 @@
-"""Weights made ready for the GPU kernel: one, or several that read one input, as one product.
+"""Weights prepared for the GPU kernel: one, or several that read the same input, as one product.
 
-Each has widths and an order of groups of its own. Zero codes are a byte each, so that the rows of two groups
-that follow each other are a pair, as the tensor cores want them: then nothing needs to be put in another
-order between the sums of x and the kernel.
+Each weight has its own widths and order of groups. Zero codes have a byte each, so that the rows of two
+consecutive groups are a pair, as the tensor cores need them: then nothing needs to be reordered between the
+sums of x and the kernel.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pallas_kernels.prepared import InputNorm, Prepared, fit_together, side_by_s
 DEPTH = 16
 """Rows of a tensor-core instruction's right operand: channels per instruction, or groups in a chunk."""
 LEAST_TILE = 32
-"""Columns of a tile at least, and what its columns are a multiple of: a block of the kernel."""
+"""Least columns of a tile, and the divisor of its columns: the width of one block of the kernel."""
 
 
 @exported
@@ -33,20 +33,20 @@ LEAST_TILE = 32
 )
 @dataclasses.dataclass(frozen=True)
 class Joined(Prepared):
-    """Weights side by side for one launch: a block of columns belongs to one of them.
+    """Weights side by side for one launch; the columns of a block belong to one of them.
 
-    Rows of scales and zero codes at the end, after those of all groups, fill up a chunk of 16 groups.
+    Scales and zero codes have extra rows at the end, after those of all groups, to fill a chunk of 16 groups.
 
     Attributes:
-      segments: ``int32[weights, len(widths)]``, how many groups of a weight have which width.
-      orders: ``int32[weights, G]``, as a weight's ``order``.
-      places: ``int32[weights, G]``, the inverse: where in storage order a group of channels is.
-      zero_steps: ``float32[weights, G]``, what a unit of a group's zero code is worth, in storage order.
-      input_norm: what happens to the input first.
-      widths: that occur in any of the weights, ascending; static.
-      feeds: group size of the product that takes what these give (:mod:`pallas_kernels.gpu.gated`): output
-        channels are stored in the order in which it reads them (:func:`channels_of_slots`); 0 for as they
-        are; static.
+      segments: ``int32[weights, len(widths)]``, the number of groups of each width in each weight.
+      orders: ``int32[weights, G]``, the ``order`` of each weight.
+      places: ``int32[weights, G]``, the inverse: the position in storage order of each group of channels.
+      zero_steps: ``float32[weights, G]``, the value of a unit of a group's zero code, in storage order.
+      input_norm: the norm that is applied to the input first, if any.
+      widths: widths that occur in any of the weights, ascending; static.
+      feeds: group size of the product that reads the results (:mod:`pallas_kernels.gpu.gated`): output
+        channels are stored in the order in which it reads them (:func:`channels_of_slots`); 0 to keep their
+        order; static.
     """
 
     implementation: ClassVar[str] = "mosaic_gpu"
@@ -74,7 +74,7 @@ class Joined(Prepared):
         return [_with_columns(w, back) for w in found]
 
     def in_order(self, y: jax.Array) -> jax.Array:
-        """Outputs ``[M, N]`` as they are stored, in the order of output channels."""
+        """Outputs ``[M, N]``, given as they are stored, in the order of output channels."""
         if not self.feeds:
             return y
         by_slot = y.reshape(len(y), -1, self.feeds // DEPTH, DEPTH // 2, 2)
@@ -82,7 +82,7 @@ class Joined(Prepared):
 
     @property
     def groups(self) -> int:
-        """Of each weight."""
+        """Number of groups of each weight."""
         return self.tensors[0].groups
 
     @property
@@ -98,17 +98,17 @@ class Joined(Prepared):
 
 
 def joinable(weights: Sequence[MixedTensor]) -> bool:
-    """Whether weights that read one input can be one product."""
+    """True if weights that read the same input can be one product."""
     return fit_together(weights) and _tile(weights) % LEAST_TILE == 0 and weights[0].groups % 2 == 0
 
 
 def _tile(weights: Sequence[MixedTensor]) -> int:
-    """Columns of a tile."""
+    """Columns of a tile: the greatest common divisor of the weights' columns."""
     return math.gcd(*(w.shape[1] for w in weights))
 
 
 def channels_of_slots(group_size: int) -> np.ndarray:
-    """Which channel of a group each of its places in x has, ``int[g]``.
+    """Channel of a group at each of its positions in x, ``int[g]``.
 
     Rows 2 i and 2 i + 1 of a right operand are the halves of word i, channels of the two halves of a group.
     """
@@ -116,13 +116,16 @@ def channels_of_slots(group_size: int) -> np.ndarray:
 
 
 def _with_columns(w: MixedTensor, of_group: np.ndarray) -> MixedTensor:
-    """Output channels of every group of them in another order."""
+    """Reorders the output channels within every group of them."""
     index = (np.arange(0, w.shape[1], len(of_group))[:, None] + of_group[None]).reshape(-1)
     return dataclasses.replace(w, **{name: getattr(w, name)[:, index] for name in ("words", "scale", "zero")})
 
 
 def join(weights: Sequence[MixedTensor], *, feeds: int = 0) -> Joined:
-    """One product of weights that are :func:`joinable`; ``feeds`` is as there, a divisor of every ``N``."""
+    """Joins weights that are :func:`joinable` into one product.
+
+    ``feeds`` is as in :class:`Joined`, and a divisor of every ``N``.
+    """
     if feeds:
         weights = [_with_columns(w, channels_of_slots(feeds)) for w in weights]
     widths = tuple(sorted({b for w in weights for b in w.widths}))

@@ -1,41 +1,43 @@
 """The matmul on NVIDIA GPUs: one Pallas Mosaic GPU kernel for sm_80, sm_90a and sm_100a, decode and prefill.
 
 A *block* of 128 threads (four warps) computes a tile of ``y``: ``block_m`` rows by ``block_n`` columns, over
-all groups. It walks through the groups of one width after another. How many groups a width has is data, so
+all groups. It processes the groups of one width after another. The number of groups of a width is data, so
 each width has a loop of its own whose trip count is read from memory, and no branch depends on the width of a
-group. The warps share the columns or, with ``split_k``, the groups of each width: blocks are then narrower
-and more, while what a warp does, and costs, stays the same. The shares are added through shared memory, so
-``y`` is written once and partial sums never, unless ``split_blocks`` deals the groups to several blocks too.
+group. The warps divide the columns among them or, with ``split_k``, the groups of each width (K-slices):
+there are then more and narrower blocks, while the work and the cost of a warp stay the same. The K-slices are
+added through shared memory, so ``y`` is written once and partial sums never, unless ``split_blocks`` also
+divides the groups among several blocks.
 
-*Codes are never converted one by one.* A bfloat16 in [128, 256) has 7 bits of mantissa worth 64 ... 1, so
+*Codes are never converted one by one.* A bfloat16 in [128, 256) has 7 bits of mantissa with values 64 ... 1,
+so
 
     (word >> shift) & (mask * 0x00010001 << bit) | 0x43004300
 
 is two bfloat16 numbers, ``128 + 2**bit * code`` of slot ``s`` (low half) and of slot ``s + slots / 2`` (high
-half), and goes to the tensor cores as it is. Several slots share one shift. The planes of a code of up to 4
-bits deliver the same channels, each plane at bits of its own in the mantissa (the 1-bit plane of 3 bits two
-bits further up), and are joined: one product. Wider codes are two, the second worth 16 times as much.
-What is wrong with these numbers is put right elsewhere, where it costs little, or nothing per weight:
+half), which the tensor cores take as they are. Several slots share one shift. The planes of a code of up to 4
+bits hold the same channels, each plane at its own bits of the mantissa (the 1-bit plane of 3 bits two bits
+further up), and are joined: one product. Wider codes are two products, the second multiplied by 16. What
+these numbers contain besides the code is corrected elsewhere, at little cost, or none per weight:
 
 * ``2**bit`` is divided out of x, exactly. x is also brought into the order in which words yield channels,
-  which is the same for all widths (:func:`~pallas_kernels.gpu.operands.fields`). XLA does both before
-  the kernel, in one copy of x.
+  which is the same for all widths (:func:`~pallas_kernels.gpu.operands.fields`). XLA does both before the
+  kernel, in one copy of x.
 * the 128: a group's sum starts at ``-128 * sum(x')`` and not at 0 (``constant``).
 * scales multiply a group's finished sum, ``[block_m, block_n]``.
-* zero points: ``y -= (sum of x per group) @ (scale * zero)``, a product with one column per *group*, taken
+* zero points: ``y -= (sum of x per group) @ (scale * zero)``, a product with one column per *group*, computed
   by the same tensor cores after the loops, with both sides split into bfloat16 parts so that nothing is lost.
 
-*Memory.* A word is used by one thread only (but by all ``block_m`` rows), so words and scales go straight
-from memory into registers, loaded one step ahead of their use; x is pipelined through shared memory. Every
-block reads all of its rows of x, from the L2 cache: ``split_k`` of 4 makes that four times as much as 1. In
-decode the words are nearly all that comes from memory; in prefill a masked word serves ``block_m / 16``
-tensor-core instructions.
+*Memory.* A word is used by one thread only (but for all ``block_m`` rows), so words and scales are loaded
+directly from memory into registers, one step ahead of their use; x is pipelined through shared memory. Every
+block reads all of its rows of x, from the L2 cache: with a ``split_k`` of 4 that is four times as much as
+with 1. In decode nearly all that is read from memory is words; in prefill a masked word serves
+``block_m / 16`` tensor-core instructions.
 
 x is rounded to bfloat16; products are exact and summed in float32. Because a sum runs over ``128 + code``,
 its rounding error is that of float32 sums some 2**6 times larger than the result: about 1e-5 of
-``sum |x| |w|``, far below what rounding x does.
+``sum |x| |w|``, far below the error of rounding x.
 
-For what interpret mode does not prove see :mod:`pallas_kernels.gpu.registers`.
+:mod:`pallas_kernels.gpu.registers` says what interpret mode does not test.
 """
 
 import dataclasses
@@ -58,7 +60,7 @@ from pallas_kernels.gpu.tile import References, Tile
 from pallas_kernels.layout import MixedTensor, result_type, zero_bits
 
 MAGIC = 0x43004300  # two bfloat16 of 128
-COLUMN_MULTIPLE = 8  # rows of scales then start on 16 bytes
+COLUMN_MULTIPLE = 8  # rows of scales then start at multiples of 16 bytes
 
 
 def mixed_matmul(
@@ -70,22 +72,23 @@ def mixed_matmul(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """``x @ w (+ bias) (+ residual)``, x rounded to bfloat16, accumulated in float32; a prepared weight may
-    norm x first.
+    """``x @ w (+ bias) (+ residual)``, x rounded to bfloat16, accumulated in float32.
+
+    A prepared weight may apply a norm to x first.
 
     Args:
       x: bfloat16 or float32 ``[M, K]``.
       w: the packed weight ``[K, N]``, or several side by side.
       bias: ``[N]``, added in float32.
-      residual: ``[M, N]``, added in float32; where M is 1, by the kernel.
-      config: by :func:`choose` for the target if None, or what of it fits the target's shared memory.
+      residual: ``[M, N]``, added in float32; by the kernel if M is 1.
+      config: if None, the choice of :func:`choose` for the target, reduced to fit the target's shared memory.
       interpret: run by the Pallas interpreter, on any platform.
 
     Returns:
       float32 ``[M, N]``.
 
     Raises:
-      NotImplementedError: the product or the target is not one for this kernel; see
+      NotImplementedError: this kernel does not support the product or the target; see
         :func:`~pallas_kernels.gpu.config.check_supported`.
     """
     (m, _), n = x.shape, w.shape[1]
@@ -96,10 +99,10 @@ def mixed_matmul(
         bias = residual[0] if bias is None else residual[0] + bias
     if isinstance(w, Joined):
         return w.in_order(_product(x, w, arrays(w), bias, config, interpret)[:m])
-    # The last tile moves left over its neighbour, so N need not be a multiple of the tile. A weight narrower
-    # than a tile, or with N no multiple of 8, is copied on every call: correct, not fast, and rare.
+    # The last tile overlaps its left neighbour, so N need not be a multiple of the tile. A weight narrower
+    # than a tile, or whose N is not a multiple of 8, is copied on every call: correct and rare, but slow.
     columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
-    half = halves(w.groups)[1][0] + WORD_ROWS  # at least as many rows as the product with zeros reads
+    half = halves(w.groups)[1][0] + WORD_ROWS  # at least as many rows as the zero points' product reads
     least = {"words": 0, "scale": half, "zero": half if zero_bits(w.widths) == 8 else WORD_ROWS}
     padded = [_padded(getattr(w, name), rows, columns) for name, rows in least.items()]
     if bias is not None:
@@ -108,7 +111,7 @@ def mixed_matmul(
 
 
 def configured(m: int, dtype: jnp.dtype, w: MixedTensor | Joined, config: Config | None) -> Config:
-    """How a product of so many rows of x is cut; raises as :func:`mixed_matmul`."""
+    """Configuration of a product of ``m`` rows of x; raises as :func:`mixed_matmul`."""
     device = chips.of_target()
     if config is None and m:
         config = choose(device.name, m, *w.shape, w.mean_width, w.group_size)
@@ -121,17 +124,17 @@ def configured(m: int, dtype: jnp.dtype, w: MixedTensor | Joined, config: Config
 
 
 def takes_residual(m: int, config: Config) -> bool:
-    """Whether the kernel itself adds a residual to the product, and writes one row where x has one."""
+    """True if the kernel itself adds a residual to the product, and writes one row if x has one."""
     return m == 1 and config.block_m == ROW_TILE and config.split_blocks == 1
 
 
 def arrays(w: Joined) -> list[jax.Array]:
-    """Words, scale and zero codes, these by pairs of groups."""
+    """Words, scales and zero codes, the last in pairs of groups."""
     return [w.words, w.scale, _pairs(w.zero)]
 
 
 def _pairs(a: jax.Array) -> jax.Array:
-    """``[G, n]`` by pairs of groups that follow each other."""
+    """``[G, n]`` as ``[G / 2, 2, n]``, in pairs of consecutive groups."""
     return a.reshape(-1, 2, a.shape[1])
 
 
@@ -148,8 +151,10 @@ def _product(
     config: Config,
     interpret: bool,
 ) -> jax.Array:
-    """``float32[rows, n]``: whole tiles of rows, or one, and columns as in ``padded``: words, scale, zero
-    codes."""
+    """``float32[rows, n]``: whole tiles of rows, or one row; columns as in ``padded``.
+
+    ``padded`` has the words, scales and zero codes.
+    """
     rows = -(-x.shape[0] // config.block_m) * config.block_m
     operands = activations(x, w, rows, config.block_m, config.split_k)
     return multiply(operands, x.shape[0], w, padded, bias, config, interpret)
@@ -164,10 +169,10 @@ def multiply(
     config: Config,
     interpret: bool,
 ) -> jax.Array:
-    """:func:`_product` of ``m`` rows of x that are ready."""
+    """:func:`_product` of ``m`` rows of x that are prepared."""
     n, parts = w.shape[1] if isinstance(w, Joined) else padded[0].shape[1], config.split_blocks
     rows = -(-m // config.block_m) * config.block_m
-    # One row is all that is written of one: nobody has to cut it out, which is a launch before a kernel.
+    # For one row of x only one row is written: slicing it out would be a launch before the next kernel.
     out_rows = 1 if m == 1 and config.block_m == ROW_TILE else rows
     kernel = plgpu.kernel(
         partial(_body, w=w, config=config, n=n, sum_parts=operands.parts, interpret=interpret),
@@ -187,10 +192,10 @@ def multiply(
 
 
 def references(operands: Operands, w: MixedTensor | Joined, padded: list[jax.Array]) -> References:
-    """What the kernel reads."""
+    """The kernel's inputs."""
     # The magic number comes from memory because as a literal it would be loaded again before every mask.
     magic = jnp.full((1,), MAGIC, jnp.int32)
-    # Of a weight that is not prepared nobody asks the first, nor without a norm for squares.
+    # The first rows of a weight that is not prepared are never read, nor squares without a norm.
     first_rows, pairs = (w.first_rows[0], _pairs(w.scale)) if isinstance(w, Joined) else (magic, magic)
     squares = magic if operands.squares is None else operands.squares
     ready = operands.x, operands.constant, operands.sums, squares
@@ -201,7 +206,7 @@ def references(operands: Operands, w: MixedTensor | Joined, padded: list[jax.Arr
 def _body(  # type: ignore[no-untyped-def]
     *refs, w: MixedTensor | Joined, config: Config, n: int, sum_parts: int, interpret: bool
 ) -> None:
-    """One block of threads: its tile of y, over all groups."""
+    """Computes one block's tile of y, over all groups."""
     tile = Tile(References(*refs[:11]), w, config, n, interpret, sum_parts)
     acc = tile.subtract_zeros(tile.add_segments(tile.nothing()))
     *bias, out = refs[11:]

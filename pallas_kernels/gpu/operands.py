@@ -1,6 +1,7 @@
-"""Where the GPU kernel finds each code in its words, and x brought into the order that follows from it.
+"""Positions of codes in words, and x in the order that follows from them, for the GPU kernel.
 
-Plain arrays in, plain arrays out: nothing here knows Pallas. :mod:`pallas_kernels.gpu.kernel` says why.
+Takes and returns plain arrays: nothing here depends on Pallas. :mod:`pallas_kernels.gpu.kernel` explains the
+method.
 """
 
 import dataclasses
@@ -14,15 +15,15 @@ from pallas_kernels.gpu.joined import DEPTH, Joined, channels_of_slots
 from pallas_kernels.layout import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 
-OFFSET = 128.0  # what is added to every code
+OFFSET = 128.0  # added to every code
 MANTISSA_BITS = 7  # of a bfloat16
-WORD_ROWS = 8  # of words, the halves of which are the 16 rows of a right operand
+WORD_ROWS = 8  # rows of words; their halves are the 16 rows of a right operand
 ROW_TILE = 16  # rows of x per instruction
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """Where the codes of one right operand lie: shift a tile of words right by ``by``, then mask."""
+    """Position of the codes of one right operand: shift a tile of words right by ``by``, then mask."""
 
     tile: int
     by: int
@@ -30,11 +31,12 @@ class Field:
 
 
 def places(widths: tuple[int, ...], group_size: int) -> np.ndarray:
-    """At which bit of their halves of a word the codes of every right operand stand, ``int[g / 16]``.
+    """Bit of their half word at which the codes of every right operand begin, ``int[g / 16]``.
 
-    From one operand to the next, codes lie ``256 / g`` bits further up in all planes. As many as a mantissa
-    has room for stay where they are and share one shift. The places depend on the widest code that may
-    occur and not on a group's own: so x, from which they are divided out, is the same for all groups.
+    From one operand to the next, codes lie ``256 / g`` bits further up in all planes. As many operands as the
+    mantissa has room for leave their codes in place and share one shift. The bits depend on the widest code
+    that may occur and not on a group's own width: so x, which is divided by two to these powers, is the same
+    for all groups.
     """
     apart = 2 * 128 // group_size
     together = (MANTISSA_BITS - min(4, max(widths))) // apart + 1
@@ -42,10 +44,11 @@ def places(widths: tuple[int, ...], group_size: int) -> np.ndarray:
 
 
 def fields(n: int, shift: int, group_size: int, place: np.ndarray) -> list[Field]:
-    """The plane of ``n`` bits that is ``shift`` bits up in the code, for every right operand of a group.
+    """Positions of one plane in words, for every right operand of a group.
 
-    Channel ``8 t + i`` of a half group is row ``i`` of operand ``t``, whichever the plane: one with more
-    than 8 rows of words takes tiles of 8 in turn; one with fewer repeats them, each time a slot further
+    The plane has ``n`` bits and is ``shift`` bits up in the code. In every plane, channel ``8 t + i`` of a
+    half group is row ``i`` of operand ``t``: a plane with more than 8 rows of words uses its tiles of 8 in
+    rotation; one with fewer repeats its rows, each copy shifted one slot further
     (:meth:`~pallas_kernels.gpu.registers.Warps.full_tiles`).
     """
     rows = group_size * n // WORD_BITS
@@ -58,25 +61,29 @@ def fields(n: int, shift: int, group_size: int, place: np.ndarray) -> list[Field
 
 
 def padded_groups(w: MixedTensor | Joined, split: int) -> int:
-    """``P``, the groups of x that a weight takes: all, those that shares read past the end, whole chunks."""
+    """``P``, the number of groups of x for a weight.
+
+    It counts all groups, those that K-slices read past the end and, for joined weights, whole chunks.
+    """
     groups = w.groups + split - 1
     return groups if isinstance(w, MixedTensor) else -(-groups // (DEPTH * split)) * DEPTH * split
 
 
 def powers(w: MixedTensor | Joined) -> np.ndarray:
-    """By what a group's channels are divided, in storage order, ``float32[g]``."""
+    """Powers of two by which a group's channels are divided, in storage order, ``float32[g]``."""
     return np.repeat(2.0 ** places(w.widths, w.group_size), DEPTH).astype(np.float32)
 
 
 class Operands(NamedTuple):
-    """x as the kernel wants it, for ``B`` blocks of rows; sums may come in ``Q`` parts that are to be added.
+    """x prepared for the kernel, for ``B`` blocks of rows; sums may come in ``Q`` parts that are to be added.
 
     Attributes:
       x: ``bfloat16[B * W * P * block, g]``, divided by two to the :func:`places`.
-      constant: ``float32[B * Q, W * P * block]``, what takes its sum off again :data:`OFFSET` times.
-      sums: ``float32[M / 16 * Q, C * 16, 16]``, the sums times the steps of zeros as left operands, for the
-        ``C`` chunks of 16 groups of all weights.
-      squares: if there is a norm, the sums of squares of what it was given, ``float32[B, W * P * block]``.
+      constant: ``float32[B * Q, W * P * block]``, minus :data:`OFFSET` times the sum of x: the offset
+        correction.
+      sums: ``float32[M / 16 * Q, C * 16, 16]``, minus the sums times the steps of zeros, as left operands,
+        for the ``C`` chunks of 16 groups of all weights.
+      squares: sums of squares of the norm's input, ``float32[B, W * P * block]``; None without a norm.
       parts: ``Q``.
     """
 
@@ -88,18 +95,19 @@ class Operands(NamedTuple):
 
 
 def activations(x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, split: int) -> Operands:
-    """x and its sums as the kernel wants them, for ``rows / block`` blocks of rows.
+    """Prepares x and its sums for the kernel, for ``rows / block`` blocks of rows.
 
     A block's groups follow each other in the storage order of every weight (of which there are ``W``),
-    ``block`` rows each, so that one copy takes several. After those of a weight come others, of any values:
-    :func:`padded_groups` in all. Of a norm before the product only the scale is applied here: what a row is
-    divided by, the kernel works out from its squares, for a launch more would be a sum of its own.
+    ``block`` rows each, so that one copy loads several groups. After those of a weight come others, of any
+    values: :func:`padded_groups` in all. If there is a norm before the product, only its scale is applied
+    here: the kernel computes each row's divisor from its squares, because a sum over the row would be one
+    more launch.
     """
     (m, k), groups, g = x.shape, w.groups, w.group_size
     padded = padded_groups(w, split)
     if isinstance(w, MixedTensor):
         orders, zero_steps, shape = w.order[None], w.zero_steps()[None], (1, 1, padded)
-    else:  # by chunks from the start, so that no sum has to be brought to another place
+    else:  # in chunks from the start, so that no sum has to be moved
         orders, zero_steps, shape = w.orders, w.zero_steps, (len(w.sizes), padded // DEPTH, DEPTH)
 
     def by_group(a: jax.Array) -> jax.Array:  # [rows, *shape, ...] -> [B, W * P * block, ...]
@@ -120,7 +128,7 @@ def activations(x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, sp
     norm, given = None if isinstance(w, MixedTensor) else w.norm, x
     x = in_order((x if norm is None else x * norm.scale[None]).astype(jnp.bfloat16))
     x = x / power.astype(jnp.bfloat16)[None]
-    # Factors are powers of two, so they may come before the sums, which then are all that a launch does.
+    # Factors are powers of two, so they may be applied before the sums; then a launch only computes sums.
     wide = x.astype(jnp.float32)
     sums = (wide * (-power * of_groups(zero_steps))[None]).sum(-1)
     if isinstance(w, MixedTensor):
@@ -132,21 +140,21 @@ def activations(x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, sp
 
 
 def halves(groups: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First group and number of groups of the two halves whose zero codes of 4 bits share bytes."""
+    """First group and number of groups of the two halves, whose 4-bit zero codes share bytes."""
     first = -(-groups // 2)
     return (0, first), (first, groups - first)
 
 
 def last_start(count: int) -> int:
-    """Where, in a half of ``count`` groups, the last 8 of them begin."""
+    """Start of the last 8 groups in a half of ``count`` groups."""
     return max(count, WORD_ROWS) - WORD_ROWS
 
 
 def chunked(sums: jax.Array, split: int) -> jax.Array:
-    """``float32[M, G]`` as ``float32[M, C * 16]`` for zero codes of 4 bits, whose bytes have two groups.
+    """Sums ``float32[M, G]`` as ``float32[M, C * 16]`` for zero codes of 4 bits, whose bytes have two groups.
 
-    A chunk is 8 groups of each half, ``C`` a multiple of ``split``. The last chunks start 8 groups before
-    the end of a half; where they share groups with the one before, or a half has none, they are zero.
+    A chunk is 8 groups of each half; ``C`` is a multiple of ``split``. The last chunks start 8 groups before
+    the end of a half; groups that they share with an earlier chunk, or that the half does not have, are zero.
     """
     groups = sums.shape[1]
     chunks = -(-groups // (2 * WORD_ROWS * split)) * split

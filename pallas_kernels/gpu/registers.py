@@ -1,27 +1,28 @@
-"""What the GPU kernel does to registers: the few steps that Pallas has no operation for.
+"""Register-level steps of the GPU kernel for which Pallas has no operation.
 
-A warpgroup (4 warps of 32 threads) holds a matrix spread over its threads' registers; a *layout* says
-which thread has which elements. The tensor-core instruction ``mma.m16n8k16`` wants its operands in
-layouts of its own: thread ``4 c + r`` of a warp has column ``c`` of a tile of 8 columns, and of the
-right operand rows ``2 r, 2 r + 1`` (one 32-bit register) and ``8 + 2 r, 8 + 2 r + 1`` (another).
+A warpgroup (4 warps of 32 threads) holds a matrix distributed over its threads' registers; a *layout* says
+which thread has which elements. The tensor-core instruction ``mma.m16n8k16`` needs its operands in layouts of
+its own: thread ``4 c + r`` of a warp has column ``c`` of a tile of 8 columns, and of the right operand rows
+``2 r, 2 r + 1`` (one 32-bit register) and ``8 + 2 r, 8 + 2 r + 1`` (another).
 
-Three liberties are taken, and all are free, for they only rename what a register means:
+The kernel departs from these layouts in three ways. All are free, because they only change which elements a
+register stands for:
 
-* *A word is two rows.* Thread ``4 c + r`` loads word rows ``r`` and ``r + 4``; each 32-bit word, once
-  masked, is a pair of bfloat16 (:meth:`Warps.as_operand`). The order of rows that results is matched by x.
-* *Columns trade places.* A thread loads up to 4 *adjacent* columns at once, and uses each in another
-  tile of 8. So the product's columns are permuted among the tiles of a warp; the scales are loaded in
-  the same way and the result is stored in the same way, and the permutation is never seen
-  (:meth:`Warps.as_accumulator`, :meth:`Warps.from_accumulator`).
-* *Warps have groups of their own.* With ``split`` above 1 the accumulator has 16 rows for each of
-  ``split`` *shares* of the warps, and x's rows of one share are those of another group than the next
-  share's. The layout says that all shares hold the same right operand; but each has loaded the words of its
-  own group, by an address that differs from warp to warp (:meth:`Warps.own`).
+* *A word is two rows.* Thread ``4 c + r`` loads word rows ``r`` and ``r + 4``; each 32-bit word, once masked,
+  is a pair of bfloat16 (:meth:`Warps.as_operand`). x is brought into the order of rows that results.
+* *Columns are permuted.* A thread loads up to 4 *adjacent* columns at once, and uses each in another tile of
+  8. So the product's columns are permuted among the tiles of a warp. Scales are loaded and results are stored
+  with the same permutation, so it is never visible outside (:meth:`Warps.as_accumulator`,
+  :meth:`Warps.from_accumulator`).
+* *Each warp has its own groups.* With ``split`` above 1 the accumulator has 16 rows for each of ``split``
+  *K-slices*, each with its own warps, and x's rows of one K-slice are those of another group than the next
+  one's. The layout says that all K-slices hold the same right operand; but each has loaded the words of its
+  own group, from an address that differs from warp to warp (:meth:`Warps.own`).
 
-In interpret mode there are no registers: the first is a bitcast, the second is the identity, the third an
+In interpret mode there are no registers: the first is a bitcast, the second is the identity, the third is an
 array with a leading axis ``split``, and ``plgpu.mma`` (without an interpreter rule in jax 0.12.0.1) is a
-product per share. Interpret mode therefore proves the arithmetic and the indices, not the functions that
-rename registers; ``tests/test_gpu_registers.py`` executes what these emit, for every thread.
+product per K-slice. Interpret mode therefore tests the arithmetic and the indices, not the functions that
+rename registers; ``tests/test_gpu_registers.py`` executes the code that these emit, for every thread.
 """
 
 import dataclasses
@@ -39,48 +40,51 @@ from pallas_kernels.gpu.operands import ROW_TILE, WORD_ROWS
 
 WARPS = 4
 VECTOR_BYTES = 16
-"""Of registers that are stored at once, at most. Mosaic gives shared memory a swizzle of tiles of 16 bytes
-and, in jax 0.12, stores a longer vector as if there were none (seen on an H200)."""
+"""Most bytes of registers that are stored at once. Mosaic swizzles shared memory in tiles of 16 bytes and, in
+jax 0.12, stores a longer vector as if there were no swizzle (seen on an H200)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Warps:
-    """How the four warps of a block share the work: ``split`` by groups, ``4 / split`` by columns."""
+    """Division of a block's work among its four warps: ``split`` K-slices of ``4 / split`` warps each.
+
+    The warps of a K-slice divide the columns.
+    """
 
     split: int
     interpret: bool
 
     @property
     def rows(self) -> int:
-        """Rows of an accumulator: 16 for each share."""
+        """Rows of an accumulator: 16 for each K-slice."""
         return ROW_TILE * self.split
 
     @property
     def columns(self) -> int:
-        """Columns of one tile of 8 for each warp of a share."""
+        """Columns of one tile of 8 for each warp of a K-slice."""
         return 8 * WARPS // self.split
 
     @property
     def accumulator(self) -> Any:
-        """``float32[rows, n]``."""
+        """Layout of the accumulator ``float32[rows, n]``."""
         return plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=self.split)
 
     @property
     def left(self) -> Any:
-        """``bfloat16[rows, 16]``, each share's own rows."""
+        """Layout of the left operand ``bfloat16[rows, 16]``, with each K-slice's own rows."""
         return plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=self.split)
 
     @property
     def right(self) -> Any:
-        """``bfloat16[16, n]``, each share's own words."""
+        """Layout of the right operand ``bfloat16[16, n]``, with each K-slice's own words."""
         return plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=self.split)
 
     def adjacent(self, n: int) -> int:
-        """How many adjacent columns a thread loads at once, in a block of ``n``."""
+        """Number of adjacent columns that a thread loads at once, in a block of ``n``."""
         return min(4, n // self.columns)
 
     def words(self, n: int, rows: int = WORD_ROWS) -> Any:
-        """Layout of ``[rows, n]`` words; with fewer than 8 rows, threads of a column share or repeat them."""
+        """Layout of words ``[rows, n]``; with fewer than 8 rows, threads of a column share or repeat them."""
         v, repeat = self.adjacent(n), plgpu.Replicated
         columns, tile = self.columns * v, 8 * v
         match rows:
@@ -93,13 +97,13 @@ class Warps:
         raise ValueError(f"{rows} word rows, expected 1, 2, 4 or 8")
 
     def results(self, n: int) -> Any:
-        """Layout of ``[rows, n]`` results, adjacent columns in one thread; ``.reduce(0)`` is one row."""
+        """Layout of results ``[rows, n]``, adjacent columns in one thread; ``.reduce(0)`` is one row's."""
         v = self.adjacent(n)
         tiling = (self.rows, self.columns * v), (ROW_TILE, 8 * v), (8, 8 * v), (2 * v,)
         return tiled(tiling, (-7, -6), (-3, -2))
 
     def stored(self, n: int) -> Any:
-        """Layout of ``float32[rows, n]`` results as they are stored: :meth:`results` in shorter vectors."""
+        """Layout in which results ``float32[rows, n]`` are stored: :meth:`results` in shorter vectors."""
         v, most = self.adjacent(n), VECTOR_BYTES // 4
         if 2 * v <= most:
             return self.results(n)
@@ -107,7 +111,7 @@ class Warps:
         return tiled(tiling, (-8, -7), (-4, -3))
 
     def share(self) -> Any:
-        """Which share the thread's warp belongs to, a scalar that differs between warps."""
+        """K-slice that the thread's warp belongs to, a scalar that differs between warps."""
         if self.split == 1:
             return 0
         scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(()))
@@ -125,20 +129,20 @@ class Warps:
         return inline()
 
     def own(self, load: Callable[[Any], Any]) -> Any:
-        """``load(share)`` of every warp's own share; in interpret mode of all, along a new first axis."""
+        """``load(share)`` of every warp's own K-slice; in interpret mode of all, along a new first axis."""
         if not self.interpret:
             return load(self.share())
         return jax.tree.map(lambda *shares: jnp.stack(shares), *map(load, range(self.split)))
 
     def mma(self, acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        """``acc[rows, n] + a[rows, 16] @ b[16, n]`` on the tensor cores, share by share."""
+        """``acc[rows, n] + a[rows, 16] @ b[16, n]`` on the tensor cores, for each K-slice."""
         if not self.interpret:
             return plgpu.mma(acc, a, b)
         shares = a.reshape(self.split, ROW_TILE, -1)
         return acc + jnp.matmul(shares, b, preferred_element_type=jnp.float32).reshape(acc.shape)
 
     def as_operand(self, words: jax.Array) -> jax.Array:
-        """``uint32[8, n]``, each two bfloat16, as ``bfloat16[16, n]``: row ``2 j`` is a word's low half."""
+        """Words ``uint32[8, n]``, two bfloat16 each, as ``bfloat16[16, n]``: row ``2 j`` is a low half."""
         *shares, rows, n = words.shape
         if self.interpret:
             pairs = jnp.moveaxis(lax.bitcast_convert_type(words, jnp.bfloat16), -1, -2)
@@ -158,7 +162,10 @@ class Warps:
         return _renamed(words, self.words(n), self.right, (2 * rows, n), jnp.bfloat16, rename)
 
     def as_accumulator(self, row: jax.Array) -> jax.Array:
-        """A row ``bfloat16[n]`` in the layout ``results(n).reduce(0)``, as every row of an accumulator."""
+        """Repeats a row ``bfloat16[n]`` as every row of an accumulator.
+
+        The row has the layout ``results(n).reduce(0)``.
+        """
         n = row.shape[-1]
         if self.interpret:
             return jnp.repeat(row.astype(jnp.float32), ROW_TILE, axis=0)
@@ -202,14 +209,14 @@ class Warps:
         return _renamed(acc, self.accumulator, self.stored(n), acc.shape, jnp.float32, rename)
 
     def load_words(self, ref: Any) -> list[jax.Array]:
-        """A plane of one group, ``uint32[rows, n]``, as tiles of 8 rows, or one of fewer."""
+        """Loads a plane of one group, ``uint32[rows, n]``, as tiles of 8 rows, or one tile of fewer."""
         rows, n = ref.shape
         step = min(rows, WORD_ROWS)
         tiles = [ref.at[pl.ds(i, step)] for i in range(0, rows, step)]
         return [plgpu.load(tile, layout=self.words(n, step), optimized=False) for tile in tiles]
 
     def full_tiles(self, tiles: list[jax.Array], bits: int) -> list[jax.Array]:
-        """Tiles ``uint32[8, n]``: one of fewer rows repeats them, each time shifted down by ``bits`` more."""
+        """Tiles ``uint32[8, n]``: fewer rows are repeated, each copy shifted down by ``bits`` more."""
         words = tiles[0]
         *_, rows, n = words.shape
         if rows == WORD_ROWS:
@@ -233,12 +240,12 @@ class Warps:
         return [_renamed(words, self.words(n, rows), self.words(n), (WORD_ROWS, n), jnp.uint32, rename)]
 
     def barrier(self) -> None:
-        """Waits until all four warps are here, and what they stored is seen."""
+        """Waits until all four warps are here; then all see what each has stored."""
         if self.interpret:
             plgpu.commit_smem()
             return
 
-        @plgpu.inline_mgpu()  # commit_smem has a fence besides, for TMA, which sm_80 has not
+        @plgpu.inline_mgpu()  # commit_smem also has a fence for TMA, which sm_80 lacks
         def inline(ctx):
             from jax.experimental.mosaic.gpu import utils
 
@@ -248,7 +255,7 @@ class Warps:
 
 
 def tiled(tiling: Any, warps: Any, lanes: Any) -> Any:
-    """A layout from tiles that may divide nothing, as those do that all warps would share out among them."""
+    """A layout of a tiling that need not be canonical: a tile may be as large as the one that it divides."""
     from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout
 
     layout = TiledLayout(plgpu.Tiling(tiling), warps, lanes, -1, _check_canonical=False).canonicalize()
@@ -256,7 +263,7 @@ def tiled(tiling: Any, warps: Any, lanes: Any) -> Any:
 
 
 def _renamed(array, old_layout, new_layout, shape, dtype, rename) -> jax.Array:
-    """``array`` with new registers, each made from the old ones by ``rename(old, new)``."""
+    """``array`` with new registers, which ``rename(old, new)`` makes from the old ones."""
     from jax.experimental.mosaic.gpu import fragmented_array as fa
 
     @plgpu.inline_mgpu(

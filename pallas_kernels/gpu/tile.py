@@ -1,4 +1,4 @@
-"""One block of threads of the GPU kernel: its tile of ``y``, over all groups; see `kernel.py` for the how."""
+"""One block of threads of the GPU kernel: its tile of ``y``, over all groups; see `kernel.py`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,14 +28,14 @@ from pallas_kernels.planes import WORD_BITS, pieces
 
 
 class Place(NamedTuple):
-    """Where the weight of a block of columns lies, among those side by side.
+    """Location of the weight of a block of columns, among the weights side by side.
 
     Attributes:
-      columns: of the words and scales, the block's.
-      weight: which one.
-      row: of the words, its first; of one tile of it, where it has several.
-      position: of its first group, in the rows of scales.
-      segments: how many groups have each width, scalars in memory.
+      columns: the block's columns of the words and scales.
+      weight: index of the weight.
+      row: the weight's first row of words; if it has several tiles, that of the block's tile.
+      position: row of scales of its first group.
+      segments: returns the number of groups of the i-th width, a scalar in memory.
     """
 
     columns: Any
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 class References(NamedTuple):
-    """What the kernel reads, in memory, as `kernel._product` gives it."""
+    """The kernel's inputs in memory, from `kernel.references`."""
 
     magic: Any
     segments: Any
@@ -64,8 +64,8 @@ class References(NamedTuple):
 class Tile:
     """One block's tile of y. Its methods are traced in the order in which `kernel._body` calls them.
 
-    The instruction takes 16 rows; with more in one operand, Mosaic would give each warp its own rows and
-    have all four unpack the same words. So everything with rows comes as a list of tiles of 16.
+    The instruction takes 16 rows; with more in one operand, Mosaic would give each warp its own rows and have
+    all four unpack the same words. So everything with rows is a list of tiles of 16.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Tile:
         return Place(self.out_columns, 0, 0, 0, lambda i: segments[i])
 
     def _place(self, w: Joined, block: Any) -> Place:
-        """By the tile of the block, of which no two weights share one."""
+        """Location of the block's weight, found by the block's tile, which belongs to one weight."""
         refs, block_n = self.refs, self.config.block_n
         per_tile = refs.words.shape[1] // block_n
         tile, weight, first_tile = lax.div(block, per_tile), jnp.int32(0), jnp.int32(0)
@@ -111,12 +111,12 @@ class Tile:
         return Place(columns, weight, row, tile * w.groups, lambda i: refs.segments[weight, i])
 
     def nothing(self) -> list[jax.Array]:
-        """The sums to begin with, by tiles of 16 rows."""
+        """Initial sums, all zero, in tiles of 16 rows."""
         zeros = jnp.zeros((self.warps.rows, self.config.block_n), jnp.float32)
         return [plgpu.layout_cast(zeros, self.warps.accumulator) for _ in self.row_tiles]
 
     def add_segments(self, acc: list[jax.Array]) -> list[jax.Array]:
-        """``acc`` and the products with the groups of every width, or this block's part of them."""
+        """Adds to ``acc`` the products with the groups of every width, or this block's part of them."""
         w, config = self.w, self.config
         split, per_step, parts = config.split_k, config.groups_per_step, config.split_blocks
         first: Any = 0
@@ -144,7 +144,7 @@ class Tile:
         return acc
 
     def _add_groups(self, b, begin, row, steps, per_step, stages, acc, end=None):  # type: ignore[no-untyped-def]
-        """Adds ``steps * per_step * split`` groups: x by shared memory, words one step ahead in registers."""
+        """Adds ``steps * per_step * split`` groups: x through shared memory, words loaded one step ahead."""
         w, warps, block_m, split = self.w, self.warps, self.config.block_m, self.config.split_k
         g = w.group_size
         rows = g * b // WORD_BITS
@@ -167,7 +167,7 @@ class Tile:
                     plgpu.load(x_step.at[rows], layout=warps.left) for rows in self._rows_of(u * split)
                 ]
                 acc = self._add_group(b, acc, x_groups, groups[u])
-                # Only now, so that the registers just read are those loaded into.
+                # Loads only now, into the registers that were just read.
                 groups[u] = fetch_nth((indices[0] + 1) * per_step + u)
             return acc, groups
 
@@ -181,14 +181,14 @@ class Tile:
         return pipeline(self.refs.x)[0]
 
     def _rows_of(self, position):  # type: ignore[no-untyped-def]
-        """Of x, in the groups that the shares take together, by tiles of 16."""
+        """Rows of x in the groups that the K-slices process together, in tiles of 16."""
         first = position * self.config.block_m
         return [pl.ds(first + r * ROW_TILE, self.warps.rows) for r in range(self.tile_count)]
 
     def _fetch(self, b, position, row, end):  # type: ignore[no-untyped-def]
-        """Starts loading a group per share from memory to registers; from ``end`` on, scales are zero.
+        """Starts loading one group per K-slice from memory to registers; from ``end`` on, scales are zero.
 
-        A place past the last group gives the last.
+        A position past the last group loads the last group.
         """
         refs, w, warps = self.refs, self.w, self.warps
         rows = w.group_size * b // WORD_BITS
@@ -219,18 +219,18 @@ class Tile:
         return *warps.own(of_share), starts
 
     def _summed(self, ref, tile, rows, layout):  # type: ignore[no-untyped-def]
-        """Sums of x, whose parts follow each other."""
+        """Loads sums of x and adds their consecutive parts."""
         first, parts = tile * len(self.sum_parts), self.sum_parts
         return sum(plgpu.load(ref.at[first + i, rows], layout=layout, optimized=False) for i in parts)
 
     def _load_plane(self, first, n: int, shift: int):  # type: ignore[no-untyped-def]
-        """The plane of ``n`` bits of the group that begins at row ``first`` of the words."""
+        """Loads the plane of ``n`` bits of the group that begins at row ``first`` of the words."""
         g = self.w.group_size
         rows = pl.ds(first + g * shift // WORD_BITS, g * n // WORD_BITS)
         return self.warps.load_words(self.refs.words.at[rows, self.place.columns])
 
     def _operands(self, piece, planes):  # type: ignore[no-untyped-def]
-        """The right operands of one piece of a group: ``128 + code``, two to a word."""
+        """Yields the right operands of one piece of a group: ``128 + code``, two to a word."""
         warps = self.warps
         plane_fields = [fields(n, shift, self.w.group_size, self.bits) for n, shift in piece]
         planes = [warps.full_tiles(tiles, n) for (n, _), tiles in zip(piece, planes)]
@@ -240,12 +240,12 @@ class Tile:
                 tile, by = tiles[field.tile], jnp.uint32(abs(field.by))
                 shifted = tile >> by if field.by > 0 else tile << by if field.by < 0 else tile
                 masked = shifted & jnp.uint32(field.mask)
-                # With a second OR, LLVM would join the planes first, in one instruction more.
+                # With a second OR, LLVM would join the planes first, which takes one instruction more.
                 code = masked | self.magic if code is None else masked ^ code
             yield warps.as_operand(code)
 
     def _add_group(self, b, acc, x, group):  # type: ignore[no-untyped-def]
-        """acc + what one group per share contributes; ``x`` gives their channels, by tiles of 16 rows."""
+        """Adds one group per K-slice to ``acc``; ``x`` holds its channels, in tiles of 16 rows."""
         warps = self.warps
         planes, scale_row, starts = group
         scale_tile = warps.as_accumulator(scale_row)
@@ -260,11 +260,14 @@ class Tile:
         return acc
 
     def subtract_zeros(self, acc: list[jax.Array]) -> list[jax.Array]:
-        """acc - (sums of x) @ (scale * zero), 16 groups per share at a time, in turn with other parts."""
+        """``acc - (sums of x) @ (scale * zero)``, 16 groups per K-slice at a time.
+
+        If the groups are split over blocks, every ``split_blocks``-th chunk is this block's.
+        """
         warps, sums, parts = self.warps, self.refs.sums, self.config.split_blocks
         own = sums.shape[1] // (self.weights * warps.rows)
         first = self.place.weight * own
-        # Chunks of joined weights past their last group count for nothing.
+        # Chunks of joined weights past their last group contribute nothing.
         times: Any = own if isinstance(self.w, MixedTensor) else -(-self.w.groups // warps.rows)
         if parts > 1:
             times = lax.div(times - self.part + (parts - 1), parts)
@@ -272,7 +275,7 @@ class Tile:
         def some(i, acc):
             t = i * parts + self.part if parts > 1 else i
             products = warps.own(lambda share: self._scaled_zeros(t * self.config.split_k + share))
-            # Products of numbers of 8 bits have 16, and are sums of two bfloat16.
+            # A product of two 8-bit numbers has 16 bits and is a sum of two bfloat16.
             rights = []
             for lower, upper in zip(*(_cut(product, 2) for product in products)):
                 lower, upper = (lax.bitcast_convert_type(a, jnp.uint32) for a in (lower, upper))
@@ -288,7 +291,7 @@ class Tile:
         return lax.fori_loop(0, times, some, acc)
 
     def _scaled_zeros(self, chunk):  # type: ignore[no-untyped-def]
-        """``scale * zero`` of a chunk of 16 groups: of 8, and of the 8 that stand beside them in a pair."""
+        """``scale * zero`` of a chunk of 16 groups: of 8 groups, and of the 8 that are paired with them."""
         load = self._pairs if isinstance(self.w, Joined) else self._halves
         layout = self.warps.words(self.config.block_n)
         products = []
@@ -302,14 +305,20 @@ class Tile:
         return products
 
     def _pairs(self, chunk, which):  # type: ignore[no-untyped-def]
-        """Zero codes and scales of every second group of the chunk."""
+        """References to the zero codes and scales of every second group of the chunk, from ``which`` on.
+
+        The second result is None: every zero code has a byte of its own.
+        """
         refs, place = self.refs, self.place
         pair = lax.div(place.position, 2) + chunk * WORD_ROWS
         rows = pl.ds(lax.min(pair, refs.scale_pairs.shape[0] - WORD_ROWS), WORD_ROWS)
         return [ref.at[rows, which, place.columns] for ref in (refs.zero_code, refs.scale_pairs)], None
 
     def _halves(self, chunk, which):  # type: ignore[no-untyped-def]
-        """Zero codes and scales of 8 groups of one half of all, and where bytes have two, which it is."""
+        """References to the zero codes and scales of 8 groups of one half, and the half of a byte.
+
+        True is the upper half of bytes; None says that every zero code has a byte of its own.
+        """
         refs, w, columns = self.refs, self.w, self.place.columns
         in_bytes = zero_bits(w.widths) == 8
         begin, count = halves(w.groups)[which]
@@ -321,10 +330,12 @@ class Tile:
         return found, None if in_bytes else bool(which)
 
     def norm_factor(self, r: int, eps: float, layout: Any) -> jax.Array:
-        """What the norm multiplies the rows of the ``r``-th tile with, ``float32[16]``, or without a layout
-        its first row."""
+        """The norm's factors for the rows of the ``r``-th tile, ``float32[16]``.
+
+        Without a layout, only that of the tile's first row.
+        """
         total: Any = 0.0
-        for group in range(self.w.groups):  # loads that do not wait for each other
+        for group in range(self.w.groups):  # independent loads
             first = (self.place.weight * self.padded + group) * self.config.block_m + r * ROW_TILE
             if layout is None:
                 total = total + self.refs.squares[self.row_block, first]
@@ -334,8 +345,10 @@ class Tile:
         return lax.rsqrt(total * (1 / self.w.shape[0]) + eps)
 
     def store(self, acc: list[jax.Array], out, bias) -> None:  # type: ignore[no-untyped-def]
-        """Writes the tile, or of one that is all ``out`` has its first row, ``bias`` added if there is one,
-        once the warps' shares are added."""
+        """Adds the warps' K-slices, and ``bias`` if there is one, and writes the tile.
+
+        If ``out`` has a single row for each part of the groups, only the tile's first row is written.
+        """
         warps, split = self.warps, self.config.split_k
         first_row = self.part * (out.shape[0] // self.config.split_blocks)
         one_row = out.shape[0] == self.config.split_blocks
@@ -352,8 +365,8 @@ class Tile:
             plgpu.store(out.at[rows, self.out_columns], y, optimized=False)
 
         def add_shares(shares):
-            """The sum over the warps' shares, through shared memory."""
-            warps.barrier()  # what is stored over may still be read
+            """Adds the warps' K-slices through shared memory, and writes the sum."""
+            warps.barrier()  # other warps may still read what is overwritten
             for r, total in enumerate(acc):
                 plgpu.store(shares.at[r], warps.from_accumulator(total), optimized=False)
             warps.barrier()
@@ -372,7 +385,7 @@ class Tile:
 
 
 def _cut(a: jax.Array, count: int) -> list[jax.Array]:
-    """Float32 as so many numbers that bfloat16 can hold, their top bits cut off in turn; three make it up."""
+    """Float32 as a sum of ``count`` bfloat16 numbers, each the top bits of what remains; 3 are exact."""
     found = []
     for _ in range(count):
         bits = lax.bitcast_convert_type(a, jnp.uint32) & jnp.uint32(0xFFFF0000)

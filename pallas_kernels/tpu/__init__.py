@@ -1,1 +1,1 @@
-"""The product on TPUs (Pallas Mosaic)."""
+"""The matmul on TPUs (Pallas Mosaic)."""

@@ -1,7 +1,8 @@
-"""One slot of the keys and values of a layer, written where they lie on a TPU.
+"""Writes one slot of a layer's keys and values in place on a TPU.
 
-XLA writes one slot as well, but gives the whole cache an order of axes for it in which the heads of a slot
-are neighbours, and brings all of it into that order and back. A kernel takes arrays as they are.
+XLA can write one slot as well, but it chooses an order of axes for the whole cache in which the heads of a
+slot are adjacent, and transposes all of the cache into that order and back. A kernel takes arrays as they
+are.
 """
 
 import jax
@@ -24,19 +25,22 @@ def write_slot(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "L b kv s d"], Float[Array, "L b kv s d"]]:
-    """Keys and values with those of one token in slot ``start`` of a layer: the arguments' own memory.
+    """Writes one token's keys and values into slot ``start`` of a layer, in the arguments' own memory.
 
     Args:
       keys: of all layers and slots, in bfloat16 or float32.
       values: of all layers and slots.
       k: the token's keys.
-      v: its values.
-      layer: which layer's they are.
-      start: the slot.
+      v: the token's values.
+      layer: index of the layer.
+      start: index of the slot.
       interpret: as in ``pl.pallas_call``.
+
+    Returns:
+      ``keys`` and ``values`` with the token's.
     """
     _, batch, heads, _, width = keys.shape
-    rows = SUBLANES * 4 // keys.dtype.itemsize  # of a register: the least that a copy takes
+    rows = SUBLANES * 4 // keys.dtype.itemsize  # of a register, the least that can be copied
 
     def block(sample, layer, start):
         return layer[0], sample, 0, start[0] // rows, 0
@@ -53,13 +57,13 @@ def write_slot(
             in_specs=[cached, cached, token, token],
             out_specs=[cached, cached],
         ),
-        input_output_aliases={2: 0, 3: 1},  # counted with layer and start
+        input_output_aliases={2: 0, 3: 1},  # indices that count layer and start
         interpret=interpret,
     )(layer[None], start[None], keys, values, k, v)
 
 
 def _kernel(layer, start, keys, values, k, v, new_keys, new_values):  # type: ignore[no-untyped-def]
-    """The block of slots with the new one in it, of all heads of a sample."""
+    """Writes the block of slots that contains the new one, for all heads of a sample."""
     for old, token, new in ((keys, k, new_keys), (values, v, new_values)):
         slots = old[0, 0].astype(jnp.float32)
         row = lax.broadcasted_iota(jnp.int32, slots.shape, 1)

@@ -1,4 +1,4 @@
-"""What the TPU kernels can be tuned by, the choice for a device and a product, and what they cannot serve."""
+"""Tunable parameters of the TPU kernels, their choice for a device and a product, and supported products."""
 
 import dataclasses
 from contextlib import AbstractContextManager
@@ -12,46 +12,50 @@ from pallas_kernels.chips import Device, describe
 LANES = 128
 SUBLANES = 8
 UNPACKS = {"int8": 8, "bfloat16": 16}  # strategy: bits of a field
-DECODE_ROWS = 32  # with more, the product is taken by prefill.py
+DECODE_ROWS = 32  # with more, prefill.py computes the product
 GROUP_SIZES = (32, 64, 128, 256)
-GENERATIONS = ("v5e", "v5p", "v6e", "v7x")  # for which the compiler has taken the kernels
-WITHOUT_INT8 = ("v7x",)  # their matrix units multiply no integers
-VMEM_BYTES = 60 << 20  # the most that a kernel asks for; of 64 MiB on the smallest, v5p and v7x
+GENERATIONS = ("v5e", "v5p", "v6e", "v7x")  # for which the kernels have been compiled
+WITHOUT_INT8 = ("v7x",)  # their matrix units do not multiply integers
+VMEM_BYTES = 60 << 20  # the most that a kernel requests; the smallest, v5p and v7x, have 64 MiB
 
 
-_checking = jax.make_user_context(False)  # part of what jit keeps programs by
+_checking = jax.make_user_context(False)  # part of jit's cache key
 
 
 def checked() -> AbstractContextManager[None]:
-    """Decode kernels traced inside ask on the device, at some cost, whether they stay within their operands
-    and leave their semaphores at rest."""
+    """Makes decode kernels that are traced inside the context check themselves on the device, at some cost.
+
+    They check that they stay within their operands and leave their semaphores at rest.
+    """
     return _checking(True)
 
 
 def checking() -> bool:
-    """Whether they do."""
+    """True if decode kernels are checked, inside :func:`checked`."""
     return bool(_checking.value)
 
 
 NAME = "mosaic_tpu"
-"""Of the implementation, and of its part of the tuning table."""
+"""Name of the implementation, and of its part of the autotuning table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the kernels can be tuned by; all but ``vector`` is for decode.
+    """Tunable parameters of the kernels; all but ``vector`` are for decode.
 
     Attributes:
       strips: columns of an output tile, in units of 128.
       groups: groups in a chunk, all unrolled.
-      batch: groups whose channels of x are prepared together; twice as many are measured together.
-      join: strips that one product takes together; 2 fills a matrix unit 256 wide.
-      deep: planes of a code lie under one another, for matrix units 256 deep; of int8, in three groups of 4.
-      unpack: ``"int8"`` or ``"bfloat16"``, what the matrix unit multiplies.
-      digits: of 8 bits, that x has in int8; 2 or 3.
-      ahead: products after one whose result the next strips wait for; 0: they wait for none. int8 only.
-      cores: cores of a device that share the columns; 2 on v4 and v5p.
-      vector: dtype in which prefill scales weights; ``"bfloat16"`` where the vector unit computes in it.
+      batch: groups whose channels of x are prepared together; scales of x are computed for twice as many.
+      join: strips that share one product; 2 fills a matrix unit 256 wide.
+      deep: if True, planes of a code are stacked along K, for matrix units 256 deep; with int8, in three
+        groups out of 4.
+      unpack: ``"int8"`` or ``"bfloat16"``, the dtype that the matrix unit multiplies.
+      digits: number of 8-bit digits of x in int8; 2 or 3.
+      ahead: scheduling barrier: strips wait for the result of the product this many products before; 0 for no
+        barrier. int8 only.
+      cores: cores of a device that divide the columns among them; 2 on v4 and v5p.
+      vector: dtype in which prefill scales weights; ``"bfloat16"`` if the vector unit computes in it.
     """
 
     strips: int = 8
@@ -92,13 +96,13 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     unpack = "bfloat16" if generation in WITHOUT_INT8 else "int8"
     deep, wide = generation == "v6e", generation in ("v6e", "v7x")
     cores = device.processors or 1
-    # Between two loops the matrix unit runs empty, so tiles are wide, but all strips are unrolled.
+    # The matrix unit is idle between two loops, so tiles are wide; but all strips are unrolled.
     widest = (32 if deep else 16 if unpack == "int8" else 8) // (1 if m <= 16 else 2)
     total, join = -(-n // LANES), 2 if wide and n > LANES else 1
     tiles = -(-total // (widest * cores)) * cores
     strips = -(-total // (tiles * join)) * join
     few = m <= SUBLANES
-    batch = (32 if few else 16) if deep else 8  # as many as fit the registers; so does ahead
+    batch = (32 if few else 16) if deep else 8  # as many as fit the registers; likewise ahead
     ahead = 25 if deep and not few and m <= 16 else 0
     vector = "bfloat16" if wide else "float32"
     return Config(
@@ -107,23 +111,23 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
 
 
 def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
-    """What was measured for this product, else what the :func:`heuristic` says."""
+    """The configuration measured for this product, else that of the :func:`heuristic`."""
     found = tuned(NAME, Config, device_kind, m, k, n, bits, group_size)
     return heuristic(device_kind, m, k, n) if found is None else found
 
 
 def check_supported(device: Device, dtype: jnp.dtype, m: int, group_size: int, config: Config) -> None:
-    """Whether the kernels can take a product on a device; of one that is no TPU nothing is asked.
+    """Checks that the kernels support a product on a device; a device that is no TPU is not itself checked.
 
     Args:
       device: the target.
-      dtype: of x.
+      dtype: dtype of x.
       m: rows of x.
       group_size: channels in a group.
-      config: how the product would be cut.
+      config: the product's configuration.
 
     Raises:
-      NotImplementedError: they cannot; says why.
+      NotImplementedError: the product is not supported; the message says why.
     """
     if m == 0:
         raise NotImplementedError("mosaic_tpu has no block for a product without rows")

@@ -1,42 +1,42 @@
 """The matmul on TPUs in decode (few rows of ``x``): words are read once and unpacked in registers.
 
-The output is cut into tiles of columns, one per grid step. The kernel copies all operands itself. While a
-tile is computed, it copies the next tile's into VMEM (fast memory), words in four blocks of rows; the first
-tile is computed while its own blocks arrive, and they while x is prepared. A step runs one loop per bit
-width over *chunks* of ``Config.groups`` groups. How many groups have which width is data, and so are trip
-counts and row numbers: one compiled kernel serves all allocations. Between two steps of a loop the matrix
-unit runs empty, hence the wide tiles.
+The output is divided into tiles of columns, one per grid step. The kernel copies all operands itself. While
+it computes a tile, it copies the next tile's operands into VMEM (fast memory), words in four blocks of rows.
+The first tile is computed while its own blocks arrive, and x is prepared while the first blocks arrive. A
+step runs one loop per bit width over *chunks* of ``Config.groups`` groups. The number of groups of each width
+is data, and so are trip counts and row numbers: one compiled kernel serves all bit allocations. The matrix
+unit is idle between two loops of a step, hence the wide tiles.
 
-*Unpacking* (``unpack``). Codes are never converted one by one. A 32-bit word is taken as four fields of
-8 bits or two of 16, and one AND leaves one code in each field, at bit 0 or 2. For 8-bit fields that *is*
-four int8 numbers ``q << bit``. For 16-bit fields an OR with ``0x4300`` makes two bfloat16 numbers,
-``128 + (q << bit)``. The factor is divided out of ``x``; the 128 is subtracted with the zeros.
+*Unpacking* (``unpack``). Codes are never converted one by one. A 32-bit word is used as four fields of 8 bits
+or two of 16, and one AND leaves one code in each field, at bit 0 or 2. For 8-bit fields that *is* four int8
+numbers ``q << bit``. For 16-bit fields an OR with ``0x4300`` makes two bfloat16 numbers,
+``128 + (q << bit)``. The factor is divided out of ``x``; the 128 is subtracted along with the zeros.
 
 *Order.* In every plane, field ``f`` of a word holds channels ``f * g / fields`` to ``(f + 1) * g / fields``
-of its group. Wherever a plane's rows fill registers of 8 rows only after being repeated, every copy is
+of its group. If a plane has too few rows to fill registers of 8, its rows are repeated, and every copy is
 shifted by one slot more. Then codes of all widths come out in the same order, channel
 ``f * g / fields + 8 * t + r`` in field ``f`` of row ``r`` of register ``t``, and one order of ``x`` serves
-all. Planes of a width are joined with an OR; or, if ``Config.deep``, they lie under one another beside two
-copies of ``x``, which costs less where the matrix unit is 256 deep, up to where that is the limit: of int8
-products every fourth is joined all the same. Codes wider than 4 bits are two
+all. The planes of a code are joined with an OR. If ``Config.deep``, they are instead stacked along K and
+multiplied by as many copies of ``x``; this costs less if the matrix unit is 256 deep, until that unit is the
+limit, so with int8 the planes of every fourth group are joined all the same. Codes wider than 4 bits are two
 products of up to 4.
 
-*x* is brought into that order in the first step, by an exact product with a permutation matrix
-(``prepare``). For int8 it first becomes fixed point, ``x ≈ r * s * (256 * a + b)``: both digits go through
-the matrix unit together as twice the rows, and sums are exact integers. ``r`` belongs to the row
-(``measure_rows``) and multiplies the result; ``s`` belongs to the group (``measure_groups``), for all rows,
-and multiplies the scales, once in a tile. Of one row, the error is at most ``2**-16`` of the largest ``|x|``
-in the group, and ``2**-14`` for channels whose codes are at bit 2: a twentieth of what rounding x to bfloat16
-costs, and about the same beside an outlier a thousand times the rest. (``digits=3``: 8 bits more.) A row with
-infinities or NaN harms no other.
-On bfloat16 fields (TPUs without int8) x is rounded to bfloat16.
+*x* is brought into that order in the first step, by an exact product with a permutation matrix (``prepare``).
+For int8 it is first converted to fixed point, ``x ≈ r * s * (256 * a + b)``: both digits go through the
+matrix unit together as twice the rows, and sums are exact integers. The row scale ``r`` (``measure_rows``)
+multiplies the result. The step ``s`` of a group (``measure_groups``) is the same for all rows and multiplies
+the scales, once per tile. With one row, the error is at most ``2**-16`` of the largest ``|x|`` in the group,
+and ``2**-14`` for channels whose codes are at bit 2: a twentieth of the error of rounding x to bfloat16, and
+about the same as that error if the row has an outlier a thousand times larger than the rest. (``digits=3``: 8
+bits more.) A row with infinities or NaN does not affect other rows. With bfloat16 fields (TPUs without int8)
+x is rounded to bfloat16.
 
-*Scales and zeros* act on sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second term,
-and the 128, are one small product per tile.
+*Scales and zeros* are applied to sums: ``y = sum_g scale_g * (x_g . q_g - zero_g * sum(x_g))``; the second
+term, and the 128, are one small product per tile.
 
-*Registers.* A product's sums come some 200 cycles after its codes. Left alone, the compiler unpacks for all
-that time and puts the codes back into memory; ``Config.ahead`` makes the masks of a pair of strips depend
-on an earlier result, which bounds how far it goes.
+*Registers.* The sums of a product arrive some 200 cycles after its codes. Left alone, the compiler unpacks
+during all that time and spills the codes to memory. With the scheduling barrier ``Config.ahead``, the masks
+of a pair of strips depend on an earlier result, which bounds how far unpacking runs ahead.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ WORD_BYTES, OTHER_BYTES = 40 << 20, 16 << 20  # of VMEM, at most
 
 
 def _kernel(*refs, w: MixedTensor, config: Config, cut: Cut, trips, has_bias: bool, layers: bool):  # type: ignore[no-untyped-def]
-    """One tile of columns; see the module's docstring."""
+    """Computes one tile of columns; see the module's docstring."""
     tile = Tile(Memory.of(refs, 2 + has_bias, layers), w, config, cut)
     memory, field = tile.memory, tile.field
 
@@ -93,7 +93,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, cut: Cut, trips, has_bias: bo
         pl.when(tile.begins & (tile.step > 0))(tile.measure_groups)
 
     segments = segments_of(tile.sizes if trips is None else trips, w, config.groups)
-    # The compiler moves nothing over a wait; so these keep x from filling all registers.
+    # The compiler moves nothing across a wait, so these waits keep x from filling all registers.
     tile.copy_columns(tile.step, tile.half, "wait")
 
     @pl.when(tile.begins)
@@ -122,7 +122,7 @@ def _kernel(*refs, w: MixedTensor, config: Config, cut: Cut, trips, has_bias: bo
 
 
 def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, memory: Memory) -> None:
-    """Adds the product with one chunk's groups to the sums."""
+    """Adds the product of one chunk's groups to the sums."""
     x_groups, acc, scale_rows, buffer = memory.x_groups, memory.acc, memory.scale_rows, memory.buffer
     g, u, join, field = w.group_size, config.groups, config.join, UNPACKS[config.unpack]
     rows = acc.shape[0]
@@ -134,9 +134,9 @@ def _chunk(c, *, s: Segment, half, w: MixedTensor, config: Config, memory: Memor
         for k in range(u):
             position = jnp.where(c * u + k < s.size, s.first_group + c * u + k, w.groups)
             x, products = x_groups[position], []
-            # If all were deep, the matrix unit would be the limit at 3 bits.
+            # If all groups were deep, the matrix unit would be the limit at 3 bits.
             deep = config.deep and (k % 4 > 0 or field == 16)
-            # Past the segment's end x is zero, and the buffer goes on for a chunk.
+            # Past the segment's end x is zero, and the buffer extends by a chunk.
             row = SUBLANES + s.first_row + (c * u + k) * (g * s.bits // WORD_BITS)
             for piece in reversed(pieces(s.bits)):
                 planes = [[plane] for plane in piece] if deep else [piece]
@@ -168,12 +168,15 @@ def _at_once(constant):
 
 
 def _after(value):
-    """Makes constants wait for int32 ``value``, which is always below ``2**30``, but no compiler knows."""
+    """Returns a scheduling barrier, which makes constants wait for int32 ``value``.
+
+    ``value`` is always below ``2**30``, but the compiler does not know that.
+    """
     return lambda constant: jnp.where(value < 1 << 30, constant, jnp.zeros_like(constant))
 
 
 def _value(digits) -> jax.Array:
-    """float32 value of int32 sums of products with the digits of ``x``, highest first."""
+    """Float32 value of int32 sums of products with the digits of ``x``, highest first."""
     value = ((digits[-2] << 8) + digits[-1]).astype(jnp.float32)
     return value if len(digits) == 2 else digits[0].astype(jnp.float32) * 65536.0 + value
 
@@ -189,18 +192,18 @@ def mixed_matmul(
     """``x @ W + bias`` on a TPU, accumulated in float32.
 
     Args:
-      x: bfloat16 or float32 ``[M, K]``; what it is rounded to is in the module's docstring.
+      x: bfloat16 or float32 ``[M, K]``; the module's docstring says how it is rounded.
       w: the packed weight ``[K, N]``, or layers of it, of which the kernel reads one; or several weights that
-        read one input.
+        read the same input.
       bias: ``[N]``, added in float32.
-      config: by :func:`choose` for the target if None.
+      config: if None, the choice of :func:`choose` for the target.
       interpret: as in ``pl.pallas_call``.
 
     Returns:
       float32 ``[M, N]``.
 
     Raises:
-      NotImplementedError: the product or the target is not one for these kernels, see
+      NotImplementedError: these kernels do not support the product or the target, see
         :func:`~pallas_kernels.tpu.config.check_supported`, or K is too large for VMEM.
     """
     m, (k, n) = x.shape[0], w.shape
@@ -218,13 +221,15 @@ def mixed_matmul(
 
 
 def _layers(w: MixedTensor | Layers) -> tuple[MixedTensor, list[jax.Array], list[jax.Array]]:
-    """What is static of a weight; which of several layers; segments, order, words, scales and zeros of all.
+    """Static fields of a weight, the number of the layer to read, and the arrays of all layers.
 
-    Copies in the kernel are whole registers: what is not prepared is padded here, at every call.
+    The arrays are segments, order, words, scales and zeros. The number is in a list, which is empty for a
+    single layer. The kernel copies whole registers: a weight that is not prepared is padded here, at every
+    call.
     """
     if isinstance(w, Layers):
         one, layer = w.tensors[0], jnp.int32(0) if w.layer is None else w.layer
-        # A number costs a copy that all others wait for.
+        # Passing a number costs a copy that all others wait for.
         number = [layer[None]] if w.words.shape[0] > 1 else []
         return (
             dataclasses.replace(one, widths=w.widths),
@@ -236,15 +241,15 @@ def _layers(w: MixedTensor | Layers) -> tuple[MixedTensor, list[jax.Array], list
 
 
 def _fitting(weight: MixedTensor | Layers, w: MixedTensor, config: Config) -> tuple[Cut, int]:
-    """Tiles of a weight, or of several, whose words fit into VMEM twice; and rows of a strip's words there.
+    """Tiling of a weight, or of several, whose tiles fit into VMEM twice; and rows of a strip's words there.
 
     Raises:
-      NotImplementedError: even the narrowest do not fit.
+      NotImplementedError: not even the narrowest tiles fit.
     """
     rows = (weight.words.shape[0],) if isinstance(weight, MixedTensor) else weight.rows
     rows = tuple(whole(height, SUBLANES) for height in rows)
     sizes = weight.sizes if isinstance(weight, Layers) else (weight.shape[1],)
-    # A chunk may go on past the end of its segment, and a load of 8 rows begin before its group.
+    # A chunk may extend past the end of its segment, and a load of 8 rows may begin before its group.
     buffer_rows = max(rows) + config.groups * w.group_size * max(w.widths) // WORD_BITS + 2 * SUBLANES
     strips = config.strips
     while strips > config.join and 2 * strips * buffer_rows * LANES * 4 > WORD_BYTES:
@@ -261,7 +266,7 @@ def _fitting(weight: MixedTensor | Layers, w: MixedTensor, config: Config) -> tu
 def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, interpret) -> jax.Array:
     w, number, (segments, order, *arrays) = _layers(weight)
     m, g = x.shape[0], w.group_size
-    # A row alone, of whole registers, is taken as it is: padding it would be a launch.
+    # A single row of whole registers is used as it is: padding it would be a launch.
     x = padded(x, 1 if m == 1 else SUBLANES if m <= SUBLANES else 16, w.groups * g)
     if g % LANES:  # groups begin within registers
         x = x.reshape(x.shape[0], w.groups, g).swapaxes(0, 1)
@@ -274,8 +279,8 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
     columns = cut.strips * LANES
     cores = config.cores if cut.tiles % config.cores == 0 else 1
 
-    # Segment sizes that are a NumPy array, not traced, become constant trip counts: for cost estimates. Of
-    # several weights, those of the first count for all.
+    # Segment sizes that are a NumPy array, not traced, become constant trip counts, for cost estimates. If
+    # there are several weights, those of the first stand for all.
     known = segments[0, : len(w.widths)] if isinstance(segments, np.ndarray) else None
     trips = None if known is None else tuple(map(int, known))
     biases = [] if bias is None else [concatenate([padded(b, 1, LANES) for b in split(bias, cut.sizes)], 1)]
@@ -312,7 +317,7 @@ def _decode(x: jax.Array, weight: MixedTensor | Layers, bias, config: Config, in
 
 
 def _scratch(x: jax.Array, rows: int, cut: Cut, heights, w: MixedTensor, config: Config, buffer_rows: int):
-    """What :func:`_kernel` works in: sizes, order and x; the columns' operands twice, and so on."""
+    """Scratch memory of :func:`_kernel`, in the order of `Memory`: sizes, order, x, and so on."""
     columns, g, weights = cut.strips * LANES, w.group_size, len(cut.sizes)
     exact = jnp.int8 if config.unpack == "int8" else jnp.bfloat16
     digits = config.digits if config.unpack == "int8" else 1
@@ -335,20 +340,21 @@ def _scratch(x: jax.Array, rows: int, cut: Cut, heights, w: MixedTensor, config:
 
 
 def split(bias: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-    """Of each weight, from ``[1, N]`` of all."""
+    """Splits a bias ``[1, N]`` of all weights into that of each weight."""
     return jnp.split(bias, np.cumsum(sizes[:-1]).tolist(), axis=1)
 
 
 def stay(a: jax.Array) -> jax.Array:
-    """An operand that XLA leaves in the device's memory.
+    """Returns an operand that XLA leaves in the device's memory.
 
-    Left to itself it brings what fits into VMEM before a kernel starts: scales of all layers for that of one.
+    By default XLA copies what fits into VMEM before a kernel starts: the scales of all layers, to read those
+    of one.
     """
     return pltpu.with_memory_space_constraint(a, pltpu.HBM)
 
 
 def _padded_bytes(scratch) -> int:
-    """Bytes of an array in VMEM, where its last two axes fill whole registers."""
+    """Bytes of an array in VMEM, where its last two axes are padded to whole registers."""
     *outer, rows, columns = scratch.shape
     height = SUBLANES * 4 // scratch.dtype.itemsize
     whole = (*outer, -(-rows // height) * height, -(-columns // LANES) * LANES)
@@ -356,7 +362,7 @@ def _padded_bytes(scratch) -> int:
 
 
 def _cost(m: int, shape: tuple[int, int], arguments, layers: int) -> pl.CostEstimate:
-    """Every argument is read once, of layers one, and the result written once."""
+    """Cost estimate: every argument is read once, for one of the layers, and the result is written once."""
     read = sum(a.size * a.dtype.itemsize for a in arguments) // layers
     k, n = shape
     return pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=read + m * n * 4)

@@ -1,6 +1,7 @@
-"""A few columns of a packed table, read where they lie on a TPU.
+"""Reads a few columns of a packed table in place on a TPU.
 
-XLA picks columns as well, but brings a table that fits into VMEM there first, all of it, for every token.
+XLA can read single columns as well, but if the table fits into VMEM, XLA first copies all of it there, for
+every token.
 """
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Int, UInt32
 from pallas_kernels.tpu.config import LANES
 
 MOST = 8
-"""Columns for which reading 128 for each is less than reading them all."""
+"""Most columns for which reading 128 for each is less than reading all columns."""
 
 
 def columns_of(
@@ -22,8 +23,8 @@ def columns_of(
     """``words[:, index]``.
 
     Args:
-      words: of a table, ``n`` a multiple of 128.
-      index: of a few columns.
+      words: words of a table; ``n`` is a multiple of 128.
+      index: indices of a few columns.
       interpret: as in ``pl.pallas_call``.
     """
     rows, count = words.shape[0], index.shape[0]

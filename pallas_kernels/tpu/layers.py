@@ -1,4 +1,4 @@
-"""Weights made ready for the TPU kernels: layers stacked, of which one is read where it lies."""
+"""Weights prepared for the TPU kernels: layers are stacked, and the kernel reads one of them in place."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pallas_kernels.tpu.config import LANES, SUBLANES
 from pallas_kernels.tpu.gather import MOST, columns_of
 
 REGISTER_ROWS = 32
-"""Of a register of bytes."""
+"""Rows of a register of bytes."""
 
 
 @exported
@@ -29,17 +29,17 @@ REGISTER_ROWS = 32
 )
 @dataclasses.dataclass(frozen=True)
 class Layers(Prepared):
-    """A weight of ``L`` layers, or several that read one input, as packed and padded to whole registers.
+    """A weight of ``L`` layers, or several that read the same input, packed and padded to whole registers.
 
     Attributes:
-      words: ``uint32[L, R, n]``; of several weights ``[L, rows, 128]``, strips of 128 columns one under the
-        other, of each weight.
+      words: ``uint32[L, R, n]``; for several weights ``[L, rows, 128]``: the strips of 128 columns of each
+        weight, one below the other.
       scale: ``[L, rows, n]``, weights side by side; rows at the end fill registers.
-      zero: ``uint8[L, rows, n]``, as scales.
+      zero: ``uint8[L, rows, n]``, arranged like the scales.
       first_rows: empty.
-      segments: ``int32[L, weights * len(widths)]``, how many groups of a weight have which width.
-      orders: ``int32[L, weights * G]``.
-      widths: that occur in any of the weights, ascending; static.
+      segments: ``int32[L, weights * len(widths)]``, the number of groups of each width in each weight.
+      orders: ``int32[L, weights * G]``, the ``order`` of each weight.
+      widths: widths that occur in any of the weights, ascending; static.
     """
 
     implementation: ClassVar[str] = "mosaic_tpu"
@@ -97,16 +97,16 @@ class Layers(Prepared):
 
 
 def joinable(weights: Sequence[MixedTensor]) -> bool:
-    """Whether weights that read one input can be one product."""
+    """True if weights that read the same input can be one product."""
     return fit_together(weights) and len({zero_bits(w.widths) for w in weights}) == 1
 
 
 def prepare(layers: Sequence[Sequence[MixedTensor]], *, stacked: bool, consume: bool = False) -> Layers:
-    """Of layers that are alike but for the values of their leaves and the rows of words.
+    """Prepares layers that differ only in values of their leaves and rows of words.
 
     Args:
-      layers: of each, its weights, which are :func:`joinable`.
-      stacked: whether one is chosen before it is multiplied with.
+      layers: the weights of each layer, which are :func:`joinable`.
+      stacked: if True, a layer must be chosen before multiplying with it.
       consume: see :func:`pallas_kernels.prepare`.
     """
     if consume:
@@ -144,8 +144,11 @@ def prepare(layers: Sequence[Sequence[MixedTensor]], *, stacked: bool, consume: 
 
 
 def _filled(a: jax.Array) -> jax.Array:
-    """Rows up to a power of two, or whole registers; of others XLA has another idea than a kernel of where
-    they lie, and copies them, of all layers, for every product."""
+    """Pads rows to a power of two, or to whole registers.
+
+    For other numbers of rows, XLA and the kernel lay the array out differently, and XLA copies it, for all
+    layers, at every product.
+    """
     rows = a.shape[-2]
     return padded(a, REGISTER_ROWS if rows > REGISTER_ROWS else 1 << (rows - 1).bit_length(), LANES)
 
@@ -155,12 +158,12 @@ def _joined(parts: list[jax.Array], axis: int) -> jax.Array:
 
 
 def whole(size: int, multiple: int) -> int:
-    """The next multiple."""
+    """``size``, rounded up to a multiple of ``multiple``."""
     return -(-size // multiple) * multiple
 
 
 def padded(a: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Zeros up to multiples of ``rows`` and ``columns``, the last two axes."""
+    """Pads the last two axes with zeros to multiples of ``rows`` and ``columns``."""
     missing = [(0, -size % multiple) for size, multiple in zip(a.shape[-2:], (rows, columns))]
     if not any(after for _, after in missing):
         return a

@@ -1,4 +1,4 @@
-"""The other operands of the TPU kernel in decode: where groups lie, x as codes come out, scales and zeros."""
+"""Operands of the TPU decode kernel except words: group positions, x in the order of codes, scales, zeros."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from pallas_kernels.tpu.unpack import bit_of
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Where the groups of a width are; scalars of the kernel."""
+    """Number and position of the groups of one width, as scalars of the kernel."""
 
     bits: int
     size: jax.Array | int
@@ -36,14 +36,18 @@ def segments_of(sizes, w: MixedTensor, groups: int) -> list[Segment]:
 
 
 def lift_of(bits: int, deep: bool) -> float:
-    """What ``x . (128 + codes)`` of all planes counts too much, in units of the sum of x; see `unpack`."""
+    """Offset correction: the excess of ``x . (128 + codes)`` over all planes, per unit of the sum of x.
+
+    See `pallas_kernels.tpu.unpack`.
+    """
     return 128.0 * sum(16**i * (len(piece) if deep else 1) for i, piece in enumerate(pieces(bits)))
 
 
 def measure_rows(x_ref, middle_ref, w: MixedTensor, config: Config) -> None:
-    """``middle_ref[rows, 128]``, lanes equal: geometric mean of the largest and the mean ``|x|`` of a row.
+    """Writes row scales to ``middle_ref[rows, 128]``, equal in all lanes.
 
-    So an outlier costs the rest of its row and of its group alike. NaN if a row is not finite.
+    A row scale is the geometric mean of the row's largest and mean ``|x|``, so an outlier costs the rest of
+    its row and the rest of its group alike. It is NaN if the row is not finite.
     """
     g, together = w.group_size, 2 * config.batch
 
@@ -66,9 +70,10 @@ def measure_rows(x_ref, middle_ref, w: MixedTensor, config: Config) -> None:
 
 
 def measure_groups(order, x_ref, middle_ref, unit_ref, w: MixedTensor, config: Config) -> None:
-    """``unit_ref[G, 128]``, lanes equal: what the last digit of ``x`` counts, in units of ``middle_ref``.
+    """Writes steps to ``unit_ref[G, 128]``, equal in all lanes.
 
-    It is large enough for all finite rows.
+    A step is the value of the last digit of ``x`` in a group, in units of ``middle_ref``. It is large enough
+    for all finite rows.
     """
     together = 2 * config.batch
     shrink = _across(1.0 / middle_ref[...], w.group_size)
@@ -85,7 +90,7 @@ def measure_groups(order, x_ref, middle_ref, unit_ref, w: MixedTensor, config: C
 
 
 def permutation(group_size: int, config: Config) -> jax.Array:
-    """``[g, g]``: row = channel as in ``x``, column = place in the order of codes.
+    """Permutation matrix ``[g, g]``: rows are channels in ``x``, columns are places in the order of codes.
 
     See "Order" in `pallas_kernels.tpu.decode`.
     """
@@ -98,17 +103,17 @@ def permutation(group_size: int, config: Config) -> jax.Array:
 def prepare(
     order, x_ref, middle_ref, unit_ref, move_ref, x_groups, sums_ref, segments, w: MixedTensor, config: Config
 ) -> None:
-    """``x[rows, K]`` -> ``x_groups`` as codes come out, and its sums over groups.
+    """Writes ``x[rows, K]`` to ``x_groups`` in the order of codes, and the sums of x over groups.
 
-    Groups are in the order of storage; after them ``x_groups`` has one of zeros. ``sums_ref`` is
-    ``[2, rows, 3 * G]`` and zeros behind: what the scales, and what the scales times the zero codes, are
-    multiplied by, three times. ``x_ref`` is ``[G, rows, g]`` where groups begin within registers.
+    Groups are in storage order; after them ``x_groups`` has one of zeros. ``sums_ref`` is
+    ``[2, rows, 3 * G]``, padded with zeros: the factors of the scales, and those of the scales times the zero
+    codes, each as three addends. ``x_ref`` is ``[G, rows, g]`` if groups begin within registers.
     """
     g, field = w.group_size, UNPACKS[config.unpack]
     rows, lanes = sums_ref.shape[1:]
     fields = WORD_BITS // field
     exact, accumulator = (jnp.int8, jnp.int32) if field == 8 else (jnp.bfloat16, jnp.float32)
-    # Codes that are at bit 2 are four times as large.
+    # Codes at bit 2 are four times as large.
     register = lax.rem(lax.broadcasted_iota(jnp.int32, (rows, g), 1), g // fields) // SUBLANES
     larger, smaller = (jnp.where(bit_of(register) == 2, factor, 1.0) for factor in (4.0, 0.25))
     lane = lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
@@ -142,7 +147,7 @@ def prepare(
             x_groups[position] = moved[k * height : (k + 1) * height].astype(exact)
         return lifted, sums
 
-    # What chunks take that go on past the end of their segment.
+    # Zeros for chunks that extend past the end of their segment.
     x_groups[w.groups] = jnp.zeros(x_groups.shape[1:], x_groups.dtype)
     nothing = jnp.zeros((rows, lanes), jnp.float32)
     lifted, sums = lax.fori_loop(0, -(-w.groups // config.batch), batch, (nothing, nothing))
@@ -154,7 +159,7 @@ def prepare(
 
 
 def _load(x_ref, group, group_size: int) -> jax.Array:
-    """float32 ``[rows, g]``; of a single row 8 that are alike."""
+    """One group of x, float32 ``[rows, g]``; a single row is repeated 8 times."""
     if len(x_ref.shape) == 3:
         x = x_ref[group]
     else:
@@ -164,14 +169,14 @@ def _load(x_ref, group, group_size: int) -> jax.Array:
 
 
 def _across(x, lanes: int) -> jax.Array:
-    """``x[..., 128]``, whose lanes are equal, as ``[..., lanes]``."""
+    """``x[..., 128]``, equal in all lanes, as ``[..., lanes]``."""
     return x[:, :lanes] if lanes <= LANES else jnp.concatenate([x] * (lanes // LANES), axis=1)
 
 
 def _thirds(x, groups: int, twice: bool) -> jax.Array:
-    """``x[rows, 3 * G]``, the same three times, as addends of 8 bits: bfloat16.
+    """Splits ``x[rows, 3 * G]``, the same values three times, into addends of 8 bits: bfloat16.
 
-    The first is x rounded and the second the rest rounded; the third is the rest of that, or the first
+    The first is x rounded and the second the remainder rounded; the third is what then remains, or the first
     again if ``twice``.
     """
     lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -182,9 +187,9 @@ def _thirds(x, groups: int, twice: bool) -> jax.Array:
 
 
 def _digits(x, count: int) -> jax.Array:
-    """int32 ``x[rows, g]`` as digits from -128 to 127, highest first: int32 ``[count * rows, g]``.
+    """Splits int32 ``x[rows, g]`` into digits from -128 to 127, highest first: int32 ``[count * rows, g]``.
 
-    Of digits but the highest, only the low 8 bits are meant.
+    Only the low 8 bits of a digit are valid, except of the highest.
     """
     found: list = []
     for _ in range(count):
@@ -194,7 +199,7 @@ def _digits(x, count: int) -> jax.Array:
 
 
 def zero_codes(stored, w: MixedTensor) -> jax.Array:
-    """int32 ``[G, columns]`` of columns of ``w.zero``, in registers."""
+    """Zero codes as int32 ``[G, columns]``, from columns of ``w.zero`` in registers."""
     zero = stored.astype(jnp.int32)
     if zero_bits(w.widths) == 8:
         return zero
@@ -202,13 +207,13 @@ def zero_codes(stored, w: MixedTensor) -> jax.Array:
 
 
 def leading(x):
-    """float32 rounded to 8 bits, which bfloat16 has (Veltkamp): XLA may drop a cast and its inverse."""
+    """Rounds float32 to 8 bits, as bfloat16 has (Veltkamp); XLA might drop a cast and its inverse."""
     scaled = x * 65537.0
     return scaled - (scaled - x)
 
 
 def truncate(x):
-    """float32 without all but the first 8 bits, which bfloat16 has."""
+    """Truncates float32 to its first 8 bits, which bfloat16 can hold."""
     bits = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -222,7 +227,7 @@ def concatenate(arrays: list, axis: int) -> jax.Array:
 
 
 def correct(x, factors: list[jax.Array]):
-    """The sum of products of three addends of ``x`` with ``factors[G, columns]``, float32."""
+    """Sum of the products of three addends of ``x`` with ``factors[G, columns]``, float32."""
     fill = jnp.zeros((x.shape[1] - 3 * factors[0].shape[0], factors[0].shape[1]), jnp.float32)
     rows = jnp.concatenate([*factors, fill] if fill.shape[0] else factors)
     return dot(x, rows.astype(jnp.bfloat16))

@@ -1,13 +1,15 @@
 """The matmul on TPUs in prefill (many rows of ``x``), where the matrix unit is the limit.
 
-For each tile of output columns, the first step of the inner grid axis unpacks all its weights to bfloat16
-``scale * (code - zero)`` in VMEM, in the order of ``x``'s channels, and all blocks of rows of ``x`` are then
-multiplied by it. So a weight is unpacked once however many rows there are, and ``x`` needs no reordering.
+For each tile of output columns, the first step of the inner grid axis unpacks all its weights in VMEM to
+bfloat16 ``scale * (code - zero)``, in the order of ``x``'s channels; then all blocks of rows of ``x`` are
+multiplied by the tile. So a weight is unpacked once however many rows there are, and ``x`` needs no
+reordering.
 
-Two weights are unpacked at a time, the halves of a 32-bit word. bfloat16 has neighbouring rows there, so
-even and odd rows of words are loaded apart and joined by halves (``_fields``); then one shift and one AND
-leave two codes at the top of two mantissas, and one OR makes them ``1 + code / 2**bits``
-(``_short_weights``). VMEM holds them in pairs, too: whole registers, where rows of bfloat16 would be halves.
+Two weights are unpacked at a time, in the halves of a 32-bit word. bfloat16 has neighbouring rows there, so
+even and odd rows of words are loaded separately and their halves are combined (``_fields``). Then one shift
+and one AND leave two codes at the top of two mantissas, and one OR turns them into ``1 + code / 2**bits``
+(``_short_weights``). VMEM holds weights in pairs, too: whole registers, where rows of bfloat16 would be
+halves.
 """
 
 from functools import partial
@@ -27,11 +29,15 @@ from pallas_kernels.tpu.operands import leading, zero_codes
 
 MANTISSA_BITS = 7  # of bfloat16
 HALF, LOW = np.uint32(16), np.uint32(0xFFFF)
-BLOCK_BYTES = 44 << 20  # of VMEM, at most; the compiler takes the rest
+BLOCK_BYTES = 44 << 20  # of VMEM, at most; the compiler uses the rest
 
 
 def blocks(m: int, w: MixedTensor) -> tuple[int, int]:
-    """Rows of ``x`` and columns of ``W`` in a tile."""
+    """Rows of ``x`` and columns of ``W`` in a block.
+
+    Raises:
+      NotImplementedError: not even the smallest block fits into VMEM.
+    """
     k, n = w.groups * w.group_size, w.shape[1]
     blocks_by_cost = (512, 1024), (256, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128)
     for rows, columns in blocks_by_cost:
@@ -45,7 +51,7 @@ def blocks(m: int, w: MixedTensor) -> tuple[int, int]:
 def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config, interpret) -> jax.Array:
     """``x[M, K] @ W + bias[1, N]`` with ``W`` and ``x`` rounded to bfloat16; float32 ``[M, N]``.
 
-    Of ``config``, only ``vector`` matters here.
+    Only ``config.vector`` matters here.
     """
     m, (k, n), g = x.shape[0], w.shape, w.group_size
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, 0), (0, w.groups * g - k)))
@@ -54,7 +60,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
     first_group, first_row = w.segment_starts()
     plan = jnp.stack([w.segments, first_group, first_row])
 
-    # Segment sizes that are no traced data become constant trip counts, for cost estimates.
+    # Segment sizes that are not traced become constant trip counts, for cost estimates.
     trips = tuple(map(int, w.segments)) if isinstance(w.segments, np.ndarray) else None
 
     def size(a):
@@ -92,7 +98,7 @@ def prefill(x: jax.Array, w: MixedTensor, bias: jax.Array | None, config: Config
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        # x is read again for every tile of columns, all else once.
+        # x is read again for every tile of columns, everything else once.
         cost_estimate=pl.CostEstimate(
             flops=2 * m * k * n,
             transcendentals=0,
@@ -140,9 +146,9 @@ def _kernel(plan, order, x_ref, scale_ref, zero_ref, *refs, w: MixedTensor, stri
 
 
 def _short_weights(codes, bits: int, scale, zero, step: float, vector) -> list[jax.Array]:
-    """``vector[16, 128]`` of each register of codes of up to 4 bits, with zero codes of 4.
+    """Weights ``vector[16, 128]`` of each register of codes of up to 4 bits with 4-bit zero codes.
 
-    ``1 + q / 2**b`` and 1 + the zero point over ``2**b`` have few bits, so that their difference is exact.
+    ``1 + q / 2**b`` and 1 plus the zero point over ``2**b`` have few bits, so their difference is exact.
     """
     ones = np.uint32(0x3F803F80)
     found = [pltpu.bitcast(code | ones, jnp.bfloat16) for code in codes(MANTISSA_BITS - bits)]
@@ -154,7 +160,7 @@ def _short_weights(codes, bits: int, scale, zero, step: float, vector) -> list[j
 
 
 def _long_weights(codes, bits: int, scale, zero, step: float) -> list[jax.Array]:
-    """bfloat16 ``[16, 128]`` of each register of codes of up to 8 bits, with zero codes of 8."""
+    """Weights ``bfloat16[16, 128]`` of each register of codes of up to 8 bits with 8-bit zero codes."""
     del bits
     offset = zero * step
     weights = []
@@ -168,15 +174,15 @@ def _long_weights(codes, bits: int, scale, zero, step: float) -> list[jax.Array]
 
 
 def _codes(ref, row, bits: int, group_size: int, up: int) -> list[jax.Array]:
-    """A group's codes times ``2**up``, those of 16 channels in each ``uint32[8, 128]``.
+    """A group's codes times ``2**up``, 16 channels in each ``uint32[8, 128]``.
 
-    Channels ``2 * r`` and ``2 * r + 1`` are in the halves of row ``r``, as in bfloat16 of 16 rows.
+    Channels ``2 * r`` and ``2 * r + 1`` are in the halves of row ``r``, as in 16 rows of bfloat16.
     """
     codes: list = [None] * (group_size // (2 * SUBLANES))
     for n in plane_widths(bits):
         rows = group_size * n // WORD_BITS
         fields = [_fields(ref, row + first, rows, n) for first in range(0, rows, 2 * SUBLANES)]
-        step = n * max(1, 2 * SUBLANES // rows)  # bits from one 16 channels to the next in the same rows
+        step = n * max(1, 2 * SUBLANES // rows)  # bits between sets of 16 channels in the same rows
         for t in range(len(codes)):
             part, slot = t % len(fields), t // len(fields)
             half, by = divmod(slot * step, WORD_BITS // 2)
@@ -189,9 +195,9 @@ def _codes(ref, row, bits: int, group_size: int, up: int) -> list[jax.Array]:
 
 
 def _fields(ref, row, rows: int, n: int) -> tuple[jax.Array, jax.Array]:
-    """The low halves of both words of a pair of rows side by side, and the high halves.
+    """Combines the words of pairs of rows: returns their low halves side by side, and their high halves.
 
-    A plane of ``n`` bits with fewer than 16 ``rows`` is there several times, each copy a slot further.
+    A plane of ``n`` bits with fewer than 16 ``rows`` is repeated, each copy shifted one slot further.
     """
     height = min(SUBLANES, max(1, rows // 2))
     channel = 2 * lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)

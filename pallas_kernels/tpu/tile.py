@@ -1,4 +1,4 @@
-"""A step of the decode kernel's grid: where its operands lie, their copies, and what its sums begin with."""
+"""One step of the decode kernel's grid: where its operands lie, their copies, and its initial sums."""
 
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -23,12 +23,13 @@ from pallas_kernels.tpu.tiling import Cut, chosen
 
 
 class Memory(NamedTuple):
-    """The kernel's references. Operands come first, then the result, then what :func:`_scratch` asks for.
+    """The kernel's references: first the operands, then the result, then the arrays of `decode._scratch`.
 
     Attributes:
       columns: scales, zeros and the bias if any: a few rows for each column.
-      column_copies: of the same, two of each.
+      column_copies: buffers for copies of ``columns``, two of each.
       here, arrived: semaphores of the copies of the first three operands, and of a tile's.
+      middle, unit, move: row scales, steps and permutation of x, see `pallas_kernels.tpu.operands`.
     """
 
     sizes_operand: Any
@@ -54,9 +55,10 @@ class Memory(NamedTuple):
 
     @classmethod
     def of(cls, refs: tuple, columns: int, layers: bool) -> "Memory":
-        """With ``columns`` operands that have a few rows for each column.
+        """Names the references of a kernel with ``columns`` operands that have a few rows for each column.
 
-        ``layers``: whether the weight's operands are of several, and which to read comes first.
+        ``layers``: if True, the weight's operands hold several layers, and the first reference is the number
+        of the layer to read.
         """
         number, refs = (refs[0][0], refs[1:]) if layers else (0, refs)
         operands, (out, *scratch) = refs[: 4 + columns], refs[4 + columns :]
@@ -67,11 +69,11 @@ class Memory(NamedTuple):
 
 
 class Tile:
-    """A step of the grid: its operands' copies, and what its sums begin with.
+    """A step of the grid: the copies of its operands, and its initial sums.
 
     Attributes:
-      begins: whether x is not yet in the order of its weight.
-      which: the weight that it is of.
+      begins: True if x is not yet in the order of the tile's weight.
+      which: index of the tile's weight.
     """
 
     def __init__(self, memory: Memory, w: MixedTensor, config: Config, cut: Cut) -> None:
@@ -85,17 +87,17 @@ class Tile:
         self.begins = (self.step == 0) | cut.begins(tile) if self.several else self.step == 0
 
     def number(self, step):  # type: ignore[no-untyped-def]
-        """Of the tile that a step of this core computes."""
+        """Number of the tile that a step of this core computes."""
         return pl.program_id(0) * self.steps + step
 
     @property
     def sizes(self) -> Any:
-        """The weight's segments, in groups."""
+        """Sizes of the weight's segments, in groups."""
         return self.own(self.memory.sizes, len(self.w.widths))
 
     @property
     def order(self) -> Any:
-        """Of the weight's groups."""
+        """Order of the weight's groups."""
         return self.own(self.memory.order, self.w.groups)
 
     def own(self, table, count: int):  # type: ignore[no-untyped-def]
@@ -103,7 +105,7 @@ class Tile:
         return table.at[pl.ds(self.which * count, count)] if self.several else table
 
     def copy_columns(self, step, half, do: str) -> None:  # type: ignore[no-untyped-def]
-        """ "start" or "wait": copies of one tile's scales, zeros and bias."""
+        """Starts copying a tile's scales, zeros and bias, or waits for it: ``do`` is "start" or "wait"."""
         memory, tile = self.memory, self.number(step)
         first = self.cut.first_strip(tile)
         for mine, width in self.cut.widths(tile):
@@ -118,7 +120,7 @@ class Tile:
                 pl.when(mine)(run)
 
     def start(self, step, half) -> None:  # type: ignore[no-untyped-def]
-        """Copies of one tile's operands to half of the buffers, in the order of their use."""
+        """Starts the copies of one tile's operands to half of the buffers, in the order of their use."""
         self.copy_columns(step, half, "start")
         memory, strips, tile = self.memory, self.config.strips, self.number(step)
         for r, rows in enumerate(self.cut.blocks):
@@ -131,15 +133,15 @@ class Tile:
                 ).start()
 
             def all_strips(r=r, strip=strip):
-                # The first is a loop lest the compiler move the copy of x behind all these.
+                # The first block uses a loop; else the compiler would move the copy of x after all these.
                 lax.fori_loop(0, strips, strip, None, unroll=strips if r else min(strips, 8))
 
             pl.when(self._has(rows, tile))(all_strips)
 
     def _words(self, tile, j, rows: slice):  # type: ignore[no-untyped-def]
-        """A block of a strip's words; one past the end is the last.
+        """A block of a strip's words; a strip past the end is replaced by the last.
 
-        Of several weights, strips of words lie one under the other.
+        If there are several weights, their strips of words lie one below the other.
         """
         (which, place), cut, words = self.cut.weight(tile), self.cut, self.memory.words
         strip = jnp.minimum(place * cut.strips + j, chosen(which, cut.strips_of) - 1)
@@ -150,12 +152,12 @@ class Tile:
         return words.at[pl.ds(pl.multiple_of(first, SUBLANES), rows.stop - rows.start)]
 
     def _has(self, rows: slice, tile):  # type: ignore[no-untyped-def]
-        """Whether a tile's weight has these rows of words."""
+        """True if a tile's weight has these rows of words."""
         have = [rows.start < own for own in self.cut.rows]
         return True if all(have) else chosen(self.cut.weight(tile)[0], [jnp.bool_(one) for one in have])
 
     def wait(self, have, need):  # type: ignore[no-untyped-def]
-        """For blocks of rows that begin from row ``have`` to before row ``need``."""
+        """Waits for blocks of rows that begin from ``have`` to before ``need``; returns the larger one."""
         for r, rows in enumerate(self.cut.blocks):
             place = pl.ds(SUBLANES + rows.start, rows.stop - rows.start)
             there = self.memory.buffer.at[self.half, :, place]
@@ -170,7 +172,7 @@ class Tile:
         return jnp.maximum(have, need)
 
     def copy_and_measure(self) -> None:
-        """In the first step: what all steps read, and of what size x is."""
+        """Copies what all steps read, and computes the scales of x; for the first step."""
         m, w, config = self.memory, self.w, self.config
         pairs = [(m.x_operand, m.x), (m.sizes_operand, m.sizes), (m.order_operand, m.order)]
         copies = [pltpu.make_async_copy(*pair, m.here.at[i]) for i, pair in enumerate(pairs)]
@@ -186,13 +188,16 @@ class Tile:
         self.measure_groups()
 
     def measure_groups(self) -> None:
-        """Of what size x is in each of the weight's groups."""
+        """Computes the step of x in each of the weight's groups, if x is int8."""
         m = self.memory
         if self.field == 8:
             measure_groups(self.order, m.x, m.middle, m.unit, self.w, self.config)
 
     def begin_with_zeros(self) -> None:
-        """What zero points, and the 128 of 16-bit fields, take away; scales are laid out by strips."""
+        """Initializes the sums with the zero points' term and, for 16-bit fields, the offset correction.
+
+        Also lays out the scales by strips.
+        """
         m, config = self.memory, self.config
         lifted, sums = m.sums[0], m.sums[1]
         for j in range(0, config.strips, config.join):

@@ -1,4 +1,4 @@
-"""Codes from words in a TPU's registers; see "Unpacking" and "Order" in `pallas_kernels.tpu.decode`."""
+"""Unpacks codes from words in TPU registers; see "Unpacking" and "Order" in `pallas_kernels.tpu.decode`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from pallas_kernels.tpu.config import SUBLANES
 
 
 def bit_of(t):
-    """Where register ``t`` of a group's codes has its codes in a field."""
+    """Bit at which the codes in register ``t`` of a group begin in their fields: 0 or 2."""
     return 2 * (t % 2)
 
 
 def unpack(ref, row, piece, group_size: int, field: int, late) -> jax.Array:
-    """``[g, 128]``, one piece of the group at ``row``: int8 ``q << bit`` or bfloat16 ``128 + (q << bit)``.
+    """One piece of the group at ``row``, ``[g, 128]``: int8 ``q << bit`` or bfloat16 ``128 + (q << bit)``.
 
-    ``late(constant)`` is the constant, as soon as work may begin.
+    ``late(constant)`` returns the constant behind a scheduling barrier: as soon as work may begin.
     """
     repeat = 0x00010001 if field == 16 else 0x01010101
     registers = group_size * field // WORD_BITS // SUBLANES
@@ -47,7 +47,10 @@ def _shift(words, by: int, late):
 
 
 def _load(ref, row, rows: int, n: int, late) -> jax.Array:
-    """8 rows of a plane of ``n`` bits; a group's fewer ``rows`` are repeated, each copy a slot further."""
+    """8 rows of a plane of ``n`` bits.
+
+    If a group has fewer ``rows``, they are repeated, and each copy is shifted one slot further.
+    """
     words = ref[pl.ds(row, SUBLANES), :]
     if rows >= SUBLANES:
         return words

@@ -1,1 +1,1 @@
-"""Products that XLA compiles, on every platform."""
+"""The products that XLA compiles, on every platform."""

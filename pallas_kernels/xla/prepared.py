@@ -1,4 +1,4 @@
-"""Packed weights prepared for the XLA back end: a table of the steps of the loop that multiplies."""
+"""Packed weights prepared for the XLA back end: a table of the steps of the multiplication loop."""
 
 import dataclasses
 import math
@@ -15,9 +15,9 @@ from pallas_kernels.planes import WORD_BITS, plane_widths, shifted_planes
 from pallas_kernels.prepared import Prepared, fit_together, side_by_side
 
 TILE = 4096
-"""Columns of a tile at most: what a step adds to stays in the nearest cache."""
+"""Most columns of a tile: the sums that a step updates stay in the nearest cache."""
 LEAST_TILE = 32
-"""Columns of a tile at least; with fewer, a step's own work would show."""
+"""Least columns of a tile: with fewer, the overhead of a step would be noticeable."""
 
 
 @exported
@@ -28,13 +28,14 @@ LEAST_TILE = 32
 )
 @dataclasses.dataclass(frozen=True)
 class Steps(Prepared):
-    """Prepared weights with a table of steps: one plane of one group in one tile each.
+    """Prepared weights with a table of steps; a step is one plane of one group in one tile.
 
     Attributes:
-      steps: ``int32[L, S, 5]``: a step's plane (of ``planes``), group, first row, row of its scales, tile.
-      factors: ``float32[L, S, 2]``: what bit 0 of the plane is worth in the code, and a unit of the zero
-        code (0 except in the low plane, so that a group's zero point counts once).
-      counts: ``int32[L]``, how many of the steps there are.
+      steps: ``int32[L, S, 5]``: plane (index in ``planes``), group, first row, row of scales and tile of a
+        step.
+      factors: ``float32[L, S, 2]``: the value of the plane's bit 0 in the code, and of one unit of the zero
+        code (0 except in the lowest plane, so that a group's zero point counts once).
+      counts: ``int32[L]``, the number of steps.
       planes: the widths of planes that occur; static.
     """
 
@@ -47,14 +48,16 @@ class Steps(Prepared):
 
 
 def joinable(weights: Sequence[MixedTensor]) -> bool:
-    """Whether weights that read one input can be one product."""
+    """True if weights that read the same input can be one product."""
     return fit_together(weights) and _tile([w.shape[1] for w in weights]) >= LEAST_TILE
 
 
 def prepare(*weights: MixedTensor, in_place: bool = False) -> Steps:
-    """Works out what does not depend on ``x``, of weights that read one input.
+    """Prepares weights that read the same input: computes all that does not depend on ``x``.
 
-    ``in_place``: words are left as they lie, for a single product with one weight.
+    Args:
+      weights: the packed weights.
+      in_place: if True, words keep their layout; for a single product with one weight.
     """
     return prepare_stack([weights], in_place=in_place)
 
@@ -62,10 +65,10 @@ def prepare(*weights: MixedTensor, in_place: bool = False) -> Steps:
 def prepare_stack(
     layers: Sequence[Sequence[MixedTensor]], *, in_place: bool = False, consume: bool = False
 ) -> Steps:
-    """:func:`prepare` for layers that are alike but for the values of their leaves and the rows of words.
+    """:func:`prepare` for layers that differ only in values of their leaves and rows of words.
 
     Args:
-      layers: of each, its weights.
+      layers: the weights of each layer.
       in_place: see :func:`prepare`.
       consume: see :func:`pallas_kernels.prepared.side_by_side`.
     """
@@ -86,7 +89,7 @@ def prepare_stack(
 
 
 def _tile(sizes: Sequence[int]) -> int:
-    """Columns of a tile: the greatest common divisor up to :data:`TILE` that is not small, or all."""
+    """Columns of a tile: the largest common divisor up to :data:`TILE`, or all if that is below 512."""
     whole = math.gcd(*sizes)
     divisors = [whole // i for i in range(1, whole + 1) if whole % i == 0 and whole // i <= TILE]
     return divisors[0] if divisors[0] >= min(whole, 512) else whole
@@ -100,7 +103,7 @@ def _table(
     planes: tuple[int, ...],
     tiles: np.ndarray,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``steps``, ``factors`` and ``counts`` of :class:`Prepared` for one layer."""
+    """``steps``, ``factors`` and ``counts`` of :class:`Steps` for one layer."""
     steps, factors, real = [], [], []
     for i, w in enumerate(weights):
         used = [k for k, n in enumerate(planes) if any(n in plane_widths(b) for b in w.widths)]
@@ -121,13 +124,16 @@ def _table(
 
 
 class _Run(NamedTuple):
-    """Planes that lie ``stride`` rows apart: the ``start``-th to the next run's, of all planes of a width."""
+    """Planes of one width that lie ``stride`` rows apart.
+
+    Numbered among all planes of the width, a run goes from ``start`` to before the next run's ``start``.
+    """
 
     start: jax.Array  # scalars, int32
     position: jax.Array  # of the first plane's group, in storage order
     row: jax.Array  # of the first plane, in words
     stride: int
-    factor: float  # what bit 0 of the plane is worth in the code
+    factor: float  # value of the plane's bit 0 in the code
     zero_step: float
 
 

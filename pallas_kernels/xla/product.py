@@ -1,17 +1,17 @@
 """The matmul in plain XLA: runs on every platform, and is the reference for the other back ends.
 
-Two regimes. *Prefill* makes the dense weight and takes one product: the cost of unpacking is shared by many
-rows. *Decode*, of a few rows on CPUs alone, never makes it: memory traffic is the packed words, and each
-masked row of words is multiplied into the result at once,
+There are two regimes. *Prefill* dequantizes the weight and computes one dense product: many rows share the
+cost of unpacking. *Decode*, for a few rows on CPUs only, never dequantizes: memory traffic is the packed
+words, and each masked row of words is multiplied and added to the result at once,
 
     y = sum over groups of  scale * (x_g . code_g - zero * sum(x_g)).
 
-The shape of the decode loop is decided by XLA's CPU back end (jax 0.12): a ``while`` whose body holds
-only elementwise work becomes one vectorised kernel that pays nothing per iteration, while the same body
-with a dot or a sort in it, or outside a loop, runs five times slower. All else that is launched costs a
-microsecond or more. So a product is one loop over its steps, all that a step needs is worked out in its
-body, and the steps are dealt out to a few such loops, which an executor may run at the same time (that of
-jaxlib 0.12 on two cores does not: it takes independent programs one after the other).
+XLA's CPU back end (jax 0.12) determines the shape of the decode loop: a ``while`` whose body holds only
+elementwise operations becomes one vectorised kernel without overhead per iteration, while the same body with
+a dot or a sort in it, or outside a loop, runs five times slower. Everything else that is launched costs a
+microsecond or more. So a product is one loop over its steps, the body computes all that a step needs, and the
+steps are distributed over a few such loops, which an executor may run at the same time (that of jaxlib 0.12
+on two cores does not: it runs independent programs one after another).
 """
 
 from functools import partial
@@ -31,14 +31,14 @@ from pallas_kernels.xla.prepared import Steps, prepare
 
 # Above this many rows, unpacking once is cheaper than masking every word once per row.
 DECODE_ROWS = 8
-# Loops of a product, each on a thread where the executor has one for it.
+# Loops of a product; the executor may run each on its own thread.
 LOOPS = 2
-# Independent sums per output: in one chain, every addition would wait for the one before.
+# Independent sums per output: in a single chain, every addition would wait for the previous one.
 CHAINS = 16
 
 
 def is_decode(rows: Any) -> bool:
-    """Whether so many rows of ``x`` are decode's on a CPU; a symbolic number is not."""
+    """True if CPUs compute a product of so many rows of ``x`` as decode; False for a symbolic number."""
     return isinstance(rows, int) and rows <= DECODE_ROWS
 
 
@@ -66,7 +66,7 @@ def prefill(x: Float[Array, "M K"], w: MixedTensor) -> Float[Array, "M N"]:
 
 
 def decode(x: Float[Array, "M K"], w: Steps) -> Float[Array, "M N"]:
-    """The product without a dense weight, in float32 whatever its dtype is."""
+    """The product without a dense weight, in float32 whatever the weight's dtype."""
     one, (m, k) = w.tensors[0], x.shape
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, one.groups * one.group_size - k)))
     x = x.reshape(m, one.groups, one.group_size)
@@ -76,11 +76,11 @@ def decode(x: Float[Array, "M K"], w: Steps) -> Float[Array, "M N"]:
 
 
 def _add_steps(x_MxGxg: jax.Array, w: Steps, first: int, stride: int) -> jax.Array:
-    """What every ``stride``-th step from the ``first`` on contributes to ``y[M, N]``."""
+    """The contribution to ``y[M, N]`` of every ``stride``-th step, from step ``first`` on."""
     layer = jnp.int32(0) if w.layer is None else w.layer
     m, width, g = x_MxGxg.shape[0], w.words.shape[1], w.tensors[0].group_size
 
-    # Places are never negative: to ask whether they are is a program of its own for each.
+    # Indices are never negative; checking would be a separate program for each.
     at = partial(lax.dynamic_slice, allow_negative_indices=False)
 
     def more(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -104,7 +104,7 @@ def _add_steps(x_MxGxg: jax.Array, w: Steps, first: int, stride: int) -> jax.Arr
             y, before + add, (0, tile * width), allow_negative_indices=False
         )
 
-    # Zeros and a count of its own: loops that start from the same constants start from copies of them.
+    # The barrier gives each loop its own zeros and count; loops that share constants would copy them.
     t, y, _ = lax.optimization_barrier(
         (jnp.int32(0), jnp.zeros((m, w.shape[1]), jnp.float32), jnp.int32(first))
     )
@@ -112,9 +112,9 @@ def _add_steps(x_MxGxg: jax.Array, w: Steps, first: int, stride: int) -> jax.Arr
 
 
 def _row_sums(x: jax.Array) -> jax.Array:
-    """``x.sum(-1)`` as sums of single columns: a reduction is a loop of its own, these are a few scalars."""
+    """``x.sum(-1)`` as sums of single columns: a few scalar operations, where a reduction would be a loop."""
     sums = [x[:, i] for i in range(x.shape[1])]
-    while len(sums) > 1:  # an odd one waits at the end
+    while len(sums) > 1:  # an odd one is kept for the next pass
         sums = [*(a + b for a, b in zip(sums[::2], sums[1::2])), *sums[len(sums) // 2 * 2 :]]
     return sums[0]
 
@@ -122,7 +122,7 @@ def _row_sums(x: jax.Array) -> jax.Array:
 def _plane_dot(x: jax.Array, words: jax.Array, n: int) -> jax.Array:
     """``x[M, g] . plane[g, N]``, unrolled.
 
-    Codes are masked where they lie, unshifted, and ``x`` multiplied by ``2**-(n * slot)`` instead; the last
+    Codes are masked in place, unshifted, and ``x`` is multiplied by ``2**-(n * slot)`` instead; only the last
     slot is shifted (a mask would leave the sign bit set).
     """
     slots, rows = WORD_BITS // n, words.shape[0]
