@@ -237,7 +237,7 @@ def test_a_term_of_no_weight_takes_no_pass(model, monkeypatch, augmented, passes
         return packed, None
 
     monkeypatch.setattr(BlockLearner, "improve", improve)
-    config = dataclasses.replace(PLUS, augmented=augmented)
+    config = dataclasses.replace(PLUS, augmented=augmented).resolved()
     quantizer.BlockQuantizer(DecoderSource(model), TOKENS, config, None).quantize(0)
     assert len(counted) == passes
     assert [one.y_here is not None for one in learned] == [augmented > 0]
