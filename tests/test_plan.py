@@ -57,7 +57,8 @@ def test_sizes_are_those_of_a_quantized_model(model):
     assert found.parameters == dense
 
 
-@pytest.mark.parametrize("asymmetric", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("asymmetric", [0.0, 0.5])
 def test_memory_is_that_of_the_arrays_at_the_worst_moment(model, monkeypatch, asymmetric):
     settings = SlimConfig(
         bits=2, group_size=32, criterion="kl", asymmetric=asymmetric, embedding_bits=16, tune=False

@@ -71,6 +71,7 @@ def test_a_layer_takes_few_programs(step):
     assert " sort(" not in body
 
 
+@pytest.mark.slow
 def test_a_layer_whose_scales_bytes_cannot_hold_is_scanned_over_like_the_rest():
     model, other = packed_model(), packed_model()
     weight = other.blocks[1].attn.o.weight
