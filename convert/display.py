@@ -97,12 +97,12 @@ class Stream:
         """Takes the next token of the single row; returns True if the row ends with it."""
         self.times.append(time.monotonic())
         stopped = self.text.take(token)
-        self._show(self.text.news())
+        self._show(self.text.delta())
         return stopped
 
     def close(self) -> None:
         """Prints the text that was held back."""
-        self._show(self.text.news(final=True) + "\n")
+        self._show(self.text.delta(final=True) + "\n")
 
     def rate(self) -> str:
         """Number of tokens, and tokens per second after the first, whose time includes the prefill."""

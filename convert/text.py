@@ -60,7 +60,7 @@ class Text:
         self._tail = text[len(text) - held :]
         return self.stopped
 
-    def news(self, *, final: bool = False) -> str:
+    def delta(self, *, final: bool = False) -> str:
         """Returns the text since the last call; text that may still change is held back unless ``final``."""
         if final:
             self._parts += [self._tail, self._partial]

@@ -53,12 +53,12 @@ def test_what_is_lost(weighted):
     flat, apart = x.reshape(-1, 32).astype(np.float64), (full - x).reshape(-1, 32).astype(np.float64)
     apart_h = (full_h - h).reshape(-1, 16).astype(np.float64)
     np.testing.assert_allclose(found.gram, flat.T @ (counts * flat), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(found.drift, flat.T @ (counts * apart), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(found.shortfall, flat.T @ (counts * apart_h), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.input_error, flat.T @ (counts * apart), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.residual_error, flat.T @ (counts * apart_h), rtol=1e-3, atol=1e-3)
     without = observe(inputs._replace(residual=None), 4)
-    assert without.shortfall is None
-    assert np.array_equal(without.drift, found.drift)
-    assert observe(inputs._replace(reference=None), 4).drift is None
+    assert without.residual_error is None
+    assert np.array_equal(without.input_error, found.input_error)
+    assert observe(inputs._replace(reference=None), 4).input_error is None
 
 
 @pytest.mark.slow
@@ -79,7 +79,9 @@ def test_a_head_makes_up_for_what_it_reads():
     x = rng.normal(size=(4096, 64))
     full, w = x + 0.3 * rng.normal(size=x.shape) + 0.2 * x[:, ::-1], rng.normal(size=(64, 96))
     seen = Observation(
-        *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x[:8])), len(x), drift=jnp.asarray(x.T @ (full - x))
+        *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x[:8])),
+        len(x),
+        input_error=jnp.asarray(x.T @ (full - x)),
     )
     config = dataclasses.replace(UNIFORM, embedding_bits=8, asymmetric=1.0, damping=0.01).resolved()
     packed, _ = TableSolver(config, Placement()).solve("head.weight", w.astype(np.float32), seen)

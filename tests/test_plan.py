@@ -113,7 +113,7 @@ def test_memory_is_as_forecast(tmp_path, options):
 
 
 def test_tuning_needs_the_whole_model():
-    """With few windows, whose activations would outweigh it."""
+    """Few windows, whose activations do not outweigh it."""
     fast, good = (
         plan.make_plan(LLAMA_2_7B, SlimConfig.preset(name, bits=2), "v5e", samples=8, length=512)
         for name in ("fast", "good")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slim_jax.infer.sampling import Sampling, likely, penalized, sample
+from slim_jax.infer.sampling import Sampling, filter_logits, penalized, sample
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (5, 41)).astype(np.float32)
@@ -31,7 +31,9 @@ def kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarr
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 0.9])
 def test_likely(top_k, top_p, min_p):
-    found = np.asarray(likely(jnp.asarray(LOGITS), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p)))
+    found = np.asarray(
+        filter_logits(jnp.asarray(LOGITS), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
+    )
     expected = kept(LOGITS, top_k, top_p, min_p)
     assert (np.isfinite(found) == expected).all()
     assert (found[expected] == LOGITS[expected]).all()
@@ -39,7 +41,7 @@ def test_likely(top_k, top_p, min_p):
 
 def test_likely_keeps_the_fewest_tokens_that_reach_top_p():
     logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]))
-    found = np.isfinite(np.asarray(likely(logits, jnp.int32(0), jnp.float32(0.7), jnp.float32(0))))
+    found = np.isfinite(np.asarray(filter_logits(logits, jnp.int32(0), jnp.float32(0.7), jnp.float32(0))))
     assert found.tolist() == [[False, True, False, True], [True, False, False, False]]
 
 

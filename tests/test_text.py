@@ -27,17 +27,17 @@ def grown(text: str, *stop: str) -> tuple[list[str], Text]:
     row, told = Text(Characters(), stop), []
     for byte in text.encode():
         stopped = row.take(byte)
-        told.append(row.news())
+        told.append(row.delta())
         if stopped:
             break
-    return [*told, row.news(final=True)], row
+    return [*told, row.delta(final=True)], row
 
 
 def test_half_a_character_is_held_back():
     assert grown("aé!")[0] == ["a", "", "é", "!", ""]
     row = Text(Characters())
     row.take("é".encode()[0])
-    assert (row.news(), row.news(final=True)) == ("", "\ufffd")
+    assert (row.delta(), row.delta(final=True)) == ("", "\ufffd")
 
 
 def test_what_may_be_a_stop_string_is_held_back():
@@ -139,10 +139,10 @@ def test_prompt_and_stream_are_the_text_of_all_tokens(kind: str) -> None:
         row, told = Text(tokenizer, prompt=ids[:cut]), []
         for token in ids[cut:]:
             row.take(token)
-            told.append(row.news())
+            told.append(row.delta())
             partial += told[-1] == ""
             assert "\ufffd" not in told[-1]
-        told.append(row.news(final=True))
+        told.append(row.delta(final=True))
         assert prompt + "".join(told) == tokenizer.decode(ids, skip_special_tokens=True)
         assert row.text == "".join(told)
     assert partial > 0
@@ -173,7 +173,7 @@ def test_work_is_linear(kind: str) -> None:
         row, counted.decoded = Text(counted, ["never comes"], ids[:100]), 0
         for token in ids[100:]:
             row.take(token)
-            row.news()
+            row.delta()
         assert counted.decoded < 30 * len(ids)
 
 

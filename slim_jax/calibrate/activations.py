@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
         return (*found, (self.reference.residual[batch], self.residual[batch]))
 
 
-LOST = ("drift", "shortfall")
+LOST = ("input_error", "residual_error")
 """Fields of an `Observation` that the pairs of :meth:`Inputs.lost` give, in order."""
 
 
@@ -153,9 +153,15 @@ def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> O
     assert total is not None
     if inputs.weights is not None and weight > 0:
         total, lost = jax.tree.map(lambda a: a * np.float32(tokens / weight), (total, lost))
-    drift, shortfall = (None if cross is None else placement.whole(cross) for cross in map(lost.get, LOST))
+    input_error, residual_error = (
+        None if cross is None else placement.whole(cross) for cross in map(lost.get, LOST)
+    )
     return Observation(
-        placement.whole(total), jnp.concatenate(samples), tokens, drift=drift, shortfall=shortfall
+        placement.whole(total),
+        jnp.concatenate(samples),
+        tokens,
+        input_error=input_error,
+        residual_error=residual_error,
     )
 
 

@@ -103,11 +103,11 @@ class Tuning:
         self.decoder, self.tokens, self.targets = decoder, tokens, targets
         self.placement, self.file = placement, file
         batch = min(config.tune_batch_size, len(tokens))
-        self.judges, learners = held_out(len(tokens), batch)
+        self.validation, training = held_out(len(tokens), batch)
         rng = np.random.default_rng(0)
-        order = np.concatenate([rng.permutation(learners) for _ in range(config.tune_epochs)])
+        order = np.concatenate([rng.permutation(training) for _ in range(config.tune_epochs)])
         self.order = order[: len(order) // batch * batch].reshape(-1, batch)
-        self.judge_batch = math.gcd(len(self.judges), batch)
+        self.judge_batch = math.gcd(len(self.validation), batch)
         optimizer = optimizer or default_optimizer(config.tune_rate, len(self.order))
         self.tuner = Tuner(decoder, optimizer, placement)
 
@@ -153,7 +153,7 @@ class Tuning:
         return Batch(put(self.tokens[rows].astype(np.int32)), put(self.targets[rows]))
 
     def _judge(self, learned: Learned, fixed: Fixed) -> float:
-        parts = self.judges.reshape(-1, self.judge_batch)
+        parts = self.validation.reshape(-1, self.judge_batch)
         return float(np.mean([self.tuner.evaluate(learned, fixed, self._batch(rows)) for rows in parts]))
 
 

@@ -44,8 +44,8 @@ def held_out(samples: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
     every = np.arange(samples)
     if samples < 2 * batch:
         return every, every
-    judges = np.arange(0, samples, HELD_OUT)
-    return judges, np.setdiff1d(every, judges)
+    validation = np.arange(0, samples, HELD_OUT)
+    return validation, np.setdiff1d(every, validation)
 
 
 @functools.cache
@@ -140,8 +140,8 @@ class BlockLearner:
     ) -> None:
         self.config, self.placement = config, placement
         self.batch = min(config.batch_size, samples)
-        self.judges, self.learners = held_out(samples, self.batch)
-        steps = config.epochs * (len(self.learners) // self.batch)
+        self.validation, self.training = held_out(samples, self.batch)
+        steps = config.epochs * (len(self.training) // self.batch)
         chosen = optimizer or default_optimizer(config, steps)
         sharding = placement.of_samples()
         self.kinds = [SlimPlus(block, chosen, config.augmented, sharding) for block in decoder.blocks()]
@@ -174,7 +174,7 @@ class BlockLearner:
 
         def epoch(learned: Learned) -> Learned:
             nonlocal state
-            order = rng.permutation(self.learners)
+            order = rng.permutation(self.training)
             order = order[: len(order) // self.batch * self.batch].reshape(-1, self.batch)
             learned, state, _ = plus.epoch(learned, state, layers, rest, samples, jnp.asarray(order))
             return learned
@@ -231,5 +231,5 @@ class BlockLearner:
         return *self.placement.tree((learned, layers)), rest
 
     def _judge_order(self) -> jax.Array:
-        batch = math.gcd(len(self.judges), self.batch)
-        return jnp.asarray(self.judges.reshape(-1, batch))
+        batch = math.gcd(len(self.validation), self.batch)
+        return jnp.asarray(self.validation.reshape(-1, batch))

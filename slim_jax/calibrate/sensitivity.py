@@ -127,7 +127,7 @@ class _Tapped(Linear):
         return _tap(super().__call__(x), self.token_weight[...])
 
 
-def _with_taps(block: Block, weights: Mapping[str, jax.Array]) -> Block:
+def _with_shifts(block: Block, weights: Mapping[str, jax.Array]) -> Block:
     block = nnx.merge(*nnx.split(block))
     if block.moe is not None:
         block.moe.by_turns = False  # token importance is by position, so tokens must stay in place
@@ -154,12 +154,12 @@ def _backward(
 
     def own(block: Block, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         h, gradient = inputs
-        taps = {name: vary_like(jnp.zeros(h.shape[:2]), h) for name in names}
+        shifts = {name: vary_like(jnp.zeros(h.shape[:2]), h) for name in names}
 
-        def run(h: jax.Array, taps: dict[str, jax.Array]) -> jax.Array:
-            return _with_taps(block, taps)(h, sequence_positions(h))[0]
+        def run(h: jax.Array, shifts: dict[str, jax.Array]) -> jax.Array:
+            return _with_shifts(block, shifts)(h, sequence_positions(h))[0]
 
-        _, pull_back = jax.vjp(run, h.astype(jnp.float32), taps)
+        _, pull_back = jax.vjp(run, h.astype(jnp.float32), shifts)
         return pull_back(gradient)
 
     return placement.over_samples(own)(block, (h, gradient))

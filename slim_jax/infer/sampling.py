@@ -104,7 +104,7 @@ class Choice:
             [
                 lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
                 lambda: sample(scaled, key),
-                lambda: sample(likely(scaled, self.top_k, self.top_p, self.min_p), key),
+                lambda: sample(filter_logits(scaled, self.top_k, self.top_p, self.min_p), key),
             ],
         )
 
@@ -116,7 +116,7 @@ def penalized(
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def likely(
+def filter_logits(
     logits: Float[Array, "b vocab"], top_k: Int32[Array, ""], top_p: Float[Array, ""], min_p: Float[Array, ""]
 ) -> Float[Array, "b vocab"]:
     """Sets logits to -inf outside the tokens that may be drawn, see :class:`Sampling`; ties stay in."""

@@ -138,18 +138,18 @@ class Observation(NamedTuple):
       sample: ``float32[S, K]``, evenly spread inputs.
       tokens: number of inputs, ``T``.
       borrowed: number of tokens that :meth:`with_prior` added to the Gram matrix.
-      drift: ``float32[K, K]``, the input error ``x^T (x' - x)``, where ``x'`` is the input of the layers in
-        the full-precision model; None if unknown.
-      shortfall: ``float32[K, N]``, the residual error ``x^T (h' - h)``, where ``h`` is the residual stream
-        that the layers add to; None if they do not add to it or it is unknown.
+      input_error: ``float32[K, K]``, ``x^T (x' - x)``, where ``x'`` is the input of the layers in the
+        full-precision model; None if unknown.
+      residual_error: ``float32[K, N]``, ``x^T (h' - h)``, where ``h`` is the residual stream that the layers
+        add to; None if they do not add to it or it is unknown.
     """
 
     gram: jax.Array
     sample: jax.Array
     tokens: int
     borrowed: int = 0
-    drift: jax.Array | None = None
-    shortfall: jax.Array | None = None
+    input_error: jax.Array | None = None
+    residual_error: jax.Array | None = None
 
     @property
     def share_borrowed(self) -> float:
@@ -175,8 +175,8 @@ class Observation(NamedTuple):
 def corrected(
     w: Float[Array, "k n"],
     u: Float[Array, "k k"],
-    drift: Float[Array, "k k"],
-    shortfall: Float[Array, "k n"] | None,
+    input_error: Float[Array, "k k"],
+    residual_error: Float[Array, "k n"] | None,
     share: Float[Array, ""],
 ) -> Float[Array, "k n"]:
     """Returns the weight that compensates a share of the upstream error.
@@ -194,11 +194,11 @@ def corrected(
     Args:
       w: the full-precision weight ``W``.
       u: ``U``, with ``H^-1 = U^T U``.
-      drift: the input error, ``(2 / T) x^T (x' - x)``.
-      shortfall: the residual error, ``(2 / T) x^T (h' - h)``; None for layers whose output is not added to
-        the residual stream.
+      input_error: ``(2 / T) x^T (x' - x)``.
+      residual_error: ``(2 / T) x^T (h' - h)``; None for layers whose output is not added to the residual
+        stream.
       share: from 0, which returns ``W``, to 1.
     """
-    missing = drift @ w
-    missing = missing if shortfall is None else missing + shortfall
+    missing = input_error @ w
+    missing = missing if residual_error is None else missing + residual_error
     return w + share * (u.T @ (u @ missing))

@@ -173,15 +173,19 @@ class LayerSolver:
         of a fit of ``K`` unknowns to ``T`` tokens is chance. If the observation has no input error or
         ``asymmetric`` is 0, these are ``weights``.
         """
-        drift, shortfall, asymmetric = observation.drift, observation.shortfall, self.config.asymmetric
-        if drift is None or not asymmetric:
+        input_error, residual_error, asymmetric = (
+            observation.input_error,
+            observation.residual_error,
+            self.config.asymmetric,
+        )
+        if input_error is None or not asymmetric:
             return weights
-        missing, unit = weights[0].shape[0] - len(drift), np.float32(2 / observation.tokens)
-        share = jnp.float32(asymmetric * max(0.0, 1 - len(drift) / observation.tokens))
-        drift = self.placement.whole(jnp.pad(drift * unit, ((0, missing), (0, missing))))
-        if shortfall is not None:
-            shortfall = self.placement.channels(jnp.pad(shortfall * unit, ((0, missing), (0, 0))))
-        return [corrected(w, found.u, drift, shortfall, share) for w in weights]
+        missing, unit = weights[0].shape[0] - len(input_error), np.float32(2 / observation.tokens)
+        share = jnp.float32(asymmetric * max(0.0, 1 - len(input_error) / observation.tokens))
+        input_error = self.placement.whole(jnp.pad(input_error * unit, ((0, missing), (0, missing))))
+        if residual_error is not None:
+            residual_error = self.placement.channels(jnp.pad(residual_error * unit, ((0, missing), (0, 0))))
+        return [corrected(w, found.u, input_error, residual_error, share) for w in weights]
 
     def statistics(self, observation: Observation, names: list[str]) -> tuple[Statistics, float]:
         """Returns the statistics of an observation and the damping that they needed."""

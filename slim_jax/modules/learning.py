@@ -51,12 +51,12 @@ def improve(
     for path, tensor in packed.items():
         w = product_of(given[path]).matrix(jnp.asarray(given[path].kernel[...]))
         learned[path], layers[path] = start_of(tensor, w, config.learn)
-    judges, learners = held_out(len(batches), 1)
+    validation, training = held_out(len(batches), 1)
     graph, weights = nnx.split(module)
     targets = [_floats(run(nnx.merge(graph, weights), batch)) for batch in batches]
     if not targets[0]:
         raise ValueError("the module gives no floating-point array, expected one for slim-plus to learn from")
-    optimizer = default_optimizer(config, config.epochs * len(learners))
+    optimizer = default_optimizer(config, config.epochs * len(training))
 
     def loss(learned: Learned, layers: dict[str, Layer], weights: Any, batch: Any, target: list[jax.Array]):
         found = _floats(run(_with_weights(nnx.merge(graph, weights), dense_weights(learned, layers)), batch))
@@ -71,12 +71,12 @@ def improve(
 
     def epoch(learned: Learned) -> Learned:
         nonlocal state
-        for i in rng.permutation(learners):
+        for i in rng.permutation(training):
             learned, state = step(learned, state, layers, weights, batches[i], targets[i])
         return learned
 
     def judge(learned: Learned) -> float:
-        losses = [evaluate(learned, layers, weights, batches[i], targets[i]) for i in judges]
+        losses = [evaluate(learned, layers, weights, batches[i], targets[i]) for i in validation]
         return float(np.mean(losses))
 
     try:
