@@ -1,5 +1,8 @@
 """The documentation's examples run as written, and its defaults and file names are correct."""
 
+import contextlib
+import functools
+import importlib
 import re
 from pathlib import Path
 
@@ -128,3 +131,30 @@ def test_commands_have_the_options_that_pages_show():
             name for option in COMMANDS[command].params for name in (*option.opts, *option.secondary_opts)
         }
         assert set(re.findall(r"(?<=\s)--[a-z-]+", rest)) <= known, (command, rest)
+
+
+def exists(name: str) -> bool:
+    """True if a module, or an attribute of one, has this dotted name."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            found = importlib.import_module(".".join(parts[:cut]))
+            return (
+                functools.reduce(lambda owner, part: getattr(owner, part, None), parts[cut:], found)
+                is not None
+            )
+    return False
+
+
+def test_names_in_prose_exist():
+    """Modules move: pages, docstrings and comments that name them move with them."""
+    code = [
+        file
+        for top in ("pallas_kernels", "slim_jax", "convert", "bench")
+        for file in ROOT.glob(f"{top}/**/*.py")
+    ]
+    texts = {**PAGES, **{str(file.relative_to(ROOT)): file.read_text() for file in code}}
+    pattern = re.compile(r"`((?:slim_jax|pallas_kernels|convert)(?:\.\w+)+)`")
+    named = {(name, page) for page, text in texts.items() for name in pattern.findall(text)}
+    assert len(named) > 50
+    assert sorted((name, page) for name, page in named if not exists(name)) == []
