@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float
@@ -105,7 +106,7 @@ def _applied(params: Params, factors: Mapping[str, jax.Array], norm_offset: floa
     return {name: value(name, given) for name, given in params.items()}
 
 
-def _gain(value: jax.Array, log_factor: jax.Array, norm_offset: float) -> jax.Array:
+def _gain(value: jax.Array | np.ndarray, log_factor: jax.Array, norm_offset: float) -> jax.Array:
     """Multiplies a norm's gain, which is ``value + norm_offset``; returns the new value, as stored."""
     gain = (jnp.asarray(value, jnp.float32) + norm_offset) * jnp.exp(log_factor) - norm_offset
     return straight_through(gain, gain.astype(value.dtype).astype(jnp.float32))
