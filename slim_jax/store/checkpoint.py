@@ -62,12 +62,8 @@ class CheckpointSource:
         self.manifest = read_manifest(self.path)
         self.config = self.manifest.decoder
         digest = hashlib.sha256(json.dumps(self.manifest.to_json(), sort_keys=True).encode())
-        fingerprint = digest.hexdigest()
-        self.origin = {
-            "kind": "checkpoint",
-            "path": str(self.path.absolute()),
-            "fingerprint": SAMPLED + fingerprint,
-        }
+        fingerprint = SAMPLED + digest.hexdigest()
+        self.origin = {"kind": "checkpoint", "path": str(self.path.absolute()), "fingerprint": fingerprint}
         files = self.manifest.files
         self._shards = None if files is None else Shards(self.path, files)
 
