@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from convert.errors import ConvertError
 from slim_jax.model.config import DecoderConfig
 
@@ -38,12 +40,16 @@ class Names:
     Attributes:
       outer: our modules outside the blocks -> the format's, such as ``"norm" -> "norm"``.
       blocks: the prefix of a block, with ``{}`` for its index.
-      block: our modules inside a block -> the format's.
+      block: our modules inside a block -> the format's. A whole parameter may stand there too, with all of
+        the format's name.
+      alternating: our modules whose output features take turns with those of the other modules in the
+        format's tensor -> the field of our config that says how often.
     """
 
     outer: Mapping[str, str]
     blocks: str
     block: Mapping[str, str]
+    alternating: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, ours: str, index: int | None = None) -> str:
         """Returns the format's name of our parameter ``ours``, outside the blocks or in block ``index``."""
@@ -53,6 +59,8 @@ class Names:
         suffix = "bias" if leaf == "bias" else "weight"
         if index is None:
             return f"{self.outer[module]}.{suffix}"
+        if ours in self.block:
+            return self.blocks.format(index) + self.block[ours]
         pattern, expert = _pattern(module)
         return f"{self.blocks.format(index)}{self.block[pattern].format(*expert)}.{suffix}"
 
@@ -63,6 +71,25 @@ class Names:
         for name in sorted(ours, key=lambda name: order.get(_pattern(name.rpartition(".")[0])[0], -1)):
             held.setdefault(self.of(name, index), []).append(name)
         return held
+
+    def turns(self, ours: Iterable[str], config: DecoderConfig) -> int:
+        """Returns how often the features of our parameters take turns in the tensor that holds them all."""
+        modules = {_pattern(name.rpartition(".")[0])[0] for name in ours}
+        fields = {field for module, field in self.alternating.items() if module in modules}
+        return getattr(config, fields.pop()) if fields else 1
+
+
+def split_rows(tensor: np.ndarray, sizes: Sequence[int], turns: int) -> list[np.ndarray]:
+    """Splits a tensor into parts of ``sizes`` rows, which take turns in it."""
+    each = tensor.reshape(turns, -1, *tensor.shape[1:])
+    ends = np.cumsum([size // turns for size in sizes])
+    return [part.reshape(-1, *tensor.shape[1:]) for part in np.split(each, ends[:-1], axis=1)]
+
+
+def join_rows(parts: Sequence[np.ndarray], turns: int) -> np.ndarray:
+    """Inverse of :func:`split_rows`."""
+    each = [part.reshape(turns, -1, *part.shape[1:]) for part in parts]
+    return np.concatenate(each, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def _pattern(module: str) -> tuple[str, list[str]]:

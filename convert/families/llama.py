@@ -67,19 +67,33 @@ def rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return rope, rope.get("rope_type", rope.get("type", "default"))
 
 
-def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
+def rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float = 1.0) -> int | None:
+    """Returns the number of a head's features that RoPE rotates; None for all.
+
+    ``default`` is the fraction of ``head_dim`` if config.json has none.
+    """
+    rope, _ = rope_fields(hf)
+    fraction = field({**hf, **rope}, "partial_rotary_factor", float, default)
+    return None if fraction == 1 else int(head_dim * fraction)
+
+
+def read_rope(
+    hf: Mapping[str, Any], theta: float = 10000.0, *, partial: bool = False
+) -> tuple[float, RopeScaling | None]:
     """Returns base and scaling of RoPE, from ``rope_parameters`` or the two older keys.
 
     Args:
       hf: config.json.
       theta: the base if config.json has none.
+      partial: if True, RoPE may rotate a part of each head, see :func:`rotary_dim`.
 
     Raises:
       ConvertError: the kind of scaling is not supported.
     """
     rope, kind = rope_fields(hf)
     theta = field(rope, "rope_theta", float, field(hf, "rope_theta", float, theta))
-    require({**hf, **rope}, "partial_rotary_factor", 1.0, 1.0)
+    if not partial:
+        require({**hf, **rope}, "partial_rotary_factor", 1.0, 1.0)
     if kind == "default":
         return theta, None
     if kind == "linear":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.errors import ConvertError, listed
-from convert.families.family import Names
+from convert.families.family import Names, split_rows
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import Params, block_buffers, block_params, outer_params
 
@@ -192,8 +192,9 @@ class ModelSource:
         raw = self._store.read(held)
         params = {}
         for theirs, ours in held.items():
-            ends = np.cumsum([_file_shape(name, shapes[name])[0] for name in ours])
-            for name, value in zip(ours, np.split(raw.pop(theirs), ends[:-1])):
+            sizes = [_file_shape(name, shapes[name])[0] for name in ours]
+            turns = self._names.turns(ours, self.config)
+            for name, value in zip(ours, split_rows(raw.pop(theirs), sizes, turns)):
                 params[name] = self._ours(name, value, index)
         return params
 

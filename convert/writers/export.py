@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.errors import ConvertError
 from convert.families import by_name
-from convert.families.family import HFFormat
+from convert.families.family import HFFormat, join_rows
 from convert.readers.load import source_tokenizer
 from convert.readers.source import file_layout, parse_dtype
 from convert.tokenizer import save_tokenizer
@@ -97,15 +97,18 @@ def held_tensors(source: Source, form: HFFormat) -> Iterator[tuple[str, dict[str
             yield prefix + name, {ours: params[ours] for ours in held}
 
 
-def dense_tensor(held: dict[str, Any], dtype: np.dtype | None) -> np.ndarray:
-    """Returns one tensor in the format's orientation, from the parameters that it holds, dequantized."""
+def dense_tensor(held: dict[str, Any], dtype: np.dtype | None, turns: int = 1) -> np.ndarray:
+    """Returns one tensor in the format's orientation, from the parameters that it holds, dequantized.
+
+    ``turns``: how often these take turns in it.
+    """
     parts = [_file_layout(ours, value, dtype) for ours, value in held.items()]
-    return np.ascontiguousarray(np.concatenate(parts))
+    return np.ascontiguousarray(join_rows(parts, turns))
 
 
 def _tensors(source: Source, form: HFFormat, dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
     for name, held in held_tensors(source, form):
-        yield name, dense_tensor(held, dtype)
+        yield name, dense_tensor(held, dtype, form.names.turns(held, source.config))
 
 
 def _file_layout(name: str, value: Any, dtype: np.dtype | None) -> np.ndarray:

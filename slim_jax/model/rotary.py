@@ -58,7 +58,8 @@ def frequencies(
 class Rotation:
     """Rotary position embedding by angles of ``frequency`` radians per position, times ``factor``.
 
-    Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints.
+    Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints, ``d`` being twice the number of
+    frequencies; features of a head from ``d`` on are not rotated.
     """
 
     frequency: Float[Array, " half"]
@@ -67,8 +68,9 @@ class Rotation:
     def __call__(self, x: Float[Array, "b t h d"], positions: Int[Array, "b t"]) -> Float[Array, "b t h d"]:
         """Rotates queries or keys."""
         cos, sin = self._of(positions[:, :, None, None])
-        x1, x2 = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+        half = self.frequency.shape[-1]
+        x1, x2, rest = jnp.split(x, [half, 2 * half], axis=-1)
+        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
     def by_feature(self, positions: Int[Array, " b"]) -> Float[Array, "b 2 d"]:
         """Returns the rotation as two factors per feature: of the feature itself, and of its partner.
