@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from golden_models import decoder_of, load_golden, relative_error, write_hf
 from jax.sharding import Mesh
-from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint, dense
+from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint, dense
 
 from convert import load_source
 from pallas_kernels import pack
 from slim_jax.calibrate import pipeline
+from slim_jax.config import SlimConfig
 from slim_jax.infer.forward import forward
 from slim_jax.infer.generate import Generator, generate
 from slim_jax.model.block import linear_groups
@@ -26,9 +27,11 @@ from slim_jax.plan import make_plan, state_bytes
 from slim_jax.store import checkpoint
 from slim_jax.store.source import DecoderSource
 
+GPTQ = SlimConfig(bits=2, group_size=32, method="gptq", tune=False)
 LINEAR = (("mixer", "gated_delta"),)
 HYBRID = dataclasses.replace(
     CONFIG,
+    intermediate_size=96,
     output_gate=True,
     rotary_dim=8,
     linear_key_heads=2,
@@ -36,9 +39,9 @@ HYBRID = dataclasses.replace(
     linear_key_dim=16,
     linear_value_dim=16,
     conv_size=4,
-    num_experts=3,
-    experts_per_token=2,
-    shared_expert_size=96,
+    num_experts=2,
+    experts_per_token=1,
+    shared_expert_size=64,
     shared_expert_gate=True,
     kinds=(LINEAR, ()),
     block_kinds=(0, 0, 1),
@@ -155,12 +158,12 @@ def model() -> Decoder:
 
 def test_a_hybrid_is_quantized_and_resumed(model, tmp_path):
     source = DecoderSource(model)
-    report = pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "whole")
+    report = pipeline.quantize_to_checkpoint(source, TOKENS, GPTQ, tmp_path / "whole")
     names = [layer.name for layer in report.layers]
     assert [name for name in names if name.startswith("blocks.1.")] == [
         *(f"blocks.1.linear_attn.{name}" for name in "qkvzo"),
         *(f"blocks.1.moe.shared.{name}" for name in ("gate", "up", "down")),
-        *(f"blocks.1.moe.experts.{i}.{name}" for i in range(3) for name in ("gate", "up", "down")),
+        *(f"blocks.1.moe.experts.{i}.{name}" for i in range(2) for name in ("gate", "up", "down")),
     ]
     assert all(layer.error < 0.5 for layer in report.layers)
 
@@ -169,8 +172,8 @@ def test_a_hybrid_is_quantized_and_resumed(model, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", on_block=kill)
-    pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", resume=True)
+        pipeline.quantize_to_checkpoint(source, TOKENS, GPTQ, tmp_path / "parts", on_block=kill)
+    pipeline.quantize_to_checkpoint(source, TOKENS, GPTQ, tmp_path / "parts", resume=True)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
     loaded = checkpoint.load(tmp_path / "whole")
     for name in ("conv.weight", "log_decay", "decay.weight", "decay.bias", "beta.weight", "norm.weight"):
@@ -207,12 +210,12 @@ def test_a_model_over_devices(model):
 
 
 def test_the_plan_counts_states():
-    plan, longer = (make_plan(HYBRID, SLIM, "h100", context=context) for context in (64, 128))
+    plan, longer = (make_plan(HYBRID, GPTQ, "h100", context=context) for context in (64, 128))
     states = 2 * 4 * (4 * 16 * 16 + 3 * (2 * 2 * 16 + 4 * 16))
     assert plan.cache_bytes_per_token == 2 * 2 * 2 * 16
     assert longer.device_bytes - plan.device_bytes == 64 * plan.cache_bytes_per_token
     attended = dataclasses.replace(HYBRID, kinds=(), block_kinds=())
-    assert make_plan(attended, SLIM, "h100", context=64).cache_bytes_per_token == 3 * 2 * 2 * 2 * 16
+    assert make_plan(attended, GPTQ, "h100", context=64).cache_bytes_per_token == 3 * 2 * 2 * 2 * 16
     assert sum(map(state_bytes, HYBRID.blocks())) == states
 
 
