@@ -16,9 +16,10 @@ class RopeScaling:
     longer than ``original_max_positions / low_freq_factor``, keeps those whose wavelength is shorter than
     ``original_max_positions / high_freq_factor`` and blends between. "longrope" divides each by its own entry
     of ``short_factors``, or of ``long_factors`` in a pass that reaches beyond ``original_max_positions``
-    tokens, and multiplies queries and keys by ``attention_factor``. "yarn" (arXiv:2309.00071) keeps those that
-    turn more than ``beta_fast`` times within ``original_max_positions``, divides those that turn less than
-    ``beta_slow`` times and blends between, by whole pairs of features if ``truncate``; it multiplies too.
+    tokens, and multiplies queries and keys by ``attention_factor``. "yarn" (arXiv:2309.00071) keeps those
+    that turn more than ``beta_fast`` times within ``original_max_positions``, divides those that turn less
+    than ``beta_slow`` times and blends between, from one whole pair of features to another if ``truncate``;
+    it multiplies too.
     """
 
     kind: Literal["linear", "llama3", "longrope", "yarn"]
