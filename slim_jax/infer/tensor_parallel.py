@@ -70,11 +70,14 @@ class Cuts:
         """Splits a parameter into parts, one per device."""
         *_, layer, leaf = ("", *name.split("."))
         over = (HEADS if self.heads else {}) | (CHANNELS if self.channels else {})
+        across: Over
         if self.vocabulary and (name == "embed" or layer == "head"):
             # A packed table and an LM head are stored as the weight of a product.
-            across: Over = "k" if name == "embed" and not isinstance(value, MixedTensor) else "n"
+            across = "k" if name == "embed" and not isinstance(value, MixedTensor) else "n"
         elif layer in over and not (leaf == "bias" and over[layer] == "k"):
             across = over[layer]
+        elif self.heads and leaf == "sinks":
+            across = "n"
         else:
             return [value] * self.count
         if isinstance(value, MixedTensor):

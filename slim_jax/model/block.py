@@ -79,6 +79,7 @@ class Attention(nnx.Module):
         self.o = Linear(heads, d, bias=config.o_bias, rngs=rngs)
         self.q_norm = Norm(config.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config) if config.qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros(config.num_heads)) if config.attn_sinks else None
         self.local = Buffer(is_local(config, index)) if config.global_layers else None
         self.config = config
 
@@ -109,15 +110,15 @@ class Attention(nnx.Module):
         if self.local is not None and window is not None:
             window = jnp.where(self.local[...] > 0, window, jnp.iinfo(jnp.int32).max)
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        softcap = config.attn_softcap
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
+        how: Any = {"scale": scale, "window": window, "softcap": config.attn_softcap, "sinks": sinks}
         if cache is None:
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            y = attention(q, k, v, positions, positions, scale=scale, window=window, softcap=softcap)
+            y = attention(q, k, v, positions, positions, **how)
         else:
             # Prepared weights lie on one device.
             alone = isinstance(self.q, Linear) and isinstance(self.q.weight.get_value(), Prepared)
-            how = {"scale": scale, "window": window, "softcap": softcap, "one_device": alone}
-            y, cache = attend_cached(q, k, v, positions, cache, rotation=rotation, **how)
+            y, cache = attend_cached(q, k, v, positions, cache, rotation=rotation, one_device=alone, **how)
         return (y if gate is None else y * jax.nn.sigmoid(gate)), cache
 
     def _rotation(self, positions: jax.Array) -> Rotation:

@@ -15,7 +15,7 @@ OF_BLOCKS = (
     *("qkv_bias", "o_bias", "mlp_bias", "query_pre_attn_scalar", "attn_softcap", "output_norms"),
     *("positions", "rope_theta", "rope_scaling", "local_rope_theta", "sliding_window"),
     *("num_experts", "experts_per_token", "norm_topk", "shared_expert_size", "shared_expert_gate"),
-    *("output_gate", "rotary_dim", "mixer"),
+    *("router_bias", "glu_limit", "attn_sinks", "output_gate", "rotary_dim", "mixer"),
 )
 """Fields that may differ between kinds of blocks."""
 
@@ -41,6 +41,8 @@ class DecoderConfig:
       qk_norm: if True, each head's queries and keys are normalized before the rotation.
       query_pre_attn_scalar: attention scores are divided by its square root; by default ``head_dim``.
       attn_softcap: scores ``s`` become ``cap * tanh(s / cap)``; ``logit_softcap`` does the same to logits.
+      attn_sinks: if True, the softmax of each head's scores counts one more, which is a parameter, and whose
+        value is 0.
       global_layers: indices of blocks that see all positions in a model with a sliding window.
       embed_scale: factor of the token embeddings, rounded to their dtype.
       num_experts: 0 for one dense MLP; else ``intermediate_size`` is that of one expert.
@@ -48,6 +50,9 @@ class DecoderConfig:
         1.
       shared_expert_size: ``intermediate_size`` of an expert that all tokens pass through; 0 for none.
       shared_expert_gate: if True, that expert's output is multiplied by the sigmoid of a gate.
+      router_bias: if True, the router's outputs have a bias.
+      glu_limit: if given, an MLP's gate is limited to at most this before the activation, and up to this and
+        its negative before 1 is added.
       output_gate: if True, attention's output is multiplied by the sigmoid of a gate, which the layer of the
         queries gives too: for each head its query, then its gate.
       rotary_dim: number of a head's features, the first ones, that rotary positions rotate; by default all.
@@ -86,7 +91,7 @@ class DecoderConfig:
     local_rope_theta: float | None = None
     position_offset: int = 0
     gated: bool = True
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu"] = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -99,6 +104,9 @@ class DecoderConfig:
     norm_topk: bool = True
     shared_expert_size: int = 0
     shared_expert_gate: bool = False
+    router_bias: bool = False
+    glu_limit: float | None = None
+    attn_sinks: bool = False
     output_gate: bool = False
     rotary_dim: int | None = None
     mixer: Literal["attention", "gated_delta"] = "attention"

@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
 
@@ -41,7 +42,7 @@ class MLP(nnx.Module):
         self.gate = Linear(d, inner, bias=config.mlp_bias, rngs=rngs) if config.gated else None
         self.up = Linear(d, inner, bias=config.mlp_bias, rngs=rngs)
         self.down = Linear(inner, d, bias=config.mlp_bias, rngs=rngs)
-        self.activation = config.activation
+        self.activation, self.limit = config.activation, config.glu_limit
 
     def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... inner"]:
         """Returns the input of ``down``."""
@@ -49,12 +50,14 @@ class MLP(nnx.Module):
         if self.gate is None:
             return activate(self.up(x))
         gate, up = outputs(x, self.gate, self.up)
+        if self.limit is not None:
+            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit) + 1
         return activate(gate) * up
 
     def later(self, x: Float[Array, "... d"]) -> "Later | None":
         """Returns :meth:`hidden`, to be computed together with ``down``; None if no back end does that."""
         gate, down = prepared_alone(self.gate), prepared_alone(self.down)
-        if gate is None or down is None or self.up.bias is not None:
+        if gate is None or down is None or self.up.bias is not None or self.limit is not None:
             return None
         run = few_launches(x, gate, down, self.activation)
         return None if run is None else Later(self, x, run)
@@ -95,7 +98,7 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.router = Linear(config.hidden_size, config.num_experts, bias=False, rngs=rngs)
+        self.router = Linear(config.hidden_size, config.num_experts, bias=config.router_bias, rngs=rngs)
         self.experts = nnx.List([MLP(config, rngs=rngs) for _ in range(config.num_experts)])
         self.top_k, self.norm_topk = config.experts_per_token, config.norm_topk
         size, gated = config.shared_expert_size, config.shared_expert_gate
