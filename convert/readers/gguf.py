@@ -26,6 +26,8 @@ from slim_jax.store.source import SAMPLED
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
 ROWS = 8192
 """Rows of a tensor that are dequantized at once."""
 
@@ -146,6 +148,15 @@ class GGUFStore:
         self._places = {name: (kind, begin + offset) for name, (kind, offset) in self._places.items()}
         return begin
 
+    @property
+    def quantized(self) -> str:
+        """The types of the quantized tensors, the one with most weights first; empty if there are none."""
+        sizes: dict[str, int] = {}
+        for name, (kind, _) in self._places.items():
+            if kind not in FLOATS:
+                sizes[kind.name] = sizes.get(kind.name, 0) + math.prod(self.shapes[name])
+        return f"GGUF, {', '.join(sorted(sizes, key=lambda kind: -sizes[kind]))}" if sizes else ""
+
     def _nbytes(self, name: str) -> int:
         block, block_bytes = GGML_QUANT_SIZES[self._places[name][0]]
         return math.prod(self.shapes[name]) // block * block_bytes
@@ -197,15 +208,21 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         config = form.read_config({k.removeprefix(own): v for k, v in store.metadata.items()}, store)
     except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
-    origin = {"kind": "gguf", "path": str(path.resolve()), "fingerprint": SAMPLED + store.fingerprint}
+    origin: dict[str, Any] = {
+        "kind": "gguf",
+        "path": str(path.resolve()),
+        "fingerprint": SAMPLED + store.fingerprint,
+    }
+    if store.quantized:
+        origin["quantized"] = store.quantized
     return ModelSource(
         config,
         origin,
         store,
-        form.names,
+        (form.names, *form.others),
         lambda: gguf_tokenizer(store.metadata, str(path)),
         dtype=parse_dtype(dtype),
         ignored=form.ignored,
-        interleaved=form.interleaved,
+        restore=form.restore,
         norm_offset=config.norm_offset,
     )
