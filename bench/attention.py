@@ -1,12 +1,13 @@
 """Checks of the GPU's decode attention (one new token) against float64, in the models' shapes."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.check import verdict
+from bench.results import Record
 from pallas_kernels import chips
 from pallas_kernels.gpu.attention import Scores, attend, parts_of
 
@@ -48,11 +49,10 @@ CASES = (
 )
 
 
-def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
-    """Returns the fields of the case, ``ok``, and ``error`` relative to the largest output.
+def compare(case: Case, *, interpret: bool = False) -> Record:
+    """Returns the fields of the case, and ``ok``, ``error`` and ``reason`` as `bench.check.verdict`.
 
-    ``error`` is the largest error of an output, or None if values are not finite or another slot than the new
-    token's was written.
+    The case also fails if another slot than the new token's was written.
     """
     rng = np.random.default_rng(case.start)
     dtype, shape = jnp.dtype(case.dtype), (case.batch, case.kv, case.slots, case.width)
@@ -80,12 +80,10 @@ def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
     wanted = [old.at[:, :, case.start].set(new.astype(dtype)) for old, new in ((keys, k), (values, v))]
     right = all(_same(*pair, case.start) for pair in zip(written, wanted))
     exact = _exact(case, np.asarray(q, np.float64), *(np.asarray(a, np.float64) for a in wanted), places)
-    found = np.asarray(y, np.float64)
-    error = None
-    if right and np.isfinite(found).all():
-        error = float(np.max(np.abs(found - exact)) / np.max(np.abs(exact)))
-    ok = error is not None and error <= TOLERANCE[case.dtype]
-    return dataclasses.asdict(case) | {"ok": ok, "error": error}
+    found = verdict(np.asarray(y, np.float64), exact, TOLERANCE[case.dtype])
+    if not right:
+        found |= {"ok": False, "reason": "the new slot's values are wrong, or another slot was written"}
+    return {"kernel": "attention", **dataclasses.asdict(case), **found}
 
 
 def _rotated(a: np.ndarray, rotation: np.ndarray) -> np.ndarray:
@@ -112,14 +110,3 @@ def _exact(case: Case, q: np.ndarray, keys: np.ndarray, values: np.ndarray, plac
     weight = np.exp(score - score.max(axis=-1, keepdims=True))
     y = np.einsum("bkrs,bksd->bkrd", weight / weight.sum(axis=-1, keepdims=True), values)
     return y.reshape(case.batch, -1)
-
-
-def line(record: dict[str, Any]) -> str:
-    """Formats a record as text."""
-    case = (
-        f"attention of {record['heads']} heads of {record['width']} over {record['kv']}, "
-        f"{record['start']} of {record['slots']} slots before, batch {record['batch']}, {record['dtype']}"
-    )
-    if record["error"] is None:
-        return f"{case}: FAILED, values are not finite, or another slot was written"
-    return f"{case}: {'' if record['ok'] else 'FAILED, '}relative error {record['error']:.1e}"

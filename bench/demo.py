@@ -1,7 +1,7 @@
 """Comparison of a small model at 2, 3 and 4 bits: size, perplexity on two texts, and a sample of each.
 
-    python -m bench.demo                                  # into out/demo; `make demo`
-    python -m bench.demo --bits 3,4 --samples 64 --out out/other
+    python -m bench demo                                  # into out/demo; `make demo`
+    python -m bench demo --bits 3,4 --samples 64 --out out/other
 
 The run takes minutes, because nothing is fine-tuned (`--preset fast`) and calibration is short; `--tune 2`
 fine-tunes the given widths, which takes longer. A width whose folder is finished is not quantized again; an
@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from bench.results import Record, Results
 from convert import calibration
 from convert.cli.sources import encode
 from convert.display import progress
@@ -71,22 +71,17 @@ class Row:
     seconds: float
 
 
-def make_table(rows: Sequence[Row], texts: Sequence[str]) -> Table:
-    """Table of the rows, without their samples."""
-    table = Table(title="perplexity: lower is better; the file is the whole model", title_justify="left")
-    table.add_column("")
-    for column in ("file", "of bfloat16", "bits per weight", *texts, "CPU seconds"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.bytes / 1e6:.1f} MB",
-            f"{row.bytes / rows[0].bytes:.1%}",
-            f"{row.bits_per_weight:.3f}",
-            *(f"{value:.2f}" for value in row.perplexities),
-            f"{row.seconds:.0f}",
-        )
-    return table
+def record(row: Row, dense: Row, texts: Sequence[str]) -> Record:
+    """The row's figures by the table's headings; ``dense`` is the table's first row."""
+    return {
+        "model": row.name,
+        "MB": row.bytes / 1e6,
+        "of bfloat16": f"{row.bytes / dense.bytes:.1%}",
+        "bits per weight": row.bits_per_weight,
+        **{f"perplexity: {text}": value for text, value in zip(texts, row.perplexities)},
+        "CPU seconds": round(row.seconds),
+        "sample": [row.sample],
+    }
 
 
 def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
@@ -173,39 +168,31 @@ def quantized(
     return CheckpointSource(out)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses and checks the arguments.
-
-    Raises:
-      ValueError: an argument is invalid.
-    """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+    """Adds the options to the parser, parses what is given, and checks it."""
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    parser.add_argument("--bits", default="2,3,4", help="widths, with commas between them")
-    parser.add_argument("--tune", default="", help="those of them that are tuned end to end")
+    parser.add_argument("--bits", type=_widths, default="2,3,4", help="widths, with commas between them")
+    parser.add_argument("--tune", type=_widths, default="", help="those of them that are tuned end to end")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--text", type=Path, action="append", help="for perplexity; several times")
     parser.add_argument("--prompt", default=PROMPT)
-    found = parser.parse_args(arguments)
-    found.bits, found.tune = _widths("--bits", found.bits), _widths("--tune", found.tune)
+    found = parser.parse_args(given)
     found.text = found.text or list(TEXTS)
     if not found.bits:
-        raise ValueError("--bits is empty, expected widths such as 2,3,4")
+        parser.error("--bits is empty, expected widths such as 2,3,4")
     if not set(found.tune) <= set(found.bits):
-        raise ValueError(f"--tune has {found.tune}, expected some of --bits {found.bits}")
-    for text in found.text:
-        calibration.read_text(text)
+        parser.error(f"--tune has {found.tune}, expected some of --bits {found.bits}")
     return found
 
 
-def _widths(option: str, given: str) -> list[float]:
+def _widths(given: str) -> list[float]:
     try:
         return [float(bits) for bits in given.split(",") if bits.strip()]
     except ValueError:
-        raise ValueError(f"{option} is {given}, expected numbers with commas between them") from None
+        raise argparse.ArgumentTypeError(f"{given} is not numbers with commas between them") from None
 
 
 def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any, start: float) -> Row:
@@ -221,40 +208,38 @@ def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any
     return Row(name, size, bits, values, sample, time.process_time() - start)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     """Quantizes, measures, prints the table, and draws ``perplexity.svg``."""
-    args = parse(arguments)
+    args = parse(parser, given)
+    try:
+        _run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    for text in args.text:
+        calibration.read_text(text)
     source = open_model(args.source)
     tokenizer = source_tokenizer(source)
     tokens = windows(tokenizer, args.samples, args.length)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [measured("full precision", source, args, tokenizer, time.process_time())]
-    configs = {
-        args.out / f"q{bits:g}": SlimConfig.preset(
-            "good" if bits in args.tune else "fast", bits=bits, group_size=args.group_size
-        )
-        for bits in args.bits
-    }
-    for folder, config in configs.items():
-        start = time.process_time()
+    for bits in args.bits:
+        start, folder = time.process_time(), args.out / f"q{bits:g}"
+        preset = "good" if bits in args.tune else "fast"
+        config = SlimConfig.preset(preset, bits=bits, group_size=args.group_size)
         packed = quantized(source, tokenizer, tokens, config, folder)
-        rows.append(measured(f"{config.bits:g} bits", packed, args, tokenizer, start))
+        rows.append(measured(f"{bits:g} bits", packed, args, tokenizer, start))
     texts = [text.stem.replace("_", " ") for text in args.text]
-    console = Console()
-    console.print(make_table(rows, texts))
+    print("Perplexity: lower is better. The megabytes are those of the whole model.")
+    Results(args.json).show("rows", [record(row, rows[0], texts) for row in rows])
     picture = args.out / "perplexity.svg"
     picture.write_text(make_picture(rows, texts), encoding="utf-8")
-    console.print(f"{picture} shows it; slim-jax chat {folder} talks", highlight=False)
-    console.print(f"{time.process_time():.0f} CPU seconds in all", highlight=False)
+    print(f"{picture} shows it; slim-jax chat {folder} talks")
+    print(f"{time.process_time():.0f} CPU seconds in all")
 
 
 def _size(folder: Path) -> int:
     """Size of the weights' files in bytes."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"demo: {error}")

@@ -4,7 +4,6 @@ A case returns a record: ``text`` for people, figures for programs, and ``failed
 An exception fails it too. Cases begin only while there is time.
 """
 
-import argparse
 import dataclasses
 import math
 import time
@@ -18,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import decode, device_values, machine, matmul, timing
-from bench.quantize import RandomSource, peak_mib
+from bench.models import RandomSource, llama, random_decoder
+from bench.quantize import peak_mib
+from bench.results import Record, line
 from convert import load_source
 from convert.errors import ConvertError, first_line
 from pallas_kernels import backends, chips
@@ -28,12 +29,10 @@ from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.eval.windows import draw_windows
 from slim_jax.infer.generate import Generator
-from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.report import BlockReport
 from slim_jax.store.source import read_decoder
 
-Record = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Record]]]
 
 TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
@@ -128,45 +127,26 @@ def table(options: Options) -> Cases:
         yield f"M {m}, K {k}, N {n}", partial(_row, options, m, k, n)
 
 
-def _arguments(options: Options) -> argparse.Namespace:
-    products = "packed,f32" if options.quick else "packed,bf16,int4"
-    repeats, group_size = (3, 32) if options.quick else (12, 128)
-    return argparse.Namespace(
-        bits=2,
-        group_size=group_size,
-        implementation=None,
-        config=None,
-        products=products,
-        repeats=repeats,
-        seconds=4.0,
-    )
+def _settings(options: Options) -> matmul.Settings:
+    if options.quick:
+        return matmul.Settings(("packed", "f32"), group_size=32, repeats=3, seconds=4.0)
+    return matmul.Settings(("packed", "bf16", "int4"), repeats=12, seconds=4.0)
 
 
 def _row(options: Options, m: int, k: int, n: int) -> Record:
-    row = matmul.row(m, k, n, _arguments(options))
-    record = row | {"nvidia_smi": machine.nvidia_smi(), "text": matmul.line(row)}
-    error = row["packed"].get("error")
-    return record if error is None else record | {"failed": error}
+    rows = matmul.measure(m, k, n, _settings(options))
+    record = {"rows": rows, "nvidia_smi": machine.nvidia_smi(), "text": "\n".join(map(line, rows))}
+    errors = [row["error"] for row in rows if row["product"] == "packed" and "error" in row]
+    return record | {"failed": errors[0]} if errors else record
 
 
 @cache
 def _generators(quick: bool) -> dict[str, Generator]:
     """Generators of a random decoder, dense and packed: tiny, or eight equal blocks of Llama-2-7B's width."""
-    heads = 2 if quick else 32
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=256 if quick else 4096,
-        hidden_size=64 if quick else 4096,
-        intermediate_size=128 if quick else 11008,
-        num_layers=1 if quick else 8,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=32 if quick else 128,
-        max_positions=4096,
-    )
+    config = llama(1, 64, 128, 2, 256, 4096) if quick else llama(8, 4096, 11008, 32, 4096, 4096)
     dtype = jnp.bfloat16 if timing.on_accelerator() else jnp.float32
     source = RandomSource(config, dtype=dtype, alike=True)
-    packed = decode.random_decoder(source, 2, 32 if quick else 128, alike=True)
+    packed = random_decoder(source, 2, 32 if quick else 128, alike=True)
     return {"dense": Generator(read_decoder(source)), "packed": Generator(packed)}
 
 
@@ -228,17 +208,9 @@ def _model(options: Options) -> tuple[Any, np.ndarray, str]:
             return source, np.asarray(ids, np.int32), "SmolLM2"
         except ConvertError as error:
             print(f"a random decoder instead of SmolLM2: {error}", flush=True)
-    small = DecoderConfig(
-        family="llama",
-        vocab_size=256,
-        hidden_size=64 if options.quick else 576,
-        intermediate_size=128 if options.quick else 1536,
-        num_layers=1 if options.quick else 8,
-        num_heads=1 if options.quick else 9,
-        num_kv_heads=1 if options.quick else 3,
-        head_dim=64,
-        max_positions=2048,
-    )
+    small = llama(1, 64, 128, 1, 256, 2048)
+    if not options.quick:
+        small = llama(8, 576, 1536, 9, 256, 2048, num_kv_heads=3)
     tokens = np.random.default_rng(0).integers(0, 256, 1_000 if options.quick else 40_000)
     return RandomSource(small), tokens.astype(np.int32), f"a random decoder of {small.num_layers} blocks"
 
@@ -333,7 +305,7 @@ def _profile(options: Options, m: int) -> Record:
     k = 128 if options.quick else 4096
     record: Record = {"m": m, "kernels_us": {}}
     lines = []
-    for name, product in matmul.products(m, k, k, _arguments(options)).items():
+    for name, product in matmul.products(m, k, k, _settings(options)).items():
         record["kernels_us"][name] = found = timing.kernel_times(product)
         kernels = [f"{us:.2f} us {kernel[:60]}" for kernel, us in list(found.items())[:12]]
         lines.append(f"M {m}, K {k}, N {k}, {name}: {sum(found.values()):.2f} us in {len(found)} kernels")

@@ -9,10 +9,9 @@ from typing import Any
 
 from bench import attention, gated
 from bench import check as values
+from bench.results import Record, line
 from pallas_kernels import chips
 from pallas_kernels.tpu import config
-
-Record = dict[str, Any]
 
 MOST_PROCESSES = 8
 
@@ -65,9 +64,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
 
 
 def _compared(kernel: ModuleType, case: Any) -> Record:
-    record = kernel.compare(case)
-    text = kernel.line(record)
-    return record | {"text": text} | ({} if record["ok"] else {"failed": text})
+    return _told(kernel.compare(case))
 
 
 def _compared_checked(records: Iterator[Record]) -> Record:
@@ -76,5 +73,8 @@ def _compared_checked(records: Iterator[Record]) -> Record:
 
 
 def _checked(records: Iterator[Record]) -> Record:
-    record = next(records)
-    return record | {"text": values.line(record)} | ({} if record["ok"] else {"failed": record["reason"]})
+    return _told(next(records))
+
+
+def _told(record: Record) -> Record:
+    return record | {"text": line(record)} | ({} if record["ok"] else {"failed": record["reason"]})

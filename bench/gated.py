@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.decode import random_packed
+from bench.check import verdict
+from bench.models import random_packed
+from bench.results import Record
 from pallas_kernels import InputNorm, MixedTensor
 from pallas_kernels.gpu import gated, joined
 
@@ -45,11 +46,8 @@ CASES = (
 )
 
 
-def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
-    """Returns the fields of the case, ``ok``, and ``error`` relative to the largest output.
-
-    ``error`` is the largest error of an output, or None if values are not finite.
-    """
+def compare(case: Case, *, interpret: bool = False) -> Record:
+    """Returns the fields of the case, and ``ok``, ``error`` and ``reason`` as `bench.check.verdict`."""
     rng = np.random.default_rng(case.inner)
     shapes = (case.k, case.inner), (case.k, case.inner), (case.inner, case.n)
     gate, up, down = (random_packed(shape, 2, case.group_size, rng) for shape in shapes)
@@ -66,18 +64,4 @@ def compare(case: Case, *, interpret: bool = False) -> dict[str, Any]:
     wide = np.asarray(norm(x), np.float64)
     hidden = EXACT[case.activation](wide @ first) * (wide @ second)
     wanted = hidden @ third + np.asarray(residual, np.float64)
-    error = (
-        float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted))) if np.isfinite(found).all() else None
-    )
-    return dataclasses.asdict(case) | {"ok": error is not None and error <= TOLERANCE, "error": error}
-
-
-def line(record: dict[str, Any]) -> str:
-    """Formats a record as text."""
-    case = (
-        f"MLP of {record['k']}, {record['inner']}, {record['n']}, {record['activation']}, "
-        f"g {record['group_size']}, M {record['rows']}"
-    )
-    if record["error"] is None:
-        return f"{case}: FAILED, values are not finite"
-    return f"{case}: {'' if record['ok'] else 'FAILED, '}relative error {record['error']:.1e}"
+    return {"kernel": "MLP", **dataclasses.asdict(case), **verdict(found, wanted, TOLERANCE)}

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from bench import aot, aot_gpu, aot_tpu, hlo
+from bench import aot, aot_gpu, aot_programs, aot_tpu, hlo
 from pallas_kernels import chips
 from pallas_kernels.gpu import kernel
 
@@ -41,7 +41,6 @@ def test_floor_is_the_larger_of_memory_and_matrix_units():
     assert prefill["bound"] == "matrix units"
     assert prefill["ratio"] == 1.0  # 61 us would beat the chip's peak
     assert aot.against_floor(h100, 16, 64, 64, 1.5, None)["ratio"] is None
-    assert aot.against_floor(h100, 16, 64, 64, None, None)["floor_us"] is None
 
 
 @pytest.mark.parametrize("target", aot_gpu.targets())
@@ -69,7 +68,7 @@ def test_the_gpu_kernel_is_that_of_the_target(target, monkeypatch):
         return chosen[-1][1]
 
     monkeypatch.setattr(kernel, "choose", spy)
-    product, arguments = aot_gpu.matmul(n=11008)
+    product, arguments = aot_programs.gpu_product(n=11008)
     with chips.target(aot_gpu.device(target)):
         grids = aot_gpu.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
     assert grids == {"mixed_matmul": [[1, 344]]}
