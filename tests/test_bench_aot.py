@@ -61,13 +61,13 @@ def test_tpus_are_in_the_table(target):
 @pytest.mark.parametrize("target", ["h100", "a100", "b200"])
 def test_the_gpu_kernel_is_that_of_the_target(target, monkeypatch):
     """Blocks are chosen for the target, by its multiprocessors, not for this machine's CPU."""
-    chosen, choose = [], kernel.choose
+    chosen, heuristic = [], kernel.heuristic
 
     def spy(device_kind, *product):
-        chosen.append((device_kind, choose(device_kind, *product)))
+        chosen.append((device_kind, heuristic(device_kind, *product)))
         return chosen[-1][1]
 
-    monkeypatch.setattr(kernel, "choose", spy)
+    monkeypatch.setattr(kernel, "heuristic", spy)
     product, arguments = aot_programs.gpu_product(n=11008)
     with chips.target(aot_gpu.device(target)):
         grids = aot_gpu.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
