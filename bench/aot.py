@@ -44,51 +44,30 @@ def compile_for(
     return compiler.compile_for(target, program, arguments, timeout, **details)
 
 
-def tpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) -> Record:
-    """Record of a packed or dense product on a TPU."""
+def product_row(target: str, product: str, m: int, k: int, n: int, group_size: int) -> Record:
+    """Record of a packed or dense product."""
     arguments: Record = {"m": m, "k": k, "n": n}
-    if product == "packed":
-        # The compiler cannot estimate loops over data: segment sizes are constants here, and only here.
-        arguments |= {"group_size": group_size, "constant": True}
-    record = aot_tpu.compile_for(target, "tpu_product" if product == "packed" else "dense_product", arguments)
-    if record["error"]:
-        return {"error": record["error"], "record": record}
-    cycles, chip = record["estimated_cycles"], aot_tpu.TARGETS[target]
-    takes_us = None if cycles is None else 1e6 * cycles / chip.clock
-    names = ("bytes", "argument_bytes", "vmem_bytes", "spills", "matrix_ops", "bundles", "launches")
-    return {
-        **{name: record[name] for name in names},
-        "cycles": cycles,
-        **against_floor(BY_SHORT_NAME[chip.device], m, k, n, record["memory_us"], takes_us),
-        "record": record,
-    }
-
-
-def gpu_row(target: str, product: str, m: int, k: int, n: int, group_size: int) -> Record:
-    """Record of a packed or dense product on a GPU."""
-    arguments: Record = {"m": m, "k": k, "n": n}
-    packed = product == "packed"
+    packed, gpu = product == "packed", target in aot_gpu.targets()
     if packed:
-        arguments |= {"group_size": group_size, "widths": WIDTHS}
-    record = aot_gpu.compile_for(target, "gpu_product" if packed else "dense_product", arguments)
+        # TPUs' compiler cannot estimate loops over data: segment sizes are constants here, and only here.
+        arguments |= {"group_size": group_size, **({} if gpu else {"constant": True})}
+    program = f"{'gpu' if gpu else 'tpu'}_product" if packed else "dense_product"
+    record = compile_for(target, program, arguments)
     if record["error"]:
         return {"error": record["error"], "record": record}
-    kernels = record["kernels"].values()
-    shares = [size / group_count(k, group_size) for size in segments(k, group_size, WIDTHS)]
-    cost = _instructions(kernels, shares if packed else [1.0])
-    issued = cost and cost * k * n * -(-m // 16) / record["lane_instructions_per_us"]
-    return {
-        "bytes": record["read_bytes"] + record["written_bytes"],
-        "argument_bytes": record["argument_bytes"],
-        "registers": max((kernel["registers"] for kernel in kernels), default=0),
-        "spills": sum(kernel["spill_bytes"] for kernel in kernels),
-        "matrix_ops": sum(sum(kernel["tensor_core"].values()) for kernel in kernels),
-        "instructions": cost,
-        "l2_bytes": _block_bytes(record, m, k, n),
-        "launches": record["launches"],
-        **against_floor(aot_gpu.device(target), m, k, n, record["memory_us"], issued),
-        "record": record,
-    }
+    names = ("bytes", "argument_bytes", "launches", "vmem_bytes", "registers", "spills", "matrix_ops")
+    row = {name: record.get(name) for name in (*names, "bundles", "estimated_cycles")}
+    if gpu:
+        shares = [size / group_count(k, group_size) for size in segments(k, group_size, WIDTHS)]
+        row["instructions"] = cost = _instructions(record["kernels"].values(), shares if packed else [1.0])
+        row["l2_bytes"] = _block_bytes(record, m, k, n)
+        takes_us = cost and cost * k * n * -(-m // 16) / record["lane_instructions_per_us"]
+        device = aot_gpu.device(target)
+    else:
+        cycles, chip = record["estimated_cycles"], aot_tpu.TARGETS[target]
+        takes_us = None if cycles is None else 1e6 * cycles / chip.clock
+        device = BY_SHORT_NAME[chip.device]
+    return {**row, **against_floor(device, m, k, n, record["memory_us"], takes_us), "record": record}
 
 
 def _block_bytes(record: Record, m: int, k: int, n: int) -> int | None:
@@ -183,12 +162,11 @@ def rows(arguments: argparse.Namespace) -> Iterator[Record]:
         if arguments.decoder:
             yield decoder_row(target)
             continue
-        make = gpu_row if target in aot_gpu.targets() else tpu_row
         for k, n in SHAPES[arguments.shapes]:
             for m in map(int, arguments.rows.split(",")):
                 for product in ("packed", "dense"):
-                    at = {"target": target, "m": m, "k": k, "n": n, "product": product}
-                    yield at | make(target, product, m, k, n, arguments.group_size)
+                    at = {"target": target, "product": product, "m": m, "k": k, "n": n}
+                    yield at | product_row(*at.values(), arguments.group_size)
 
 
 def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.aot_process import compiled
-from bench.hlo import kernels_of
+from bench.aot_reports import kernels_of
 from bench.results import Record
 from pallas_kernels import chips
 from pallas_kernels.chips import Device, find
@@ -65,10 +65,11 @@ def compile_for(
       A record of JSON values. ``error`` is one line, or None if the program compiled; in that case
       ``kernels`` has the reports of ``ptxas`` and the disassembler on each kernel, by name;
       ``argument_bytes`` and ``output_bytes`` are the program's, ``temp_bytes`` those of its intermediates,
-      ``read_bytes`` and ``written_bytes`` those that all its kernels read and write, ``launches`` is the
-      number of kernels, ``grids`` has the grids of the Pallas kernels by name, ``memory_us`` is the time of
-      ``argument_bytes + output_bytes`` at full bandwidth, and ``lane_instructions_per_us`` is the issue rate
-      of all multiprocessors.
+      ``read_bytes`` and ``written_bytes`` those that all its kernels read and write (``bytes`` is their sum),
+      ``registers`` the most of a kernel, ``spills`` (bytes) and ``matrix_ops`` sums over kernels,
+      ``launches`` is the number of kernels, ``grids`` has the grids of the Pallas kernels by name,
+      ``memory_us`` is the time of ``argument_bytes + output_bytes`` at full bandwidth, and
+      ``lane_instructions_per_us`` is the issue rate of all multiprocessors.
 
     Raises:
       ValueError: the target is unknown.
@@ -86,12 +87,17 @@ def compile_for(
         if record["error"]:
             return record
         try:
-            record |= {"kernels": _kernels(Path(folder))} if details else {}
+            kernels = _kernels(Path(folder)) if details else {}
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             return record | {"error": str(error).splitlines()[0]}
     moved = record["argument_bytes"] + record["output_bytes"]
     lanes = int(described(target, "core_count")) * 4 * 32  # of four warps in each multiprocessor
+    found = kernels.values()
     return record | {
+        "kernels": kernels,
+        "registers": max((kernel["registers"] for kernel in found), default=0),
+        "spills": sum(kernel["spill_bytes"] for kernel in found),
+        "matrix_ops": sum(sum(kernel["tensor_core"].values()) for kernel in found),
         "memory_us": round(moved / device(target).bandwidth * 1e6, 3),
         "lane_instructions_per_us": lanes * float(described(target, "clock_rate_ghz")) * 1e3,
     }
@@ -128,6 +134,7 @@ def compile_here(folder: str, target: str, program: str, arguments: Record) -> R
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
+        "bytes": read + written,
         "read_bytes": read,
         "written_bytes": written,
     }

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bench import llo
 from bench.aot_process import compiled
-from bench.hlo import brought_bytes, kernels_of, looped
+from bench.aot_reports import brought_bytes, kernels_of, looped, tpu_kernels
 from bench.results import Record
 from pallas_kernels import chips
 from pallas_kernels.chips import BY_SHORT_NAME
@@ -116,7 +115,7 @@ def _compiled(request: Record, timeout: float, estimating: bool) -> Record:
             "LIBTPU_INIT_ARGS": flags,
         }
         record = request | compiled("aot_tpu", folder, request, environment, timeout)
-        record["kernels"] = kernels = llo.kernels(folder)
+        record["kernels"] = kernels = tpu_kernels(folder)
     if record["error"]:
         return record
     for name in ("spills", "bundles", "estimated_cycles"):

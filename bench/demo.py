@@ -9,7 +9,6 @@ interrupted one is resumed. Seconds are CPU seconds of the process.
 """
 
 import argparse
-import dataclasses
 import html
 import math
 import shutil
@@ -50,46 +49,15 @@ WRITTEN, PENALTY = 40, 1.2
 INK = ("#3288bd", "#d53e4f", "#b58900", "#8a63b8")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One model, a row of the table.
+def make_picture(rows: Sequence[Record], texts: Sequence[str]) -> str:
+    """Plot of log perplexity over size, as SVG: a line for each text, dashed for the first row.
 
-    Attributes:
-      name: name of the row, such as "3 bits".
-      bytes: size of the files of all weights, including the embedding; in bfloat16 for the dense model.
-      bits_per_weight: stored bits in the blocks; 16 for the dense model.
-      perplexities: perplexity on every text.
-      sample: text that the model writes after the prompt.
-      seconds: CPU seconds to quantize and measure, without work that the widths share.
+    Rows have "model", "MB", and the perplexity on each text by the text's name.
     """
-
-    name: str
-    bytes: int
-    bits_per_weight: float
-    perplexities: tuple[float, ...]
-    sample: str
-    seconds: float
-
-
-def record(row: Row, dense: Row, texts: Sequence[str]) -> Record:
-    """The row's figures by the table's headings; ``dense`` is the table's first row."""
-    return {
-        "model": row.name,
-        "MB": row.bytes / 1e6,
-        "of bfloat16": f"{row.bytes / dense.bytes:.1%}",
-        "bits per weight": row.bits_per_weight,
-        **{f"perplexity: {text}": value for text, value in zip(texts, row.perplexities)},
-        "CPU seconds": round(row.seconds),
-        "sample": [row.sample],
-    }
-
-
-def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    """Plot of log perplexity over size, as SVG: a line for each text, dashed for the first row."""
-    dense, packed = rows[0], sorted(rows[1:], key=lambda row: row.bytes)
-    values = [math.log(value) for row in rows for value in row.perplexities]
+    dense, packed = rows[0], sorted(rows[1:], key=lambda row: row["MB"])
+    values = [math.log(row[text]) for row in rows for text in texts]
     low, high = min(values) - 0.1, max(values) + 0.1
-    left, right = packed[0].bytes * 0.95, packed[-1].bytes * 1.05
+    left, right = packed[0]["MB"] * 0.95, packed[-1]["MB"] * 1.05
 
     def x(size: float) -> float:
         return 60 + 500 * (size - left) / (right - left)
@@ -100,13 +68,13 @@ def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
     parts = []
     for i, text in enumerate(texts):
         ink = INK[i % len(INK)]
-        at = [(x(row.bytes), y(row.perplexities[i]), row.perplexities[i]) for row in packed]
-        line, level = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in at), y(dense.perplexities[i])
+        at = [(x(row["MB"]), y(row[text]), row[text]) for row in packed]
+        line, level = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in at), y(dense[text])
         parts.append(f'<polyline points="{line}" fill="none" stroke="{ink}" stroke-width="2"/>')
         parts.append(
             f'<path d="M60 {level:.1f}H560" stroke="{ink}" stroke-dasharray="4 4"/>'
-            f'<text x="565" y="{level + 4:.1f}" fill="{ink}">{dense.perplexities[i]:.1f}</text>'
-            f'<text x="60" y="{18 + 16 * i}" fill="{ink}">{html.escape(text)}; dashed: {dense.name}</text>'
+            f'<text x="565" y="{level + 4:.1f}" fill="{ink}">{dense[text]:.1f}</text>'
+            f'<text x="60" y="{18 + 16 * i}" fill="{ink}">{html.escape(text)}; dashed: full precision</text>'
         )
         parts += [
             f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{ink}"/>'
@@ -114,8 +82,8 @@ def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
             for a, b, value in at
         ]
     for row in packed:
-        label = f"{html.escape(row.name)}, {row.bytes / 1e6:.0f} MB"
-        parts.append(f'<text x="{x(row.bytes):.1f}" y="322" text-anchor="middle">{label}</text>')
+        label = f"{html.escape(row['model'])}, {row['MB']:.0f} MB"
+        parts.append(f'<text x="{x(row["MB"]):.1f}" y="322" text-anchor="middle">{label}</text>')
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340" font-family="sans-serif" '
         'font-size="12">'
@@ -195,17 +163,26 @@ def _widths(given: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{given} is not numbers with commas between them") from None
 
 
-def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any, start: float) -> Row:
-    """Measures a packed or dense model, prints its sample and returns its row; ``start`` is CPU seconds."""
+def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any, start: float) -> Record:
+    """Measures a packed or dense model, prints its sample and returns its row; ``start`` is CPU seconds.
+
+    Megabytes are those of all weights, in bfloat16 for the dense model; bits are stored ones, in the blocks.
+    """
     known = summary(source.manifest) if isinstance(source, CheckpointSource) else None
     model = read_decoder(source)
+    size, bits = 2 * sum(leaf.size for leaf in jax.tree.leaves(model)), 16.0
     if isinstance(source, CheckpointSource) and known is not None:
-        size, bits = _size(source.path), known["bits_per_weight"]
-    else:
-        size, bits = 2 * sum(leaf.size for leaf in jax.tree.leaves(model)), 16.0
+        size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+        bits = known["bits_per_weight"]
     values, sample = measure(model, tokenizer, args.text, args.prompt)
     Console().print(f"== {name}: {args.prompt}{sample}", highlight=False, markup=False)
-    return Row(name, size, bits, values, sample, time.process_time() - start)
+    row = {"model": name, "MB": size / 1e6, "bits_per_weight": bits}
+    row |= dict(zip(map(_name, args.text), values))
+    return row | {"CPU_seconds": round(time.process_time() - start), "sample": [sample]}
+
+
+def _name(text: Path) -> str:
+    return text.stem.replace("_", " ")
 
 
 def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
@@ -220,26 +197,25 @@ def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
 def _run(args: argparse.Namespace) -> None:
     for text in args.text:
         calibration.read_text(text)
+    configs = {
+        args.out / f"q{bits:g}": SlimConfig.preset(
+            "good" if bits in args.tune else "fast", bits=bits, group_size=args.group_size
+        )
+        for bits in args.bits
+    }
     source = open_model(args.source)
     tokenizer = source_tokenizer(source)
     tokens = windows(tokenizer, args.samples, args.length)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [measured("full precision", source, args, tokenizer, time.process_time())]
-    for bits in args.bits:
-        start, folder = time.process_time(), args.out / f"q{bits:g}"
-        preset = "good" if bits in args.tune else "fast"
-        config = SlimConfig.preset(preset, bits=bits, group_size=args.group_size)
+    for folder, config in configs.items():
+        start = time.process_time()
         packed = quantized(source, tokenizer, tokens, config, folder)
-        rows.append(measured(f"{bits:g} bits", packed, args, tokenizer, start))
-    texts = [text.stem.replace("_", " ") for text in args.text]
-    print("Perplexity: lower is better. The megabytes are those of the whole model.")
-    Results(args.json).show("rows", [record(row, rows[0], texts) for row in rows])
+        rows.append(measured(f"{config.bits:g} bits", packed, args, tokenizer, start))
+    print("Megabytes of the whole model, and perplexity on each text: lower is better.")
+    shown = [row | {"of_bfloat16": f"{row['MB'] / rows[0]['MB']:.1%}"} for row in rows]
+    Results(args.json).show("rows", shown)
     picture = args.out / "perplexity.svg"
-    picture.write_text(make_picture(rows, texts), encoding="utf-8")
+    picture.write_text(make_picture(rows, [_name(text) for text in args.text]), encoding="utf-8")
     print(f"{picture} shows it; slim-jax chat {folder} talks")
     print(f"{time.process_time():.0f} CPU seconds in all")
-
-
-def _size(folder: Path) -> int:
-    """Size of the weights' files in bytes."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

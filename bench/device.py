@@ -10,7 +10,10 @@ installs what is missing is printed.
 """
 
 import argparse
+import contextlib
+import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +22,48 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.limits import Limit
 from bench.results import Record, write_json
 
 STAGES = ("capability", "check", "matmul", "decode", "prefill", "quantize", "profile")
 MINUTES = 8.0  # approximate duration of all stages
 CASE_SECONDS = 180.0  # limit of a case (or the time left + 2/3 of this); a longer one hangs
 TRACEBACK_LINES = 30
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+class Limit:
+    """Ends the process, with status 1, when an operation exceeds its time limit.
+
+    A device cannot interrupt a kernel that hangs.
+
+    Attributes:
+      on_expiry: called first, from another thread, with a sentence that names what took too long.
+    """
+
+    def __init__(self, on_expiry: Callable[[str], None], leave: Callable[[], None] = _leave) -> None:
+        self.on_expiry, self._leave = on_expiry, leave
+
+    @contextlib.contextmanager
+    def within(self, seconds: float, what: str) -> Iterator[None]:
+        """Limits the duration of the block to this many seconds."""
+        timer = threading.Timer(seconds, self._expire, [f"{what} did not end within {seconds:.0f} s"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _expire(self, sentence: str) -> None:
+        try:
+            self.on_expiry(sentence)
+        finally:
+            self._leave()
 
 
 class Report:

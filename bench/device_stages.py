@@ -150,44 +150,38 @@ def _generators(quick: bool) -> dict[str, Generator]:
     return {"dense": Generator(read_decoder(source)), "packed": Generator(packed)}
 
 
-def _of_model(options: Options, measure: Callable[..., Record]) -> Cases:
-    def build() -> Record:
-        generators = _generators(options.quick)
-        config = generators["packed"].config
-        return {"text": f"{config.num_layers} random blocks of {config.hidden_size}, dense and packed"}
-
-    yield "a random decoder", build
-    yield "both, taking turns", lambda: measure(_generators(options.quick))
-
-
 def decoding(options: Options) -> Cases:
     """Tokens per second of one sequence."""
 
-    def measure(generators: dict[str, Generator]) -> Record:
-        tokens, rounds = (4, 1) if options.quick else (64, 5)
-        speed = decode.measure(generators, tokens, rounds)
-        return _compared(generators, {name: 1 / s for name, s in speed.items()}, "a token")
+    def measure(generators: dict[str, Generator]) -> dict[str, float]:
+        speed = decode.measure(generators, *((4, 1) if options.quick else (64, 5)))
+        return {name: 1 / found for name, found in speed.items()}
 
-    yield from _of_model(options, measure)
+    return _compared(options, measure, "a token")
 
 
 def prefill(options: Options) -> Cases:
     """Time to read a prompt."""
-
-    def measure(generators: dict[str, Generator]) -> Record:
-        length, rounds = (64, 1) if options.quick else (2048, 5)
-        seconds = decode.measure_prefill(generators, length, rounds)
-        return _compared(generators, seconds, f"a prompt of {length} tokens") | {"length": length}
-
-    yield from _of_model(options, measure)
+    length, rounds = (64, 1) if options.quick else (2048, 5)
+    measure = partial(decode.measure_prefill, length=length, rounds=rounds)
+    return _compared(options, measure, f"a prompt of {length} tokens")
 
 
-def _compared(generators: dict[str, Generator], seconds: dict[str, float], what: str) -> Record:
-    ratio = seconds["dense"] / seconds["packed"]
-    figures = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in seconds.items())
-    layers = generators["packed"].config.num_layers
-    text = f"{what} through {layers} blocks: {figures}; packed is {ratio:.2f} times as fast"
-    return {"seconds": seconds, "ratio": ratio, "layers": layers, "text": text}
+def _compared(options: Options, measure: Callable[..., dict[str, float]], what: str) -> Cases:
+    def build() -> Record:
+        config = _generators(options.quick)["packed"].config
+        return {"text": f"{config.num_layers} random blocks of {config.hidden_size}, dense and packed"}
+
+    def compare() -> Record:
+        generators = _generators(options.quick)
+        seconds, layers = measure(generators), generators["packed"].config.num_layers
+        ratio = seconds["dense"] / seconds["packed"]
+        figures = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in seconds.items())
+        text = f"{what} through {layers} blocks: {figures}; packed is {ratio:.2f} times as fast"
+        return {"seconds": seconds, "ratio": ratio, "layers": layers, "text": text}
+
+    yield "a random decoder", build
+    yield "both, taking turns", compare
 
 
 class _OutOfTime(Exception):

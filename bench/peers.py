@@ -149,12 +149,8 @@ def _rows(tokens: np.ndarray) -> list[torch.Tensor]:
 
 METHODS: dict[str, tuple[str, Callable[[argparse.Namespace, np.ndarray], Quantized]]] = {
     "hqq": ("hqq", run_hqq),
-    "gptq": ("gptqmodel", run_gptqmodel),
-    "gptaq": ("gptqmodel", run_gptqmodel),
-    "foem": ("gptqmodel", run_gptqmodel),
-    "autoround-light": ("auto-round", run_autoround),
-    "autoround": ("auto-round", run_autoround),
-    "autoround-best": ("auto-round", run_autoround),
+    **dict.fromkeys(("gptq", "gptaq", "foem"), ("gptqmodel", run_gptqmodel)),
+    **dict.fromkeys(("autoround-light", "autoround", "autoround-best"), ("auto-round", run_autoround)),
 }
 """The package of each method, and the function that runs it."""
 

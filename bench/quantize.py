@@ -145,11 +145,6 @@ def peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 def _settings(name: str, bits: float, arguments: argparse.Namespace) -> SlimConfig:
     method, _, variant = name.partition(":")
     part = "learn" if method == "slim-plus" else "sqc"
@@ -172,13 +167,13 @@ def quality(arguments: argparse.Namespace, name: str, bits: float) -> Record:
     """Quantizes the source once: CPU seconds, stored bits, values of ``p``, perplexity if there is a text."""
     source = convert.load_source(arguments.source)
     samples = _samples(source, arguments)
-    start, wall = _cpu_seconds(), time.monotonic()
+    start, wall = time.process_time(), time.monotonic()
     model, report = quantize(source, samples, _settings(name, bits, arguments))
     row: Record = {
         "method": name,
         "bits": bits,
         "stored_bits": report.bits_per_weight,
-        "cpu_s": _cpu_seconds() - start,
+        "cpu_s": time.process_time() - start,
         "wall_s": time.monotonic() - wall,
         "mixed": _spread([layer.mixed for layer in report.layers]),
     }

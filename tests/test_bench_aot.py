@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from bench import aot, aot_gpu, aot_programs, aot_tpu, hlo
+from bench import aot, aot_gpu, aot_programs, aot_reports, aot_tpu
 from pallas_kernels import chips
 from pallas_kernels.gpu import kernel
 
@@ -24,7 +24,7 @@ ENTRY %main (x: bf16[16,8], w: u32[4,8]) -> f32[16,8] {
 
 
 def test_launches_and_bytes_of_an_hlo_program():
-    launches, read, written = hlo.kernels_of(HLO)
+    launches, read, written = aot_reports.kernels_of(HLO)
     x, w, y = 256, 128, 512
     assert launches == 3  # the fusion, the copy and the kernel
     assert read == x + w + 2 * w + (x + w)
