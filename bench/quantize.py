@@ -27,20 +27,13 @@ import convert
 from bench.models import RandomSource, llama
 from bench.results import Record, Results
 from convert import calibration
-from pallas_kernels import MixedTensor
-from slim_jax.calibrate.activations import Activations
-from slim_jax.calibrate.learning import BlockLearner
 from slim_jax.calibrate.pipeline import quantize, quantize_to_checkpoint
-from slim_jax.calibrate.quantizer import BlockQuantizer
 from slim_jax.config import SlimConfig
 from slim_jax.duration import least_seconds
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.eval.windows import draw_windows
 from slim_jax.infer.generate import sample_text
-from slim_jax.method.learnable import Samples
 from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
-from slim_jax.model.block import sequence_positions
-from slim_jax.model.params import make_block
 from slim_jax.store.source import Source, read_decoder
 
 
@@ -76,43 +69,6 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> Record:
         "direct_s": direct,
         "ours_s": ours,
         "ratio": direct / ours,
-    }
-
-
-def learning_speed(source: Source, tokens: np.ndarray) -> Record:
-    """Times an epoch of "slim-plus" over one block, and the block's full-precision gradient."""
-    config, dense = source.config, dict(source.block(0))
-    rtn = SlimConfig(group_size=64, method="rtn").resolved()
-    params, _ = BlockQuantizer(source, tokens, rtn, None).quantize(0)
-    packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
-    x = jnp.concatenate(list(Activations.of(source, tokens).batches))
-    samples = Samples(x, x, x)  # any target will do for timing
-    settings = SlimConfig(group_size=64, method="slim-plus").resolved()
-    learner = BlockLearner(config, settings, len(tokens))
-    learned, layers, rest = learner.start(dense, packed)
-    plus = learner.kinds[0]
-    state = plus.optimizer.init(learned)
-    order = jnp.arange(len(tokens)).reshape(-1, settings.batch_size)
-
-    @jax.jit
-    def full(params: dict[str, jax.Array]) -> jax.Array:
-        def loss(params: dict[str, jax.Array], rows: jax.Array) -> jax.Array:
-            y, _ = make_block(config.block(0), params)(x[rows], sequence_positions(x[rows]))
-            return jnp.mean((y - x[rows]) ** 2)
-
-        return jax.lax.scan(lambda _, rows: (None, jax.grad(loss)(params, rows)), None, order)[1]
-
-    def epoch() -> Any:
-        start = jax.tree.map(jnp.copy, (learned, state))  # an epoch donates its arguments
-        return plus.epoch(*start, layers, rest, samples, order)
-
-    dense = {name: jnp.asarray(value, jnp.float32) for name, value in dense.items()}
-    ours, plain = least_seconds(epoch), least_seconds(lambda: full(dense))
-    return {
-        "what": f"slim-plus, an epoch of {tokens.size} tokens over one block; its full-precision gradient",
-        "direct_s": plain,
-        "ours_s": ours,
-        "ratio": ours / plain,
     }
 
 
@@ -220,11 +176,10 @@ def encode_text(tokenizer: Any, text: str) -> np.ndarray:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _speed(source: Source) -> Iterator[Record]:
-    """Yields times of the bit search and of learning, and peak memory."""
+def _speed() -> Iterator[Record]:
+    """Yields times of the bit search, and peak memory."""
     yield search_speed(1536, 576, 2048, 64)
     yield search_speed(4096, 4096, 2048, 128)
-    yield learning_speed(source, _random_tokens(source)[: 16 * 512].reshape(16, 512))
     for layers in (4, 64):
         yield {"what": f"a random model of {layers} blocks", "peak_mib": peak_memory(layers)}
 
@@ -259,6 +214,6 @@ def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     arguments = parser.parse_args(given)
     results = Results(arguments.json)
     if not arguments.quality_only:
-        results.show("speed", _speed(convert.load_source(arguments.source)))
+        results.show("speed", _speed())
     asked = [(name, bits) for name in arguments.methods.split(",") for bits in arguments.bits.split(",")]
     results.show("quality", (quality(arguments, name, float(bits)) for name, bits in asked))

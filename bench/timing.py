@@ -152,7 +152,7 @@ def _host_seconds(run: Callable[..., jax.Array], *arguments: Any) -> float:
 def take_turns[K: Hashable](
     prepared: Mapping[K, Prepared], repeats: int, seconds: float = math.inf
 ) -> dict[K, list[float]]:
-    """Seconds of each product, alternately, ``repeats`` times or until the time is up, at least three times."""
+    """Seconds of each product, timed alternately, until the time is up but at least three times."""
     taken: dict[K, list[float]] = {name: [] for name in prepared}
     end = time.monotonic() + seconds
     for i in range(repeats):
