@@ -23,9 +23,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bench import aot_gpu, aot_token, aot_tpu
-from bench.aot_programs import segments
-from bench.models import SHAPES
+from bench import aot_gpu, aot_tpu
+from bench.aot_programs import segments, tpu_products
+from bench.models import LLAMA_2_7B, SHAPES
 from bench.results import Record, Results
 from pallas_kernels.chips import BY_SHORT_NAME, Device
 from pallas_kernels.layout import group_count
@@ -120,7 +120,7 @@ def decoder_row(target: str) -> Record:
     """Record of a whole decode step: memory, or the error if it does not compile.
 
     On a GPU the record also has the launches per block, and the time of a token if every byte is read once at
-    the datasheet's bandwidth and each launch costs :data:`LAUNCH_US`; on a TPU the time by `bench.aot_token`.
+    the datasheet's bandwidth and each launch costs :data:`LAUNCH_US`; on a TPU that of :func:`token_us`.
     These are estimates, not measured times.
     """
     whole = _decoder(target)
@@ -129,7 +129,7 @@ def decoder_row(target: str) -> Record:
     if whole["error"]:
         return row
     if target not in aot_gpu.targets():
-        parts = aot_token.token_us(target, whole) if aot_tpu.TARGETS[target].estimates else None
+        parts = token_us(target, whole) if aot_tpu.TARGETS[target].estimates else None
         if parts is None:
             return row
         named = {f"{name}_us": us for name, us in parts.items()}
@@ -151,6 +151,48 @@ def _decoder(target: str, **arguments: int) -> Record:
     implementation = "mosaic_gpu" if target in aot_gpu.targets() else "mosaic_tpu"
     arguments_ = {"implementation": implementation, **arguments}
     return compile_for(target, "decode_step", arguments_, 1800, details=False)
+
+
+def token_us(target: str, whole: Record, slots: int = 4096) -> dict[str, float] | None:
+    """Microseconds of a decode step: the sum over operations of the larger of compute and memory time.
+
+    Products are compiled alone, with constant segment sizes, because the compiler does not estimate loops
+    over data. All other operations have estimated cycles, counted once per layer if they are in a loop; the
+    largest of those in the loop is attention's read of the cache. Copies that XLA makes to VMEM ahead of use
+    are counted as if nothing overlapped them.
+
+    Args:
+      target: a key of `bench.aot_tpu.TARGETS`.
+      whole: the record of `bench.aot_programs.decode_step` on that target.
+      slots: size of the cache in tokens.
+
+    Returns:
+      Microseconds of products, of attention's read of the cache, of copies to VMEM, and of all others; None
+      if the compiler makes no estimate.
+    """
+    clock, bandwidth = aot_tpu.TARGETS[target].clock, aot_tpu.bandwidth(target)
+    products = 0.0
+    for count, arguments in tpu_products().values():
+        record = aot_tpu.compile_for(target, "tpu_product", arguments)
+        cycles = [k["estimated_cycles"] for name, k in record["kernels"].items() if "matmul" in name]
+        if record["error"] or cycles == [] or cycles[0] is None:
+            return None
+        memory_us = record["memory_us"] / arguments.get("layers", 1)
+        products += count * max(1e6 * cycles[0] / clock, memory_us)
+    rest = aot_tpu.operations(target, "decode_step", {"implementation": "mosaic_tpu"})
+    rest = {name: 1e6 * cycles / clock for name, cycles in rest.items() if "matmul" not in name}
+    looped = {name: us for name, us in rest.items() if name in whole["looped"]}
+    reader = max(looped, key=lambda name: looped[name])
+    c = LLAMA_2_7B
+    cache_bytes = 2 * 2 * slots * c.num_kv_heads * c.head_dim  # of a layer, in bfloat16
+    layers = c.num_layers
+    others = sum(us * (layers if name in looped else 1) for name, us in rest.items() if name != reader)
+    return {
+        "products": products,
+        "attention": layers * max(looped[reader], 1e6 * cache_bytes / bandwidth),
+        "brought": 1e6 * whole["brought_bytes"] / bandwidth,
+        "others": others,
+    }
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[Record]:

@@ -15,12 +15,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from bench.aot_process import compiled
-from bench.aot_reports import kernels_of
 from bench.results import Record
-from pallas_kernels import chips
 from pallas_kernels.chips import Device, find
 
 TARGETS = Path(__file__).parent / "targets"
@@ -82,8 +79,10 @@ def compile_for(
             "MOSAIC_GPU_DUMP_PTX": "1",
             "MOSAIC_GPU_DUMP_TO": folder,
         }
-        request = {"target": target, "program": program, "arguments": arguments or {}}
-        record = request | compiled("aot_gpu", folder, request, flags if details else {}, timeout)
+        topology = {"platform": "cuda", "topology_name": "", "topology": "1x1x1"}
+        topology["target_config"] = (TARGETS / f"{target}.txtpb").read_text()
+        request = {"topology": topology, "program": program, "arguments": arguments or {}}
+        record = {"target": target, **compiled(request, folder, flags if details else {}, timeout)}
         if record["error"]:
             return record
         try:
@@ -94,6 +93,7 @@ def compile_for(
     lanes = int(described(target, "core_count")) * 4 * 32  # of four warps in each multiprocessor
     found = kernels.values()
     return record | {
+        "bytes": record["read_bytes"] + record["written_bytes"],
         "kernels": kernels,
         "registers": max((kernel["registers"] for kernel in found), default=0),
         "spills": sum(kernel["spill_bytes"] for kernel in found),
@@ -101,56 +101,6 @@ def compile_for(
         "memory_us": round(moved / device(target).bandwidth * 1e6, 3),
         "lane_instructions_per_us": lanes * float(described(target, "clock_rate_ghz")) * 1e3,
     }
-
-
-def compile_here(folder: str, target: str, program: str, arguments: Record) -> Record:
-    """Compiles in this process; the compilers write their PTX to the folder that their flags name."""
-    import jax
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    from bench import aot_programs
-
-    description = (TARGETS / f"{target}.txtpb").read_text()
-    gpu: Any = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=description, topology="1x1x1"
-    ).devices[0]
-    placed = SingleDeviceSharding(gpu)
-    with chips.target(gpu):
-        function, operands = getattr(aot_programs, program)(**arguments)
-    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), operands)
-    # Mosaic reads the default device's compute capability, and assumes sm_90 without one.
-    with jax.default_device(gpu), chips.target(gpu):
-        traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*operands)
-        made = traced.lower().compile()
-    memory: Any = made.memory_analysis()
-    launches, read, written = kernels_of(made.as_text() or "")
-    return {
-        "device": gpu.device_kind,
-        "compute_capability": gpu.compute_capability,
-        "grids": grids(traced.jaxpr.jaxpr),
-        "launches": launches,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
-        "bytes": read + written,
-        "read_bytes": read,
-        "written_bytes": written,
-    }
-
-
-def grids(jaxpr: Any) -> dict[str, list[list[int]]]:
-    """Distinct grids of the Pallas GPU kernels of a program, by the kernels' names."""
-    found: dict[str, list[list[int]]] = collections.defaultdict(list)
-    for equation in jaxpr.eqns:
-        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-        kernels = [(equation.params["name"], [list(mesh.grid)]) for mesh in equation.params.get("meshes", ())]
-        for program in inner:
-            kernels += grids(program).items() if hasattr(program, "eqns") else []
-        for name, of_kernel in kernels:
-            found[name] += [grid for grid in of_kernel if grid not in found[name]]
-    return dict(found)
 
 
 def described(target: str, field: str) -> str:

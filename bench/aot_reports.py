@@ -1,4 +1,4 @@
-"""Parsers of compilers' reports: the text of an optimized HLO program, and libtpu's files on its kernels."""
+"""Facts about a program: from its traced form, its optimized HLO text, and libtpu's files on its kernels."""
 
 import collections
 import glob
@@ -80,7 +80,6 @@ def tpu_kernels(dump: str) -> dict[str, dict[str, Any]]:
         used = {unit: sum(row[i] for row in rows) for i, unit in enumerate(units)}
         kernels[name] = {
             "bundles": len(rows),
-            "bundles_by_loop_depth": _depths(dump, name),
             "operations": {unit: count for unit, count in used.items() if count},
             "spills": used.get("VSTORE:SPILL", 0),
             "estimated_cycles": None,
@@ -93,14 +92,14 @@ def tpu_kernels(dump: str) -> dict[str, dict[str, Any]]:
     return kernels
 
 
-def _depths(dump: str, kernel: str) -> dict[str, int]:
-    """Number of bundles by loop depth; depth 1 is the grid."""
-    depth: collections.Counter[str] = collections.Counter()
-    for path in glob.glob(f"{dump}/*-{glob.escape(kernel)}-*final_bundles.txt"):
-        if "schedule" in path or "gap" in path:
-            continue
-        with open(path) as file:
-            for line in file:
-                if found := re.match(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*((?:> ?)*)\{", line):
-                    depth[str(found[1].count(">"))] += 1
-    return dict(sorted(depth.items()))
+def grids(jaxpr: Any) -> dict[str, list[list[int]]]:
+    """Distinct grids of the Pallas GPU kernels of a program, by the kernels' names."""
+    found: dict[str, list[list[int]]] = collections.defaultdict(list)
+    for equation in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        kernels = [(equation.params["name"], [list(mesh.grid)]) for mesh in equation.params.get("meshes", ())]
+        for program in inner:
+            kernels += grids(program).items() if hasattr(program, "eqns") else []
+        for name, of_kernel in kernels:
+            found[name] += [grid for grid in of_kernel if grid not in found[name]]
+    return dict(found)

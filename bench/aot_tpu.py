@@ -5,18 +5,13 @@ Estimates are static: they rank variants well, but are too optimistic about memo
 """
 
 import dataclasses
-import inspect
 import os
-import re
 import tempfile
 from typing import Any
 
-import numpy as np
-
 from bench.aot_process import compiled
-from bench.aot_reports import brought_bytes, kernels_of, looped, tpu_kernels
+from bench.aot_reports import tpu_kernels
 from bench.results import Record
-from pallas_kernels import chips
 from pallas_kernels.chips import BY_SHORT_NAME
 
 
@@ -53,40 +48,36 @@ TARGETS = {
 def compile_for(
     target: str, program: str, arguments: Record | None = None, timeout: float = 600, *, details: bool = True
 ) -> Record:
-    """Compiles a program of `bench.aot_programs` for a target, and reads what the compiler reports.
+    """Compiles a program for a target, as `bench.aot_gpu.compile_for`.
 
     Args:
       target: a key of ``TARGETS``.
       program: name of a function in `bench.aot_programs`.
-      arguments: its keyword arguments, as JSON values.
+      arguments: its keyword arguments.
       timeout: limit in seconds.
       details: if True, cycles are estimated too, which takes another compilation, and more VMEM: a whole
         model may then not fit.
 
     Returns:
-      A record of JSON values. ``error`` is one line, or None if the program compiled; in that case ``bytes``
-      are HBM bytes from the compiler's cost analysis (for a Pallas call, from its cost estimate);
-      ``argument_bytes`` and ``output_bytes`` are the program's, ``temp_bytes`` the HBM that it needs in
-      addition, ``alias_bytes`` the results that reuse donated arguments; ``launches`` is the number of
-      operations, a loop counting as one, and ``looped`` has the names of those in loops; ``brought_bytes``
+      A record with the same fields; ``bytes`` are HBM bytes from the compiler's cost analysis (for a Pallas
+      call, from its cost estimate); ``alias_bytes`` the results that reuse donated arguments; a loop counts
+      as one of the ``launches``, and ``looped`` has the names of the operations in loops; ``brought_bytes``
       are bytes that XLA copies to VMEM ahead of use, in one iteration of a loop; ``vmem_bytes`` is the
-      largest VMEM use of a kernel; ``kernels`` has the reports on each kernel, and ``spills``, ``bundles``,
-      ``matrix_ops`` and ``estimated_cycles`` are their sums, in which what is in a loop counts once;
-      ``memory_us`` is the time of ``argument_bytes + output_bytes`` at full bandwidth, which no program can
-      beat. Values that the compiler does not report are None.
+      largest VMEM use of a kernel; ``spills``, ``bundles``, ``matrix_ops`` and ``estimated_cycles`` are sums
+      over kernels, in which what is in a loop counts once. Values that the compiler does not report are None.
 
     Raises:
       ValueError: the target is unknown.
     """
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}, expected one of {list(TARGETS)}")
-    request = {"target": target, "program": program, "arguments": arguments or {}}
+    request = target, program, arguments or {}, timeout
     estimated = None
     if details and TARGETS[target].estimates:
-        estimated = _compiled(request, timeout, estimating=True)
+        estimated = _compiled(*request, estimating=True)
         if estimated["error"] and not estimated["aborted"]:  # an exception, unlike an abort, would recur
             return estimated
-    plain = _compiled(request, timeout, estimating=False)
+    plain = _compiled(*request, estimating=False)
     if estimated is None or estimated["error"]:
         return plain
     # With estimates, libtpu leaves kernels out of its bytes.
@@ -95,13 +86,15 @@ def compile_for(
 
 def operations(target: str, program: str, arguments: Record, timeout: float = 1800) -> dict[str, int]:
     """Estimated cycles of a program's operations, even if the program does not fit while estimating."""
-    request = {"target": target, "program": program, "arguments": arguments}
-    kernels = _compiled(request, timeout, estimating=True)["kernels"]
+    kernels = _compiled(target, program, arguments, timeout, estimating=True)["kernels"]
     found = {name: kernel["estimated_cycles"] for name, kernel in kernels.items()}
     return {name: cycles for name, cycles in found.items() if cycles is not None}
 
 
-def _compiled(request: Record, timeout: float, estimating: bool) -> Record:
+def _compiled(target: str, program: str, arguments: Record, timeout: float, estimating: bool) -> Record:
+    chip = TARGETS[target]
+    topology = {"platform": "tpu", "topology_name": chip.topology, **chip.options}
+    request = {"topology": topology, "program": program, "arguments": arguments}
     with tempfile.TemporaryDirectory(prefix="aot_tpu_") as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_pass_label_regex=final.*"
         if estimating:
@@ -114,7 +107,7 @@ def _compiled(request: Record, timeout: float, estimating: bool) -> Record:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": flags,
         }
-        record = request | compiled("aot_tpu", folder, request, environment, timeout)
+        record = {"target": target, **compiled(request, folder, environment, timeout)}
         record["kernels"] = kernels = tpu_kernels(folder)
     if record["error"]:
         return record
@@ -123,7 +116,7 @@ def _compiled(request: Record, timeout: float, estimating: bool) -> Record:
         record[name] = sum(known) if known else None
     record["matrix_ops"] = sum(kernel.get("operations", {}).get("MXU", 0) for kernel in kernels.values())
     moved = record["argument_bytes"] + record["output_bytes"]
-    return record | {"memory_us": 1e6 * moved / bandwidth(request["target"])}
+    return record | {"memory_us": 1e6 * moved / bandwidth(target)}
 
 
 def bandwidth(target: str) -> float:
@@ -131,47 +124,3 @@ def bandwidth(target: str) -> float:
     found = BY_SHORT_NAME[TARGETS[target].device].bandwidth
     assert found is not None
     return found
-
-
-def compile_here(folder: str, target: str, program: str, arguments: Record) -> Record:
-    """Compiles in this process; libtpu writes its reports to the folder that its flags name."""
-    import jax
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
-
-    from bench import aot_programs
-
-    chip, build = TARGETS[target], getattr(aot_programs, program)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology, **chip.options)
-    device = topology.devices[0]
-    over_all = "mesh" in inspect.signature(build).parameters
-    mesh = Mesh(np.array(topology.devices if over_all else [device]), ("devices",))
-    with chips.target(device):
-        function, shapes = build(**arguments, **({"mesh": mesh} if over_all else {}))
-    place = SingleDeviceSharding(device)
-    shapes = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or place), shapes
-    )
-    # Pallas takes the chip that it lowers for from the mesh, and without one from this machine's CPU; our
-    # kernels do the same, but a program may enter its own mesh.
-    with use_abstract_mesh(mesh.abstract_mesh), chips.target(device):
-        jitted = function if hasattr(function, "lower") else jax.jit(function)
-        made = jitted.lower(*shapes).compile()
-    memory, costs = made.memory_analysis(), made.cost_analysis()
-    assert memory is not None
-    vmem = re.findall(
-        r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"',
-        hlo := made.as_text() or "",
-    )
-    return {
-        "device_kind": device.device_kind,
-        "bytes": (costs or {}).get("bytes accessed"),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
-        "launches": kernels_of(hlo)[0],
-        "brought_bytes": brought_bytes(hlo),
-        "looped": looped(hlo),
-        "vmem_bytes": max(map(int, vmem), default=None),
-    }

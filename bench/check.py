@@ -81,7 +81,6 @@ PATIENCE_SECONDS = 120.0  # longest wait for a process's next record
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 CASES = tuple(_cases())
-WEIGHTS = tuple(dict.fromkeys(case.weight for case in CASES))
 
 
 def check(

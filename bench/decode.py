@@ -9,7 +9,7 @@ of every token.
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,26 +37,27 @@ def seconds(generator: Generator, prompt: list[int], tokens: int) -> float:
 def measure(generators: dict[str, Generator], tokens: int, rounds: int) -> dict[str, float]:
     """Median tokens per second of each generator, measured alternately."""
     prompt = list(range(2, 18))
-    for generator in generators.values():
-        seconds(generator, prompt, tokens)
-    taken: dict[str, list[float]] = {name: [] for name in generators}
-    for _ in range(rounds):
-        for name, generator in generators.items():
-            taken[name].append(seconds(generator, prompt, tokens))
-    return {name: tokens / float(np.median(times)) for name, times in taken.items()}
+    taken = _medians(generators, lambda generator: seconds(generator, prompt, tokens), rounds)
+    return {name: tokens / found for name, found in taken.items()}
 
 
 def measure_prefill(generators: dict[str, Generator], length: int, rounds: int) -> dict[str, float]:
     """Median seconds in which each generator reads a prompt and chooses the first token, alternately."""
     prompt = [2 + i % 200 for i in range(length)]
-    taken: dict[str, list[float]] = {name: [] for name in generators}
-    for i in range(1 + rounds):
-        for name, generator in generators.items():
-            start = time.perf_counter()
-            generator.generate([prompt], max_tokens=1, stop=[])
-            if i:  # the first run compiles
-                taken[name].append(time.perf_counter() - start)
-    return {name: float(np.median(times)) for name, times in taken.items()}
+
+    def read(generator: Generator) -> float:
+        start = time.perf_counter()
+        generator.generate([prompt], max_tokens=1, stop=[])
+        return time.perf_counter() - start
+
+    return _medians(generators, read, rounds)
+
+
+def _medians(
+    generators: dict[str, Generator], run: Callable[[Generator], float], rounds: int
+) -> dict[str, float]:
+    taken = [[run(generator) for generator in generators.values()] for _ in range(1 + rounds)]
+    return dict(zip(generators, np.median(taken[1:], axis=0).tolist()))  # the first round compiles
 
 
 def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:

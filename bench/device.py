@@ -36,34 +36,29 @@ def _leave() -> None:
     os._exit(1)
 
 
-class Limit:
-    """Ends the process, with status 1, when an operation exceeds its time limit.
+@contextlib.contextmanager
+def limited(
+    seconds: float, what: str, on_expiry: Callable[[str], None], leave: Callable[[], None] = _leave
+) -> Iterator[None]:
+    """Context that ends the process, with status 1, after this many seconds.
 
-    A device cannot interrupt a kernel that hangs.
-
-    Attributes:
-      on_expiry: called first, from another thread, with a sentence that names what took too long.
+    A device cannot interrupt a kernel that hangs. ``on_expiry`` is called first, from another thread, with a
+    sentence that names what took too long.
     """
 
-    def __init__(self, on_expiry: Callable[[str], None], leave: Callable[[], None] = _leave) -> None:
-        self.on_expiry, self._leave = on_expiry, leave
-
-    @contextlib.contextmanager
-    def within(self, seconds: float, what: str) -> Iterator[None]:
-        """Limits the duration of the block to this many seconds."""
-        timer = threading.Timer(seconds, self._expire, [f"{what} did not end within {seconds:.0f} s"])
-        timer.daemon = True
-        timer.start()
+    def expire() -> None:
         try:
-            yield
+            on_expiry(f"{what} did not end within {seconds:.0f} s")
         finally:
-            timer.cancel()
+            leave()
 
-    def _expire(self, sentence: str) -> None:
-        try:
-            self.on_expiry(sentence)
-        finally:
-            self._leave()
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Report:
@@ -122,7 +117,7 @@ def run_stage(
     cases: Iterator[tuple[str, Callable[[], Record]]],
     deadline: float,
     case_seconds: float = CASE_SECONDS,
-    leave: Callable[[], None] | None = None,
+    leave: Callable[[], None] = _leave,
 ) -> bool:
     """Runs the cases that begin before the deadline; returns True if none failed.
 
@@ -140,7 +135,6 @@ def run_stage(
         report.write()
         print(f"FAILED: {reason}", flush=True)
 
-    limit = Limit(fail) if leave is None else Limit(fail, leave)
     label, left = "the first case", 0
     try:
         for label, run in cases:
@@ -148,7 +142,7 @@ def run_stage(
                 left = 1 + sum(1 for _ in cases)
                 break
             left_s = deadline - time.monotonic()
-            with limit.within(max(case_seconds, left_s + case_seconds / 1.5), label):
+            with limited(max(case_seconds, left_s + case_seconds / 1.5), label, fail, leave):
                 begin = time.monotonic()
                 case = {"label": label, **run(), "wall_s": time.monotonic() - begin}
             stage["cases"].append(case)

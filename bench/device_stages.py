@@ -4,19 +4,24 @@ A case returns a record: ``text`` for people, figures for programs, and ``failed
 An exception fails it too. Cases begin only while there is time.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import decode, device_values, machine, matmul, timing
+from bench import attention, decode, gated, machine, matmul, timing
+from bench import check as values
 from bench.models import RandomSource, llama, random_decoder
 from bench.quantize import peak_mib
 from bench.results import Record, line
@@ -24,6 +29,7 @@ from convert import load_source
 from convert.errors import ConvertError, first_line
 from pallas_kernels import backends, chips
 from pallas_kernels.layout import abstract_tensor
+from pallas_kernels.tpu import config
 from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
@@ -35,6 +41,7 @@ from slim_jax.store.source import read_decoder
 
 Cases = Iterator[tuple[str, Callable[[], Record]]]
 
+MOST_PROCESSES = 8
 TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
 
 
@@ -111,9 +118,68 @@ def _implementation(m: int, group_size: int) -> Record:
     return {"failed": "; ".join(refused), "text": f"M {m}: no implementation"}
 
 
+def _likeliest(case: values.Case) -> bool:
+    """True if a case is among the most informative, which run first because compiling takes seconds."""
+    if case.n < 1024:
+        return case.m == 17
+    if case.joined:
+        return case.m == 16 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
+    if case.split_k is not None:
+        return case.m == 16 and case.bits == 2 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
+    if case.bits == 3:
+        return case.m in (16, 2048) and (case.k, case.n) == (4096, 4096)
+    return case.m in (1, 16, 33, 2048)
+
+
 def check(options: Options) -> Cases:
-    """Products compared with float64."""
-    return device_values.cases(options.quick)
+    """Attention, MLPs and products compared with float64, the most informative cases first.
+
+    TPUs first run the most informative cases with bounds and semaphores checked
+    (`pallas_kernels.tpu.config.checked`).
+    """
+    if chips.of_target().platform == "cuda" and not options.quick:
+        for case in attention.CASES:
+            yield str(case), partial(_compared, attention, case)
+        for mlp in gated.CASES:
+            yield str(mlp), partial(_compared, gated, mlp)
+    wanted = list(values.CASES)
+    if options.quick:
+        wanted = [case for case in wanted if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
+    elif chips.of_target().platform != "cuda":
+        wanted = [case for case in wanted if case.split_k is None]
+    wanted.sort(key=lambda case: not _likeliest(case))
+    # Only one process can hold a TPU. On a GPU, compiling a case takes much longer than running it.
+    alone = options.quick or chips.of_target().platform != "cuda"
+    processes = 1 if alone else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+    if chips.of_target().platform == "tpu":
+        first = [case for case in wanted if options.quick or _likeliest(case)]
+        with contextlib.closing(values.check(first)) as records:
+            for case in first:
+                yield f"{case}, bounds and semaphores checked", partial(_compared_checked, records)
+    records = values.check(wanted) if processes == 1 else values.check_in_processes(wanted, processes)
+    with contextlib.closing(records):
+        for case in wanted:
+            yield (
+                str(case) if processes == 1 else f"a case in {processes} processes",
+                partial(_checked, records),
+            )
+
+
+def _compared(kernel: ModuleType, case: Any) -> Record:
+    return _told(kernel.compare(case))
+
+
+def _compared_checked(records: Iterator[Record]) -> Record:
+    with config.checked():
+        return _checked(records)
+
+
+def _checked(records: Iterator[Record]) -> Record:
+    return _told(next(records))
+
+
+def _told(record: Record) -> Record:
+    return record | {"text": line(record)} | ({} if record["ok"] else {"failed": record["reason"]})
 
 
 def table(options: Options) -> Cases:
@@ -127,10 +193,11 @@ def table(options: Options) -> Cases:
         yield f"M {m}, K {k}, N {n}", partial(_row, options, m, k, n)
 
 
-def _settings(options: Options) -> matmul.Settings:
+def _settings(options: Options) -> argparse.Namespace:
+    given = "--products packed,bf16,int4 --repeats 12 --seconds 4"
     if options.quick:
-        return matmul.Settings(("packed", "f32"), group_size=32, repeats=3, seconds=4.0)
-    return matmul.Settings(("packed", "bf16", "int4"), repeats=12, seconds=4.0)
+        given = "--products packed,f32 --repeats 3 --seconds 4 --group-size 32"
+    return matmul.options(argparse.ArgumentParser(), given.split())
 
 
 def _row(options: Options, m: int, k: int, n: int) -> Record:

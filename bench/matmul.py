@@ -14,7 +14,8 @@ values.
 import argparse
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,33 +34,9 @@ from slim_jax.model.linear import product_dtype
 PRODUCTS = ("packed", "xla", "bf16", "f32", "int4")
 
 
-@dataclasses.dataclass
-class Settings:
-    """Products of a run, and how they are timed.
-
-    Attributes:
-      products: some of ``PRODUCTS``.
-      config: fields of the kernel's configuration, such as "block_n=32,split_k=4": one more packed product
-        for each.
-      implementation: of the packed product; None for the platform's.
-      bits: mean width.
-      seconds: of a row, after which no further repeat begins.
-      profiler: if True, time in kernels instead of loops.
-    """
-
-    products: Sequence[str] = ("packed", "bf16", "f32", "int4")
-    config: Sequence[str] = ()
-    implementation: str | None = None
-    bits: int = 2
-    group_size: int = 128
-    repeats: int = 30
-    seconds: float = 20.0
-    profiler: bool = False
-
-
-def products(m: int, k: int, n: int, settings: Settings) -> dict[str, Product]:
+def products(m: int, k: int, n: int, arguments: argparse.Namespace) -> dict[str, Product]:
     """The packed product and the products it is compared with, on random data of one shape."""
-    rng = np.random.default_rng(0)
+    rng, names = np.random.default_rng(0), arguments.products.split(",")
     x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
     found: dict[str, Product] = {}
 
@@ -72,24 +49,24 @@ def products(m: int, k: int, n: int, settings: Settings) -> dict[str, Product]:
 
     def by_group(x: jax.Array, weight: tuple[jax.Array, jax.Array]) -> jax.Array:
         w, scale = weight
-        scales = jnp.repeat(scale, settings.group_size, axis=0)[:k]
+        scales = jnp.repeat(scale, arguments.group_size, axis=0)[:k]
         return plain(x, w.astype(jnp.bfloat16) * scales)
 
-    w = random_packed((k, n), settings.bits, settings.group_size, rng)
+    w = random_packed((k, n), arguments.bits, arguments.group_size, rng)
     w = dataclasses.replace(w, dtype=product_dtype())
-    packed = {"packed": partial(mixed_matmul, implementation=settings.implementation)}
-    packed |= {f"packed {config}": _configured(config) for config in settings.config}
+    packed = {"packed": partial(mixed_matmul, implementation=arguments.implementation)}
+    packed |= {f"packed {config}": _configured(config) for config in arguments.config}
     packed |= {"xla": partial(mixed_matmul, implementation="xla")}
     for name, run in packed.items():
-        if name.split()[0] in settings.products:
+        if name.split()[0] in names:
             add(name, run, x, w, w.nbytes)
     dense = jnp.asarray(rng.standard_normal((k, n), np.float32))
-    if "bf16" in settings.products:
+    if "bf16" in names:
         add("bf16", plain, x, dense.astype(jnp.bfloat16), 2 * k * n)
-    if "f32" in settings.products:
+    if "f32" in names:
         add("f32", plain, x.astype(jnp.float32), dense, 4 * k * n)
-    if "int4" in settings.products:
-        scale = jnp.asarray(rng.random((-(-k // settings.group_size), n)), jnp.bfloat16)
+    if "int4" in names:
+        scale = jnp.asarray(rng.random((-(-k // arguments.group_size), n)), jnp.bfloat16)
         int4 = jnp.clip(jnp.round(3 * dense), -8, 7).astype(jnp.int4)
         add("int4", by_group, x, (int4, scale), k * n // 2 + scale.nbytes)
     return found
@@ -103,20 +80,20 @@ def _configured(config: str) -> Callable[..., jax.Array]:
     return partial(mixed_matmul, implementation=name, config=made(**fields))
 
 
-def measure(m: int, k: int, n: int, settings: Settings) -> list[Record]:
+def measure(m: int, k: int, n: int, arguments: argparse.Namespace) -> list[Record]:
     """Returns a record of each product of one shape and number of rows: its figures, or the error."""
-    contestants = products(m, k, n, settings)
+    contestants = products(m, k, n, arguments)
     found: dict[str, Record] = {}
     prepared = {}
     for name, product in contestants.items():
         try:
-            if settings.profiler:
+            if arguments.profiler:
                 found[name] = _in_kernels(kernel_times(product))
             else:
                 prepared[name] = prepare(product)
         except Exception as error:  # any error of a compiler or driver is this product's result
             found[name] = {"error": first_line(error)}
-    for name, timing in take_turns(prepared, settings.repeats, settings.seconds).items():
+    for name, timing in take_turns(prepared, arguments.repeats, arguments.seconds).items():
         try:
             found[name] = rates(contestants[name], timing)
         except ValueError as error:
@@ -134,28 +111,26 @@ def _in_kernels(kernels: dict[str, float]) -> Record:
     }
 
 
-def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
-    """Shows a row for each product, shape and number of rows."""
-    default = Settings()
+def options(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+    """Adds the options to the parser, and parses what is given."""
     parser.add_argument("--shapes", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--rows", default="1,8,16,128,1024,4096", help="rows of x, M")
-    parser.add_argument("--bits", type=int, default=default.bits, help="mean width")
-    parser.add_argument("--group-size", type=int, default=default.group_size)
+    parser.add_argument("--bits", type=int, default=2, help="mean width")
+    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--implementation", help="xla, mosaic_gpu or mosaic_tpu; by platform without")
-    parser.add_argument("--config", action="append", default=[], help="of the kernel; may be repeated")
-    parser.add_argument("--profiler", action="store_true", help="time in kernels instead of loops")
     parser.add_argument(
-        "--products", type=lambda text: text.split(","), default=default.products, help=", ".join(PRODUCTS)
+        "--config", action="append", default=[], help="one more packed product by the kernel; may be repeated"
     )
-    parser.add_argument("--repeats", type=int, default=default.repeats)
-    parser.add_argument("--seconds", type=float, default=default.seconds, help="limit of a row's repeats")
-    arguments = vars(parser.parse_args(given))
-    file, shapes, rows = (arguments.pop(name) for name in ("json", "shapes", "rows"))
-    settings = Settings(**arguments)
+    parser.add_argument("--profiler", action="store_true", help="time in kernels instead of loops")
+    parser.add_argument("--products", default="packed,bf16,f32,int4", help=f"some of {', '.join(PRODUCTS)}")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=20, help="after which a row has no further repeat")
+    return parser.parse_args(given)
 
-    def records() -> Iterator[Record]:
-        for k, n in SHAPES[shapes]:
-            for m in map(int, rows.split(",")):
-                yield from measure(m, k, n, settings)
 
-    Results(file, device=describe_device(), settings=dataclasses.asdict(settings)).show("rows", records())
+def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Shows a row for each product, shape and number of rows."""
+    arguments = options(parser, given)
+    sizes = itertools.product(SHAPES[arguments.shapes], map(int, arguments.rows.split(",")))
+    records = (record for (k, n), m in sizes for record in measure(m, k, n, arguments))
+    Results(arguments.json, device=describe_device(), settings=vars(arguments)).show("rows", records)

@@ -70,7 +70,7 @@ def test_the_gpu_kernel_is_that_of_the_target(target, monkeypatch):
     monkeypatch.setattr(kernel, "heuristic", spy)
     product, arguments = aot_programs.gpu_product(n=11008)
     with chips.target(aot_gpu.device(target)):
-        grids = aot_gpu.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
+        grids = aot_reports.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
     assert grids == {"mixed_matmul": [[1, 344]]}
     ((name, config),) = chosen
     assert name == aot_gpu.device(target).name

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import attention, device, device_stages, device_values, gated, machine, timing
-from bench.device import Limit
+from bench import attention, device, device_stages, gated, machine, timing
+from bench.device import limited
 from pallas_kernels import chips
 from pallas_kernels.tpu import config
 
@@ -67,9 +67,9 @@ def test_the_stages_are_those_that_are_offered():
 def test_every_kernel_is_asked_on_a_gpu(monkeypatch):
     """Attention and MLPs run before products; a case's result is its module's."""
     with chips.target("h100"):
-        labels = [label for label, _ in itertools.islice(device_values.cases(quick=False), 12)]
+        labels = [label for label, _ in itertools.islice(device_stages.check(device_stages.Options()), 12)]
         monkeypatch.setattr(attention, "compare", lambda case: {"ok": False, "reason": "wrong"})
-        _, run = next(device_values.cases(quick=False))
+        _, run = next(device_stages.check(device_stages.Options()))
         assert run() == {"ok": False, "reason": "wrong", "text": "ok NO, reason wrong", "failed": "wrong"}
     assert labels[:10] == [*map(str, attention.CASES), *map(str, gated.CASES)]
 
@@ -82,9 +82,11 @@ def test_a_tpu_begins_with_its_checks_on(monkeypatch):
             asked.append((case, config.checking()))
             yield {"ok": True}
 
-    monkeypatch.setattr(device_values.values, "check", check)
+    monkeypatch.setattr(device_stages.values, "check", check)
     with chips.target("v6e"):
-        labels = [label for label, run in device_values.cases(quick=True) if run()["ok"]]
+        labels = [
+            label for label, run in device_stages.check(device_stages.Options(quick=True)) if run()["ok"]
+        ]
     (first, second), more = asked[:2], asked[2:]
     assert [checked for _, checked in (first, second)] == [True, True]
     assert more == [(case, False) for case, _ in (first, second)]
@@ -97,7 +99,7 @@ def test_what_a_target_takes_is_asked_as_it_is_called():
 
 
 def test_a_failing_check_stops_the_next_stages(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(device_values.values, "mixed_matmul", lambda x, w, **_: x @ w.dequantize() * jnp.nan)
+    monkeypatch.setattr(device_stages.values, "mixed_matmul", lambda x, w, **_: x @ w.dequantize() * jnp.nan)
     stages = "check,matmul"
     assert main("--quick", "--allow-cpu", "--out", str(tmp_path), "--stages", stages) == 1
     document, page = read(tmp_path)
@@ -152,11 +154,11 @@ def test_a_case_that_hangs_is_left(tmp_path):
 
 
 def test_a_limit_ends_the_process():
-    code = "import time; from bench.device import Limit\nwith Limit(print).within(0.1, 'it'): time.sleep(60)"
+    code = "import time; from bench.device import limited\nwith limited(0.1, 'it', print): time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert done.stdout == "it did not end within 0 s\n"
-    with Limit(print).within(60, "this"):
+    with limited(60, "this", print):
         pass
 
 
