@@ -29,7 +29,7 @@ from convert import load_source
 from convert.errors import ConvertError, first_line
 from pallas_kernels import backends, chips
 from pallas_kernels.layout import abstract_tensor
-from pallas_kernels.tpu import config
+from pallas_kernels.tpu.config import checked
 from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
@@ -170,7 +170,7 @@ def _compared(kernel: ModuleType, case: Any) -> Record:
 
 
 def _compared_checked(records: Iterator[Record]) -> Record:
-    with config.checked():
+    with checked():
         return _checked(records)
 
 

@@ -27,7 +27,6 @@ import convert
 from bench.models import RandomSource, llama
 from bench.results import Record, Results
 from convert import calibration
-from convert.cli.sources import encode
 from slim_jax.calibrate.pipeline import quantize, quantize_to_checkpoint
 from slim_jax.config import SlimConfig
 from slim_jax.duration import least_seconds
@@ -154,7 +153,7 @@ def _samples(source: Source, arguments: argparse.Namespace) -> np.ndarray:
     tokenizer: Any = getattr(source, "tokenizer", None)
     given = calibration.parts(arguments.calibration.split(","))
     return calibration.draw(
-        given, partial(encode, tokenizer), write, arguments.samples, arguments.length, arguments.seed
+        given, partial(encode_text, tokenizer), write, arguments.samples, arguments.length, arguments.seed
     )
 
 
@@ -170,7 +169,12 @@ def _random_tokens(source: Source) -> np.ndarray:
 def tokens_of(source: Any, path: str | None) -> np.ndarray:
     if path is None:
         return _random_tokens(source)
-    return np.asarray(encode(source.tokenizer, calibration.read_text(Path(path))))
+    return encode_text(source.tokenizer, calibration.read_text(Path(path)))
+
+
+def encode_text(tokenizer: Any, text: str) -> np.ndarray:
+    """Tokens of a text, without special tokens."""
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _speed() -> Iterator[Record]:

@@ -84,9 +84,8 @@ def test_a_tpu_begins_with_its_checks_on(monkeypatch):
 
     monkeypatch.setattr(device_stages.values, "check", check)
     with chips.target("v6e"):
-        labels = [
-            label for label, run in device_stages.check(device_stages.Options(quick=True)) if run()["ok"]
-        ]
+        cases = device_stages.check(device_stages.Options(quick=True))
+        labels = [label for label, run in cases if run()["ok"]]
     (first, second), more = asked[:2], asked[2:]
     assert [checked for _, checked in (first, second)] == [True, True]
     assert more == [(case, False) for case, _ in (first, second)]
