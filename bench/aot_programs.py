@@ -63,7 +63,6 @@ def gpu_product(
     n: int = 4096,
     group_size: int = 128,
     widths: Sequence[int] = (1, 2, 3),
-    bias: bool = False,
     weights: int = 0,
     config: dict[str, int] | None = None,
 ) -> Program:
@@ -78,12 +77,7 @@ def gpu_product(
     if weights:
         w = jax.eval_shape(join, [w] * weights)
     chosen = kernel.Config(**config) if config else None
-
-    def product(x, w, *bias):
-        return kernel.mixed_matmul(x, w, bias=bias[0] if bias else None, config=chosen)
-
-    more = [jax.ShapeDtypeStruct(w.shape[1:], jnp.float32)] if bias else []
-    return product, (_x(m, k), w, *more)
+    return partial(kernel.mixed_matmul, config=chosen), (_x(m, k), w)
 
 
 def tpu_product(

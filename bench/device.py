@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,13 @@ class Report:
         part.write_text(self.markdown(), encoding="utf-8")
         part.replace(self.page)
 
+    def fail(self, stage: Record, reason: str) -> None:
+        """Ends a stage as failed."""
+        stage["status"] = f"FAILED: {reason}"
+        self.content["ok"] = False
+        self.write()
+        print(f"FAILED: {reason}", flush=True)
+
     def markdown(self) -> str:
         """Returns the report as Markdown."""
         stages = self.content["stages"]
@@ -128,13 +136,7 @@ def run_stage(
     stage["status"] = "running"
     print(f"== {name}", flush=True)
 
-    def fail(reason: str) -> None:
-        stage["status"] = f"FAILED: {reason}"
-        stage["seconds"] = time.monotonic() - start
-        report.content["ok"] = False
-        report.write()
-        print(f"FAILED: {reason}", flush=True)
-
+    fail = partial(report.fail, stage)
     label, left = "the first case", 0
     try:
         for label, run in cases:

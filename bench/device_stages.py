@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import attention, decode, gated, machine, matmul, timing
 from bench import check as values
+from bench import decode, fused, machine, matmul, timing
 from bench.models import RandomSource, llama, random_decoder
 from bench.quantize import peak_mib
 from bench.results import Record, line
@@ -138,10 +137,8 @@ def check(options: Options) -> Cases:
     (`pallas_kernels.tpu.config.checked`).
     """
     if chips.of_target().platform == "cuda" and not options.quick:
-        for case in attention.CASES:
-            yield str(case), partial(_compared, attention, case)
-        for mlp in gated.CASES:
-            yield str(mlp), partial(_compared, gated, mlp)
+        for kernel in fused.CASES:
+            yield str(kernel), partial(_compared, kernel)
     wanted = list(values.CASES)
     if options.quick:
         wanted = [case for case in wanted if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
@@ -165,8 +162,8 @@ def check(options: Options) -> Cases:
             )
 
 
-def _compared(kernel: ModuleType, case: Any) -> Record:
-    return _told(kernel.compare(case))
+def _compared(case: fused.Attention | fused.MLP) -> Record:
+    return _told(case.compare())
 
 
 def _compared_checked(records: Iterator[Record]) -> Record:
@@ -330,9 +327,7 @@ def _perplexities(source: Any, model: Decoder, tokens: np.ndarray, window: int, 
         return record | {"failed": f"a perplexity is not finite: {figures}"}
     apart = abs(math.log(found["packed"] / found["packed_by_xla"]))
     if apart > 0.02:
-        return record | {
-            "failed": f"the kernel's perplexity and XLA's differ by a factor {math.exp(apart):.3f}"
-        }
+        return record | {"failed": f"the kernel's perplexity and XLA's differ by {math.exp(apart):.3f} times"}
     return record
 
 
@@ -345,17 +340,15 @@ def profile(options: Options) -> Cases:
 
 def _profile_tokens(options: Options) -> Record:
     """Launches of a decoded token, and the time in kernels alone."""
-    generators = _generators(options.quick)
     tokens, record, lines = 4 if options.quick else 32, dict[str, Any](), []
-    for name, generator in generators.items():
+    for name, generator in _generators(options.quick).items():
         write = partial(generator.generate, [list(range(2, 18))], max_tokens=1 + tokens, stop=[])
         write()
         found = {kernel: (us / tokens, n / tokens) for kernel, (us, n) in timing.profiled(write).items()}
         us, launches = (sum(figures) for figures in zip(*found.values())) if found else (0.0, 0.0)
         record[name] = {"us_per_token": us, "launches_per_token": launches, "kernels": found}
-        lines.append(
-            f"a token, {name}, {generator.config.num_layers} blocks: {us:.1f} us in {launches:.1f} launches"
-        )
+        what = f"a token, {name}, {generator.config.num_layers} blocks"
+        lines += [f"{what}: {us:.1f} us in {launches:.1f} launches"]
         lines += [
             f"    {us:8.2f} us {n:6.2f} x {kernel[:70]}" for kernel, (us, n) in list(found.items())[:24]
         ]
@@ -368,9 +361,8 @@ def _profile(options: Options, m: int) -> Record:
     lines = []
     for name, product in matmul.products(m, k, k, _settings(options)).items():
         record["kernels_us"][name] = found = timing.kernel_times(product)
-        kernels = [f"{us:.2f} us {kernel[:60]}" for kernel, us in list(found.items())[:12]]
-        lines.append(f"M {m}, K {k}, N {k}, {name}: {sum(found.values()):.2f} us in {len(found)} kernels")
-        lines += [f"    {kernel}" for kernel in kernels]
+        lines += [f"M {m}, K {k}, N {k}, {name}: {sum(found.values()):.2f} us in {len(found)} kernels"]
+        lines += [f"    {us:.2f} us {kernel[:60]}" for kernel, us in list(found.items())[:12]]
     return record | {"text": "\n".join(lines)}
 
 

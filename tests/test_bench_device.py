@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import attention, device, device_stages, gated, machine, timing
+from bench import device, device_stages, fused, machine, timing
 from bench.device import limited
 from pallas_kernels import chips
 from pallas_kernels.tpu import config
@@ -68,10 +68,10 @@ def test_every_kernel_is_asked_on_a_gpu(monkeypatch):
     """Attention and MLPs run before products; a case's result is its module's."""
     with chips.target("h100"):
         labels = [label for label, _ in itertools.islice(device_stages.check(device_stages.Options()), 12)]
-        monkeypatch.setattr(attention, "compare", lambda case: {"ok": False, "reason": "wrong"})
+        monkeypatch.setattr(fused.Attention, "compare", lambda case: {"ok": False, "reason": "wrong"})
         _, run = next(device_stages.check(device_stages.Options()))
         assert run() == {"ok": False, "reason": "wrong", "text": "ok NO, reason wrong", "failed": "wrong"}
-    assert labels[:10] == [*map(str, attention.CASES), *map(str, gated.CASES)]
+    assert labels[:10] == [*map(str, fused.CASES)]
 
 
 def test_a_tpu_begins_with_its_checks_on(monkeypatch):
