@@ -21,6 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from bench import aot_gpu, aot_tpu
@@ -123,34 +124,25 @@ def decoder_row(target: str) -> Record:
     the datasheet's bandwidth and each launch costs :data:`LAUNCH_US`; on a TPU that of :func:`token_us`.
     These are estimates, not measured times.
     """
-    whole = _decoder(target)
+    arguments = {"implementation": "mosaic_gpu" if target in aot_gpu.targets() else "mosaic_tpu"}
+    compiled = partial(compile_for, target, "decode_step", timeout=1800, details=False)
+    whole = compiled(arguments)
     sizes = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
     row = {"target": target, "error": whole["error"], **{size: whole.get(size) for size in sizes}}
     if whole["error"]:
         return row
-    if target not in aot_gpu.targets():
+    if target in aot_gpu.targets():
+        two, three = (compiled(arguments | {"layers": n})["launches"] for n in (2, 3))
+        row |= {"launches": whole["launches"], "launches_per_block": three - two}
+        floor_us = 1e6 * whole["argument_bytes"] / (aot_gpu.device(target).bandwidth or 0)
+        takes_us = floor_us + LAUNCH_US * whole["launches"]
+    else:
         parts = token_us(target, whole) if aot_tpu.TARGETS[target].estimates else None
         if parts is None:
             return row
-        named = {f"{name}_us": us for name, us in parts.items()}
-        return row | named | _token(whole["argument_bytes"], aot_tpu.bandwidth(target), sum(parts.values()))
-    bandwidth = aot_gpu.device(target).bandwidth
-    assert bandwidth is not None
-    per_block = _decoder(target, layers=3)["launches"] - _decoder(target, layers=2)["launches"]
-    launches = {"launches": whole["launches"], "launches_per_block": per_block}
-    takes_us = 1e6 * whole["argument_bytes"] / bandwidth + LAUNCH_US * whole["launches"]
-    return row | launches | _token(whole["argument_bytes"], bandwidth, takes_us)
-
-
-def _token(size: int, bandwidth: float, takes_us: float) -> Record:
-    floor_us = 1e6 * size / bandwidth
-    return {"floor_us": floor_us, "token_us": takes_us, "ratio": takes_us / floor_us}
-
-
-def _decoder(target: str, **arguments: int) -> Record:
-    implementation = "mosaic_gpu" if target in aot_gpu.targets() else "mosaic_tpu"
-    arguments_ = {"implementation": implementation, **arguments}
-    return compile_for(target, "decode_step", arguments_, 1800, details=False)
+        row |= {f"{name}_us": us for name, us in parts.items()}
+        floor_us, takes_us = 1e6 * whole["argument_bytes"] / aot_tpu.bandwidth(target), sum(parts.values())
+    return row | {"floor_us": floor_us, "token_us": takes_us, "ratio": takes_us / floor_us}
 
 
 def token_us(target: str, whole: Record, slots: int = 4096) -> dict[str, float] | None:

@@ -1,10 +1,9 @@
 """Facts about a program: from its traced form, its optimized HLO text, and libtpu's files on its kernels."""
 
 import collections
-import glob
 import math
-import os
 import re
+from pathlib import Path
 from typing import Any
 
 OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", re.MULTILINE)
@@ -66,12 +65,11 @@ def _computation(hlo: str, name: str) -> str:
 def tpu_kernels(dump: str) -> dict[str, dict[str, Any]]:
     """Bundles, operations by unit, spills and estimated cycles of every kernel, from libtpu's reports."""
     kernels: dict[str, dict[str, Any]] = {}
-    for path in sorted(glob.glob(f"{dump}/*final_hlo-static-per-bundle-utilization.txt")):
-        name = re.sub(r"-\d+-final_hlo.*", "", os.path.basename(path).split("-", 1)[1])
+    for path in sorted(Path(dump).glob("*final_hlo-static-per-bundle-utilization.txt")):
+        name = re.sub(r"-\d+-final_hlo.*", "", path.name.split("-", 1)[1])
         if name.startswith(("<late", "TLP")):  # the program around the kernels
             continue
-        with open(path) as file:
-            text = file.read()
+        text = path.read_text()
         header = re.search(r"MXU, .*", text)
         assert header is not None, f"libtpu changed the format of {path}"
         units = [unit.strip() for unit in header[0].split(",")]
@@ -84,10 +82,8 @@ def tpu_kernels(dump: str) -> dict[str, dict[str, Any]]:
             "spills": used.get("VSTORE:SPILL", 0),
             "estimated_cycles": None,
         }
-    for path in glob.glob(f"{dump}/profile/*.textproto"):
-        with open(path) as file:
-            text = file.read()
-        for name, cycles in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
+    for path in Path(dump).glob("profile/*.textproto"):
+        for name, cycles in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', path.read_text()):
             kernels.setdefault(name, {})["estimated_cycles"] = int(cycles)
     return kernels
 

@@ -138,7 +138,7 @@ def check(options: Options) -> Cases:
     """
     if chips.of_target().platform == "cuda" and not options.quick:
         for kernel in fused.CASES:
-            yield str(kernel), partial(_compared, kernel)
+            yield str(kernel), partial(_compared, kernel.compare)
     wanted = list(values.CASES)
     if options.quick:
         wanted = [case for case in wanted if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
@@ -152,30 +152,20 @@ def check(options: Options) -> Cases:
         first = [case for case in wanted if options.quick or _likeliest(case)]
         with contextlib.closing(values.check(first)) as records:
             for case in first:
-                yield f"{case}, bounds and semaphores checked", partial(_compared_checked, records)
+                yield (
+                    f"{case}, bounds and semaphores checked",
+                    partial(_compared, partial(next, records), checked),
+                )
     records = values.check(wanted) if processes == 1 else values.check_in_processes(wanted, processes)
     with contextlib.closing(records):
         for case in wanted:
-            yield (
-                str(case) if processes == 1 else f"a case in {processes} processes",
-                partial(_checked, records),
-            )
+            label = str(case) if processes == 1 else f"a case in {processes} processes"
+            yield label, partial(_compared, partial(next, records))
 
 
-def _compared(case: fused.Attention | fused.MLP) -> Record:
-    return _told(case.compare())
-
-
-def _compared_checked(records: Iterator[Record]) -> Record:
-    with checked():
-        return _checked(records)
-
-
-def _checked(records: Iterator[Record]) -> Record:
-    return _told(next(records))
-
-
-def _told(record: Record) -> Record:
+def _compared(compare: Callable[[], Record], context: Any = contextlib.nullcontext) -> Record:
+    with context():
+        record = compare()
     return record | {"text": line(record)} | ({} if record["ok"] else {"failed": record["reason"]})
 
 

@@ -88,7 +88,9 @@ def measure(m: int, k: int, n: int, arguments: argparse.Namespace) -> list[Recor
     for name, product in contestants.items():
         try:
             if arguments.profiler:
-                found[name] = _in_kernels(kernel_times(product))
+                kernels = kernel_times(product)
+                longest = max(kernels.values(), default=0.0)
+                found[name] = {"microseconds": sum(kernels.values()), "longest": longest, "kernels": kernels}
             else:
                 prepared[name] = prepare(product)
         except Exception as error:  # any error of a compiler or driver is this product's result
@@ -99,16 +101,6 @@ def measure(m: int, k: int, n: int, arguments: argparse.Namespace) -> list[Recor
         except ValueError as error:
             found[name] = {"error": first_line(error)}
     return [{"m": m, "k": k, "n": n, "product": name, **found[name]} for name in contestants]
-
-
-def _in_kernels(kernels: dict[str, float]) -> Record:
-    longest = max(kernels.values(), default=0.0)
-    return {
-        "microseconds": sum(kernels.values()),
-        "launches": len(kernels),
-        "longest": longest,
-        "kernels": kernels,
-    }
 
 
 def options(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:

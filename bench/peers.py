@@ -25,7 +25,7 @@ seconds of the second run.
 """
 
 import argparse
-import resource
+import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -182,12 +182,6 @@ def stored_bits(model: torch.nn.Module, stored: int) -> dict[str, float]:
     return {"block_bits": stored / blocks, "model_bits": whole / every, "model_mb": whole / 8e6}
 
 
-def cpu_seconds() -> float:
-    """CPU seconds of this process and of the children that it has waited for."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
 def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     """Quantizes as the options say, writes the result and shows a row."""
     parser.add_argument("source", type=Path, help="Hugging Face directory of a llama-like model")
@@ -202,9 +196,9 @@ def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     arguments = parser.parse_args(given)
     tokens = np.load(arguments.calibration)
     package, run = METHODS[arguments.method]
-    start = cpu_seconds()
+    start = sum(os.times()[:4])  # with the children that this process has waited for
     found = run(arguments, tokens)
-    seconds = cpu_seconds() - start
+    seconds = sum(os.times()[:4]) - start
     row = {
         "method": arguments.method,
         "bits": arguments.bits,

@@ -56,20 +56,14 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> Record:
     importance = jnp.exp(jax.random.normal(keys[2], (k,)))
     settings = {"bits": 2, "group_size": group_size, "zero_bits": 4, "sqc": "minmax", "criterion": "kl"}
     _, order = scores(w, x, importance, **settings)
-    groups = k // group_size
-    allocations = []
-    for p in range((groups - 1) // 2 + 1):
-        allocations.append(jnp.asarray(allocate(np.asarray(order), p, 2)))
+    most = (k // group_size - 1) // 2
+    allocations = [jnp.asarray(allocate(np.asarray(order), p, 2)) for p in range(most + 1)]
     direct = least_seconds(
         lambda: [_candidate(w, x, importance, b, group_size=group_size) for b in allocations], 1
     )
     ours = least_seconds(lambda: scores(w, x, importance, **settings))
-    return {
-        "what": f"bit search, {k} x {n}, {tokens} tokens",
-        "direct_s": direct,
-        "ours_s": ours,
-        "ratio": direct / ours,
-    }
+    what = f"bit search, {k} x {n}, {tokens} tokens"
+    return {"what": what, "direct_s": direct, "ours_s": ours, "ratio": direct / ours}
 
 
 def peak_memory(layers: int) -> float:
