@@ -134,7 +134,7 @@ def decoder_row(target: str) -> Record:
     if target in aot_gpu.targets():
         two, three = (compiled(arguments | {"layers": n})["launches"] for n in (2, 3))
         row |= {"launches": whole["launches"], "launches_per_block": three - two}
-        floor_us = 1e6 * whole["argument_bytes"] / (aot_gpu.device(target).bandwidth or 0)
+        floor_us = 1e6 * whole["argument_bytes"] / aot_gpu.device(target).bandwidth
         takes_us = floor_us + LAUNCH_US * whole["launches"]
     else:
         parts = token_us(target, whole) if aot_tpu.TARGETS[target].estimates else None

@@ -151,16 +151,14 @@ def check(options: Options) -> Cases:
     if chips.of_target().platform == "tpu":
         first = [case for case in wanted if options.quick or _likeliest(case)]
         with contextlib.closing(values.check(first)) as records:
+            run = partial(_compared, partial(next, records), checked)
             for case in first:
-                yield (
-                    f"{case}, bounds and semaphores checked",
-                    partial(_compared, partial(next, records), checked),
-                )
+                yield f"{case}, bounds and semaphores checked", run
     records = values.check(wanted) if processes == 1 else values.check_in_processes(wanted, processes)
     with contextlib.closing(records):
+        run = partial(_compared, partial(next, records))
         for case in wanted:
-            label = str(case) if processes == 1 else f"a case in {processes} processes"
-            yield label, partial(_compared, partial(next, records))
+            yield str(case) if processes == 1 else f"a case in {processes} processes", run
 
 
 def _compared(compare: Callable[[], Record], context: Any = contextlib.nullcontext) -> Record:

@@ -13,6 +13,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -74,14 +75,11 @@ def peak_memory(layers: int) -> float:
 
 
 def _quantize_random(layers: int) -> None:
-    import tempfile
-
     source = RandomSource(llama(layers, 512, 1536, 8, 256, 256))
     tokens = np.random.default_rng(0).integers(0, 256, (16, 128))
+    settings = SlimConfig(bits=2, group_size=64, tune=False)
     with tempfile.TemporaryDirectory() as folder:
-        quantize_to_checkpoint(
-            source, tokens, SlimConfig(bits=2, group_size=64, tune=False), Path(folder) / "out"
-        )
+        quantize_to_checkpoint(source, tokens, settings, Path(folder) / "out")
     print(peak_mib())
 
 
