@@ -1,5 +1,6 @@
 """`bench device`, the one command for a new device: all stages at tiny shapes, and failures."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import device, device_stages, fused, machine, timing
+from bench import device, device_stages, fused, machine, matmul, timing
 from bench.device import limited
 from pallas_kernels import chips
 from pallas_kernels.tpu import config
@@ -215,6 +216,15 @@ def test_a_loop_and_calls_time_the_same_product(rows, monkeypatch):
     found = timing.take_turns({"loop": loop, "call": call}, 7)
     assert [len(times) for times in found.values()] == [7, 7]
     assert min(found["loop"]) < 10 * min(found["call"])
+
+
+def test_products_of_a_row():
+    """A kernel that does not run here is a row with the reason, and leaves the others."""
+    given = "--products packed,bf16 --repeats 3 --group-size 32 --config block_n=32,split_k=2"
+    rows = matmul.measure(1, 64, 64, matmul.options(argparse.ArgumentParser(), given.split()))
+    assert [row["product"] for row in rows] == ["packed", "packed block_n=32,split_k=2", "bf16"]
+    assert ["microseconds" in row for row in rows] == [True, False, True]
+    assert rows[1]["error"]
 
 
 def test_nothing_of_a_loop_is_left_out():
