@@ -193,6 +193,16 @@ def test_experts_of_older_files(tmp_path: Path) -> None:
     assert same_parameters(source, load_source(write_hf(golden, tmp_path / "hf")))
 
 
+def test_blocks_for_multi_token_prediction(tmp_path: Path) -> None:
+    golden = load_golden("llama_untied")
+    more = {**golden.weights, "blk.3.nextn.eh_proj.weight": np.ones((4, 4), np.float32)}
+    config = {**golden.config, "num_hidden_layers": 4}
+    longer = dataclasses.replace(golden, config=config, weights=more)
+    source = load_source(write_gguf(longer, tmp_path / "model.gguf", nextn_predict_layers=1))
+    assert source.origin["left_out"] == {"multi-token prediction": 1}
+    assert same_parameters(source, load_source(write_hf(golden, tmp_path / "hf")))
+
+
 def test_quantized_experts(tmp_path: Path) -> None:
     golden = load_golden("mixtral")
     counts = {"expert_count": 4, "expert_used_count": 2}

@@ -256,6 +256,9 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
     Raises:
       ConvertError: the decoder lacks a feature, such as partly rotated heads.
     """
+    layers = count(meta, "block_count") - field(meta, "nextn_predict_layers", int, 0)
+    if layers < 1:
+        raise ConvertError(f"nextn_predict_layers leaves {layers} of block_count, expected some blocks")
     experts = field(meta, "expert_count", int, 0)
     heads, hidden = count(meta, "attention.head_count"), count(meta, "embedding_length")
     head_dim = field(meta, "attention.key_length", int, hidden // heads)
@@ -271,7 +274,7 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         vocab_size=tensors.shapes.get("token_embd.weight", (0,))[0],
         hidden_size=hidden,
         intermediate_size=inner,
-        num_layers=count(meta, "block_count"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=field(meta, "attention.head_count_kv", int, heads),
         head_dim=head_dim,

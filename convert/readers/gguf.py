@@ -20,7 +20,7 @@ from gguf.quants import dequantize
 from convert.errors import UNFIT, ConvertError, first_line
 from convert.families import by_gguf
 from convert.families.family import field
-from convert.readers.source import ModelSource, parse_dtype, sampled
+from convert.readers.source import FURTHER, ModelSource, blocks_after, parse_dtype, sampled
 from convert.tokenizer import gguf_tokenizer
 from slim_jax.store.source import SAMPLED
 
@@ -205,7 +205,9 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         architecture = str(store.metadata.get("general.architecture"))
         form = by_gguf(architecture)
         own = f"{architecture}."
-        config = form.read_config({k.removeprefix(own): v for k, v in store.metadata.items()}, store)
+        meta = {k.removeprefix(own): v for k, v in store.metadata.items()}
+        config = form.read_config(meta, store)
+        further = field(meta, "nextn_predict_layers", int, 0)
     except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
     origin: dict[str, Any] = {
@@ -223,6 +225,7 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         lambda: gguf_tokenizer(store.metadata, str(path)),
         dtype=parse_dtype(dtype),
         ignored=form.ignored,
+        left_out={FURTHER: blocks_after(form.names.blocks, config.num_layers, further)},
         restore=form.restore,
         norm_offset=config.norm_offset,
     )

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,15 @@ from convert.families import by_architecture
 from convert.families.family import Family, field
 from convert.readers.config import read_resolved
 from convert.readers.quantized import AUXILIARY, DequantizingStore, describe
-from convert.readers.source import ModelSource, TensorStore, count_left_out, parse_dtype, sampled
+from convert.readers.source import (
+    FURTHER,
+    ModelSource,
+    TensorStore,
+    blocks_after,
+    count_left_out,
+    parse_dtype,
+    sampled,
+)
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
 from slim_jax.store.hub import INDEX, SINGLE
@@ -38,7 +45,7 @@ LEFT_OUT = {
     "projector": r"(.*\.)?(multi_modal_projector|mm_projector|embed_vision|embed_audio|visual\.merger)\..*",
     "vision tower": r"(.*\.)?(visual|vision_tower|vision_model|vision_encoder)\..*",
     "audio tower": r"(.*\.)?(audio_tower|audio_model|audio_encoder)\..*",
-    "multi-token prediction": r"(.*\.)?mtp\..*",
+    FURTHER: r"(.*\.)?mtp\..*",
 }
 """Kinds of tensors that no text model reads -> patterns of their names."""
 
@@ -274,9 +281,8 @@ def _left_out_kinds(directory: Path, config: DecoderConfig, blocks: str) -> dict
     hf = read_json(directory / "config.json")
     text = hf.get("text_config")
     more = field(text if isinstance(text, dict) else hf, "num_nextn_predict_layers", int, 0)
-    numbers = "|".join(str(config.num_layers + i) for i in range(min(more, 64)))
-    prefix = re.escape(blocks).replace(re.escape("{}"), f"({numbers})")
-    return {**LEFT_OUT, "multi-token prediction": rf"(.*\.)?mtp\..*|{prefix}.*"} if more else LEFT_OUT
+    extra = blocks_after(blocks, config.num_layers, more)
+    return {**LEFT_OUT, FURTHER: f"{LEFT_OUT[FURTHER]}|{extra}"}
 
 
 def notes(directory: Path, family: Family, config: DecoderConfig) -> dict[str, Any]:

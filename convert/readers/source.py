@@ -21,6 +21,9 @@ from slim_jax.model.params import Params, block_buffers, block_params, outer_par
 
 DTYPES = ("float32", "bfloat16")
 
+FURTHER = "multi-token prediction"
+"""Kind of the tensors of blocks that predict tokens after the next one, which are not read."""
+
 SAMPLE_BYTES = 1 << 12
 """Bytes that a fingerprint samples at each of three places of a tensor."""
 
@@ -254,6 +257,18 @@ def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns a shape without axes of length 1, such as that of a depthwise convolution's channels."""
     return tuple(size for size in shape if size != 1)
+
+
+def blocks_after(blocks: str, last: int, more: int) -> str:
+    """Returns the pattern of names in ``more`` blocks after the ``last`` ones, for further tokens.
+
+    Args:
+      blocks: the prefix of a block, with ``{}`` for its index.
+      last: number of the model's own blocks.
+      more: number of those after them.
+    """
+    numbers = "|".join(str(last + i) for i in range(min(max(more, 0), 64)))
+    return re.escape(blocks).replace(re.escape("{}"), f"({numbers})") + ".*" if numbers else "(?!)"
 
 
 def count_left_out(names: Iterable[str], kinds: Mapping[str, str]) -> tuple[list[str], dict[str, int]]:
