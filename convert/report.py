@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.display import layer_kinds
+from convert.display import layer_kinds, origin_notes
 from slim_jax.store.hub import find
 from slim_jax.store.manifest import LEAVES, Manifest, array_bytes, layer_reports, read_manifest, summary
 
@@ -74,7 +74,8 @@ def report_page(title: str, manifest: Manifest) -> str:
       manifest: the contents of `slim.json`.
     """
     found, title = summary(manifest), _text(title)
-    sections = [_tiles(found, manifest), _where(manifest)]
+    notes = "".join(f'<p class="note">{_text(note)}.</p>' for note in origin_notes(manifest.origin))
+    sections = [_tiles(found, manifest), notes, _where(manifest)]
     if found["layers"]:
         sections += [_heat_map(found, manifest), _errors(manifest), _losses(manifest), _table(found)]
     body = "\n".join(section for section in sections if section)

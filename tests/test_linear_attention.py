@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from golden_models import decoder_of, load_golden, relative_error, write_hf
 from jax.sharding import Mesh
+from test_hf import same_parameters
 from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint, dense
 
 from convert import load_source
@@ -217,6 +218,33 @@ def test_the_plan_counts_states():
     attended = dataclasses.replace(HYBRID, kinds=(), block_kinds=())
     assert make_plan(attended, GPTQ, "h100", context=64).cache_bytes_per_token == 3 * 2 * 2 * 2 * 16
     assert sum(map(state_bytes, HYBRID.blocks())) == states
+
+
+def test_the_text_of_a_multimodal_checkpoint(tmp_path):
+    """As on the hub: names of the text tower, fused experts, a vision tower and multi-token prediction."""
+    golden = load_golden("qwen3_5_moe")
+    weights = {k.replace("model.", "model.language_model.", 1): v for k, v in golden.weights.items()}
+    for block in range(golden.config["num_hidden_layers"]):
+        experts = f"model.language_model.layers.{block}.mlp.experts"
+        each = [
+            [weights.pop(f"{experts}.{i}.{part}_proj.weight") for i in range(5)]
+            for part in ("gate", "up", "down")
+        ]
+        weights[f"{experts}.gate_up_proj"] = np.concatenate(list(map(np.stack, each[:2])), axis=1)
+        weights[f"{experts}.down_proj"] = np.stack(each[2])
+    weights |= {name: np.ones(3, np.float32) for name in ("model.visual.norm.weight", "mtp.fc.weight")}
+    config = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "text_config": {**golden.config, "mtp_num_hidden_layers": 1, "attn_output_gate": True},
+        "vision_config": {"model_type": "qwen3_5_moe", "hidden_size": 4},
+    }
+    whole = dataclasses.replace(golden, config=config, weights=weights)
+    found = load_source(write_hf(whole, tmp_path / "whole"))
+    text = load_source(write_hf(golden, tmp_path / "text"))
+    assert found.config == text.config
+    assert same_parameters(found, text)
+    assert found.origin["left_out"] == {"vision tower": 1, "multi-token prediction": 1}
 
 
 @pytest.mark.parametrize(

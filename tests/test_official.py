@@ -39,7 +39,7 @@ def config_of(name: str, folder: Path) -> DecoderConfig:
 def test_its_plan_has_the_parameters_of_its_name(name, tmp_path):
     config = config_of(name, tmp_path)
     plan = make_plan(config, SlimConfig(bits=2, method="gptq"), "h100", samples=0)
-    billions = float(re.search(r"([0-9.]+)B", name)[1])
+    billions = float(re.search(r"([0-9.]+)B", name, re.I)[1])
     assert plan.parameters / 1e9 == pytest.approx(billions, rel=0.07)
     assert plan.quantized > 0.97 * plan.parameters
     assert plan.cache_bytes_per_token > 0

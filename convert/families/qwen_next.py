@@ -1,8 +1,4 @@
-"""Qwen3-Next and Qwen 3.5 to 3.8: blocks of linear attention, and of gated attention every fourth block.
-
-What the checkpoints hold besides the language model, a vision tower and layers that predict several tokens at
-once (MTP), is not read.
-"""
+"""Qwen3-Next and Qwen 3.5 to 3.8: blocks of linear attention, and of gated attention every fourth block."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,41 +6,39 @@ from typing import Any
 
 from convert.errors import ConvertError
 from convert.families import llama, qwen
-from convert.families.family import Family, HFFormat, Names, count, field, require
+from convert.families.family import Family, Names, count, field, require, with_fused_experts
 from slim_jax.model.config import DecoderConfig, Kind
 
-LINEAR: Kind = (("mixer", "gated_delta"),)
-MIXERS = {"linear_attention": LINEAR, "full_attention": ()}
+MIXERS: dict[str, Kind] = {"linear_attention": (("mixer", "gated_delta"),), "full_attention": ()}
 """transformers' names of kinds of blocks -> what they change in our config."""
 
-LINEAR_FIELDS = {
-    "linear_key_heads": ("linear_num_key_heads", 16),
-    "linear_value_heads": ("linear_num_value_heads", 32),
-    "linear_key_dim": ("linear_key_head_dim", 128),
-    "linear_value_dim": ("linear_value_head_dim", 128),
-    "conv_size": ("linear_conv_kernel_dim", 4),
+LINEAR = {
+    "linear_key_heads": "linear_num_key_heads",
+    "linear_value_heads": "linear_num_value_heads",
+    "linear_key_dim": "linear_key_head_dim",
+    "linear_value_dim": "linear_value_head_dim",
+    "conv_size": "linear_conv_kernel_dim",
 }
-"""Our fields -> transformers', and its default."""
+CLASSES = {
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+}
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads our config from config.json, with transformers' defaults for missing keys."""
-    hf = {**hf, **field(hf, "text_config", dict, {}), "architectures": hf["architectures"]}
-    architecture = hf["architectures"][0]
-    next_, experts = "Next" in architecture, "Next" in architecture or "Moe" in architecture
-    if experts:
-        hf = {"intermediate_size": 5632, "num_key_value_heads": 2, **hf}
-    family = "qwen3_next" if next_ else "qwen3_5"
-    base = llama.read_base(hf, family, kv_heads=4, head_dim=256, max_positions=32768)
+    """Reads our config from the resolved config.json."""
+    kind, experts = hf["model_type"], hf["model_type"] != "qwen3_5_text"
+    base = llama.read_base(hf, "qwen3_next" if kind == "qwen3_next" else "qwen3_5")
     require(hf, "hidden_act", "silu", "silu")
     theta, scaling = llama.read_rope(hf, partial=True)
-    biased = field(hf, "attention_bias", bool, False)
+    biased = field(hf, "attention_bias", bool)
     changes = _read_mixers(hf, base.num_layers)
     mixture: dict[str, Any] = {}
     if experts:
-        mixture = _read_experts(hf, next_)
-        dense = (("intermediate_size", base.intermediate_size), ("num_experts", 0), ("shared_expert_size", 0))
+        mixture = _read_experts(hf)
         step, plain = field(hf, "decoder_sparse_step", int, 1), field(hf, "mlp_only_layers", list, [])
+        dense: Kind = (("num_experts", 0), ("intermediate_size", base.intermediate_size))
         changes = [c + dense * (i in plain or (i + 1) % step != 0) for i, c in enumerate(changes)]
     kinds = tuple(dict.fromkeys(changes))
     return dataclasses.replace(
@@ -54,20 +48,18 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         output_gate=True,
         rope_theta=theta,
         rope_scaling=scaling,
-        rotary_dim=llama.rotary_dim(hf, base.head_dim, 0.25),
+        rotary_dim=llama.rotary_dim(hf, base.head_dim),
         qkv_bias=biased,
         o_bias=biased,
         kinds=kinds,
         block_kinds=tuple(map(kinds.index, changes)),
         **mixture,
-        **{ours: count(hf, key, default) for ours, (key, default) in LINEAR_FIELDS.items()},
+        **{ours: count(hf, theirs) for ours, theirs in LINEAR.items()},
     )
 
 
 def _read_mixers(hf: Mapping[str, Any], layers: int) -> list[Kind]:
-    interval = count(hf, "full_attention_interval", 4)
-    default = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
-    types = field(hf, "layer_types", list, default)
+    types = field(hf, "layer_types", list)
     unknown = [kind for kind in types if kind not in MIXERS]
     if unknown or len(types) != layers:
         found = repr(unknown[0]) if unknown else f"{len(types)} entries"
@@ -75,51 +67,44 @@ def _read_mixers(hf: Mapping[str, Any], layers: int) -> list[Kind]:
     return [MIXERS[kind] for kind in types]
 
 
-def _read_experts(hf: Mapping[str, Any], next_: bool) -> dict[str, Any]:
+def _read_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "intermediate_size": count(hf, "moe_intermediate_size", 512),
-        "num_experts": count(hf, "num_experts", 512 if next_ else 256),
-        "experts_per_token": count(hf, "num_experts_per_tok", 10 if next_ else 8),
+        "intermediate_size": count(hf, "moe_intermediate_size"),
+        "num_experts": count(hf, "num_experts"),
+        "experts_per_token": count(hf, "num_experts_per_tok"),
         "norm_topk": field(hf, "norm_topk_prob", bool, True),
-        "shared_expert_size": count(hf, "shared_expert_intermediate_size", 512),
+        "shared_expert_size": count(hf, "shared_expert_intermediate_size"),
         "shared_expert_gate": True,
     }
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """Inverse of :func:`read_hf`, without a tower."""
-    experts, next_ = config.num_experts > 0, config.family == "qwen3_next"
-    architecture, kind = (
-        ("Qwen3NextForCausalLM", "qwen3_next") if next_ else ("Qwen3_5ForCausalLM", "qwen3_5_text")
-    )
-    if experts and not next_:
-        architecture, kind = "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text"
+    """Inverse of :func:`read_hf`; the text alone of a model with a tower."""
+    kind = "qwen3_5_moe_text" if config.num_experts else "qwen3_5_text"
+    kind = "qwen3_next" if config.family == "qwen3_next" else kind
     blocks = config.blocks()
+    linear = [block.mixer == "gated_delta" for block in blocks]
     fields = {
-        **llama.write_base(config, architecture, kind),
+        **llama.write_base(config, CLASSES[kind], kind),
         **llama.write_rope(config),
         "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
         "attention_bias": config.qkv_bias,
-        "layer_types": [{change: name for name, change in MIXERS.items()}[_mixer(b)] for b in blocks],
-        **{key: getattr(config, ours) for ours, (key, _) in LINEAR_FIELDS.items()},
+        "layer_types": ["linear_attention" if is_linear else "full_attention" for is_linear in linear],
+        **{theirs: getattr(config, ours) for ours, theirs in LINEAR.items()},
     }
-    if not experts:
+    if not config.num_experts:
         return fields
-    dense = [i for i, block in enumerate(blocks) if not block.num_experts]
+    dense = {i: block.intermediate_size for i, block in enumerate(blocks) if not block.num_experts}
     return {
         **fields,
-        "intermediate_size": blocks[dense[0]].intermediate_size if dense else 5632,
+        "intermediate_size": max(dense.values(), default=config.intermediate_size),
         "moe_intermediate_size": config.intermediate_size,
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.experts_per_token,
         "norm_topk_prob": config.norm_topk,
         "shared_expert_intermediate_size": config.shared_expert_size,
-        "mlp_only_layers": dense,
+        "mlp_only_layers": list(dense),
     }
-
-
-def _mixer(block: DecoderConfig) -> Kind:
-    return LINEAR if block.mixer == "gated_delta" else ()
 
 
 BLOCK = {
@@ -132,11 +117,8 @@ BLOCK = {
     "linear_attn.log_decay": "linear_attn.A_log",
     "linear_attn.decay.bias": "linear_attn.dt_bias",
 }
-NEXT = {
-    **{f"linear_attn.{name}": "linear_attn.in_proj_qkvz" for name in "qkvz"},
-    "linear_attn.beta": "linear_attn.in_proj_ba",
-    "linear_attn.decay": "linear_attn.in_proj_ba",
-}
+QKVZ, BA = "linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"
+NEXT = {**{f"linear_attn.{name}": QKVZ for name in "qkvz"}, "linear_attn.beta": BA, "linear_attn.decay": BA}
 LATER = {
     **{f"linear_attn.{name}": "linear_attn.in_proj_qkv" for name in "qkv"},
     "linear_attn.z": "linear_attn.in_proj_z",
@@ -146,35 +128,27 @@ LATER = {
 
 
 def _family(name: str, architectures: tuple[str, ...], names: Names) -> Family:
-    form = HFFormat(
-        architectures,
-        read_hf,
-        write_hf,
-        names,
-        prefix="model.",
-        prefixes=("model.language_model.", "language_model.model.", "model."),
-        ignored=(r"mtp\..*", r"visual\..*"),
+    unused = ("full_attention_interval", "attn_output_gate", "mamba_ssm_dtype", "use_sliding_window")
+    multimodal = ("mrope_section", "mrope_interleaved")  # of pictures; all of a text's positions are equal
+    others, unused = (with_fused_experts(names),), (*unused, *multimodal)
+    return Family(
+        name, llama.hf_format(architectures, read_hf, write_hf, names, others=others, unused=unused)
     )
-    return Family(name, form)
 
 
-FAMILIES = (
-    _family(
-        "qwen3_next",
-        ("Qwen3NextForCausalLM",),
-        dataclasses.replace(
-            llama.HF_NAMES, block={**BLOCK, **NEXT}, alternating=dict.fromkeys(NEXT, "linear_key_heads")
-        ),
+QWEN3_NEXT = _family(
+    "qwen3_next",
+    (CLASSES["qwen3_next"],),
+    dataclasses.replace(
+        llama.HF_NAMES,
+        block={**BLOCK, **NEXT},
+        grouped={QKVZ: "linear_key_heads", BA: "linear_key_heads"},
     ),
-    _family(
-        "qwen3_5",
-        tuple(
-            f"Qwen3_5{kind}"
-            for kind in (
-                *("ForCausalLM", "MoeForCausalLM"),
-                *("ForConditionalGeneration", "MoeForConditionalGeneration"),
-            )
-        ),
-        dataclasses.replace(llama.HF_NAMES, block={**BLOCK, **LATER}),
+)
+QWEN3_5 = _family(
+    "qwen3_5",
+    tuple(
+        f"Qwen3_5{size}For{kind}" for size in ("", "Moe") for kind in ("CausalLM", "ConditionalGeneration")
     ),
+    dataclasses.replace(llama.HF_NAMES, block={**BLOCK, **LATER}),
 )

@@ -27,7 +27,7 @@ import numpy as np
 
 from convert.errors import ConvertError
 from convert.families import by_name
-from convert.families.family import HFFormat, join_rows
+from convert.families.family import HFFormat
 from convert.readers.source import parse_dtype
 from convert.writers.export import dense_tensor, held_tensors, write_companions
 from convert.writers.folder import SHARD_BYTES, new_folder, write_json, write_tensors
@@ -129,8 +129,10 @@ def find_layout(source: Source, form: HFFormat, dtype: np.dtype) -> Layout:
     """
     layout: Layout | None = None
     dense = []
-    for name, held in held_tensors(source, form):
+    for name, held, place in held_tensors(source, form):
         tensors = _block_layers(name, held)
+        if tensors and (place.experts or place.groups > 1 or place.transposed):
+            raise ConvertError(f"{name} holds {', '.join(tensors)} in an order that gptq has not{OTHERWISE}")
         if not tensors:
             if name.endswith(".weight") and _linear(held):
                 dense.append(name.removesuffix(".weight"))
@@ -211,23 +213,21 @@ def _parts(tensor: MixedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _tensors(
     source: Source, form: HFFormat, layout: Layout, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for name, held in held_tensors(source, form):
-        turns = form.names.turns(held, source.config)
+    for name, held, place in held_tensors(source, form):
         if tensors := _block_layers(name, held):
-            yield from _packed(name.removesuffix("weight"), list(tensors.values()), layout, dtype, turns)
+            yield from _packed(name.removesuffix("weight"), list(tensors.values()), layout, dtype)
             continue
-        dense = dense_tensor(held, dtype, turns)
+        dense = dense_tensor(held, place, dtype)
         if not np.all(np.isfinite(dense.astype(np.float32))):
             raise ConvertError(f"{name} does not fit {dtype}: export with --dtype bfloat16")
         yield name, dense
 
 
 def _packed(
-    prefix: str, tensors: list[MixedTensor], layout: Layout, dtype: np.dtype, turns: int
+    prefix: str, tensors: list[MixedTensor], layout: Layout, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the four tensors of one layer of the format, which holds several of ours along its outputs."""
-    every = zip(*map(_parts, tensors))
-    codes, zeros, scales = (join_rows([part.T for part in parts], turns).T for parts in every)
+    codes, zeros, scales = (np.concatenate(part, axis=1) for part in zip(*map(_parts, tensors)))
     stored = zeros.astype(np.uint32) - np.uint32(layout.first_version)
     yield prefix + "qweight", pack_rows(codes, layout.bits).view(np.int32)
     yield prefix + "qzeros", np.ascontiguousarray(pack_rows(stored.T, layout.bits).T).view(np.int32)

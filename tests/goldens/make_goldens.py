@@ -5,7 +5,7 @@
 NAMEs select cases; the default is all. Each file holds ``config`` (config.json as bytes), ``tokens [B, T]``,
 ``logits [B, T, vocab]``, ``hidden [layers + 1, B, T, hidden]`` (the input of the first block, then each
 block's output) and ``weight:NAME`` for every tensor of a saved checkpoint. All values are float32. Created
-with torch 2.13.0, transformers 5.23.0 and (those of Qwen3-Next and Qwen 3.5) 5.24.0.
+with torch 2.13.0, transformers 5.23.0 and (those of Qwen3-Next, Qwen 3.5 and gpt-oss) 5.24.0.
 """
 
 import json
@@ -21,6 +21,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -108,6 +110,16 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 20,
+}
+# Of the eight pairs of features, the first is kept, the last three are divided, the others blended.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
 }
 TIMES = {"qwen3_5": 80}  # more than a chunk of linear attention
 
@@ -214,6 +226,21 @@ CASES = {
         Qwen3_5MoeForCausalLM,
         Qwen3_5MoeTextConfig,
         {k: v for k, v in {**DELTA, **EXPERTS}.items() if k != "intermediate_size"},
+    ),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {
+            **{key: value for key, value in GQA.items() if key != "rope_theta"},
+            **PADDED,
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 7,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN,
+        },
     ),
     "smollm3": (
         SmolLM3ForCausalLM,
