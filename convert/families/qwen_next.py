@@ -1,12 +1,27 @@
-"""Qwen3-Next and Qwen 3.5 to 3.8: blocks of linear attention, and of gated attention every fourth block."""
+"""Qwen3-Next and Qwen 3.5 to 3.8: blocks of linear attention, and of gated attention every fourth block.
+
+llama.cpp stores the value heads of Qwen 3.5's linear attention in another order: first those that come first
+at their key heads, then those that come second. Its decay is the rate itself, not the logarithm.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from convert.errors import ConvertError
 from convert.families import llama, qwen
-from convert.families.family import Family, Names, count, field, require, with_fused_experts
+from convert.families.family import (
+    Family,
+    GGUFFormat,
+    Names,
+    Restore,
+    count,
+    field,
+    require,
+    with_fused_experts,
+)
 from slim_jax.model.config import DecoderConfig, Kind
 
 MIXERS: dict[str, Kind] = {"linear_attention": (("mixer", "gated_delta"),), "full_attention": ()}
@@ -19,6 +34,9 @@ LINEAR = {
     "linear_value_dim": "linear_value_head_dim",
     "conv_size": "linear_conv_kernel_dim",
 }
+FIXED: dict[str, Any] = {"norm_offset": 1.0, "qk_norm": True, "output_gate": True}
+"""What all models of the families have, and no file states."""
+
 CLASSES = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
@@ -43,9 +61,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     kinds = tuple(dict.fromkeys(changes))
     return dataclasses.replace(
         base,
-        norm_offset=1.0,
-        qk_norm=True,
-        output_gate=True,
+        **FIXED,
         rope_theta=theta,
         rope_scaling=scaling,
         rotary_dim=llama.rotary_dim(hf, base.head_dim),
@@ -127,12 +143,93 @@ LATER = {
 }
 
 
-def _family(name: str, architectures: tuple[str, ...], names: Names) -> Family:
+GGUF_LINEAR = {
+    **{f"linear_attn.{name}": "attn_qkv" for name in "qkv"},
+    "linear_attn.z": "attn_gate",
+    "linear_attn.o": "ssm_out",
+    "linear_attn.conv": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.log_decay": "ssm_a",
+    "linear_attn.decay.bias": "ssm_dt.bias",
+}
+GGUF_NAMES = dataclasses.replace(
+    llama.GGUF_NAMES,
+    block={
+        **llama.GGUF_NAMES.block,
+        **GGUF_LINEAR,
+        **{f"moe.shared.{part}": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+        "moe.shared_gate": "ffn_gate_inp_shexp",
+        "mlp_norm": "post_attention_norm",
+        "linear_attn.beta": "ssm_beta",
+        "linear_attn.decay": "ssm_alpha",
+    },
+)
+GGUF_NEXT = dataclasses.replace(
+    GGUF_NAMES,
+    block={**GGUF_NAMES.block, "linear_attn.beta": "ssm_ba", "linear_attn.decay": "ssm_ba"},
+    grouped={"ssm_ba": "linear_key_heads"},
+)
+
+
+def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
+    """Reads our config from a GGUF's metadata."""
+    width = field(meta, "rope.dimension_count", int)
+    dense = field(meta, "feed_forward_length", int, 1)  # absent where all blocks have experts
+    plain = {k: v for k, v in meta.items() if k not in ("rope.dimension_count", "rope.dimension_sections")}
+    base = llama.read_gguf({**plain, "feed_forward_length": dense}, tensors)
+    heads, inner = count(meta, "ssm.time_step_rank"), count(meta, "ssm.inner_size")
+    every: list[Kind] = []
+    for i in range(base.num_layers):
+        mixer = MIXERS["linear_attention" if f"blk.{i}.ssm_a" in tensors.shapes else "full_attention"]
+        plain_mlp = base.num_experts > 0 and f"blk.{i}.ffn_gate_inp.weight" not in tensors.shapes
+        every.append(mixer + (("num_experts", 0), ("intermediate_size", dense)) * plain_mlp)
+    kinds = tuple(dict.fromkeys(every))
+    return dataclasses.replace(
+        base,
+        family="qwen3_next" if "blk.0.ssm_ba.weight" in tensors.shapes else "qwen3_5",
+        rotary_dim=None if width == base.head_dim else width,
+        **FIXED,
+        kinds=kinds,
+        block_kinds=tuple(map(kinds.index, every)),
+        shared_expert_size=field(meta, "expert_shared_feed_forward_length", int, 0),
+        shared_expert_gate=base.num_experts > 0,
+        linear_key_heads=count(meta, "ssm.group_count"),
+        linear_value_heads=heads,
+        linear_key_dim=count(meta, "ssm.state_size"),
+        linear_value_dim=inner // heads,
+        conv_size=count(meta, "ssm.conv_kernel"),
+    )
+
+
+def _by_key_head(rows: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    """Returns rows of value heads in the order of their key heads."""
+    each = rows.reshape(-1, config.linear_key_heads, rows.size // config.linear_value_heads)
+    return each.swapaxes(0, 1).reshape(rows.shape)
+
+
+def _conv_by_key_head(rows: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    keys = 2 * config.linear_key_heads * config.linear_key_dim
+    return np.concatenate([rows[:keys], _by_key_head(rows[keys:], config)])
+
+
+def _log(rates: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    return np.log(-rates)
+
+
+BY_KEY_HEAD: dict[str, Restore] = {
+    **{f"linear_attn.{name}": _by_key_head for name in ("v", "z", "beta", "decay")},
+    "linear_attn.conv": _conv_by_key_head,
+    "linear_attn.o": lambda rows, config: _by_key_head(rows.T, config).T,
+    "linear_attn.log_decay": lambda rates, config: _log(_by_key_head(rates, config), config),
+}
+
+
+def _family(name: str, architectures: tuple[str, ...], names: Names, gguf: GGUFFormat) -> Family:
     unused = ("full_attention_interval", "attn_output_gate", "mamba_ssm_dtype", "use_sliding_window")
     multimodal = ("mrope_section", "mrope_interleaved")  # of pictures; all of a text's positions are equal
     others, unused = (with_fused_experts(names),), (*unused, *multimodal)
     return Family(
-        name, llama.hf_format(architectures, read_hf, write_hf, names, others=others, unused=unused)
+        name, llama.hf_format(architectures, read_hf, write_hf, names, others=others, unused=unused), gguf
     )
 
 
@@ -144,6 +241,7 @@ QWEN3_NEXT = _family(
         block={**BLOCK, **NEXT},
         grouped={QKVZ: "linear_key_heads", BA: "linear_key_heads"},
     ),
+    GGUFFormat(("qwen3next",), read_gguf, GGUF_NEXT, {"linear_attn.log_decay": _log}),
 )
 QWEN3_5 = _family(
     "qwen3_5",
@@ -151,4 +249,5 @@ QWEN3_5 = _family(
         f"Qwen3_5{size}For{kind}" for size in ("", "Moe") for kind in ("CausalLM", "ConditionalGeneration")
     ),
     dataclasses.replace(llama.HF_NAMES, block={**BLOCK, **LATER}),
+    GGUFFormat(("qwen35", "qwen35moe"), read_gguf, GGUF_NAMES, BY_KEY_HEAD),
 )
