@@ -13,7 +13,7 @@ from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax import memory
 from slim_jax.config import LENGTH, SAMPLES, Settings, SlimConfig
 from slim_jax.model.block import linear_groups, linear_names
-from slim_jax.model.cache import Recurrent
+from slim_jax.model.cache import state_bytes
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_buffers, block_params, outer_params, stored_bytes
 from slim_jax.rules import check_rules
@@ -219,13 +219,6 @@ class _Blocks:
                 if rule is None or rule.bits is None:
                     found.in_budget += group_count(k, own.group_size) * own.group_size * n
         return found
-
-
-def state_bytes(kind: DecoderConfig) -> int:
-    """Returns the bytes that a block keeps of a sequence of any length; 0 for attention."""
-    if kind.mixer == "attention":
-        return 0
-    return 4 * sum(map(math.prod, Recurrent.sizes(kind)))
 
 
 def _cache_bytes(kind: DecoderConfig, devices: int) -> int:

@@ -19,12 +19,12 @@ from slim_jax.config import SlimConfig
 from slim_jax.infer.forward import forward
 from slim_jax.infer.generate import Generator, generate
 from slim_jax.model.block import linear_groups
-from slim_jax.model.cache import Run, State
+from slim_jax.model.cache import Run, State, state_bytes
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear_attention import CHUNK, GatedDelta, delta_rule
 from slim_jax.model.params import make_decoder, make_outer, split_params
 from slim_jax.model.stage import part_of
-from slim_jax.plan import make_plan, state_bytes
+from slim_jax.plan import make_plan
 from slim_jax.store import checkpoint
 from slim_jax.store.source import DecoderSource
 
@@ -90,6 +90,14 @@ def test_equal_keys_do_not_blow_up():
     expected, wanted = oracle(q, k, v, g, beta, state)
     assert relative_error(y, expected) < 1e-4
     assert relative_error(last, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("time", [1, CHUNK + 3])
+def test_it_lowers_for_other_platforms(time, platform):
+    shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in inputs(time)]
+    text = jax.jit(delta_rule).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert ("triangular_solve" in text) == (time > 1)
 
 
 def test_gradients_are_finite_and_those_of_the_recurrence():

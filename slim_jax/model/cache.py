@@ -1,6 +1,7 @@
 """State of a batch: what each layer keeps of the tokens it has read, and that of all layers."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -161,6 +162,13 @@ class Recurrent:
 
 
 Cache = KeyValues | Recurrent
+
+
+def state_bytes(kind: DecoderConfig) -> int:
+    """Returns the bytes that a block keeps of a sequence of any length; 0 for attention."""
+    if kind.mixer == "attention":
+        return 0
+    return 4 * sum(map(math.prod, Recurrent.sizes(kind)))
 
 
 class Run(NamedTuple):
