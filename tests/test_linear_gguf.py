@@ -56,7 +56,7 @@ KEYS = {
 
 
 def tiled(rows: np.ndarray, hf: dict[str, Any]) -> np.ndarray:
-    """Reorders value heads as llama.cpp's converter does for Qwen 3.5: first those first at their key heads."""
+    """Reorders value heads as llama.cpp does for Qwen 3.5: first those that are first at their key heads."""
     keys, values = hf["linear_num_key_heads"], hf["linear_num_value_heads"]
     each = rows.reshape(keys, values // keys, -1, *rows.shape[1:])
     return each.swapaxes(0, 1).reshape(rows.shape)
