@@ -111,6 +111,7 @@ def test_blocks_for_multi_token_prediction(tmp_path: Path) -> None:
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "beta_fast": 3}},
             ("rope_parameters.beta_fast = 3",),
         ),
+        ("llama_untied", {"memory_config": {"slots": 2}}, ("memory_config", "LlamaConfig")),
         ("llama_untied", {"per_layer_config": {"1": {"hidden_size": 4}}}, ("per_layer_config",)),
         ("llama_untied", {"model_type": "llama9"}, ("model_type is 'llama9'", "transformers")),
     ],
