@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from slim_jax.report import BlockReport, Report
     from slim_jax.store.source import Source
 
-INTERRUPTED = "interrupted; the same command with --resume goes on after {out}'s last whole block"
-NO_OWN_TEXT = "the model is too large for this memory to write text itself: calibrating on the other texts"
-LARGER = "note: {bytes:,} bytes are stored: some layers need scales of two bytes, not one"
+INTERRUPTED = "interrupted; the same command with --resume continues after the last finished block in {out}"
+NO_OWN_TEXT = "too little memory for the model to write calibration text: calibrating on the other texts"
+LARGER = "note: the model has {bytes:,} bytes, more than --target-size: some layers need 16-bit scales"
 
 
 def quantize(
@@ -65,8 +65,9 @@ def quantize(
         typer.Option(
             metavar="mix|self|FILE[:SHARE]",
             show_default=False,
-            help="What to calibrate on, once or several times: a UTF-8 text; [bold]self[/], what the model "
-            "writes; [bold]mix[/], some of that and of everything. A share may follow. [dim]Default: mix.[/]",
+            help="Calibration text: a UTF-8 file; [bold]self[/], text that the model writes; or "
+            "[bold]mix[/], that and built-in articles, fiction, code and many languages. May be given several "
+            "times, each with a share. [dim]Default: mix.[/]",
         ),
     ] = None,
     bits: Bits = None,
@@ -78,8 +79,8 @@ def quantize(
         typer.Option(
             "--tune/--no-tune",
             show_default=False,
-            help="At the end, tune scales and norms of the whole model until its logits are the "
-            "full-precision model's. [dim]Default: as the preset says.[/]",
+            help="Fine-tune scales and norms of the whole model at the end, so that its logits approach "
+            "those of the full-precision model. [dim]Default: set by the preset.[/]",
         ),
     ] = None,
     given: Set = None,
@@ -88,33 +89,35 @@ def quantize(
     embedding_bits: EmbeddingBits = None,
     samples: Samples = 128,
     length: Length = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draw of windows.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the choice of calibration windows.")
+    ] = 0,
     allocation: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Bits per layer and group from this JSON file; nothing is searched."
+            metavar="FILE", help="JSON file with the bits of every layer and group, instead of a search."
         ),
     ] = None,
     save_allocation: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the bits that were chosen to this JSON file.")
+        Path | None, typer.Option(metavar="FILE", help="Write the chosen bits to this JSON file.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the last finished block of an interrupted run.")
+        bool, typer.Option("--resume", help="Continue an interrupted run after its last finished block.")
     ] = False,
     offload: Annotated[
         bool,
         typer.Option("--offload-activations", help="Keep calibration activations on disk, not in memory."),
     ] = False,
     devices: Annotated[
-        int, typer.Option(min=1, help="Share the work among so many of this machine's devices.")
+        int, typer.Option(min=1, help="Number of this machine's devices that share the work.")
     ] = 1,
     revision: Revision = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model with SliM-LLM and store it packed.
 
-    Block after block; each finished one is on disk before the next starts, so a run that was
-    interrupted goes on with --resume and ends with the same bits.
+    Blocks are quantized one after another, and each is on disk before the next starts: an interrupted run
+    continues with --resume and gives the same result.
 
       slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64
 
@@ -204,7 +207,7 @@ def _tell(out: Path, report: "Report", plan: "Plan", save_allocation: Path | Non
     from slim_jax.method.sba import save_allocation as write_allocation
 
     if report.tuning is not None and report.tuning.note:
-        say(f"tuning: {report.tuning.note}")
+        say(f"fine-tuning: {report.tuning.note}")
     write_report(out, out / "report.html")
     if save_allocation is not None:
         write_allocation(report.allocation, save_allocation)
@@ -327,7 +330,7 @@ def _figures(block: "BlockReport") -> str:
     if learning.note:
         say(f"block {block.index}: {learning.note}")
     if not learning.losses:
-        return "not learned"
+        return "not trained"
     return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
 
 
