@@ -235,11 +235,11 @@ def print_plan(name: str, plan: "Plan", duration: str) -> None:
     )
     if plan.ends_bytes:
         table.add_row("", f"of which embedding and head {gib(plan.ends_bytes)}")
-    table.add_row("cache of a token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
+    table.add_row("cache per token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
     table.add_row("to quantize", f"about {gib(plan.calibration_bytes)} of memory, about {duration} here")
     table.add_row(
         f"each of {plan.devices} {plan.device}",
-        f"{gib(plan.device_bytes)} of {gib(plan.capacity)} for {plan.batch} x {plan.context} tokens",
+        f"{gib(plan.device_bytes)} of {gib(plan.capacity)} for {plan.batch} × {plan.context} tokens",
     )
     for how, layers in cut.items() if plan.devices > 1 else ():
         table.add_row("", f"{words[how]}: {', '.join(layers)}")

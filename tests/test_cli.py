@@ -113,7 +113,7 @@ def test_eval_against_the_dense_model(room, capsys):
         assert 0 < text["top1_agreement"] < 1
     lines = said(capsys, "eval", room / "q2", *texts, "--against", room / "hf").splitlines()
     assert len(lines) == 2
-    assert all("nats a token" in line for line in lines)
+    assert all("nats per token" in line for line in lines)
 
 
 def test_generate(room, capsys, tmp_path):
@@ -186,7 +186,7 @@ def test_chat(room, capsys, tmp_path, monkeypatch):
     assert run(["chat", str(tmp_path / "q2"), *greedy]) == 0
     errors = capsys.readouterr().err.splitlines()
     assert re.match(r"slim-jax: [1-6] tokens?, ", errors[0])
-    assert "64 positions: /reset begins anew" in errors[1]
+    assert "64 positions: try /reset" in errors[1]
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def _perplexities(
 
     opened = open_source(source)
     dense = None if against is None else open_source(against)
-    require_positions("--window", window, opened)
+    require_positions("--window", window, opened.config)
     tokenizer = tokenizer_of(opened)
     tokens = {path: np.asarray(encode(tokenizer, content), np.int32) for path, content in contents.items()}
     total = sum(_windows(path, ids, window, max_windows) for path, ids in tokens.items())

@@ -98,7 +98,7 @@ def generate(
     for text, tokens in zip(wanted, ids):
         if not tokens:
             raise ValueError(f"--prompt {text!r} has no tokens, expected some text")
-        require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened)
+        require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened.config)
     generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh, consume=True)
     how = {"max_tokens": max_tokens, "seed": seed, **dataclasses.asdict(sampling)}
     texts = [Text(tokenizer, stops, prompt=tokens) for tokens in ids]

@@ -20,7 +20,7 @@ from convert.cli.options import (
     SourceArgument,
     TargetSize,
 )
-from convert.cli.settings import check_size, make_rules, make_settings
+from convert.cli.settings import make_rules, make_settings
 from convert.cli.sources import at_revision, read_config, window_length
 from convert.display import print_json, print_plan
 
@@ -60,10 +60,10 @@ def plan(
     from slim_jax.duration import in_words, operations, rate
     from slim_jax.plan import for_size, make_plan, parse_devices, parse_size
 
-    check_size(bits, target_size)
     settings = make_settings(
         preset,
         given or (),
+        target_size,
         bits=bits,
         group_size=group_size,
         embedding_bits=embedding_bits,
