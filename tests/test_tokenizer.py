@@ -198,7 +198,8 @@ def test_gemma_tokens_are_those_of_transformers() -> None:
         "add_space_prefix": False,
     }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
-    reference = GemmaTokenizer(vocab=vocab, merges=generate_merges(vocab))
+    scores = {token: -i for token, i in vocab.items()}
+    reference = GemmaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores))
     same_tokens({**metadata, "general.architecture": "gemma3"}, reference)
 
 
