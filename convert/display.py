@@ -27,7 +27,7 @@ def _finite(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part, f"{where}.{i}") for i, part in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        say(f"note: {where} is {value}, for which JSON has no number: null")
+        say(f"note: {where} is {value}, which JSON cannot hold: null is printed")
         return None
     return value
 
@@ -138,7 +138,7 @@ class KindRow(NamedTuple):
 
     Attributes:
       kind: name of the kind.
-      count: number of layers.
+      layers: number of layers.
       shape: shape of the first, ``[K, N]``.
       groups: number of groups of each width.
       bits: stored bits per weight.
@@ -148,7 +148,7 @@ class KindRow(NamedTuple):
     """
 
     kind: str
-    count: str
+    layers: str
     shape: str
     groups: str
     bits: str
@@ -194,7 +194,8 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
     for column in [*columns, *["loss increase"] * predicted]:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*row[:5], *row[6 : 7 + predicted])
+        cells = (row.kind, row.layers, row.shape, row.groups, row.bits, row.error, row.rise)
+        table.add_row(*cells[: len(table.columns)])
     console = _console()
     if found["layers"]:
         console.print(table)

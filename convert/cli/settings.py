@@ -97,7 +97,7 @@ def read_rules(file: Path) -> "list[Rule]":
     rules = []
     for i, table in enumerate(tables, 1):
         if not isinstance(table, dict) or not isinstance(table.get("pattern"), str):
-            raise ValueError(f'{file}: rule {i} has no pattern, expected such as pattern = "blocks.0.*"')
+            raise ValueError(f'{file}: rule {i} has no pattern, expected one such as pattern = "blocks.0.*"')
         try:
             rules.append(Rule.of((table.pop("pattern"), table)))
         except ValueError as error:

@@ -40,7 +40,7 @@ def model_card(title: str, manifest: Manifest, size: int, perplexity: Sequence[t
         *((f"perplexity on {text}", f"{value:g}") for text, value in perplexity),
     ]
     layers = [
-        (row.kind, row.count, row.shape, row.groups, row.bits, f"{row.bytes / 1e6:.2f}", row.error)
+        (row.kind, row.layers, row.shape, row.groups, row.bits, f"{row.bytes / 1e6:.2f}", row.error)
         for row in kind_rows(found)
     ]
     template = (resources.files("convert") / "templates" / "card.md").read_text(encoding="utf-8")
