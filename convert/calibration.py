@@ -138,7 +138,7 @@ def draw(
             continue
         if encode is None:
             raise ValueError(
-                f"{part.name} needs the model's tokenizer, but it has none: use --calibration self"
+                f"{part.name} needs the model's tokenizer, and it has none: try self"
             )
         tokens = np.asarray(encode(part.text), np.int32)
         if part.name in SHARES and len(tokens) < length:  # a short text is repeated to fill a long window

@@ -74,7 +74,7 @@ def test_numbers_that_json_has_not(room, capsys, monkeypatch):
     print_json({"layers": [{"error": math.nan}, (1.0, -math.inf)]})
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"layers": [{"error": None}, [1.0, None]]}
-    assert "layers.0.error is nan, for which JSON has no number: null" in printed.err
+    assert "layers.0.error is nan, which JSON cannot hold: null is printed" in printed.err
     for file in Path(program.__file__).parent.glob("*.py"):
         assert "json.dumps" not in file.read_text()
 
