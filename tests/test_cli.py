@@ -213,7 +213,7 @@ def test_export_is_a_model_again(room, capsys, tmp_path):
 def test_a_packed_export_is_a_checkpoint_again(room, capsys, tmp_path):
     packed = tmp_path / "packed"
     options = ("--format", "safetensors", "--perplexity", "test=12.5")
-    assert "as it is" in said(capsys, "export", room / "q2", packed, *options)
+    assert "as stored" in said(capsys, "export", room / "q2", packed, *options)
     assert same_weights(packed, room / "q2")
     assert len(list(packed.iterdir())) == 7
     card = (packed / "README.md").read_text()

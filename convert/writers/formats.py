@@ -7,7 +7,7 @@ from typing import Any
 from slim_jax.store.source import Source
 
 FORMATS = {
-    "safetensors": "packed as stored",
+    "safetensors": "as stored",
     "hf": "dequantized",
     "gptq": "packed, embedding and LM head dequantized",
 }
