@@ -52,15 +52,11 @@ def models() -> dict[str, Any]:
         fields = {"family": "llama", "head_dim": hidden // heads, "max_positions": 32768} | sizes | more
         return DecoderConfig(num_layers=layers, num_heads=heads, num_kv_heads=kv, **fields)
 
-    experts = {"num_experts": 128, "experts_per_token": 8}
     return {
         "SmolLM2 135M": model(30, 576, 1536, 9, 3, 49152, max_positions=8192),
         "Llama 3.2 1B": model(16, 2048, 8192, 32, 8, 128256),
         "Qwen3 4B": model(36, 2560, 9728, 32, 8, 151936, head_dim=128, qk_norm=True),
         "Llama 3.1 8B": model(32, 4096, 14336, 32, 8, 128256, tied_head=False),
-        "Qwen3 30B-A3B": model(
-            48, 2048, 768, 32, 4, 151936, head_dim=128, qk_norm=True, tied_head=False, **experts
-        ),
         "Llama 3.3 70B": model(80, 8192, 28672, 64, 8, 128256, tied_head=False),
     }
 
