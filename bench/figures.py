@@ -62,7 +62,7 @@ def models() -> dict[str, Any]:
 
 
 def fit() -> Iterator[Record]:
-    """Plans every model: the bits that fit each memory, and memory and hours of quantizing on this machine."""
+    """Plans every model: the bits that fit each memory, and memory and hours of quantizing here."""
     from convert.calibration import parts, written
     from slim_jax.config import LENGTH, SAMPLES, SlimConfig
     from slim_jax.duration import operations, rate
@@ -80,7 +80,9 @@ def fit() -> Iterator[Record]:
                 f"{preset}_gib": plan.calibration_bytes / 2**30,
             }
         record |= {"bfloat16_gb": plan.bfloat16_bytes / 1e9, "packed_gb": plan.packed_bytes / 1e9}
-        yield record | {"bits": {memory: bits_that_fit(config, device) for device, memory in MEMORIES.items()}}
+        yield record | {
+            "bits": {memory: bits_that_fit(config, device) for device, memory in MEMORIES.items()}
+        }
 
 
 def bits_that_fit(config: Any, device: str) -> float:
@@ -132,7 +134,14 @@ def number(value: Any, digits: int = 2) -> str:
 
 def comparison_table(document: Record) -> list[list[str]]:
     """The tools side by side."""
-    head = ["", "whole file, MB", "stored bits of the blocks", "perplexity", "KL, nats a token", "CPU seconds"]
+    head = [
+        "",
+        "whole file, MB",
+        "stored bits of the blocks",
+        "perplexity",
+        "KL, nats",
+        "CPU seconds",
+    ]
     rows = [
         [
             row["name"],
@@ -175,7 +184,9 @@ def fit_table(document: Record) -> list[list[str]]:
         return {0.0: "–", 16.0: "16"}.get(value, f"{value:.1f}")
 
     def hours(value: float) -> str:
-        return f"{60 * value:.0f} min" if value < 1.5 else f"{value:.0f} h" if value < 48 else f"{value / 24:.0f} d"
+        if value < 1.5:
+            return f"{60 * value:.0f} min"
+        return f"{value:.0f} h" if value < 48 else f"{value / 24:.0f} days"
 
     head = ["model", "bfloat16", "2.125 bits", *MEMORIES.values(), "to quantize: memory", "`fast`", "`good`"]
     rows = [
@@ -256,7 +267,9 @@ def draw(document: Record) -> str:
         ink = COLORS[tools.index(tool) % len(COLORS)]
         mine = sorted((row for row in rows if row["tool"] == tool), key=lambda row: row["megabytes"])
         shown = [(row["megabytes"], min(row["perplexity"], HIGHEST)) for row in mine]
-        axes.plot(*zip(*shown), color=ink, marker="o", linewidth=1.5 if tool == "slim-jax" else 0, clip_on=False)
+        axes.plot(
+            *zip(*shown), color=ink, marker="o", linewidth=1.5 if tool == "slim-jax" else 0, clip_on=False
+        )
         for row, at in zip(mine, shown):
             side = row.get("label", "right")
             axes.annotate(

@@ -66,7 +66,7 @@ class Config:
 
 
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
-    """A configuration for products that were not autotuned: the fastest on an H200 (docs/kernels.md).
+    """A configuration for products that were not autotuned: the fastest on an H200 (docs/devices.md).
 
     Up to 64 rows use tiles of 16 rows and blocks of the least width, whose warps split K: a block waits for
     memory and for its own instructions, so many small blocks were twice as fast as few wide ones. Two groups
