@@ -37,8 +37,8 @@ NAMES = {"block_bits": "stored_bits", "model_mb": "megabytes", "cpu_s": "cpu_sec
 """Keys of ``peers.json`` and of ``slim-jax eval --json`` that are called otherwise in the figures."""
 KEYS = ("bits", "stored_bits", "megabytes", "perplexity", "kl", "cpu_seconds")
 
-MEMORIES = {"v5e": "16 GB", "rtx4090": "24 GB", "rtx5090": "32 GB", "h100": "80 GB"}
-"""Devices of the table "will it fit", by the size of their memory."""
+MEMORIES = (4, 8, 16, 24, 80)
+"""Sizes of a device's memory in the table "will it fit", in GiB."""
 CONTEXT = 4096
 """Tokens for which the table leaves room in the cache."""
 
@@ -70,38 +70,36 @@ def fit() -> Iterator[Record]:
 
     own = written(parts(()), SAMPLES)
     for name, config in models().items():
-        speed = rate(config)
+        speed = max(rate(config) for _ in range(3))
         record: Record = {"name": name}
-        for preset in ("fast", "good"):
+        for preset, texts in (("fast", 0), ("good", own)):
             settings = SlimConfig.preset(preset, bits=2.125, group_size=64)
-            plan = make_plan(config, settings, "h100", context=CONTEXT, written=own)
+            plan = make_plan(config, settings, "h100", written=texts)
             record |= {
-                f"{preset}_hours": operations(config, settings, SAMPLES, LENGTH, own) / speed / 3600,
+                f"{preset}_hours": operations(config, settings, SAMPLES, LENGTH, texts) / speed / 3600,
                 f"{preset}_gib": plan.calibration_bytes / 2**30,
             }
         record |= {"bfloat16_gb": plan.bfloat16_bytes / 1e9, "packed_gb": plan.packed_bytes / 1e9}
-        yield record | {
-            "bits": {memory: bits_that_fit(config, device) for device, memory in MEMORIES.items()}
-        }
+        yield record | {"bits": {f"{gib} GiB": bits_that_fit(config, gib) for gib in MEMORIES}}
 
 
-def bits_that_fit(config: Any, device: str) -> float:
-    """Largest mean bits, groups of 64, at which a device holds a model and a cache of :data:`CONTEXT` tokens.
+def bits_that_fit(config: Any, gib: int) -> float:
+    """Largest mean bits, groups of 64, at which a memory holds a model and a cache of :data:`CONTEXT` tokens.
 
     Returns:
       A number of bits from 2 to 7, rounded down to a tenth; 16 if bfloat16 fits, 0 if 2 bits do not.
     """
     from slim_jax.config import SlimConfig
-    from slim_jax.plan import for_size, make_plan
+    from slim_jax.plan import USABLE, for_size, make_plan
 
     settings = SlimConfig.preset("fast", bits=2, group_size=64)
-    plan = make_plan(config, settings, device, context=CONTEXT, samples=0)
-    room = plan.capacity - (plan.device_bytes - plan.packed_bytes)
+    plan = make_plan(config, settings, "h100", context=CONTEXT, samples=0)
+    room = int(USABLE * gib * 2**30) - (plan.device_bytes - plan.packed_bytes)
     if plan.bfloat16_bytes <= room:
         return 16.0
     if plan.packed_bytes > room:
         return 0.0
-    return int(10 * for_size(config, settings, room).bits + 1e-9) / 10
+    return int(10 * for_size(config, settings, room).bits + 0.011) / 10  # the largest is 6.999
 
 
 def add(document: Record, name: str, tool: str, files: Sequence[Path]) -> None:
@@ -188,16 +186,15 @@ def fit_table(document: Record) -> list[list[str]]:
             return f"{60 * value:.0f} min"
         return f"{value:.0f} h" if value < 48 else f"{value / 24:.0f} days"
 
-    head = ["model", "bfloat16", "2.125 bits", *MEMORIES.values(), "to quantize: memory", "`fast`", "`good`"]
+    head = ["model", "bfloat16", "2.125 bits", *(f"{gib} GiB" for gib in MEMORIES), "`fast`", "`good`"]
     rows = [
         [
             row["name"],
             f"{row['bfloat16_gb']:.1f} GB",
             f"{row['packed_gb']:.2f} GB",
-            *(bits(row["bits"][memory]) for memory in MEMORIES.values()),
-            f"{row['fast_gib']:.1f} to {row['good_gib']:.1f} GiB",
-            hours(row["fast_hours"]),
-            hours(row["good_hours"]),
+            *(bits(row["bits"][f"{gib} GiB"]) for gib in MEMORIES),
+            f"{hours(row['fast_hours'])}, {row['fast_gib']:.0f} GiB",
+            f"{hours(row['good_hours'])}, {row['good_gib']:.0f} GiB",
         ]
         for row in document["fit"]["rows"]
     ]
