@@ -190,8 +190,8 @@ def fit_table(document: Record) -> list[list[str]]:
     rows = [
         [
             row["name"],
-            f"{row['bfloat16_gb']:.1f} GB",
-            f"{row['packed_gb']:.2f} GB",
+            f"{row['bfloat16_gb']:.3g} GB",
+            f"{row['packed_gb']:.3g} GB",
             *(bits(row["bits"][f"{gib} GiB"]) for gib in MEMORIES),
             f"{hours(row['fast_hours'])}, {row['fast_gib']:.0f} GiB",
             f"{hours(row['good_hours'])}, {row['good_gib']:.0f} GiB",
@@ -247,7 +247,7 @@ def draw(document: Record) -> str:
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     axes.set_yscale("log")
     axes.set_ylim(14, HIGHEST)
-    axes.set_xlim(30, 125)
+    axes.set_xlim(18, 125)
     axes.set_yticks(ticks := [15, 20, 30, 50, 100, 200, 500, 1000], [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.axhline(dense["perplexity"], color="#888", linestyle="--", linewidth=1)
