@@ -270,7 +270,8 @@ def draw(document: Record) -> str:
         for row, at in zip(mine, shown):
             side = row.get("label", "right")
             axes.annotate(
-                f"{tool}, {row['bits']:g} bits: {number(row['perplexity'])}",
+                f"{tool}, {row['bits']:g} bits: {number(row['perplexity'])}"
+                + (" (off the scale)" if row["perplexity"] > HIGHEST else ""),
                 at,
                 (9 if side == "right" else -9, -4),
                 textcoords="offset points",
