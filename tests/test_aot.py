@@ -1,6 +1,6 @@
 """The kernels still compile for devices that are not present, at no higher cost: ``make test-aot``.
 
-Bounds are the measured figures (docs/kernels.md has the table) plus a few percent for other compilers.
+Bounds are the measured figures (docs/devices.md has the table) plus a few percent for other compilers.
 """
 
 import math

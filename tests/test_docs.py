@@ -103,7 +103,7 @@ def test_pages_say_the_defaults():
     rates = [SlimConfig(bits=bits).resolved().tune_rate for bits in (2, 3)]
     assert cells["tune_rate"].startswith("{:g} below 3 bits, {:g} below 4".format(*rates))
     words = {1: "one bit more", 2: "two bits more", 3: "three bits more"}
-    for page in (ROOT / "README.md", DOCS / "quality.md"):
+    for page in (DOCS / "method.md", DOCS / "quality.md"):
         assert re.findall(r"\w+ bits? more(?= than the (?:blocks|layers)| \()", page.read_text()) != []
         assert set(re.findall(r"\w+ bits? more(?= than the (?:blocks|layers)| \()", page.read_text())) == {
             words[more]
