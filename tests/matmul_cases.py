@@ -93,7 +93,7 @@ class MatmulCases:
         x = random_x(m, k, dtype=dtype)
         self.assert_close(self.matmul(x, w), x, dense)
 
-    @pytest.mark.parametrize("bits", range(1, 9))
+    @pytest.mark.parametrize("bits", [1, slow(2), slow(3), 4, slow(5), slow(6), 7, slow(8)])
     def test_every_width(self, bits):
         self.check(1, 70, 9, 32, [bits] * 3)
 

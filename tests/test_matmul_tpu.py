@@ -103,8 +103,8 @@ def test_group_sizes_and_empty_segments(cases, m, group_size, bits, widths):
     ("cases", "m", "group_size", "bits"),
     [
         (Int8(), 40, 32, [1, 3, 6, 8]),
-        (Joined(), 40, 32, [1, 3, 6, 8]),
-        (Int8(), 48, 32, [1, 2, 3, 4]),
+        slow(Joined(), 40, 32, [1, 3, 6, 8]),
+        slow(Int8(), 48, 32, [1, 2, 3, 4]),
         slow(Joined(), 48, 32, [1, 2, 3, 4]),
         slow(Int8(), 128, 128, [1, 3, 2]),
         (Joined(), 128, 128, [1, 3, 2]),

@@ -9,7 +9,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matmul_cases import ALLOCATIONS, SWEPT, MatmulCases, random_weight, random_x, swept_in_pairs
+from matmul_cases import ALLOCATIONS, SWEPT, MatmulCases, random_weight, random_x, slow, swept_in_pairs
 
 from pallas_kernels import InputNorm, mixed_matmul, prepare, prepare_joined, use_implementation
 from pallas_kernels.gpu.config import Config
@@ -20,13 +20,13 @@ from pallas_kernels.xla import prepared
 class TestXla(MatmulCases):
     implementation = "xla"
 
-    @pytest.mark.parametrize("bits", [2, 5, 6, 7])
+    @pytest.mark.parametrize("bits", [slow(2), 5, slow(6), slow(7)])
     def test_the_other_widths_in_prefill(self, bits):
         self.check(16, 70, 9, 32, [bits] * 3)
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
-    @pytest.mark.parametrize("mean_bits", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
-    @pytest.mark.parametrize("m", [1, pytest.param(17, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("mean_bits", [2, slow(3), slow(4)])
+    @pytest.mark.parametrize("m", [1, slow(17)])
     def test_every_allocation(self, allocation, mean_bits, m):
         self.check(m, 180, 17, 32, ALLOCATIONS[allocation](6, mean_bits), seed=mean_bits)
 
@@ -156,7 +156,7 @@ class TestXla(MatmulCases):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("m", [3, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 12))])
+@pytest.mark.parametrize("m", [3, slow(1), slow(12)])
 def test_weights_that_read_one_input_are_one_product(m):
     """Each weight has its own widths, order of groups and rows, which also differ between layers."""
     sizes, allocations = (64, 32, 96), ([1, 2, 3], [3, 2, 1], [4, 2, 2], [1, 1, 2])
