@@ -40,7 +40,7 @@ test-aot: .venv-aot/.installed
 # Adds the compilers to what .venv has, of which nothing is installed twice.
 .venv-aot/.installed: $(STAMP)
 	test -x .venv-aot/bin/python || $(BIN)/python -m venv --without-pip .venv-aot
-	cd $(BIN)/../lib/python3*/site-packages && pwd > $(CURDIR)/.venv-aot/lib/python3*/site-packages/venv.pth
+	cd .venv-aot/lib/python3*/site-packages && ls -d $(CURDIR)/.venv/lib/python3*/site-packages > venv.pth
 	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[aot]'
 	@touch $@
 

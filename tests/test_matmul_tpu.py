@@ -136,7 +136,7 @@ def test_zeros_in_x(cases):
         slow(16, False, 2, 2e-5),
         slow(1, True, 2, 1.8e-3),
         slow(16, True, 2, 2.2e-3),
-        (16, True, 3, 4e-5),
+        slow(16, True, 3, 4e-5),
     ],
 )
 def test_error_of_digits(m, outlier, digits, most):
