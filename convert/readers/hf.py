@@ -24,13 +24,13 @@ from convert.readers.source import (
     TensorStore,
     blocks_after,
     count_left_out,
+    file_origin,
     parse_dtype,
     sampled,
 )
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
 from slim_jax.store.hub import INDEX, SINGLE
-from slim_jax.store.source import SAMPLED
 
 READABLE = ("F32", "F16", "BF16")
 
@@ -313,7 +313,7 @@ def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
     told = _quantization(read_json(path))
     stored = SafetensorsStore(directory, family.hf.prefixes, any_dtype=bool(told))
     digest = hashlib.sha256(path.read_bytes() + stored.fingerprint.encode()).hexdigest()
-    origin = {"kind": "hf", "path": str(directory.resolve()), "fingerprint": SAMPLED + digest}
+    origin = file_origin("hf", directory, digest)
     store: TensorStore = stored
     if told:
         store = dequantizing = DequantizingStore(stored, told, parse_dtype(dtype))
