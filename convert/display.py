@@ -227,7 +227,7 @@ def origin_notes(origin: Mapping[str, Any]) -> list[str]:
     """
     notes = []
     if isinstance(counts := origin.get("left_out"), dict) and counts:
-        told = ", ".join(f"{kind} ({count} tensors)" for kind, count in counts.items())
+        told = ", ".join(f"{kind} ({n} tensor{'s' * (n != 1)})" for kind, n in counts.items())
         notes.append(f"the text model alone is read; left out: {told}")
     if how := origin.get("quantized"):
         notes.append(

@@ -25,7 +25,7 @@ VISION = {
     "vision_tower.vision_model.post_layernorm.weight": (4,),
     "multi_modal_projector.mm_input_projection_weight": (4, 32),
 }
-NOTE = "left out: vision tower (2 tensors), projector (1 tensors)"
+NOTE = "left out: vision tower (2 tensors), projector (1 tensor)"
 
 
 def whole_model(prefix: str, others: str, **fields: Any) -> Golden:

@@ -189,14 +189,13 @@ def _refuse_unread(fields: Fields, given: Mapping[str, Any], config: Any, unused
 
 
 def _refuse(left: list[tuple[str, Any]], config: Any) -> None:
-    """Raises an error for fields that have a value; null and false are the absence of a feature.
+    """Raises an error for fields that have a value; null, false and empty lists are the absence of a feature.
 
     Raises:
       ConvertError: there are such fields.
     """
-    wrong = [
-        (name, value) for name, value in left if value is not None and value is not False and value != []
-    ]
+    wrong = [(name, value) for name, value in left if value is not None and value is not False]
+    wrong = [(name, value) for name, value in wrong if value != [] and value != {}]
     if not wrong:
         return
     known = _known(config)
