@@ -25,7 +25,7 @@ VISION = {
     "vision_tower.vision_model.post_layernorm.weight": (4,),
     "multi_modal_projector.mm_input_projection_weight": (4, 32),
 }
-NOTE = "left out: vision tower (2 tensors), projector (1 tensors)"
+NOTE = "left out: vision tower (2 tensors), projector (1 tensor)"
 
 
 def whole_model(prefix: str, others: str, **fields: Any) -> Golden:
@@ -111,6 +111,7 @@ def test_blocks_for_multi_token_prediction(tmp_path: Path) -> None:
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "beta_fast": 3}},
             ("rope_parameters.beta_fast = 3",),
         ),
+        ("llama_untied", {"memory_config": {"slots": 2}}, ("memory_config", "LlamaConfig")),
         ("llama_untied", {"per_layer_config": {"1": {"hidden_size": 4}}}, ("per_layer_config",)),
         ("llama_untied", {"model_type": "llama9"}, ("model_type is 'llama9'", "transformers")),
     ],

@@ -123,7 +123,7 @@ class HFFormat:
 
     Attributes:
       architectures: the values of ``architectures`` in config.json that this format serves.
-      read_config: maps config.json, as a dictionary, to our config.
+      read_config: maps the fields of config.json, as transformers' class resolves them, to our config.
       write_config: the inverse; the result names the architecture.
       names: tensor names without the prefix.
       prefix: put before every name but the LM head's on writing.

@@ -153,7 +153,7 @@ FAMILY = Family(
         read_config=read_hf,
         write_config=write_hf,
         names=HF_NAMES,
-        unused=("sliding_window_pattern", "hidden_act"),  # the class has taken the first, ignores the other
+        unused=("sliding_window_pattern", "_sliding_window_pattern", "sliding_window_size", "hidden_act"),
     ),
     gguf=GGUFFormat(
         architectures=("gemma2", "gemma3"),

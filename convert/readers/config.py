@@ -23,7 +23,7 @@ POSITIVE = (
 
 MOST_LAYERS = 1 << 16
 
-DROPPED = ("torch_dtype", "dtype", "num_labels", "id2label", "label2id")
+DROPPED = ("torch_dtype", "dtype", "quantization_config", "num_labels", "id2label", "label2id")
 """Fields that the classes do not get, besides the configs of other parts than the text."""
 
 LINE = 300
@@ -46,7 +46,7 @@ UNUSED = frozenset((
     "label2id", "num_labels", "problem_type", "prefix", "task_specific_params", "finetuning_task",
     "chunk_size_feed_forward", "pruned_heads", "torchscript", "tf_legacy_loss", "use_bfloat16",
     "unsloth_version", "unsloth_fixed", "ep_size", "num_nextn_predict_layers", "mtp_num_hidden_layers",
-    "mtp_use_dedicated_embeddings",
+    "mtp_use_dedicated_embeddings", "is_llama_config", "compression_config",
 ))  # fmt: skip
 """Fields that do not change what a decoder computes; ``type`` is the older name of ``rope_type``."""
 
@@ -118,7 +118,8 @@ def _made(hf: Mapping[str, Any]) -> Any:
     text = hf.get("text_config")
     for part in (hf, text if isinstance(text, dict) else {}):
         for key in POSITIVE:
-            if key in part and count(part, key) > MOST_LAYERS and key == "num_hidden_layers":
+            value = 1 if part.get(key) is None else count(part, key)
+            if key == "num_hidden_layers" and value > MOST_LAYERS:
                 raise ConvertError(f"{key} is {part[key]}, expected {MOST_LAYERS} at most")
         if part.get("per_layer_config"):
             raise ConvertError("per_layer_config is given, expected one config for all blocks")
@@ -128,10 +129,8 @@ def _made(hf: Mapping[str, Any]) -> Any:
 def _make(make: Any, fields: Mapping[str, Any]) -> Any:
     """Makes a configuration; the class's own errors become one line."""
     fields = copy.deepcopy(dict(fields))
-    for key in [
-        key for key in fields if key in DROPPED or (key.endswith("_config") and key != "text_config")
-    ]:
-        del fields[key]
+    for key in {*DROPPED, *make.sub_configs} - {"text_config"}:
+        fields.pop(key, None)
     for rope in (fields.get("rope_scaling"), fields.get("rope_parameters")):
         if isinstance(rope, dict) and rope.get("type", rope.get("rope_type")) == "su":
             rope["type"] = rope["rope_type"] = "longrope"  # its older name, which the class does not check
@@ -190,14 +189,13 @@ def _refuse_unread(fields: Fields, given: Mapping[str, Any], config: Any, unused
 
 
 def _refuse(left: list[tuple[str, Any]], config: Any) -> None:
-    """Raises an error for fields that have a value; null and false are the absence of a feature.
+    """Raises an error for fields that have a value; null, false and empty lists are the absence of a feature.
 
     Raises:
       ConvertError: there are such fields.
     """
-    wrong = [
-        (name, value) for name, value in left if value is not None and value is not False and value != []
-    ]
+    wrong = [(name, value) for name, value in left if value is not None and value is not False]
+    wrong = [(name, value) for name, value in wrong if value != [] and value != {}]
     if not wrong:
         return
     known = _known(config)

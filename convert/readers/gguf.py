@@ -20,9 +20,8 @@ from gguf.quants import dequantize
 from convert.errors import UNFIT, ConvertError, first_line
 from convert.families import by_gguf
 from convert.families.family import field
-from convert.readers.source import FURTHER, ModelSource, blocks_after, parse_dtype, sampled
+from convert.readers.source import FURTHER, ModelSource, blocks_after, file_origin, parse_dtype, sampled
 from convert.tokenizer import gguf_tokenizer
-from slim_jax.store.source import SAMPLED
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 
@@ -210,11 +209,7 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         further = field(meta, "nextn_predict_layers", int, 0)
     except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
-    origin: dict[str, Any] = {
-        "kind": "gguf",
-        "path": str(path.resolve()),
-        "fingerprint": SAMPLED + store.fingerprint,
-    }
+    origin = file_origin("gguf", path, store.fingerprint)
     if store.quantized:
         origin["quantized"] = store.quantized
     return ModelSource(

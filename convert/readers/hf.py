@@ -24,13 +24,13 @@ from convert.readers.source import (
     TensorStore,
     blocks_after,
     count_left_out,
+    file_origin,
     parse_dtype,
     sampled,
 )
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
 from slim_jax.store.hub import INDEX, SINGLE
-from slim_jax.store.source import SAMPLED
 
 READABLE = ("F32", "F16", "BF16")
 
@@ -226,7 +226,7 @@ def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
     """Reads family and config of a Hugging Face directory, from its JSON files alone.
 
     Raises:
-      ConvertError: config.json is missing or invalid, or the weights are already quantized.
+      ConvertError: config.json is missing or invalid, or the weights are quantized in a way that is not read.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -271,9 +271,11 @@ def _tensor_names(directory: Path) -> list[str]:
     """Returns the names of the stored tensors, by the index alone if there is one; none without weights."""
     if (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
         return list(_index(directory))
-    if not (directory / SINGLE).is_file():
-        return []
-    return list(SafetensorsStore(directory, any_dtype=True).shapes)
+    try:
+        header = json.loads(_header(directory / SINGLE)[1])
+    except (OSError, ValueError, MemoryError, OverflowError, RecursionError):
+        return []  # a damaged file is reported where weights are read
+    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
 
 
 def _left_out_kinds(directory: Path, config: DecoderConfig, blocks: str) -> dict[str, str]:
@@ -313,7 +315,7 @@ def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
     told = _quantization(read_json(path))
     stored = SafetensorsStore(directory, family.hf.prefixes, any_dtype=bool(told))
     digest = hashlib.sha256(path.read_bytes() + stored.fingerprint.encode()).hexdigest()
-    origin = {"kind": "hf", "path": str(directory.resolve()), "fingerprint": SAMPLED + digest}
+    origin = file_origin("hf", directory, digest)
     store: TensorStore = stored
     if told:
         store = dequantizing = DequantizingStore(stored, told, parse_dtype(dtype))
