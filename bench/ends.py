@@ -14,7 +14,7 @@ import numpy as np
 import convert
 from bench.quantize import tokens_of
 from slim_jax.calibrate.activations import Activations
-from slim_jax.calibrate.embeddings import TableSolver, observe_head
+from slim_jax.calibrate.embeddings import observe_head, quantize_table
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.eval.windows import draw_windows
@@ -42,7 +42,7 @@ def main() -> None:
     outer, blocks = dict(source.outer()), [source.block(i) for i in range(source.config.num_layers)]
     activations = Activations.of(source, samples)
     for index, block in enumerate(blocks):
-        activations = activations.behind(index, block)
+        activations = activations.through(index, block)
     stride = max(1, samples.size // 2048)
     seen = observe_head(source.config, outer, activations, None, stride, ONE_DEVICE)
     text = tokens_of(source, arguments.text)
@@ -58,11 +58,11 @@ def main() -> None:
                 settings = SlimConfig(
                     embedding_bits=bits, embedding_group_size=group_size, damping=damping
                 ).resolved()
-                start, solver, tables, stored = time.process_time(), TableSolver(settings, ONE_DEVICE), {}, []
+                start, tables, stored = time.process_time(), {}, []
                 for name in {"embed", "head.weight"} & outer.keys():
                     read = name == "head.weight" or source.config.tied_head
                     read = read and not arguments.unseen
-                    tables[name], report = solver.solve(name, outer[name], seen if read else None)
+                    tables[name], report = quantize_table(name, outer[name], seen if read else None, settings)
                     stored.append(report.bits_per_weight)
                 seconds = time.process_time() - start
                 found = measure(make_decoder(source.config, {**outer, **tables}, blocks))

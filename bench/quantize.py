@@ -26,9 +26,10 @@ import convert
 from convert import calibration
 from pallas_kernels import MixedTensor
 from slim_jax.calibrate.activations import Activations
-from slim_jax.calibrate.learning import BlockLearner
+from slim_jax.calibrate.learning import BlockLearner, train_epoch
 from slim_jax.calibrate.pipeline import quantize, quantize_to_checkpoint
 from slim_jax.calibrate.quantizer import BlockQuantizer
+from slim_jax.calibrate.sensitivity import Sensitivity
 from slim_jax.config import SlimConfig
 from slim_jax.duration import least_seconds
 from slim_jax.eval.perplexity import perplexity
@@ -76,15 +77,14 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
     """Times an epoch of "slim-plus" over one block, and the block's full-precision gradient."""
     config, dense = source.config, dict(source.block(0))
     rtn = SlimConfig(group_size=64, method="rtn").resolved()
-    params, _ = BlockQuantizer(source, tokens, rtn, None).quantize(0)
+    params, _ = BlockQuantizer(source, tokens, rtn, Sensitivity({}, {})).quantize(0)
     packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
     x = jnp.concatenate(list(Activations.of(source, tokens).batches))
     samples = Samples(x, x, x)  # any target will do for timing
     settings = SlimConfig(group_size=64, method="slim-plus").resolved()
     learner = BlockLearner(config, settings, len(tokens))
     learned, layers, rest = learner.start(dense, packed)
-    plus = learner.kinds[0]
-    state = plus.optimizer.init(learned)
+    state = learner.optimizer.init(learned)
     order = jnp.arange(len(tokens)).reshape(-1, settings.batch_size)
 
     @jax.jit
@@ -97,7 +97,8 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
 
     def epoch() -> Any:
         start = jax.tree.map(jnp.copy, (learned, state))  # an epoch donates its arguments
-        return plus.epoch(*start, layers, rest, samples, order)
+        options = {"loss": learner.losses[0], "optimizer": learner.optimizer}
+        return train_epoch(*start, layers, rest, samples, order, **options)
 
     dense = {name: jnp.asarray(value, jnp.float32) for name, value in dense.items()}
     ours, plain = least_seconds(epoch), least_seconds(lambda: full(dense))
@@ -278,7 +279,7 @@ def main() -> None:
         "--methods",
         default="slim",
         help="of rtn, gptq and slim, each with :search, :paper or :minmax, "
-        "and slim-plus, with :clip, :clip-gptq, :grid or :rounding",
+        "and slim-plus, with :clip or :rounding",
     )
     parser.add_argument(
         "--set",

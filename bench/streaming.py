@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 import convert
 from bench.quantize import peak_mib
+from slim_jax.calibrate.events import BlockDone, Event
 from slim_jax.calibrate.pipeline import quantize_to_checkpoint
 from slim_jax.config import SlimConfig
 
@@ -70,6 +71,13 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))  # last: it marks a complete folder
 
 
+def _print_block(event: Event) -> None:
+    if isinstance(event, BlockDone):
+        block = event.report
+        progress = f"block {block.index + 1} of {block.total}: {block.seconds:.0f} s"
+        print(f"{progress}, peak {peak_mib():.0f} MiB", flush=True)
+
+
 def main() -> None:
     """Runs the quantization that the options ask for and prints the result."""
     parser = argparse.ArgumentParser(prog="python -m bench.streaming", description=__doc__.splitlines()[0])
@@ -92,10 +100,7 @@ def main() -> None:
         out,
         resume=True,
         offload=True,
-        on_block=lambda block: print(
-            f"block {block.index + 1} of {block.total}: {block.seconds:.0f} s, peak {peak_mib():.0f} MiB",
-            flush=True,
-        ),
+        on_event=_print_block,
     )
     print(
         f"{size / 1e9:.2f} GB at {report.bits_per_weight:.3f} bits per weight in "

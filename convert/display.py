@@ -5,14 +5,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from convert.text import Text
+    from slim_jax.calibrate.events import Event
     from slim_jax.plan import Plan
+    from slim_jax.report import BlockReport
 
 
 def print_json(document: dict[str, Any], indent: int | None = 2) -> None:
@@ -85,6 +87,40 @@ def progress(what: str, total: int) -> Iterator[Progress]:
     )
     with rich_progress.Progress(*columns, console=console) as bar:
         yield Progress(what, total, bar)
+
+
+def shown_by(step: Progress) -> "Callable[[Event], None]":
+    """Returns a subscriber to a run's events that shows its progress."""
+    from slim_jax.calibrate import events
+
+    def show(event: "Event") -> None:
+        match event:
+            case events.BlockDone(report):
+                step(_figures(report))
+            case events.SweepStep(done, total):
+                step.show(f"gradients of block {done}/{total}")
+            case events.LearningEpoch(epoch, total, loss):
+                step.show(f"epoch {epoch}/{total}, loss {loss:.4g}")
+            case events.TuningStep(number, total, loss):
+                step.show(f"tuning {number}/{total}, divergence {loss:.4g} nats")
+            case events.Notice(message):
+                say(message)
+
+    return show
+
+
+def _figures(block: "BlockReport") -> str:
+    """Text that the progress display shows for a finished block; prints the block's warnings."""
+    if block.warning:
+        say(block.warning)
+    learning = block.learning
+    if learning is None:
+        return f"error {block.error:.3g}"
+    if learning.note:
+        say(f"block {block.index}: {learning.note}")
+    if not learning.losses:
+        return "not learned"
+    return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
 
 
 class Stream:

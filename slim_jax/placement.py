@@ -133,6 +133,13 @@ class Placement:
         whole = self.of_whole()
         return value if whole is None else jax.lax.with_sharding_constraint(value, whole)
 
+    def split_batch(self, batch: Any) -> Any:
+        """Splits, inside jit, the samples of a batch, a tree, if the number of devices divides theirs."""
+        sharding = self.of_samples()
+        if sharding is None or len(jax.tree.leaves(batch)[0]) % self.devices:
+            return batch
+        return jax.lax.with_sharding_constraint(batch, sharding)
+
     def _cut(self, shape: tuple[int, ...]) -> P:
         return P(None, AXIS) if len(shape) == 2 and shape[1] % self.devices == 0 else P()
 

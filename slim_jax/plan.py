@@ -283,7 +283,7 @@ def _label(name: str) -> str:
 
 def _ends(outer: Mapping[str, Any], settings: Settings) -> dict[str, int]:
     """Bytes of the packed embedding and LM head; empty where they are not packed."""
-    if not settings.packs_ends:
+    if not settings.packs_embeddings:
         return {}
     tables = {"embed": outer["embed"].shape[::-1]}
     if "head.weight" in outer:

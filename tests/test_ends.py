@@ -20,11 +20,14 @@ from slim_jax.calibrate import embeddings, pipeline, quantizer
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.infer.generate import Generator
+from slim_jax.method import layer
 from slim_jax.method.hessian import Observation
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Packed
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.store import checkpoint, entries, writer
+from slim_jax.placement import Placement
+from slim_jax.store import checkpoint, entries
+from slim_jax.store.checkpoint_sink import CheckpointSink
 from slim_jax.store.source import DecoderSource
 
 ENDS = SlimConfig(
@@ -164,7 +167,7 @@ def test_the_tables_are_close_and_the_report_says_how(model, quantized):
 
 
 def test_chunks_change_nothing(model, quantized, monkeypatch):
-    monkeypatch.setattr(embeddings, "CHUNK", 30)
+    monkeypatch.setattr(layer, "CHUNK", 30)
     outer, _ = split_params(pipeline.quantize(model, TOKENS, ENDS)[0])
     for name, value in split_params(quantized[0])[0].items():
         jax.tree.map(np.testing.assert_array_equal, outer[name], value)
@@ -179,9 +182,7 @@ def test_a_head_is_rounded_for_its_inputs():
     errors = {}
     for method in ("rtn", "gptq"):
         config = SlimConfig(method=method, embedding_bits=3, embedding_group_size=32).resolved()
-        tensor, report = embeddings.TableSolver(config, embeddings.Placement()).solve(
-            "head.weight", weight, seen
-        )
+        tensor, report = embeddings.quantize_table("head.weight", weight, seen, config)
         off = x @ (np.asarray(tensor.dequantize(), np.float64) - weight)
         errors[method] = np.sum(off**2) / np.sum((x @ weight) ** 2)
         assert report.error == pytest.approx(errors[method], rel=0.01)
@@ -192,12 +193,8 @@ def test_a_head_is_solved_once():
     """`refine` adds coordinate-descent passes to the blocks' layers, not to embedding and LM head."""
     seen = Observation(jnp.eye(64), jnp.ones((8, 64)), 500)
     weight = np.random.default_rng(0).normal(size=(64, 67)).astype(np.float32)
-    tables = [
-        embeddings.TableSolver(dataclasses.replace(ENDS, refine=n).resolved(), embeddings.Placement()).solve(
-            "head.weight", weight, seen
-        )[0]
-        for n in (0, 2)
-    ]
+    settings = [dataclasses.replace(ENDS, refine=n).resolved() for n in (0, 2)]
+    tables = [embeddings.quantize_table("head.weight", weight, seen, own)[0] for own in settings]
     jax.tree.map(np.testing.assert_array_equal, *tables)
 
 
@@ -239,11 +236,11 @@ def test_killed_at_the_ends_and_resumed(whole, tmp_path, monkeypatch, moment):
 
     with monkeypatch.context() as patch:
         if moment == "before":
-            patch.setattr(quantizer, "quantize_ends", kill)
+            patch.setattr(quantizer, "quantize_embeddings", kill)
         elif moment == "while":
             patch.setattr(entries.ocp, "save", save_blocks_alone)
         else:
-            patch.setattr(writer.CheckpointWriter, "finish", kill)
+            patch.setattr(CheckpointSink, "finish", kill)
         with pytest.raises(Killed):
             pipeline.quantize_to_checkpoint(source, TOKENS, ENDS, tmp_path / "parts")
     for _ in range(2):  # resumes, then finds it complete
@@ -258,9 +255,7 @@ def test_four_devices_pack_a_table_alike(vocab):
     x = jnp.asarray(rng.normal(size=(200, 64)), jnp.float32)
     seen, weight = Observation(x.T @ x, x[:8], 200), rng.normal(size=(64, vocab)).astype(np.float32)
     one, four = (
-        embeddings.TableSolver(ENDS.resolved(), embeddings.Placement(over)).solve(
-            "head.weight", weight, seen
-        )[0]
+        embeddings.quantize_table("head.weight", weight, seen, ENDS.resolved(), Placement(over))[0]
         for over in (None, mesh)
     )
     assert len({shard.index for shard in four.words.addressable_shards}) == (4 if vocab == 64 else 1)

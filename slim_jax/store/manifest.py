@@ -91,7 +91,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ends:
+class OuterReport:
     """Reports of embedding and LM head."""
 
     layers: list[LayerReport]
@@ -101,7 +101,7 @@ class Ends:
 class Outer(Entry):
     """Entry of the parameters outside the blocks."""
 
-    report: Ends | None = None
+    report: OuterReport | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
