@@ -26,7 +26,7 @@ import convert
 from convert import calibration
 from pallas_kernels import MixedTensor
 from slim_jax.calibrate.activations import Activations
-from slim_jax.calibrate.learning import BlockLearner, train_epoch
+from slim_jax.calibrate.learning import learning_optimizer, rest_of, start, train_epoch
 from slim_jax.calibrate.pipeline import quantize, quantize_to_checkpoint
 from slim_jax.calibrate.quantizer import BlockQuantizer
 from slim_jax.calibrate.sensitivity import Sensitivity
@@ -35,7 +35,7 @@ from slim_jax.duration import least_seconds
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.eval.windows import draw_windows
 from slim_jax.infer.generate import sample_text
-from slim_jax.method.learnable import Samples
+from slim_jax.method.learnable import BlockLoss, Samples
 from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
@@ -82,9 +82,10 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
     x = jnp.concatenate(list(Activations.of(source, tokens).batches))
     samples = Samples(x, x, x)  # any target will do for timing
     settings = SlimConfig(group_size=64, method="slim-plus").resolved()
-    learner = BlockLearner(config, settings, len(tokens))
-    learned, layers, rest = learner.start(dense, packed)
-    state = learner.optimizer.init(learned)
+    weights = {name: dense[f"{name}.weight"] for name in packed}
+    (learned, layers), rest = start(weights, packed, settings, ONE_DEVICE), rest_of(dense, packed)
+    optimizer, loss = learning_optimizer(settings, len(tokens)), BlockLoss(config.block(0), 0.0)
+    state = optimizer.init(learned)
     order = jnp.arange(len(tokens)).reshape(-1, settings.batch_size)
 
     @jax.jit
@@ -96,9 +97,8 @@ def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
         return jax.lax.scan(lambda _, rows: (None, jax.grad(loss)(params, rows)), None, order)[1]
 
     def epoch() -> Any:
-        start = jax.tree.map(jnp.copy, (learned, state))  # an epoch donates its arguments
-        options = {"loss": learner.losses[0], "optimizer": learner.optimizer}
-        return train_epoch(*start, layers, rest, samples, order, **options)
+        given = jax.tree.map(jnp.copy, (learned, state))  # an epoch donates its arguments
+        return train_epoch(*given, layers, rest, samples, order, optimizer, loss)
 
     dense = {name: jnp.asarray(value, jnp.float32) for name, value in dense.items()}
     ours, plain = least_seconds(epoch), least_seconds(lambda: full(dense))

@@ -177,7 +177,7 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
     columns = ["count", "shape", "groups by bits", "bits per weight", "error", *["rise"] * shared_out]
     for column in columns:
         table.add_column(column, justify="right")
-    for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
+    for kind, layers in layer_kinds([*found["embeddings"], *found["layers"]]).items():
         groups: dict[str, int] = {}
         for layer in layers:
             for bits, count in (layer["bits"] or {}).items():
@@ -234,8 +234,8 @@ def print_plan(name: str, plan: "Plan", duration: str) -> None:
     table.add_row(
         "packed", f"{gib(plan.packed_bytes)}, {plan.bits_per_weight:.3f} bits per weight in the blocks"
     )
-    if plan.ends_bytes:
-        table.add_row("", f"of which embedding and head {gib(plan.ends_bytes)}")
+    if plan.embedding_bytes:
+        table.add_row("", f"of which embedding and head {gib(plan.embedding_bytes)}")
     table.add_row("cache of a token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
     table.add_row("to quantize", f"about {gib(plan.calibration_bytes)} of memory, about {duration} here")
     table.add_row(

@@ -238,7 +238,7 @@ def _chart(
 
 def _table(found: dict[str, Any]) -> str:
     head = ("layer", "shape", "group size", "groups", "bits per weight", "error", "expected rise, nats")
-    rows = "\n".join(_row(layer) for layer in [*found["ends"], *found["layers"]])
+    rows = "\n".join(_row(layer) for layer in [*found["embeddings"], *found["layers"]])
     heads = "".join(f"<th>{name}</th>" for name in head)
     skipped = f"\n<p>In full precision: {_text(', '.join(found['skipped']))}</p>" if found["skipped"] else ""
     return f"<h2>Layers</h2>\n<table>\n<tr>{heads}</tr>\n{rows}\n</table>{skipped}"

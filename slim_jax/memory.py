@@ -37,7 +37,7 @@ class Shapes:
       head: number of these in an untied LM head, which is transposed when it is read.
       packed: bytes of all packed layers of the blocks.
       scales: number of scales of these layers.
-      ends: bytes of the packed embedding and LM head.
+      embeddings: bytes of the packed embedding and LM head.
     """
 
     blocks: list[int]
@@ -45,7 +45,7 @@ class Shapes:
     head: int
     packed: int
     scales: int
-    ends: int
+    embeddings: int
 
 
 def phases(
@@ -71,7 +71,7 @@ def phases(
     tokens = BATCH_TOKENS if offload else (samples - settings.samples_to_tune(samples)) * length
     sizes = zip(config.blocks(), shapes.blocks)
     blocks = [_block_bytes(kind, settings, size, tokens) for kind, size in sizes]
-    found = {"blocks": max(blocks), "ends": _ends_bytes(config, settings, shapes, tokens)}
+    found = {"blocks": max(blocks), "embeddings": _embedding_bytes(config, settings, shapes, tokens)}
     if written:
         found["writing"] = _writing_bytes(config, shapes, written, length)
     if without_choice(config, settings) is None:
@@ -145,7 +145,7 @@ def _widest(kind: DecoderConfig) -> int:
     return max(shapes[f"{group[0]}.weight"].shape[0] for group in linear_groups(kind))
 
 
-def _ends_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, tokens: int) -> int:
+def _embedding_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, tokens: int) -> int:
     """Bytes held while the embedding and LM head are solved.
 
     These are what is read, the residual stream, the head's inputs, and the part of a table that is solved at
@@ -155,7 +155,7 @@ def _ends_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, token
     of_token = (4 + 2) * passes * d
     if not settings.packs_embeddings:
         return _reading(shapes) + tokens * 4 * passes * d
-    solving = HESSIANS * 4 * d * min(CHUNK, config.vocab_size) + 2 * shapes.ends
+    solving = HESSIANS * 4 * d * min(CHUNK, config.vocab_size) + 2 * shapes.embeddings
     return _reading(shapes) + tokens * of_token + max(solving, _observing(tokens, d))
 
 
@@ -202,7 +202,7 @@ def _tuning_bytes(
     step = 4 * settings.tune_batch_size * length * sum(map(_given, config.blocks()))
     logits = 4 * 4 * length * config.vocab_size
     targets = 2 * 2 * tuned * length * config.hidden_size
-    packed = 2 * shapes.packed + shapes.ends
+    packed = 2 * shapes.packed + shapes.embeddings
     return packed + 2 * shapes.outer + targets + max(_reading(shapes), learned + step + logits)
 
 

@@ -120,6 +120,16 @@ class Placement:
 
         return cut
 
+    def over_panels(self, function: Callable[[Any, Any], Any], whole: Any, channels: Any) -> Any:
+        """Applies ``function(whole, channels)`` to each device's own channels, panel by panel; see
+        :meth:`over_channels` and :func:`in_panels`."""
+        n = jax.tree.leaves(channels)[0].shape[-1]
+
+        def own(whole: Any, channels: Any) -> Any:
+            return in_panels(lambda panel: function(whole, panel), channels)
+
+        return self.over_channels(own, n)(whole, channels)
+
     def of_samples(self) -> NamedSharding | None:
         """Sharding that :meth:`samples` gives; None without a mesh."""
         return None if self.mesh is None else self._sharding(P(AXIS))

@@ -152,8 +152,8 @@ def test_the_tables_are_close_and_the_report_says_how(model, quantized):
     decoder, report = quantized
     outer, _ = split_params(decoder)
     dense, _ = split_params(model)
-    assert [one.name for one in report.ends] == (["embed"] if model.head is None else ["embed", "head"])
-    for one in report.ends:
+    assert [one.name for one in report.embeddings] == (["embed"] if model.head is None else ["embed", "head"])
+    for one in report.embeddings:
         name = "embed" if one.name == "embed" else "head.weight"
         wanted = np.asarray(dense[name].T if one.name == "embed" else dense[name])
         assert outer[name].shape == one.shape == (64, 64)
@@ -206,8 +206,8 @@ def test_a_checkpoint_holds_them(model, quantized, tmp_path):
     tokens = jnp.asarray(TOKENS[:1])
     np.testing.assert_array_equal(forward(loaded, tokens), forward(decoder, tokens))
     found = checkpoint.inspect(tmp_path / "q")
-    assert [row["name"] for row in found["ends"]] == [one.name for one in report.ends]
-    assert [row["error"] for row in found["ends"]] == [one.error for one in report.ends]
+    assert [row["name"] for row in found["embeddings"]] == [one.name for one in report.embeddings]
+    assert [row["error"] for row in found["embeddings"]] == [one.error for one in report.embeddings]
     assert found["bytes"] == report.stored_bytes
     assert found["parameters"] == report.parameters
     assert found["bits_per_weight"] == pytest.approx(report.bits_per_weight)
@@ -245,7 +245,7 @@ def test_killed_at_the_ends_and_resumed(whole, tmp_path, monkeypatch, moment):
             pipeline.quantize_to_checkpoint(source, TOKENS, ENDS, tmp_path / "parts")
     for _ in range(2):  # resumes, then finds it complete
         again = pipeline.quantize_to_checkpoint(source, TOKENS, ENDS, tmp_path / "parts", resume=True)
-        assert (again.ends, again.stored_bytes) == (report.ends, report.stored_bytes)
+        assert (again.embeddings, again.stored_bytes) == (report.embeddings, report.stored_bytes)
     assert_same_checkpoint(path, tmp_path / "parts")
 
 
@@ -284,17 +284,20 @@ def test_a_plan_counts_them(quantized):
     decoder, report = quantized
     gptq = dataclasses.replace(ENDS, method="gptq")
     found = plan.make_plan(decoder.config, gptq, "v5e")
-    assert found.ends_bytes == sum(one.bits_per_weight / 8 * 64 * 64 for one in report.ends)
+    assert found.embedding_bytes == sum(one.bits_per_weight / 8 * 64 * 64 for one in report.embeddings)
     apart = plan.make_plan(decoder.config, dataclasses.replace(gptq, embedding_bits=16), "v5e")
-    assert apart.ends_bytes == 0
-    assert apart.packed_bytes - found.packed_bytes == len(report.ends) * 64 * 64 * 2 - found.ends_bytes
+    assert apart.embedding_bytes == 0
+    assert (
+        apart.packed_bytes - found.packed_bytes
+        == len(report.embeddings) * 64 * 64 * 2 - found.embedding_bytes
+    )
     json.dumps(dataclasses.asdict(found))
 
 
 def test_sixteen_bits_leave_them():
     model = Decoder(SMALL, rngs=nnx.Rngs(0))
     decoder, report = pipeline.quantize(model, TOKENS, dataclasses.replace(ENDS, embedding_bits=16))
-    assert report.ends == []
+    assert report.embeddings == []
     np.testing.assert_array_equal(decoder.embed[...], model.embed[...].astype(jnp.bfloat16))
 
 

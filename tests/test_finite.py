@@ -102,7 +102,7 @@ def test_a_table_whose_error_is_not_finite_is_named():
 
 def test_costs_of_bits_that_are_not_finite_are_named():
     layers = {"a": LayerCosts(np.ones((2, 2)), 32), "b": LayerCosts(np.array([[1, np.nan], [1, 1]]), 32)}
-    with pytest.raises(ValueError, match="the expected rise of the loss by b is not finite"):
+    with pytest.raises(ValueError, match="the predicted loss increase of b is not finite"):
         spend(layers, (2, 3), 2.5)
 
 

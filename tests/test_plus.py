@@ -16,7 +16,6 @@ from pallas_kernels import pack, scales
 from slim_jax.calibrate import learning, pipeline, quantizer
 from slim_jax.calibrate.activations import Activations
 from slim_jax.calibrate.events import LearningEpoch
-from slim_jax.calibrate.learning import BlockLearner
 from slim_jax.calibrate.sensitivity import Sensitivity
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
@@ -235,11 +234,11 @@ def test_a_term_of_no_weight_takes_no_pass(model, monkeypatch, augmented, passes
         Activations, "alongside", lambda self, *block: counted.append(1) or alongside(self, *block)
     )
 
-    def improve(self, index, dense, packed, samples, on_event):
+    def learn(config, settings, dense, packed, samples, *_):
         learned.append(samples)
         return packed, None
 
-    monkeypatch.setattr(BlockLearner, "improve", improve)
+    monkeypatch.setattr(quantizer, "learn_block", learn)
     block_quantizer(model, dataclasses.replace(PLUS, augmented=augmented)).quantize(0)
     assert len(counted) == passes
     assert [one.y_here is not None for one in learned] == [augmented > 0]
@@ -250,14 +249,13 @@ def test_a_term_of_no_weight_takes_no_pass(model, monkeypatch, augmented, passes
 def test_perplexity_of_stored_and_of_trained_weights(monkeypatch):
     """On a real model, the packed result is, to four digits, as good as the trained weights."""
     weights, trained, kept = [], [], []
-    improve = BlockLearner.improve
 
     def packing(learned, layer, like):
         weights.append(dense_weights({"x": learned}, {"x": layer})["x"][: like.shape[0]])
         return pack_learned(learned, layer, like)
 
-    def improving(self, *arguments):
-        tensors, report = improve(self, *arguments)
+    def learn(*arguments):
+        tensors, report = learning.learn_block(*arguments)
         learned = weights if report.kept_epoch else [tensor.dequantize() for tensor in tensors.values()]
         trained.append({f"{name}.weight": w for name, w in zip(tensors, learned, strict=True)})
         kept.append(report.kept_epoch)
@@ -265,7 +263,7 @@ def test_perplexity_of_stored_and_of_trained_weights(monkeypatch):
         return tensors, report
 
     monkeypatch.setattr(learning, "pack_learned", packing)
-    monkeypatch.setattr(BlockLearner, "improve", improving)
+    monkeypatch.setattr(quantizer, "learn_block", learn)
     source = convert.load_source("smollm2")
     text = np.random.default_rng(0).integers(0, source.config.vocab_size, 4096)
     config = dataclasses.replace(PLUS, group_size=64, epochs=1)

@@ -203,7 +203,7 @@ def test_plan_counts_what_is_stored(quantized, first):
     found = plan.make_plan(SQUARE, settings, "v5e", first + 1)
     assert found.packed_bytes == report.stored_bytes == checkpoint.inspect(path)["bytes"]
     assert found.bits_per_weight == pytest.approx(report.bits_per_weight, rel=0.01)
-    weights = sum(np.prod(layer.shape) for layer in (*report.layers, *report.ends))
+    weights = sum(np.prod(layer.shape) for layer in (*report.layers, *report.embeddings))
     assert found.quantized == weights
 
 

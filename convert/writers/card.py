@@ -79,7 +79,7 @@ def _settings(manifest: Manifest) -> list[tuple[str, str]]:
 def _layers(found: dict[str, Any]) -> str:
     """Table of the stored layers, by kind."""
     rows = []
-    for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
+    for kind, layers in layer_kinds([*found["embeddings"], *found["layers"]]).items():
         groups: dict[str, int] = {}
         for layer in layers:
             for bits, count in (layer["bits"] or {}).items():

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor
 from pallas_kernels.layout import zero_bits
-from slim_jax.calibrate.events import LearningEpoch, OnEvent
+from slim_jax.calibrate.events import LearningEpoch, OnEvent, warn_of_notices
 from slim_jax.calibrate.fit import History, OnStep, default_optimizer, fit, gradient_step, split_samples
 from slim_jax.config import Settings
 from slim_jax.method.learnable import (
@@ -51,16 +51,30 @@ def learning_optimizer(settings: Settings, steps: int) -> optax.GradientTransfor
     return optax.partition({name: default_optimizer(rate, falling) for name, rate in rates.items()}, kinds)
 
 
-def start_of(
-    tensor: MixedTensor, w: jax.Array, settings: Settings, placement: Placement = ONE_DEVICE
-) -> tuple[dict[str, jax.Array], Layer]:
-    """Initial learned parameters of a layer, and its fixed values; ``w [K, N]`` is its dense weight."""
-    missing = tensor.groups * tensor.group_size - w.shape[0]
-    w = jnp.pad(w.astype(jnp.float32), ((0, missing), (0, 0))).reshape(tensor.groups, tensor.group_size, -1)
-    bits = placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
-    if settings.clips:
-        return clip_start(w, bits, zero_bits=zero_bits(tensor.widths), scale_dtype=tensor.scale.dtype)
-    return solved_start(tensor, w, bits)
+def start(
+    weights: Mapping[str, Any], packed: Mapping[str, MixedTensor], settings: Settings, placement: Placement
+) -> tuple[Learned, dict[str, Layer]]:
+    """Initial learned parameters of layers, and their fixed values.
+
+    Args:
+      weights: the layers' dense weights, ``[K, N]`` each, by name.
+      packed: the solved weights.
+      settings: the quantization's settings.
+      placement: the chips that hold the result.
+    """
+    learned: Learned = {}
+    layers: dict[str, Layer] = {}
+    for name, tensor in packed.items():
+        w = placement.whole(weights[name]).astype(jnp.float32)
+        missing = tensor.groups * tensor.group_size - w.shape[0]
+        w = jnp.pad(w, ((0, missing), (0, 0))).reshape(tensor.groups, tensor.group_size, -1)
+        bits = placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
+        if settings.clips:
+            zeros = zero_bits(tensor.widths)
+            learned[name], layers[name] = clip_start(w, bits, zero_bits=zeros, scale_dtype=tensor.scale.dtype)
+        else:
+            learned[name], layers[name] = solved_start(tensor, w, bits)
+    return placement.tree((learned, layers))
 
 
 def packed_result(
@@ -94,9 +108,8 @@ def train_epoch(
     rest: Params,
     samples: Samples,
     order: Int[Array, "steps batch"],
-    *,
-    loss: BlockLoss,
     optimizer: optax.GradientTransformation,
+    loss: BlockLoss,
     placement: Placement = ONE_DEVICE,
 ) -> tuple[Learned, Any, Float[Array, " steps"]]:
     """Trains on the rows ``order`` of the samples; returns parameters, state and every step's loss."""
@@ -117,7 +130,6 @@ def mean_loss(
     rest: Params,
     samples: Samples,
     order: Int[Array, "steps batch"],
-    *,
     loss: BlockLoss,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, ""]:
@@ -130,90 +142,58 @@ def mean_loss(
     return lax.scan(step, jnp.zeros(()), order)[0] / order.shape[0]
 
 
-class BlockLearner:
-    """Trains quantized blocks of one model.
+def learn_block(
+    config: DecoderConfig,
+    settings: Settings,
+    dense: Params,
+    packed: Mapping[str, MixedTensor],
+    samples: Samples,
+    seed: int,
+    optimizer: optax.GradientTransformation | None = None,
+    placement: Placement = ONE_DEVICE,
+    on_event: OnEvent = warn_of_notices,
+) -> tuple[dict[str, MixedTensor], LearningReport]:
+    """Trains one block; returns its packed weights and a report, see :func:`packed_result`.
 
     Args:
-      decoder: the model's config.
+      config: the block's config.
       settings: the quantization's settings.
-      samples: number of calibration samples.
+      dense: the block's full-precision parameters.
+      packed: its quantized layers, by name (``"attn.q"``).
+      samples: the block's inputs and target outputs.
+      seed: seed of the order of samples.
       optimizer: any gradient transformation; :func:`learning_optimizer` if None.
       placement: the chips that split the samples of a batch, if their number divides its size.
+      on_event: told of every epoch.
     """
+    count, rng = len(samples.x), np.random.default_rng(seed)
+    size = min(settings.batch_size, count)
+    validation, training = split_samples(count, size)
+    steps = len(training) // size
+    optimizer = optimizer or learning_optimizer(settings, settings.epochs * steps)
+    learned, layers = start({name: dense[f"{name}.weight"] for name in packed}, packed, settings, placement)
+    rest = rest_of(dense, packed, placement)
+    samples, options = placement.tree(samples), (BlockLoss(config, settings.augmented), placement)
+    evaluated = jnp.asarray(validation.reshape(-1, math.gcd(len(validation), size)))
+    orders = [rng.permutation(training)[: steps * size].reshape(-1, size) for _ in range(settings.epochs)]
+    best, history = fit(
+        learned,
+        lambda learned, state, order: train_epoch(
+            learned, state, layers, rest, samples, jnp.asarray(order), optimizer, *options
+        ),
+        lambda learned: float(mean_loss(learned, layers, rest, samples, evaluated, *options)),
+        orders,
+        placement.tree(optimizer.init(learned)),
+        on_step=epoch_event(on_event, settings.epochs),
+    )
+    result, report = packed_result(placement.tree(best), layers, packed, history, settings)
+    return {name: placement.tensor(tensor) for name, tensor in result.items()}, report
 
-    def __init__(
-        self,
-        decoder: DecoderConfig,
-        settings: Settings,
-        samples: int,
-        optimizer: optax.GradientTransformation | None = None,
-        placement: Placement = ONE_DEVICE,
-    ) -> None:
-        self.settings, self.placement = settings, placement
-        self.batch = min(settings.batch_size, samples)
-        self.validation, self.training = split_samples(samples, self.batch)
-        steps = settings.epochs * (len(self.training) // self.batch)
-        self.optimizer = optimizer or learning_optimizer(settings, steps)
-        self.losses = [BlockLoss(block, settings.augmented) for block in decoder.blocks()]
 
-    def improve(
-        self,
-        index: int,
-        dense: Params,
-        packed: Mapping[str, MixedTensor],
-        samples: Samples,
-        on_event: OnEvent,
-    ) -> tuple[dict[str, MixedTensor], LearningReport]:
-        """Trains one block; returns its packed weights and a report, see :func:`packed_result`.
-
-        Args:
-          index: the block's index; also seeds the order of samples.
-          dense: the block's full-precision parameters.
-          packed: its quantized layers, by name (``"attn.q"``).
-          samples: the block's inputs and target outputs.
-          on_event: told of every epoch.
-        """
-        learned, layers, rest = self.start(dense, packed)
-        samples = self.placement.tree(samples)
-        validation = math.gcd(len(self.validation), self.batch)
-        judged = jnp.asarray(self.validation.reshape(-1, validation))
-        options = {"loss": self.losses[index], "placement": self.placement}
-
-        def update(learned: Learned, state: Any, order: jax.Array) -> tuple[Learned, Any, jax.Array]:
-            more = {**options, "optimizer": self.optimizer}
-            return train_epoch(learned, state, layers, rest, samples, order, **more)
-
-        best, history = fit(
-            learned,
-            update,
-            lambda learned: float(mean_loss(learned, layers, rest, samples, judged, **options)),
-            self._orders(index),
-            self.placement.tree(self.optimizer.init(learned)),
-            on_step=epoch_event(on_event, self.settings.epochs),
-        )
-        best = self.placement.tree(best)
-        result, report = packed_result(best, layers, packed, history, self.settings)
-        return {name: self.placement.tensor(tensor) for name, tensor in result.items()}, report
-
-    def start(
-        self, dense: Params, packed: Mapping[str, MixedTensor]
-    ) -> tuple[Learned, dict[str, Layer], dict[str, jax.Array]]:
-        """Initial learned parameters of a block, fixed values of its layers, and its other parameters."""
-        learned: Learned = {}
-        layers: dict[str, Layer] = {}
-        for name, tensor in packed.items():
-            w = self.placement.whole(dense[f"{name}.weight"])
-            learned[name], layers[name] = start_of(tensor, w, self.settings, self.placement)
-        rest = {
-            name: self.placement.whole(as_computed(name, value))
-            for name, value in dense.items()
-            if name.removesuffix(".weight") not in packed
-        }
-        return *self.placement.tree((learned, layers)), rest
-
-    def _orders(self, seed: int) -> list[Int[Array, "steps batch"]]:
-        """Order of the training samples in each epoch."""
-        rng = np.random.default_rng(seed)
-        orders = [rng.permutation(self.training) for _ in range(self.settings.epochs)]
-        whole = len(self.training) // self.batch * self.batch
-        return [jnp.asarray(order[:whole].reshape(-1, self.batch)) for order in orders]
+def rest_of(dense: Params, packed: Mapping[str, Any], placement: Placement = ONE_DEVICE) -> dict[str, Any]:
+    """Parameters of a block that are not learned, in the dtypes of calibration."""
+    return {
+        name: placement.whole(as_computed(name, value))
+        for name, value in dense.items()
+        if name.removesuffix(".weight") not in packed
+    }

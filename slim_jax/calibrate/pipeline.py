@@ -102,27 +102,20 @@ class MemorySink:
         self.blocks.append(params)
         self.reports.append(report)
 
-    def read_block(self, index: int) -> Params:
-        """Returns a block."""
-        return self.blocks[index]
+    def read(self, index: int | None) -> Params:
+        """Returns the parameters of a block, or those outside the blocks for None."""
+        return self.outer if index is None else self.blocks[index]
 
     def write_outer(self, params: Params, reports: Sequence[LayerReport]) -> None:
         """Takes the parameters outside the blocks, and the reports of embedding and LM head."""
         self.outer, self._reports = params, reports
-
-    def read_outer(self) -> Params:
-        """Returns the parameters outside the blocks."""
-        return self.outer
 
     def write_tuned(self, outer: Params, block: Callable[[int], Params], report: TuningReport) -> None:
         """Replaces all parameters by the fine-tuned ``outer`` and ``block(index)``."""
         self.outer, self._tuning = outer, report
         self.blocks = [block(index) for index in range(len(self.blocks))]
 
-    def finish(self) -> None:
-        """Does nothing: the model is complete."""
-
-    def report(self) -> Report:
+    def finish(self) -> Report:
         """Returns the report of the run."""
         shapes = [outer_params(self.config), *map(block_params, self.config.blocks())]
         buffers = len(self.blocks) if self.config.global_layers else 0
@@ -172,22 +165,21 @@ def run(
         del quantizer
     if settings.tune:
         layers, offset = source.config.num_layers, source.config.norm_offset
-        outer, blocks = sink.read_outer(), list(map(sink.read_block, range(layers)))
+        outer, blocks = sink.read(None), list(map(sink.read, range(layers)))
         file = sink.draft("tuning.npz")
         learned, report = fine_tune(
             source, tuning, settings, outer, blocks, placement, reference, offload, file, on_event
         )
         tuned = apply(outer, learned.outer, offset)
         sink.write_tuned(tuned, lambda i: apply(blocks[i], learned.of(i), offset), report)
-    sink.finish()
-    return sink.report()
+    return sink.finish()
 
 
 def _quantize_into(quantizer: BlockQuantizer, sink: Sink, on_event: OnEvent) -> None:
     """Quantizes all blocks that the sink does not have, then embedding and LM head."""
     for index in range(quantizer.source.config.num_layers):
         if index < len(sink.blocks):
-            quantizer.skip(index, sink.read_block(index))
+            quantizer.skip(index, sink.read(index))
         else:
             sink.write_block(*quantizer.quantize(index, on_event))
         on_event(BlockDone(sink.reports[index]))

@@ -16,7 +16,7 @@ from pallas_kernels import MixedTensor
 from slim_jax.calibrate.activations import Activations, Inputs, observe
 from slim_jax.calibrate.embeddings import quantize_embeddings
 from slim_jax.calibrate.events import OnEvent, warn_of_notices
-from slim_jax.calibrate.learning import BlockLearner
+from slim_jax.calibrate.learning import learn_block
 from slim_jax.calibrate.sensitivity import Sensitivity
 from slim_jax.config import Settings
 from slim_jax.method.hessian import Observation
@@ -59,12 +59,10 @@ class BlockQuantizer:
         self.solvers = LayerSolvers(config, sensitivity.allocation, given=given, placement=placement)
         self.activations = Activations.of(source, tokens, offload, placement)
         self.stride = max(1, tokens.size // config.search_tokens)
-        self.learner: BlockLearner | None = None
+        self.optimizer = optimizer
         self.reference: Activations | None = None  # of the reference (full-precision) pass
         if config.corrects or config.method == "slim-plus":
             self.reference = self.activations
-        if config.method == "slim-plus":
-            self.learner = BlockLearner(source.config, config, len(tokens), optimizer, placement)
 
     def skip(self, index: int, params: Params) -> None:
         """Passes the activations through a block that an earlier run has quantized."""
@@ -82,16 +80,19 @@ class BlockQuantizer:
         layers = _BlockLayers(self, index, dense)
         after, reference = layers.solve_all()
         tensors, learning = layers.tensors, None
-        if self.learner is not None:
+        learns = self.config.method == "slim-plus"
+        if learns:
             assert self.reference is not None
             reference = reference or self.reference.through(index, dense)
-            if tensors:
-                samples = self._samples(index, dense, reference)
-                tensors, learning = self.learner.improve(index, dense, tensors, samples, on_event)
+        if learns and tensors:
+            samples = self._samples(index, dense, reference)
+            block = self.source.config.block(index)
+            more = index, self.optimizer, self.placement, on_event
+            tensors, learning = learn_block(block, self.config, dense, tensors, samples, *more)
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
         for name in self._skipped(index):
             result[name] = self.placement.channels(as_stored(name, dense[name]))
-        self.activations = after if self.learner is None else self.activations.through(index, result)
+        self.activations = self.activations.through(index, result) if learns else after
         self.reference = reference
         report = BlockReport(
             index,

@@ -29,7 +29,7 @@ from slim_jax.calibrate.activations import Activations, Inputs, observe, sample_
 from slim_jax.calibrate.events import OnEvent, SweepStep, warn_of_notices
 from slim_jax.calibrate.offload import Batches
 from slim_jax.config import Settings
-from slim_jax.method.budget import LayerCosts, expected_rise, spend
+from slim_jax.method.budget import LayerCosts, predicted_increase, spend
 from slim_jax.method.layer import LayerSolvers
 from slim_jax.method.sba import Allocation
 from slim_jax.model.block import Block, linear_groups, linear_names, sequence_positions
@@ -334,7 +334,7 @@ def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Alloca
             budget, weights = budget + Fraction(own.mean_width) * size, weights + size
         spent = spend(layers, widths, float(budget / weights))
         allocation |= spent
-        rises |= expected_rise(layers, widths, spent)
+        rises |= predicted_increase(layers, widths, spent)
     return {name: allocation[name] for name in costs}, {name: rises[name] for name in costs}
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import scales
 from slim_jax.method.scale_search import FITS, Grid
 from slim_jax.method.scale_search import scale_dtype as default_scale_dtype
-from slim_jax.placement import ONE_DEVICE, Placement, in_panels
+from slim_jax.placement import ONE_DEVICE, Placement
 
 
 class Solution(NamedTuple):
@@ -92,42 +92,24 @@ def solve(
 
     dtype = default_scale_dtype(sqc) if scale_dtype is None else scale_dtype
 
-    def own(whole: tuple[jax.Array, jax.Array], channels: tuple[jax.Array, jax.Array]):
-        def panel(part: tuple[jax.Array, jax.Array]) -> Solution:
-            (u, importance), (w, bits) = whole, part
-            return _solve(w, u, importance, bits, group_size, zero_bits, sqc, feedback, dtype)
+    def panel(whole: tuple[jax.Array, jax.Array], channels: tuple[jax.Array, jax.Array]) -> Solution:
+        (u, importance), (w, bits) = whole, channels
 
-        return in_panels(panel, channels)
+        def group(w: jax.Array, index: jax.Array):
+            start = index * group_size
+            block = lax.dynamic_slice_in_dim(w, start, group_size)
+            rows = lax.dynamic_slice_in_dim(u, start, group_size)
+            weight = lax.dynamic_slice_in_dim(importance, start, group_size)
+            grid = FITS[sqc](block, weight, bits[index], zero_bits, dtype)
+            if feedback:
+                diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
+                codes, errors = _round_group(block, diagonal_block, grid)
+                w = w - rows.T @ errors
+            else:
+                codes = grid.code(block)
+            return w, (codes.astype(jnp.uint8), scales.stored(grid.scale, dtype), grid.zero)
 
-    return placement.over_channels(own, w.shape[1])((u, importance), (w, bits))
+        _, (codes, scale, zero) = lax.scan(group, w, jnp.arange(w.shape[0] // group_size))
+        return Solution(codes.reshape(w.shape), scale, zero)
 
-
-def _solve(
-    w: jax.Array,
-    u: jax.Array,
-    importance: jax.Array,
-    bits: jax.Array,
-    group_size: int,
-    zero_bits: int,
-    sqc: str,
-    feedback: bool,
-    dtype: jnp.dtype,
-) -> Solution:
-    k, n = w.shape
-
-    def group(w: jax.Array, index: jax.Array):
-        start = index * group_size
-        block = lax.dynamic_slice_in_dim(w, start, group_size)
-        rows = lax.dynamic_slice_in_dim(u, start, group_size)
-        weight = lax.dynamic_slice_in_dim(importance, start, group_size)
-        grid = FITS[sqc](block, weight, bits[index], zero_bits, dtype)
-        if feedback:
-            diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
-            codes, errors = _round_group(block, diagonal_block, grid)
-            w = w - rows.T @ errors
-        else:
-            codes = grid.code(block)
-        return w, (codes.astype(jnp.uint8), scales.stored(grid.scale, dtype), grid.zero)
-
-    _, (codes, scale, zero) = lax.scan(group, w, jnp.arange(k // group_size))
-    return Solution(codes.reshape(k, n), scale, zero)
+    return placement.over_panels(panel, (u, importance), (w, bits))

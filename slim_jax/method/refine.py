@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import scales
 from slim_jax.method.gptq import Solution
-from slim_jax.placement import ONE_DEVICE, Placement, in_panels
+from slim_jax.placement import ONE_DEVICE, Placement
 
 
 @partial(jax.jit, static_argnames=("group_size", "zero_bits", "passes", "placement"))
@@ -45,13 +45,10 @@ def refine(
       placement: the chips that split the output channels.
     """
 
-    def own(h: jax.Array, channels: tuple[jax.Array, Solution, jax.Array]):
-        def panel(part: tuple[jax.Array, Solution, jax.Array]) -> Solution:
-            return _refine(h, *part, group_size, zero_bits, passes)
+    def panel(h: jax.Array, channels: tuple[jax.Array, Solution, jax.Array]) -> Solution:
+        return _refine(h, *channels, group_size, zero_bits, passes)
 
-        return in_panels(panel, channels)
-
-    return placement.over_channels(own, w.shape[1])(h, (w, solution, bits))
+    return placement.over_panels(panel, h, (w, solution, bits))
 
 
 def _refine(

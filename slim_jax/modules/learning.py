@@ -15,11 +15,12 @@ from flax import nnx
 from pallas_kernels import MixedTensor
 from slim_jax.calibrate.events import OnEvent
 from slim_jax.calibrate.fit import fit, gradient_step, split_samples
-from slim_jax.calibrate.learning import epoch_event, learning_optimizer, packed_result, start_of
+from slim_jax.calibrate.learning import epoch_event, learning_optimizer, packed_result, start
 from slim_jax.config import Settings
 from slim_jax.method.learnable import Layer, Learned, dense_weights
 from slim_jax.modules.capture import Forward, layers_of
 from slim_jax.modules.products import product_of
+from slim_jax.placement import ONE_DEVICE
 from slim_jax.report import LearningReport
 
 
@@ -48,10 +49,9 @@ def improve(
     Raises:
       ValueError: the module cannot be traced, or outputs no floating-point array.
     """
-    given, learned, layers = layers_of(module), Learned(), dict[str, Layer]()
-    for path, tensor in packed.items():
-        w = product_of(given[path]).matrix(jnp.asarray(given[path].kernel[...]))
-        learned[path], layers[path] = start_of(tensor, w, settings)
+    given = {path: layer for path, layer in layers_of(module).items() if path in packed}
+    dense = {p: product_of(layer).matrix(jnp.asarray(layer.kernel[...])) for p, layer in given.items()}
+    learned, layers = start(dense, packed, settings, ONE_DEVICE)
     validation, training = split_samples(len(batches), 1)
     graph, weights = nnx.split(module)
     targets = [_floats(run(nnx.merge(graph, weights), batch)) for batch in batches]

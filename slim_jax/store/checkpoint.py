@@ -108,7 +108,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns:
       ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
       layers of the blocks (None if there are none) and ``quantization``; a row per packed layer, in
-      ``layers`` for the blocks and in ``ends`` for embedding and LM head: ``name``, ``shape``,
+      ``layers`` for the blocks and in ``embeddings`` for embedding and LM head: ``name``, ``shape``,
       ``group_size``, ``bits`` (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``;
       and in ``skipped``, if some layers are packed, the names of the blocks' linear layers that are not.
 
@@ -143,7 +143,7 @@ def _save(
     total = source.config.num_layers
     with CheckpointSink(Path(path)) as sink:
         sink.begin(source.config, source.origin, None)
-        sink.write_outer(source.outer(), () if report is None else report.ends)
+        sink.write_outer(source.outer(), () if report is None else report.embeddings)
         for index in range(total):
             sink.write_block(source.block(index), None if report is None else report.blocks[index])
             if on_block is not None:

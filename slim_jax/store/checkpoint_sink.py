@@ -225,13 +225,12 @@ class CheckpointSink:
         block = Block(**self._save(f"{self._first}blocks/{len(self.blocks):03d}", params), report=report)
         self._write(self._manifest, blocks=(*self.blocks, block))
 
-    def read_outer(self) -> dict[str, Any]:
-        """Reads back the parameters outside the blocks."""
-        return load_params(self.path, self._outer, "outer", None, self._placement)
-
-    def read_block(self, index: int) -> dict[str, Any]:
-        """Reads a finished block back."""
-        return load_params(self.path, self.blocks[index], f"blocks/{index:03d}", None, self._placement)
+    def read(self, index: int | None) -> dict[str, Any]:
+        """Reads back the parameters of a block, or those outside the blocks for None."""
+        entry, folder = (
+            (self._outer, "outer") if index is None else (self.blocks[index], f"blocks/{index:03d}")
+        )
+        return load_params(self.path, entry, folder, None, self._placement)
 
     def write_tuned(self, outer: Params, block: Callable[[int], Params], report: TuningReport) -> None:
         """Writes the fine-tuned parameters, ``outer`` and ``block(index)``, which replace the drafts."""
@@ -244,11 +243,12 @@ class CheckpointSink:
             self._manifest, outer=last, blocks=self._manifest.tuned, tuned=(), tuning=report
         )
 
-    def finish(self) -> None:
-        """Declares the checkpoint complete."""
+    def finish(self) -> Report:
+        """Declares the checkpoint complete; returns the report."""
         self._write(self._manifest, complete=True)
         if jax.process_index() == 0:
             remove(self.path / "drafts")
+        return self.report()
 
     def _save(self, folder: str, params: Params) -> dict[str, Any]:
         draft = self._first and folder.startswith(self._first)
