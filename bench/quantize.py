@@ -40,6 +40,7 @@ from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_params, make_block, outer_params
+from slim_jax.placement import ONE_DEVICE
 from slim_jax.store.source import Source, read_decoder
 
 

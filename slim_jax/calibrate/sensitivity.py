@@ -62,16 +62,6 @@ class Sensitivity(NamedTuple):
     allocation: Allocation
     rises: dict[str, float]
 
-    def save(self, file: Path) -> None:
-        """Writes the widths to a file; see `slim_jax.store.files.write_arrays`."""
-        write_arrays(file, {"sensitivity": np.asarray(json.dumps(self._asdict()))})
-
-    @classmethod
-    def load(cls, file: Path) -> "Sensitivity":
-        """Reads what :meth:`save` wrote."""
-        with np.load(file) as saved:
-            return cls(**json.loads(str(saved["sensitivity"])))
-
 
 def allocate_bits(
     source: Source,
@@ -97,10 +87,11 @@ def allocate_bits(
     if allocation is not None:
         return Sensitivity(allocation, {})
     if file is not None and file.exists():  # left by the interrupted run
-        return Sensitivity.load(file)
+        with np.load(file) as saved:
+            return Sensitivity(**json.loads(str(saved["sensitivity"])))
     found = Sweep(source, tokens, settings, offload, placement).run(on_event)
     if file is not None:
-        found.save(file)
+        write_arrays(file, {"sensitivity": np.asarray(json.dumps(found._asdict()))})
     return found
 
 

@@ -59,6 +59,11 @@ class LayerSolver:
         self.config, self.bits, self.placement = config, bits, placement
         self.widths = widths or config.widths
         self.zero_bits = zero_bits(self.widths)
+        self._options: dict[str, Any] = {
+            "group_size": config.group_size,
+            "zero_bits": self.zero_bits,
+            "placement": placement,
+        }
 
     def errors(self, weights: Mapping[str, Any], observation: Observation) -> dict[str, np.ndarray]:
         """Errors ``float32[G, W]`` of each of the layers; see `slim_jax.method.budget.group_errors`.
@@ -76,11 +81,9 @@ class LayerSolver:
                 padded,
                 found.importance,
                 widths=self.config.widths,
-                group_size=self.config.group_size,
-                zero_bits=self.zero_bits,
                 sqc=sqc,
                 scale_dtype=self.scale_dtype(padded, *self.config.widths),
-                placement=self.placement,
+                **self._options,
             )
             errors[name] = self.placement.fetch(by_width)
         return errors
@@ -181,11 +184,8 @@ class LayerSolver:
         of a fit of ``K`` unknowns to ``T`` tokens is chance. If the observation has no input error or
         ``asymmetric`` is 0, these are ``weights``.
         """
-        input_error, residual_error, asymmetric = (
-            observation.input_error,
-            observation.residual_error,
-            self.config.asymmetric,
-        )
+        input_error, residual_error = observation.input_error, observation.residual_error
+        asymmetric = self.config.asymmetric
         if input_error is None or not asymmetric:
             return weights
         missing, unit = weights[0].shape[0] - len(input_error), np.float32(2 / observation.tokens)
@@ -252,24 +252,13 @@ class LayerSolver:
             found.u,
             found.importance,
             width,
-            group_size=config.group_size,
-            zero_bits=self.zero_bits,
             sqc=config.sqc,
             feedback=config.method != "rtn",
             scale_dtype=scale_dtype,
-            placement=self.placement,
+            **self._options,
         )
         if config.refine and config.method != "rtn":
-            solution = refine(
-                w,
-                found.damped,
-                solution,
-                width,
-                group_size=config.group_size,
-                zero_bits=self.zero_bits,
-                passes=config.refine,
-                placement=self.placement,
-            )
+            solution = refine(w, found.damped, solution, width, passes=config.refine, **self._options)
         stops = np.cumsum([w.shape[1] for w in weights]).tolist()
         return [solution.part(slice(stop - w.shape[1], stop)) for w, stop in zip(weights, stops)]
 
@@ -293,12 +282,10 @@ class LayerSolver:
             x,
             found.importance,
             bits=mean,
-            group_size=config.group_size,
-            zero_bits=self.zero_bits,
             sqc="minmax" if config.criterion == "paper" else config.sqc,
             criterion=config.criterion,
             scale_dtype=None if config.criterion == "paper" else self.scale_dtype(w, mean - 1, mean + 1),
-            placement=self.placement,
+            **self._options,
         )
         candidates = np.asarray(score)
         if not np.all(np.isfinite(candidates)):
