@@ -79,7 +79,7 @@ def fine_tune(
         lambda learned: float(
             np.mean([_loss(learned, fixed, batch(rows), loss, placement) for rows in evaluated])
         ),
-        order,
+        list(order),
         placement.tree(optimizer.init(start)),
         evaluated={steps * i // EVALUATIONS for i in range(1, EVALUATIONS + 1)},
         state_file=state_file,

@@ -94,8 +94,9 @@ class MemorySink:
         """True if all parameters are written."""
         return bool(self.outer)
 
-    def draft(self, name: str) -> None:
+    def draft(self, name: str) -> Path | None:
         """Returns None: nothing is kept of an unfinished run."""
+        return None
 
     def write_block(self, params: Params, report: BlockReport) -> None:
         """Adds the next block."""
