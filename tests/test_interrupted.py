@@ -20,6 +20,7 @@ from test_pipeline import TOKENS, Killed, assert_same_checkpoint, kill_after
 from convert import load_source
 from slim_jax import CheckpointError, Decoder, SlimConfig
 from slim_jax.calibrate import pipeline
+from slim_jax.calibrate.drawn_windows import Draw
 from slim_jax.calibrate.events import Notice
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.report import TuningReport
@@ -94,6 +95,20 @@ def test_a_second_run_leaves_the_first_alone(source, whole, tmp_path):
     assert met == [0, 1]
     assert_same_checkpoint(tmp_path / "out", whole)
     assert names(tmp_path / "out") == ["blocks", "outer", "slim.json"]
+
+
+def test_windows_are_drawn_once_the_folder_is_locked(source, whole, tmp_path):
+    out, drawn = tmp_path / "out", []
+
+    def draw():
+        with pytest.raises(CheckpointError, match="is being written by"), locked(out):
+            pytest.fail("another run could begin")
+        drawn.append(True)
+        return TOKENS
+
+    pipeline.quantize_to_checkpoint(source, Draw("recipe", draw), ROUNDED, out)
+    assert drawn == [True]
+    assert_same_checkpoint(out, whole)
 
 
 def test_what_follows_a_damaged_block_is_done_again(source, whole, tmp_path):
