@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 from slim_jax.calibrate.offload import Batches, OnDisk
-from slim_jax.method.hessian import Observation, cross_gram, gram, spread
+from slim_jax.method.hessian import Observation, cross_gram, gram, low_discrepancy
 from slim_jax.model.block import stages
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import embed
@@ -77,7 +77,7 @@ def sample_positions(tokens: int, stride: int) -> np.ndarray:
     window, including the very first, where attention piles up.
     """
     size = len(range(0, tokens, stride))
-    return ((np.arange(size) + spread(size)) * (tokens / size)).astype(np.int32)
+    return ((np.arange(size) + low_discrepancy(size)) * (tokens / size)).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames=("stride", "placement"))

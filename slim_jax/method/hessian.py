@@ -126,7 +126,7 @@ def importance_only(
     return Importance(jnp.pad(importance, flat), jnp.pad(1.0 - dead, flat))
 
 
-def spread(count: int) -> np.ndarray:
+def low_discrepancy(count: int) -> np.ndarray:
     """Low-discrepancy sequence (golden ratio) of ``count`` numbers in [0, 1), evenly spread over any interval
     of indices."""
     return np.modf((np.arange(count) + 1) * (np.sqrt(5.0) - 1) / 2)[0]
@@ -168,7 +168,7 @@ class Observation(NamedTuple):
         channels = len(self.gram)
         share = channels / (channels + self.tokens)
         gram = self.gram + (channels / prior.tokens) * prior.gram
-        own = jnp.asarray(spread(len(self.sample)) >= share)
+        own = jnp.asarray(low_discrepancy(len(self.sample)) >= share)
         sample = jnp.where(own[:, None], self.sample, prior.sample)
         return Observation(gram, sample, self.tokens, channels)
 

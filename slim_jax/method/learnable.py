@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import MixedTensor, pack, scales
 from pallas_kernels.layout import zero_bits
-from slim_jax.method.hessian import spread
+from slim_jax.method.hessian import low_discrepancy
 from slim_jax.method.scale_search import Grid, stored_grids
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
@@ -132,7 +132,7 @@ def undecided(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
     """
     if dtype != jnp.uint8:
         return scale
-    shares = jnp.asarray(spread(scale.size).reshape(scale.shape), jnp.float32)
+    shares = jnp.asarray(low_discrepancy(scale.size).reshape(scale.shape), jnp.float32)
     return scales.within(scales.encoded(scale), shares)
 
 
