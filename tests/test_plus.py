@@ -29,6 +29,7 @@ from slim_jax.method.learnable import (
 from slim_jax.method.scale_search import fit_search
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
+from slim_jax.report import LearningReport
 from slim_jax.store.source import DecoderSource
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (64, 32))
@@ -236,7 +237,7 @@ def test_a_term_of_no_weight_takes_no_pass(model, monkeypatch, augmented, passes
 
     def learn(config, settings, dense, packed, samples, *_):
         learned.append(samples)
-        return packed, None
+        return packed, LearningReport([1.0], 0)
 
     monkeypatch.setattr(quantizer, "learn_block", learn)
     block_quantizer(model, dataclasses.replace(PLUS, augmented=augmented)).quantize(0)

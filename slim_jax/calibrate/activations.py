@@ -157,8 +157,9 @@ def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> O
     assert total is not None
     if inputs.weights is not None and weight > 0:
         total, errors = jax.tree.map(lambda a: a * np.float32(tokens / weight), (total, errors))
-    whole = {name: placement.whole(cross) for name, cross in errors.items()}
-    return Observation(placement.whole(total), jnp.concatenate(samples), tokens, **whole)
+    total, errors = jax.tree.map(placement.whole, (total, errors))
+    input_error, residual_error = map(errors.get, ERRORS)
+    return Observation(total, jnp.concatenate(samples), tokens, 0, input_error, residual_error)
 
 
 @partial(jax.jit, static_argnames=("run", "reads", "rounded", "placement"))

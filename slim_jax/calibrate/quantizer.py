@@ -80,19 +80,18 @@ class BlockQuantizer:
         layers = _BlockLayers(self, index, dense)
         after, reference = layers.solve_all()
         tensors, learning = layers.tensors, None
-        learns = self.config.method == "slim-plus"
-        if learns:
+        if self.config.method == "slim-plus":
             assert self.reference is not None
             reference = reference or self.reference.through(index, dense)
-        if learns and tensors:
-            samples = self._samples(index, dense, reference)
-            block = self.source.config.block(index)
-            more = index, self.optimizer, self.placement, on_event
-            tensors, learning = learn_block(block, self.config, dense, tensors, samples, *more)
+            if tensors:
+                samples = self._samples(index, dense, reference)
+                block = self.source.config.block(index)
+                more = index, self.optimizer, self.placement, on_event
+                tensors, learning = learn_block(block, self.config, dense, tensors, samples, *more)
         result = {**dense, **{f"{name}.weight": tensor for name, tensor in tensors.items()}}
         for name in self._skipped(index):
             result[name] = self.placement.channels(as_stored(name, dense[name]))
-        self.activations = self.activations.through(index, result) if learns else after
+        self.activations = after if learning is None else self.activations.through(index, result)
         self.reference = reference
         report = BlockReport(
             index,

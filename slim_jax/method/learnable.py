@@ -15,6 +15,7 @@ on the grid of their codes.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,19 @@ Learned = dict[str, dict[str, jax.Array]]
 """Learned parameters of each layer, by its name in the block: see the functions that end in ``_start``."""
 
 
+class ClipRange(NamedTuple):
+    """Values that "clip" clips: the full-precision weight ``[G, g, N]``, and the ends of its range
+    ``[G, 1, N]``."""
+
+    weight: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
 @partial(
     jax.tree_util.register_dataclass,
     meta_fields=["zero_bits", "scale_dtype"],
-    data_fields=["weight", "low", "high", "bits"],
+    data_fields=["bits", "clip"],
 )
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -55,17 +65,13 @@ class Layer:
       bits: ``[G, 1, 1]``, width of every group.
       zero_bits: bits of a stored zero point, static.
       scale_dtype: dtype of the stored scales, static.
-      weight: the full-precision weight, for "clip"; else None.
-      low: ``[G, 1, N]``, lower end of the range that "clip" clips; else None.
-      high: ``[G, 1, N]``, its upper end.
+      clip: for "clip"; None where codes are learned.
     """
 
     bits: jax.Array
     zero_bits: int
     scale_dtype: jnp.dtype
-    weight: jax.Array | None = None
-    low: jax.Array | None = None
-    high: jax.Array | None = None
+    clip: ClipRange | None = None
 
 
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
@@ -87,16 +93,17 @@ def stored_grid(scale: jax.Array, zero: jax.Array, layer: Layer) -> Grid:
 
 def quantized(learned: Mapping[str, jax.Array], layer: Layer) -> tuple[jax.Array, Grid]:
     """Codes ``[G, g, N]``, integers as float32, and the grid ``[G, 1, N]``, both differentiable."""
-    if layer.weight is not None:
+    if layer.clip is not None:
+        weight, low, high = layer.clip
         offset = jnp.where(layer.bits == 1, learned["offset"], 0.0)
-        high = jax.nn.sigmoid(learned["up"]) * layer.high + offset
-        low = jax.nn.sigmoid(learned["down"]) * layer.low + offset
+        high = jax.nn.sigmoid(learned["up"]) * high + offset
+        low = jax.nn.sigmoid(learned["down"]) * low + offset
         scale = (high - low) / (jnp.exp2(layer.bits) - 1)
         zero = -low / scale
         # As in the paper's code, weights of 0 stay 0; the two values of a 1-bit group may lie anywhere.
         zero = jnp.where(layer.bits == 1, zero, straight_through(zero, jnp.round(zero)))
         grid = stored_grid(scale, zero, layer)
-        code = layer.weight / grid.scale + grid.zero
+        code = weight / grid.scale + grid.zero
     else:
         grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer)
         code = learned["code"]
@@ -120,7 +127,7 @@ def clip_start(
     high = jnp.where(low == high, low + 1.0, high)
     gamma = jnp.full_like(low, CLIP_START)
     learned = {"up": gamma, "down": gamma, "offset": jnp.zeros_like(low)}
-    return learned, Layer(bits, zero_bits, scale_dtype, w, low, high)
+    return learned, Layer(bits, zero_bits, scale_dtype, ClipRange(w, low, high))
 
 
 def undecided(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
