@@ -69,7 +69,7 @@ XLA on all others."""
 
 MOST_ROWS = {"cuda": 128}
 """Rows of ``x`` above which a platform uses XLA's product with the dequantized weight instead; measured on an
-H200 (docs/kernels.md)."""
+H200 (docs/devices.md)."""
 
 _chosen = jax.make_user_context(None)  # part of jit's cache key
 

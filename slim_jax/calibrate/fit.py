@@ -104,7 +104,8 @@ class History:
     @property
     def note(self) -> str:
         """Problem that occurred, for a report; empty if there was none."""
-        return self.failure or ("" if self.best else "the validation loss did not fall; the start is kept")
+        unchanged = "the loss on validation samples did not fall; nothing is changed"
+        return self.failure or ("" if self.best else unchanged)
 
     def record(self, loss: float) -> bool:
         """Records the validation loss after the last step; True if it is the lowest so far."""

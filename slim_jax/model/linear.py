@@ -37,8 +37,8 @@ def product_dtype() -> jnp.dtype:
 def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
     """Returns ``x @ weight`` in the weight's dtype, accumulated in float32, ``float32[..., N]``.
 
-    XLA's CPU code multiplies a single row by a bfloat16 matrix at a tenth of the speed of a float32 one
-    (`python -m bench.rows`). There the product is summed in float32 and the weight converted row by row,
+    XLA's CPU code multiplies a single row by a bfloat16 matrix at a tenth of the speed of a float32 one.
+    There the product is summed in float32 and the weight converted row by row,
     which takes no longer than in float32 and needs no float32 copy of the weight. Two or more rows are left
     to XLA.
     """
