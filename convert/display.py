@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
@@ -251,9 +251,29 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
         ),
         highlight=False,
     )
+    for note in origin_notes(found["origin"]):
+        console.print(note, highlight=False)
 
 
-def print_plan(name: str, plan: "Plan", duration: str) -> None:
+def origin_notes(origin: Mapping[str, Any]) -> list[str]:
+    """Returns what a user must know of a checkpoint that a model is made from, a sentence each.
+
+    Args:
+      origin: the origin of a `slim_jax.store.source.Source`, which may come from a stranger's manifest.
+    """
+    notes = []
+    if isinstance(counts := origin.get("left_out"), dict) and counts:
+        told = ", ".join(f"{kind} ({n} tensor{'s' * (n != 1)})" for kind, n in counts.items())
+        notes.append(f"the text model alone is read; left out: {told}")
+    if how := origin.get("quantized"):
+        notes.append(
+            f"the source is quantized already ({how}): its weights lie on a grid, which flatters errors and"
+            " perplexities here"
+        )
+    return notes
+
+
+def print_plan(name: str, plan: "Plan", duration: str, notes: Sequence[str] = ()) -> None:
     """Prints a plan in words and GiB; ``duration`` is that of the quantization on this machine."""
     from rich.table import Table
 
@@ -284,3 +304,5 @@ def print_plan(name: str, plan: "Plan", duration: str) -> None:
     console.print(table)
     verdict = "fits" if plan.fits else "does not fit"
     console.print(f"{verdict}; room for {plan.max_context:,} tokens per sequence", highlight=False)
+    for note in notes:
+        console.print(note, highlight=False)

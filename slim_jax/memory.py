@@ -20,6 +20,7 @@ from slim_jax.config import Settings
 from slim_jax.infer.generate import SAMPLE_ROWS
 from slim_jax.method.layer import CHUNK
 from slim_jax.model.block import linear_groups
+from slim_jax.model.cache import state_bytes
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_params
 
@@ -103,9 +104,11 @@ def _writing_bytes(config: DecoderConfig, shapes: Shapes, rows: int, length: int
     """
     model = 2 * (sum(shapes.blocks) + shapes.outer)
     rows = min(rows, SAMPLE_ROWS)
-    cache = sum(2 * 2 * kind.num_kv_heads * kind.head_dim for kind in config.blocks())
+    attended = [kind for kind in config.blocks() if kind.mixer == "attention"]
+    cache = sum(2 * 2 * kind.num_kv_heads * kind.head_dim for kind in attended)
     table = 4 * config.vocab_size * (config.embed_size or config.hidden_size)  # XLA's CPU code copies it once
-    step = table + rows * (2 * cache * length + DRAWING * config.vocab_size)
+    states = sum(map(state_bytes, config.blocks()))
+    step = table + rows * (2 * cache * length + states + DRAWING * config.vocab_size)
     return model + max(_reading(shapes), step)
 
 

@@ -13,6 +13,7 @@ from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax import memory
 from slim_jax.config import LENGTH, SAMPLES, Settings, SlimConfig
 from slim_jax.model.block import linear_groups, linear_names
+from slim_jax.model.cache import state_bytes
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_buffers, block_params, outer_params, stored_bytes
 from slim_jax.rules import check_rules
@@ -134,10 +135,11 @@ def make_plan(
 
     weights = share(blocks.packed) + share(embeddings) + rest
     cache_here = sum(_cache_bytes(kind, devices) for kind in config.blocks())
+    states = batch * sum(state_bytes(kind) for kind in config.blocks())
     working = 4 * batch * (config.vocab_size + 8 * max(b.intermediate_size for b in config.blocks()))
     capacity = int(USABLE * DEVICES[device])
-    room = capacity - weights - working
-    device_bytes = weights + working + batch * context * cache_here
+    room = capacity - weights - working - states
+    device_bytes = weights + working + states + batch * context * cache_here
     packed_bytes = sum(blocks.packed.values())
     head = math.prod(outer["head.weight"].shape) if "head.weight" in outer else 0
     scales = blocks.quantized // settings.group_size
@@ -160,7 +162,7 @@ def make_plan(
         context=context,
         device_bytes=device_bytes,
         fits=device_bytes <= capacity,
-        max_context=max(0, min(config.max_positions, room // (batch * cache_here))),
+        max_context=max(0, min(config.max_positions, room // max(1, batch * cache_here))),
         sharding=sharding,
     )
 
@@ -221,6 +223,8 @@ class _Blocks:
 
 def _cache_bytes(kind: DecoderConfig, devices: int) -> int:
     """Bytes of a block's keys and values of one token, in bfloat16, on one of ``devices`` devices."""
+    if kind.mixer != "attention":
+        return 0
     heads = kind.num_kv_heads if kind.num_kv_heads % devices else kind.num_kv_heads // devices
     return 2 * 2 * heads * kind.head_dim
 

@@ -36,7 +36,7 @@ from convert.cli.sources import (
     whole_decoder,
     window_length,
 )
-from convert.display import print_result, progress, say, shown_by
+from convert.display import origin_notes, print_result, progress, say, shown_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,6 +185,8 @@ def _opened(source: str, config: "SlimConfig") -> "Source":
     from slim_jax.rules import check_rules
 
     model = open_source(source)
+    for note in origin_notes(model.origin):
+        say(f"note: {note}")
     check_dense(model)
     check_rules(config.resolved().rules, linear_names(model.config))
     return model

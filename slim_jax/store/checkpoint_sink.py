@@ -281,7 +281,7 @@ def _is_sampled(manifest: Manifest) -> bool:
 
 
 def _differing(found: Manifest, wanted: Manifest) -> list[str]:
-    """Differences between two runs, a line each; the model's path and name are ignored."""
+    """Differences between two runs, a line each; of the model's origin only the fingerprint counts."""
     changes = []
     for old, new in (
         (found.decoder.to_json(), wanted.decoder.to_json()),
@@ -289,7 +289,7 @@ def _differing(found: Manifest, wanted: Manifest) -> list[str]:
     ):
         differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         changes += [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing]
-    was, now = ({**run.origin, "path": None, "name": None} for run in (found, wanted))
+    was, now = ([run.origin.get(key) for key in ("kind", "fingerprint")] for run in (found, wanted))
     if was != now and _is_sampled(found) == _is_sampled(wanted):
         changes.append("the model is another, its weights or its files differ")
     return changes
