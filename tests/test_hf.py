@@ -28,7 +28,10 @@ def test_parity(name: str, tmp_path: Path) -> None:
     assert relative_error(logits, golden.logits) <= TOLERANCE
 
 
-PADDED = ("gemma3", "llama_gqa_tied", "mixtral", "opt_post_norm_projected", "phi3_longrope", "qwen2_window")
+PADDED = (
+    *("gemma3", "llama_gqa_tied", "mixtral", "opt_post_norm_projected", "phi3_longrope", "qwen2_window"),
+    *("gpt_oss", "qwen3_next"),
+)
 """Together they cover all kinds of attention and positions; the others are slow tests."""
 
 

@@ -1,6 +1,7 @@
 """Llama 1, 2 and 3, SmolLM2 and Mistral: RMSNorm, RoPE, gated MLP, grouped-query attention."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from convert.errors import ConvertError
 from convert.families.family import (
+    REQUIRED,
     Family,
     GGUFFormat,
     HFFormat,
@@ -79,12 +81,25 @@ def uninterleave(rows: np.ndarray, config: DecoderConfig) -> np.ndarray:
     return paired.swapaxes(1, 2).reshape(rows.shape)
 
 
-def read_rope(hf: Mapping[str, Any], layers: str | None = None) -> tuple[float, RopeScaling | None]:
+YARN = ("beta_fast", "beta_slow", "truncate")
+"""Fields of YaRN's scaling that we call as transformers does."""
+
+
+def rotary_dim(hf: Mapping[str, Any], head_dim: int) -> int | None:
+    """Returns the number of a head's features that RoPE rotates; None for all."""
+    part = field(field(hf, "rope_parameters", dict), "partial_rotary_factor", float, 1.0)
+    return None if part == 1 else int(head_dim * part)
+
+
+def read_rope(
+    hf: Mapping[str, Any], layers: str | None = None, *, partial: bool = False
+) -> tuple[float, RopeScaling | None]:
     """Returns base and scaling of RoPE from ``rope_parameters``.
 
     Args:
       hf: the resolved config.
       layers: the kind of layers, where ``rope_parameters`` has one entry for each.
+      partial: if True, RoPE may rotate a part of each head, see :func:`rotary_dim`.
 
     Raises:
       ConvertError: the kind of scaling is not supported.
@@ -92,7 +107,8 @@ def read_rope(hf: Mapping[str, Any], layers: str | None = None) -> tuple[float, 
     rope = field(hf, "rope_parameters", dict)
     rope = rope if layers is None else field(rope, layers, dict)
     theta, kind = field(rope, "rope_theta", float), field(rope, "rope_type", str, "default")
-    require(rope, "partial_rotary_factor", 1.0, 1.0)
+    if not partial:
+        require(rope, "partial_rotary_factor", 1.0, 1.0)
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -105,7 +121,27 @@ def read_rope(hf: Mapping[str, Any], layers: str | None = None) -> tuple[float, 
             field(rope, "high_freq_factor", float),
             field(rope, "original_max_position_embeddings", int),
         )
-    raise ConvertError(f"rope_type of rope_parameters is {kind!r}, expected default, linear or llama3")
+    if kind == "yarn":
+        return theta, read_yarn(rope, field(hf, "max_position_embeddings", int))
+    raise ConvertError(f"rope_type of rope_parameters is {kind!r}, expected default, linear, llama3 or yarn")
+
+
+def read_yarn(rope: Mapping[str, Any], positions: int) -> RopeScaling:
+    """Reads YaRN's scaling from transformers' keys; ``positions`` are the model's."""
+    original = field(rope, "original_max_position_embeddings", int, positions)
+    factor = field(rope, "factor", float, positions / original)
+    scales = [field(rope, key, float, 0.0) for key in ("mscale", "mscale_all_dim")]
+    scale, over = scales if all(scales) else (1.0, 0.0)
+    growth = 0.1 * math.log(max(factor, 1.0))
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_positions=original,
+        attention_factor=field(rope, "attention_factor", float, (growth * scale + 1) / (growth * over + 1)),
+        beta_fast=field(rope, "beta_fast", float, 32.0),
+        beta_slow=field(rope, "beta_slow", float, 1.0),
+        truncate=field(rope, "truncate", bool, True),
+    )
 
 
 def write_rope(config: DecoderConfig) -> dict[str, Any]:
@@ -118,6 +154,9 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
         rope["low_freq_factor"] = scaling.low_freq_factor
         rope["high_freq_factor"] = scaling.high_freq_factor
         rope["original_max_position_embeddings"] = scaling.original_max_positions
+    if scaling.kind == "yarn":
+        rope["original_max_position_embeddings"] = scaling.original_max_positions
+        rope |= {key: getattr(scaling, key) for key in ("attention_factor", *YARN)}
     return {"rope_theta": config.rope_theta, "rope_scaling": rope}
 
 
@@ -137,7 +176,7 @@ def read_base(hf: Mapping[str, Any], family: str, activation_key: str = "hidden_
         family=family,
         vocab_size=field(hf, "vocab_size", int),
         hidden_size=hidden,
-        intermediate_size=field(hf, "intermediate_size", int),
+        intermediate_size=field(hf, "intermediate_size", int, hf.get("moe_intermediate_size") or REQUIRED),
         num_layers=count(hf, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=field(hf, "num_key_value_heads", int, heads),
