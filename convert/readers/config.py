@@ -54,7 +54,7 @@ UNUSED = frozenset((
 class Fields(dict[str, Any]):
     """Fields of a config, nested ones too, that record which of them have been read."""
 
-    def __init__(self, values: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(self, values: Mapping[Any, Any], aliases: Mapping[str, str] | None = None) -> None:
         super().__init__({k: Fields(v) if isinstance(v, dict) else v for k, v in values.items()})
         self.seen: set[str] = set()
         self._aliases = aliases or {}
