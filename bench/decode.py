@@ -17,12 +17,12 @@ import numpy as np
 from convert import load_source
 from convert.cli.sources import devices_mesh
 from pallas_kernels import MixedTensor, pack, scales
+from pallas_kernels.chips import product_dtype
 from slim_jax.config import SlimConfig
 from slim_jax.infer.generate import Generator
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_params, make_decoder
 from slim_jax.store.source import Source, read_decoder
 

@@ -30,8 +30,8 @@ from bench.shapes import SHAPES
 from bench.timing import Product, copies, kernel_times, prepare, rates, take_turns
 from convert.errors import first_line
 from pallas_kernels import mixed_matmul
+from pallas_kernels.chips import product_dtype
 from pallas_kernels.gpu.config import Config
-from slim_jax.model.linear import product_dtype
 
 PRODUCTS = ("packed", "xla", "bf16", "f32", "int4")
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import MixedTensor, pack, side_by_side
+from pallas_kernels.chips import product_dtype
 from pallas_kernels.layout import zero_bits
 from slim_jax.calibrate.activations import Activations, Inputs, observe
 from slim_jax.calibrate.offload import Batches
@@ -24,7 +25,7 @@ from slim_jax.method.hessian import Observation, Statistics
 from slim_jax.method.layer import LayerSolver, relative_error, squares
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.linear import COMPUTE_DTYPE, product_dtype
+from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, as_stored, block_params, outer_params, without_tables
 from slim_jax.placement import PANEL, Placement
 from slim_jax.report import LayerReport

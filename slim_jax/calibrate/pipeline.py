@@ -139,7 +139,7 @@ def quantize(
         outer = apply(outer, learned.outer, offset)
         blocks = [apply(block, learned.of(i), offset) for i, block in enumerate(blocks)]
     whole = Report(reports, ends, *sizes(source.config, outer, blocks), tuning)
-    return make_decoder(source.config, outer, blocks, placement.mesh), whole
+    return make_decoder(source.config, placement.told(outer), list(map(placement.told, blocks))), whole
 
 
 def quantize_to_checkpoint(
