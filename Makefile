@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	@rm -rf $(DEMO)
-	@$(BIN)/python -m bench.demo --out $(DEMO)
+	@$(BIN)/python -m bench demo --out $(DEMO)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest $(IN_TWO)
@@ -71,7 +71,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python -m bench.quantize
+	$(BIN)/python -m bench quantize
 
 clean:
 	rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis

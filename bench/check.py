@@ -1,13 +1,17 @@
-"""Checks of the packed product against float64, in the shapes and configurations of real products.
+"""Values of the packed product against float64, in the shapes and configurations of real products.
 
-:func:`check` yields one record per case, so that a caller can stop early; `bench.matmul --check` prints them.
+    python -m bench check --seconds 120
+
+Exit status 1: a value is wrong or missing, or there was no time for a case.
 """
 
+import argparse
 import dataclasses
 import itertools
 import multiprocessing
 import os
 import queue
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,7 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.decode import random_packed
+from bench.machine import describe_device
+from bench.models import random_packed
+from bench.results import Record, Results
+from convert.errors import first_line
 from pallas_kernels import InputNorm, MixedTensor, chips, mixed_matmul, prepare_joined
 
 TOLERANCE = 0.01
@@ -74,12 +81,11 @@ PATIENCE_SECONDS = 120.0  # longest wait for a process's next record
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 CASES = tuple(_cases())
-WEIGHTS = tuple(dict.fromkeys(case.weight for case in CASES))
 
 
 def check(
     cases: Sequence[Case] = CASES, *, implementation: str | None = None, seconds: float | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record]:
     """Compares products with float64; cases that share a weight should be adjacent, to share its reference.
 
     Args:
@@ -109,7 +115,7 @@ def check(
             yield record | reference.compare(case, implementation) | {"seconds": time.monotonic() - begin}
 
 
-def check_in_processes(cases: Sequence[Case], processes: int) -> Iterator[dict[str, Any]]:
+def check_in_processes(cases: Sequence[Case], processes: int) -> Iterator[Record]:
     """Runs :func:`check` in several processes, because on a GPU most of a case is compilation.
 
     Records are yielded as they arrive. Closing the generator drops the cases that have not begun.
@@ -147,6 +153,16 @@ def _work(todo: Any, done: Any) -> None:
             done.put(record)
 
 
+def verdict(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> Record:
+    """Returns ``ok``, ``error`` (relative to the largest wanted value) and ``reason``, one line if not ok."""
+    if not (finite := np.isfinite(found)).all():
+        reason = f"{np.size(finite) - np.sum(finite)} of {np.size(finite)} values are not finite"
+        return {"ok": False, "error": None, "reason": reason}
+    worst = float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
+    reason = None if worst <= tolerance else f"relative error {worst:.1e}, expected at most {tolerance}"
+    return {"ok": reason is None, "error": worst, "reason": reason}
+
+
 class _Reference:
     """A random weight, rows of x of which a case takes the first ``m``, and their exact product."""
 
@@ -157,7 +173,7 @@ class _Reference:
         dense = jax.jit(MixedTensor.dequantize)(self.w)
         self.y = np.asarray(self.x, np.float64) @ np.asarray(dense, np.float64)
 
-    def compare(self, case: Case, implementation: str | None) -> dict[str, Any]:
+    def compare(self, case: Case, implementation: str | None) -> Record:
         """Returns ``ok``, ``error`` and ``reason`` of a case."""
         wanted = self.y[: case.m]
         if case.joined:
@@ -167,14 +183,8 @@ class _Reference:
         try:
             found = np.asarray(jax.jit(_product(case, implementation))(self.x[: case.m], self.w), np.float64)
         except Exception as error:  # any error of a compiler or driver is this case's result
-            reason = str(error).strip() or type(error).__name__
-            return {"ok": False, "error": None, "reason": reason.splitlines()[0][:300]}
-        if not (finite := np.isfinite(found)).all():
-            reason = f"{np.size(finite) - np.sum(finite)} of {np.size(finite)} values are not finite"
-            return {"ok": False, "error": None, "reason": reason}
-        worst = float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
-        reason = None if worst <= TOLERANCE else f"relative error {worst:.1e}, expected at most {TOLERANCE}"
-        return {"ok": reason is None, "error": worst, "reason": reason}
+            return {"ok": False, "error": None, "reason": first_line(error)[:300]}
+        return verdict(found, wanted, TOLERANCE)
 
 
 def _product(case: Case, implementation: str | None) -> Callable[[jax.Array, MixedTensor], jax.Array]:
@@ -202,14 +212,14 @@ def _joined(x: jax.Array, w: MixedTensor, implementation: str | None) -> jax.Arr
     return product(norm(x), both) if behind is None else product(x, behind)
 
 
-def line(record: dict[str, Any]) -> str:
-    """Formats a record as text."""
-    split = "" if record["split_k"] is None else f", split_k {record['split_k']}"
-    split += ", joined" * record["joined"]
-    case = (
-        f"K {record['k']:5d}, N {record['n']:4d}, mean bits {record['bits']}, g {record['group_size']:3d}, "
-        f"M {record['m']:4d}{split}"
-    )
-    if record["ok"]:
-        return f"{case}: relative error {record['error']:.1e}"
-    return f"{case}: {'FAILED, ' if record['ok'] is False else ''}{record['reason']}"
+def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Shows a row for each case."""
+    parser.add_argument("--implementation", help="xla, mosaic_gpu or mosaic_tpu; by platform without")
+    parser.add_argument("--seconds", type=float, help="after which no further case begins")
+    arguments = parser.parse_args(given)
+    records = check(implementation=arguments.implementation, seconds=arguments.seconds)
+    results = Results(arguments.json, device=describe_device(), settings=vars(arguments))
+    found = results.show("cases", records)
+    good = sum(bool(record["ok"]) for record in found)
+    print(f"{good} of {len(found)} cases are right")
+    sys.exit(good < len(found))

@@ -1,7 +1,7 @@
 """Comparison of a small model at 2, 3 and 4 bits: size, perplexity on two texts, and a sample of each.
 
-    python -m bench.demo                                  # into out/demo; `make demo`
-    python -m bench.demo --bits 3,4 --samples 64 --out out/other
+    python -m bench demo                                  # into out/demo; `make demo`
+    python -m bench demo --bits 3,4 --samples 64 --out out/other
 
 The run takes minutes, because nothing is fine-tuned (`--preset fast`) and calibration is short; `--tune 2`
 fine-tunes the given widths, which takes longer. A width whose folder is finished is not quantized again; an
@@ -9,7 +9,6 @@ interrupted one is resumed. Seconds are CPU seconds of the process.
 """
 
 import argparse
-import dataclasses
 import html
 import math
 import shutil
@@ -23,8 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from bench.results import Record, Results
 from convert import calibration
 from convert.cli.sources import encode
 from convert.display import progress
@@ -50,51 +49,15 @@ WRITTEN, PENALTY = 40, 1.2
 INK = ("#3288bd", "#d53e4f", "#b58900", "#8a63b8")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One model, a row of the table.
+def make_picture(rows: Sequence[Record], texts: Sequence[str]) -> str:
+    """Plot of log perplexity over size, as SVG: a line for each text, dashed for the first row.
 
-    Attributes:
-      name: name of the row, such as "3 bits".
-      bytes: size of the files of all weights, including the embedding; in bfloat16 for the dense model.
-      bits_per_weight: stored bits in the blocks; 16 for the dense model.
-      perplexities: perplexity on every text.
-      sample: text that the model writes after the prompt.
-      seconds: CPU seconds to quantize and measure, without work that the widths share.
+    Rows have "model", "MB", and the perplexity on each text by the text's name.
     """
-
-    name: str
-    bytes: int
-    bits_per_weight: float
-    perplexities: tuple[float, ...]
-    sample: str
-    seconds: float
-
-
-def make_table(rows: Sequence[Row], texts: Sequence[str]) -> Table:
-    """Table of the rows, without their samples."""
-    table = Table(title="perplexity: lower is better; the file is the whole model", title_justify="left")
-    table.add_column("")
-    for column in ("file", "of bfloat16", "bits per weight", *texts, "CPU seconds"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.bytes / 1e6:.1f} MB",
-            f"{row.bytes / rows[0].bytes:.1%}",
-            f"{row.bits_per_weight:.3f}",
-            *(f"{value:.2f}" for value in row.perplexities),
-            f"{row.seconds:.0f}",
-        )
-    return table
-
-
-def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    """Plot of log perplexity over size, as SVG: a line for each text, dashed for the first row."""
-    dense, packed = rows[0], sorted(rows[1:], key=lambda row: row.bytes)
-    values = [math.log(value) for row in rows for value in row.perplexities]
+    dense, packed = rows[0], sorted(rows[1:], key=lambda row: row["MB"])
+    values = [math.log(row[text]) for row in rows for text in texts]
     low, high = min(values) - 0.1, max(values) + 0.1
-    left, right = packed[0].bytes * 0.95, packed[-1].bytes * 1.05
+    left, right = packed[0]["MB"] * 0.95, packed[-1]["MB"] * 1.05
 
     def x(size: float) -> float:
         return 60 + 500 * (size - left) / (right - left)
@@ -105,13 +68,13 @@ def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
     parts = []
     for i, text in enumerate(texts):
         ink = INK[i % len(INK)]
-        at = [(x(row.bytes), y(row.perplexities[i]), row.perplexities[i]) for row in packed]
-        line, level = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in at), y(dense.perplexities[i])
+        at = [(x(row["MB"]), y(row[text]), row[text]) for row in packed]
+        line, level = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in at), y(dense[text])
         parts.append(f'<polyline points="{line}" fill="none" stroke="{ink}" stroke-width="2"/>')
         parts.append(
             f'<path d="M60 {level:.1f}H560" stroke="{ink}" stroke-dasharray="4 4"/>'
-            f'<text x="565" y="{level + 4:.1f}" fill="{ink}">{dense.perplexities[i]:.1f}</text>'
-            f'<text x="60" y="{18 + 16 * i}" fill="{ink}">{html.escape(text)}; dashed: {dense.name}</text>'
+            f'<text x="565" y="{level + 4:.1f}" fill="{ink}">{dense[text]:.1f}</text>'
+            f'<text x="60" y="{18 + 16 * i}" fill="{ink}">{html.escape(text)}; dashed: full precision</text>'
         )
         parts += [
             f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{ink}"/>'
@@ -119,8 +82,8 @@ def make_picture(rows: Sequence[Row], texts: Sequence[str]) -> str:
             for a, b, value in at
         ]
     for row in packed:
-        label = f"{html.escape(row.name)}, {row.bytes / 1e6:.0f} MB"
-        parts.append(f'<text x="{x(row.bytes):.1f}" y="322" text-anchor="middle">{label}</text>')
+        label = f"{html.escape(row['model'])}, {row['MB']:.0f} MB"
+        parts.append(f'<text x="{x(row["MB"]):.1f}" y="322" text-anchor="middle">{label}</text>')
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340" font-family="sans-serif" '
         'font-size="12">'
@@ -173,88 +136,86 @@ def quantized(
     return CheckpointSource(out)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses and checks the arguments.
-
-    Raises:
-      ValueError: an argument is invalid.
-    """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+    """Adds the options to the parser, parses what is given, and checks it."""
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    parser.add_argument("--bits", default="2,3,4", help="widths, with commas between them")
-    parser.add_argument("--tune", default="", help="those of them that are tuned end to end")
+    parser.add_argument("--bits", type=_widths, default="2,3,4", help="widths, with commas between them")
+    parser.add_argument("--tune", type=_widths, default="", help="those of them that are tuned end to end")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--text", type=Path, action="append", help="for perplexity; several times")
     parser.add_argument("--prompt", default=PROMPT)
-    found = parser.parse_args(arguments)
-    found.bits, found.tune = _widths("--bits", found.bits), _widths("--tune", found.tune)
+    found = parser.parse_args(given)
     found.text = found.text or list(TEXTS)
     if not found.bits:
-        raise ValueError("--bits is empty, expected widths such as 2,3,4")
+        parser.error("--bits is empty, expected widths such as 2,3,4")
     if not set(found.tune) <= set(found.bits):
-        raise ValueError(f"--tune has {found.tune}, expected some of --bits {found.bits}")
-    for text in found.text:
-        calibration.read_text(text)
+        parser.error(f"--tune has {found.tune}, expected some of --bits {found.bits}")
     return found
 
 
-def _widths(option: str, given: str) -> list[float]:
+def _widths(given: str) -> list[float]:
     try:
         return [float(bits) for bits in given.split(",") if bits.strip()]
     except ValueError:
-        raise ValueError(f"{option} is {given}, expected numbers with commas between them") from None
+        raise argparse.ArgumentTypeError(f"{given} is not numbers with commas between them") from None
 
 
-def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any, start: float) -> Row:
-    """Measures a packed or dense model, prints its sample and returns its row; ``start`` is CPU seconds."""
+def measured(name: str, source: Source, args: argparse.Namespace, tokenizer: Any, start: float) -> Record:
+    """Measures a packed or dense model, prints its sample and returns its row; ``start`` is CPU seconds.
+
+    Megabytes are those of all weights, in bfloat16 for the dense model; bits are stored ones, in the blocks.
+    """
     known = summary(source.manifest) if isinstance(source, CheckpointSource) else None
     model = read_decoder(source)
+    size, bits = 2 * sum(leaf.size for leaf in jax.tree.leaves(model)), 16.0
     if isinstance(source, CheckpointSource) and known is not None:
-        size, bits = _size(source.path), known["bits_per_weight"]
-    else:
-        size, bits = 2 * sum(leaf.size for leaf in jax.tree.leaves(model)), 16.0
+        size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+        bits = known["bits_per_weight"]
     values, sample = measure(model, tokenizer, args.text, args.prompt)
     Console().print(f"== {name}: {args.prompt}{sample}", highlight=False, markup=False)
-    return Row(name, size, bits, values, sample, time.process_time() - start)
+    row = {"model": name, "MB": size / 1e6, "bits_per_weight": bits}
+    row |= dict(zip(map(_name, args.text), values))
+    return row | {"CPU_seconds": round(time.process_time() - start), "sample": [sample]}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _name(text: Path) -> str:
+    return text.stem.replace("_", " ")
+
+
+def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     """Quantizes, measures, prints the table, and draws ``perplexity.svg``."""
-    args = parse(arguments)
-    source = open_model(args.source)
-    tokenizer = source_tokenizer(source)
-    tokens = windows(tokenizer, args.samples, args.length)
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = [measured("full precision", source, args, tokenizer, time.process_time())]
+    args = parse(parser, given)
+    try:
+        _run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    for text in args.text:
+        calibration.read_text(text)
     configs = {
         args.out / f"q{bits:g}": SlimConfig.preset(
             "good" if bits in args.tune else "fast", bits=bits, group_size=args.group_size
         )
         for bits in args.bits
     }
+    source = open_model(args.source)
+    tokenizer = source_tokenizer(source)
+    tokens = windows(tokenizer, args.samples, args.length)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = [measured("full precision", source, args, tokenizer, time.process_time())]
     for folder, config in configs.items():
         start = time.process_time()
         packed = quantized(source, tokenizer, tokens, config, folder)
         rows.append(measured(f"{config.bits:g} bits", packed, args, tokenizer, start))
-    texts = [text.stem.replace("_", " ") for text in args.text]
-    console = Console()
-    console.print(make_table(rows, texts))
+    print("Megabytes of the whole model, and perplexity on each text: lower is better.")
+    shown = [row | {"of_bfloat16": f"{row['MB'] / rows[0]['MB']:.1%}"} for row in rows]
+    Results(args.json).show("rows", shown)
     picture = args.out / "perplexity.svg"
-    picture.write_text(make_picture(rows, texts), encoding="utf-8")
-    console.print(f"{picture} shows it; slim-jax chat {folder} talks", highlight=False)
-    console.print(f"{time.process_time():.0f} CPU seconds in all", highlight=False)
-
-
-def _size(folder: Path) -> int:
-    """Size of the weights' files in bytes."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"demo: {error}")
+    picture.write_text(make_picture(rows, [_name(text) for text in args.text]), encoding="utf-8")
+    print(f"{picture} shows it; slim-jax chat {folder} talks")
+    print(f"{time.process_time():.0f} CPU seconds in all")

@@ -1,6 +1,6 @@
 """Runs all checks and measurements of a device in one command, about eight minutes, and writes a report.
 
-    python -m bench.device --out device-report
+    python -m bench device --out device-report
 
 The stages run in order until one fails: a description of the device and of the implementation that products
 use, values against float64, times of products, decode, prefill, a real quantization, a profile. The report is
@@ -10,40 +10,71 @@ installs what is missing is printed.
 """
 
 import argparse
-import json
-import math
+import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.limits import Limit
+from bench.results import Record, write_json
 
 STAGES = ("capability", "check", "matmul", "decode", "prefill", "quantize", "profile")
 MINUTES = 8.0  # approximate duration of all stages
 CASE_SECONDS = 180.0  # limit of a case (or the time left + 2/3 of this); a longer one hangs
 TRACEBACK_LINES = 30
 
-Record = dict[str, Any]
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def limited(
+    seconds: float, what: str, on_expiry: Callable[[str], None], leave: Callable[[], None] = _leave
+) -> Iterator[None]:
+    """Context that ends the process, with status 1, after this many seconds.
+
+    A device cannot interrupt a kernel that hangs. ``on_expiry`` is called first, from another thread, with a
+    sentence that names what took too long.
+    """
+
+    def expire() -> None:
+        try:
+            on_expiry(f"{what} did not end within {seconds:.0f} s")
+        finally:
+            leave()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Report:
     """The findings so far, and the two files that report them.
 
     Attributes:
-      folder: folder of the files.
+      page: the Markdown file.
+      file: the JSON file.
       content: the JSON document: ``ok`` and a record for each stage.
     """
 
-    def __init__(self, folder: Path, names: list[str]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, names: list[str], file: Path | None = None) -> None:
+        self.page, self.file = folder / "device-report.md", file or folder / "device-report.json"
         self.content: Record = {
-            "command": " ".join(["python -m bench.device", *sys.argv[1:]]),
+            "command": " ".join(["python -m bench", *sys.argv[1:]]),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "ok": None,
             "stages": {name: {"status": "not run", "seconds": 0.0, "cases": []} for name in names},
@@ -53,11 +84,17 @@ class Report:
 
     def write(self) -> None:
         """Writes both files, each completely before it is renamed."""
-        document = json.dumps(_finite(self.content), indent=1, default=str)
-        for name, text in (("device-report.json", document + "\n"), ("device-report.md", self.markdown())):
-            part = self.folder / f"{name}.part"
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, self.folder / name)
+        write_json(self.file, self.content)
+        part = self.page.with_suffix(".part")
+        part.write_text(self.markdown(), encoding="utf-8")
+        part.replace(self.page)
+
+    def fail(self, stage: Record, reason: str) -> None:
+        """Ends a stage as failed."""
+        stage["status"] = f"FAILED: {reason}"
+        self.content["ok"] = False
+        self.write()
+        print(f"FAILED: {reason}", flush=True)
 
     def markdown(self) -> str:
         """Returns the report as Markdown."""
@@ -82,22 +119,13 @@ def _text(case: Mapping[str, Any]) -> str:
     return f"{case.get('text', case.get('label'))}{failed}"
 
 
-def _finite(value: Any) -> Any:
-    """Replaces non-finite numbers by strings, because JSON lacks them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def run_stage(
     name: str,
     report: Report,
     cases: Iterator[tuple[str, Callable[[], Record]]],
     deadline: float,
     case_seconds: float = CASE_SECONDS,
-    leave: Callable[[], None] | None = None,
+    leave: Callable[[], None] = _leave,
 ) -> bool:
     """Runs the cases that begin before the deadline; returns True if none failed.
 
@@ -108,14 +136,7 @@ def run_stage(
     stage["status"] = "running"
     print(f"== {name}", flush=True)
 
-    def fail(reason: str) -> None:
-        stage["status"] = f"FAILED: {reason}"
-        stage["seconds"] = time.monotonic() - start
-        report.content["ok"] = False
-        report.write()
-        print(f"FAILED: {reason}", flush=True)
-
-    limit = Limit(fail) if leave is None else Limit(fail, leave)
+    fail = partial(report.fail, stage)
     label, left = "the first case", 0
     try:
         for label, run in cases:
@@ -123,7 +144,7 @@ def run_stage(
                 left = 1 + sum(1 for _ in cases)
                 break
             left_s = deadline - time.monotonic()
-            with limit.within(max(case_seconds, left_s + case_seconds / 1.5), label):
+            with limited(max(case_seconds, left_s + case_seconds / 1.5), label, fail, leave):
                 begin = time.monotonic()
                 case = {"label": label, **run(), "wall_s": time.monotonic() - begin}
             stage["cases"].append(case)
@@ -147,9 +168,9 @@ def run_stage(
     return True
 
 
-def run(names: list[str], folder: Path, quick: bool, minutes: float = MINUTES) -> bool:
-    """Runs the stages in order until one fails; returns True if none did. ``minutes`` is their total time."""
-    report = Report(folder, names)
+def run(report: Report, quick: bool, minutes: float = MINUTES) -> bool:
+    """Runs the report's stages until one fails; returns True if none did. ``minutes`` is their total time."""
+    names = list(report.content["stages"])
     try:
         from bench.device_stages import STAGES as known
         from bench.device_stages import Options
@@ -168,27 +189,23 @@ def run(names: list[str], folder: Path, quick: bool, minutes: float = MINUTES) -
     else:
         report.content["ok"] = True
     report.write()
-    print(f"the report: {folder / 'device-report.md'} and .json", flush=True)
+    print(f"the report: {report.page} and {report.file}", flush=True)
     return bool(report.content["ok"])
 
 
-def main() -> None:
+def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     """Runs the stages that the options ask for; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m bench.device", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the report")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, with commas; all without")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="that all stages may take together")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--allow-cpu", action="store_true", help="go on without an accelerator")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     names = arguments.stages.split(",")
     if unknown := [name for name in names if name not in STAGES]:
         parser.error(f"--stages has {unknown[0]!r}, expected some of {', '.join(STAGES)}")
     if reason := machine.obstacle(arguments.allow_cpu):
-        print(f"bench.device: {reason}. To install:\n{machine.install_line(machine.nvidia_smi())}")
+        print(f"{parser.prog}: {reason}. To install:\n{machine.install_line(machine.nvidia_smi())}")
         sys.exit(2)
-    sys.exit(0 if run(names, arguments.out, arguments.quick, arguments.minutes) else 1)
-
-
-if __name__ == "__main__":
-    main()
+    report = Report(arguments.out, names, arguments.json)
+    sys.exit(0 if run(report, arguments.quick, arguments.minutes) else 1)

@@ -5,8 +5,10 @@ An exception fails it too. Cases begin only while there is time.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -17,25 +19,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import decode, device_values, machine, matmul, timing
-from bench.quantize import RandomSource, peak_mib
+from bench import check as values
+from bench import decode, fused, machine, matmul, timing
+from bench.models import RandomSource, llama, random_decoder
+from bench.quantize import peak_mib
+from bench.results import Record, line
 from convert import load_source
 from convert.errors import ConvertError, first_line
 from pallas_kernels import backends, chips
 from pallas_kernels.layout import abstract_tensor
+from pallas_kernels.tpu.config import checked
 from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.eval.windows import draw_windows
 from slim_jax.infer.generate import Generator
-from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.report import BlockReport
 from slim_jax.store.source import read_decoder
 
-Record = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Record]]]
 
+MOST_PROCESSES = 8
 TEXT = Path(__file__).parent / "data" / "pride_and_prejudice.txt"
 
 
@@ -112,9 +117,54 @@ def _implementation(m: int, group_size: int) -> Record:
     return {"failed": "; ".join(refused), "text": f"M {m}: no implementation"}
 
 
+def _likeliest(case: values.Case) -> bool:
+    """True if a case is among the most informative, which run first because compiling takes seconds."""
+    if case.n < 1024:
+        return case.m == 17
+    if case.joined:
+        return case.m == 16 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
+    if case.split_k is not None:
+        return case.m == 16 and case.bits == 2 and (case.k, case.n) in ((4096, 4096), (11008, 1024))
+    if case.bits == 3:
+        return case.m in (16, 2048) and (case.k, case.n) == (4096, 4096)
+    return case.m in (1, 16, 33, 2048)
+
+
 def check(options: Options) -> Cases:
-    """Products compared with float64."""
-    return device_values.cases(options.quick)
+    """Attention, MLPs and products compared with float64, the most informative cases first.
+
+    TPUs first run the most informative cases with bounds and semaphores checked
+    (`pallas_kernels.tpu.config.checked`).
+    """
+    if chips.of_target().platform == "cuda" and not options.quick:
+        for kernel in fused.CASES:
+            yield str(kernel), partial(_compared, kernel.compare)
+    wanted = list(values.CASES)
+    if options.quick:
+        wanted = [case for case in wanted if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
+    elif chips.of_target().platform != "cuda":
+        wanted = [case for case in wanted if case.split_k is None]
+    wanted.sort(key=lambda case: not _likeliest(case))
+    # Only one process can hold a TPU. On a GPU, compiling a case takes much longer than running it.
+    alone = options.quick or chips.of_target().platform != "cuda"
+    processes = 1 if alone else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+    if chips.of_target().platform == "tpu":
+        first = [case for case in wanted if options.quick or _likeliest(case)]
+        with contextlib.closing(values.check(first)) as records:
+            run = partial(_compared, partial(next, records), checked)
+            for case in first:
+                yield f"{case}, bounds and semaphores checked", run
+    records = values.check(wanted) if processes == 1 else values.check_in_processes(wanted, processes)
+    with contextlib.closing(records):
+        run = partial(_compared, partial(next, records))
+        for case in wanted:
+            yield str(case) if processes == 1 else f"a case in {processes} processes", run
+
+
+def _compared(compare: Callable[[], Record], context: Any = contextlib.nullcontext) -> Record:
+    with context():
+        record = compare()
+    return record | {"text": line(record)} | ({} if record["ok"] else {"failed": record["reason"]})
 
 
 def table(options: Options) -> Cases:
@@ -128,86 +178,62 @@ def table(options: Options) -> Cases:
         yield f"M {m}, K {k}, N {n}", partial(_row, options, m, k, n)
 
 
-def _arguments(options: Options) -> argparse.Namespace:
-    products = "packed,f32" if options.quick else "packed,bf16,int4"
-    repeats, group_size = (3, 32) if options.quick else (12, 128)
-    return argparse.Namespace(
-        bits=2,
-        group_size=group_size,
-        implementation=None,
-        config=None,
-        products=products,
-        repeats=repeats,
-        seconds=4.0,
-    )
+def _settings(options: Options) -> argparse.Namespace:
+    given = "--products packed,bf16,int4 --repeats 12 --seconds 4"
+    if options.quick:
+        given = "--products packed,f32 --repeats 3 --seconds 4 --group-size 32"
+    return matmul.options(argparse.ArgumentParser(), given.split())
 
 
 def _row(options: Options, m: int, k: int, n: int) -> Record:
-    row = matmul.row(m, k, n, _arguments(options))
-    record = row | {"nvidia_smi": machine.nvidia_smi(), "text": matmul.line(row)}
-    error = row["packed"].get("error")
-    return record if error is None else record | {"failed": error}
+    rows = matmul.measure(m, k, n, _settings(options))
+    record = {"rows": rows, "nvidia_smi": machine.nvidia_smi(), "text": "\n".join(map(line, rows))}
+    errors = [row["error"] for row in rows if row["product"] == "packed" and "error" in row]
+    return record | {"failed": errors[0]} if errors else record
 
 
 @cache
 def _generators(quick: bool) -> dict[str, Generator]:
     """Generators of a random decoder, dense and packed: tiny, or eight equal blocks of Llama-2-7B's width."""
-    heads = 2 if quick else 32
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=256 if quick else 4096,
-        hidden_size=64 if quick else 4096,
-        intermediate_size=128 if quick else 11008,
-        num_layers=1 if quick else 8,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=32 if quick else 128,
-        max_positions=4096,
-    )
+    config = llama(1, 64, 128, 2, 256, 4096) if quick else llama(8, 4096, 11008, 32, 4096, 4096)
     dtype = jnp.bfloat16 if timing.on_accelerator() else jnp.float32
     source = RandomSource(config, dtype=dtype, alike=True)
-    packed = decode.random_decoder(source, 2, 32 if quick else 128, alike=True)
+    packed = random_decoder(source, 2, 32 if quick else 128, alike=True)
     return {"dense": Generator(read_decoder(source)), "packed": Generator(packed)}
-
-
-def _of_model(options: Options, measure: Callable[..., Record]) -> Cases:
-    def build() -> Record:
-        generators = _generators(options.quick)
-        config = generators["packed"].config
-        return {"text": f"{config.num_layers} random blocks of {config.hidden_size}, dense and packed"}
-
-    yield "a random decoder", build
-    yield "both, taking turns", lambda: measure(_generators(options.quick))
 
 
 def decoding(options: Options) -> Cases:
     """Tokens per second of one sequence."""
 
-    def measure(generators: dict[str, Generator]) -> Record:
-        tokens, rounds = (4, 1) if options.quick else (64, 5)
-        speed = decode.measure(generators, tokens, rounds)
-        return _compared(generators, {name: 1 / s for name, s in speed.items()}, "a token")
+    def measure(generators: dict[str, Generator]) -> dict[str, float]:
+        speed = decode.measure(generators, *((4, 1) if options.quick else (64, 5)))
+        return {name: 1 / found for name, found in speed.items()}
 
-    yield from _of_model(options, measure)
+    return _compared(options, measure, "a token")
 
 
 def prefill(options: Options) -> Cases:
     """Time to read a prompt."""
-
-    def measure(generators: dict[str, Generator]) -> Record:
-        length, rounds = (64, 1) if options.quick else (2048, 5)
-        seconds = decode.measure_prefill(generators, length, rounds)
-        return _compared(generators, seconds, f"a prompt of {length} tokens") | {"length": length}
-
-    yield from _of_model(options, measure)
+    length, rounds = (64, 1) if options.quick else (2048, 5)
+    measure = partial(decode.measure_prefill, length=length, rounds=rounds)
+    return _compared(options, measure, f"a prompt of {length} tokens")
 
 
-def _compared(generators: dict[str, Generator], seconds: dict[str, float], what: str) -> Record:
-    ratio = seconds["dense"] / seconds["packed"]
-    figures = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in seconds.items())
-    layers = generators["packed"].config.num_layers
-    text = f"{what} through {layers} blocks: {figures}; packed is {ratio:.2f} times as fast"
-    return {"seconds": seconds, "ratio": ratio, "layers": layers, "text": text}
+def _compared(options: Options, measure: Callable[..., dict[str, float]], what: str) -> Cases:
+    def build() -> Record:
+        config = _generators(options.quick)["packed"].config
+        return {"text": f"{config.num_layers} random blocks of {config.hidden_size}, dense and packed"}
+
+    def compare() -> Record:
+        generators = _generators(options.quick)
+        seconds, layers = measure(generators), generators["packed"].config.num_layers
+        ratio = seconds["dense"] / seconds["packed"]
+        figures = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in seconds.items())
+        text = f"{what} through {layers} blocks: {figures}; packed is {ratio:.2f} times as fast"
+        return {"seconds": seconds, "ratio": ratio, "layers": layers, "text": text}
+
+    yield "a random decoder", build
+    yield "both, taking turns", compare
 
 
 class _OutOfTime(Exception):
@@ -228,17 +254,9 @@ def _model(options: Options) -> tuple[Any, np.ndarray, str]:
             return source, np.asarray(ids, np.int32), "SmolLM2"
         except ConvertError as error:
             print(f"a random decoder instead of SmolLM2: {error}", flush=True)
-    small = DecoderConfig(
-        family="llama",
-        vocab_size=256,
-        hidden_size=64 if options.quick else 576,
-        intermediate_size=128 if options.quick else 1536,
-        num_layers=1 if options.quick else 8,
-        num_heads=1 if options.quick else 9,
-        num_kv_heads=1 if options.quick else 3,
-        head_dim=64,
-        max_positions=2048,
-    )
+    small = llama(1, 64, 128, 1, 256, 2048)
+    if not options.quick:
+        small = llama(8, 576, 1536, 9, 256, 2048, num_kv_heads=3)
     tokens = np.random.default_rng(0).integers(0, 256, 1_000 if options.quick else 40_000)
     return RandomSource(small), tokens.astype(np.int32), f"a random decoder of {small.num_layers} blocks"
 
@@ -297,9 +315,7 @@ def _perplexities(source: Any, model: Decoder, tokens: np.ndarray, window: int, 
         return record | {"failed": f"a perplexity is not finite: {figures}"}
     apart = abs(math.log(found["packed"] / found["packed_by_xla"]))
     if apart > 0.02:
-        return record | {
-            "failed": f"the kernel's perplexity and XLA's differ by a factor {math.exp(apart):.3f}"
-        }
+        return record | {"failed": f"the kernel's perplexity and XLA's differ by {math.exp(apart):.3f} times"}
     return record
 
 
@@ -312,17 +328,15 @@ def profile(options: Options) -> Cases:
 
 def _profile_tokens(options: Options) -> Record:
     """Launches of a decoded token, and the time in kernels alone."""
-    generators = _generators(options.quick)
     tokens, record, lines = 4 if options.quick else 32, dict[str, Any](), []
-    for name, generator in generators.items():
+    for name, generator in _generators(options.quick).items():
         write = partial(generator.generate, [list(range(2, 18))], max_tokens=1 + tokens, stop=[])
         write()
         found = {kernel: (us / tokens, n / tokens) for kernel, (us, n) in timing.profiled(write).items()}
         us, launches = (sum(figures) for figures in zip(*found.values())) if found else (0.0, 0.0)
         record[name] = {"us_per_token": us, "launches_per_token": launches, "kernels": found}
-        lines.append(
-            f"a token, {name}, {generator.config.num_layers} blocks: {us:.1f} us in {launches:.1f} launches"
-        )
+        what = f"a token, {name}, {generator.config.num_layers} blocks"
+        lines += [f"{what}: {us:.1f} us in {launches:.1f} launches"]
         lines += [
             f"    {us:8.2f} us {n:6.2f} x {kernel[:70]}" for kernel, (us, n) in list(found.items())[:24]
         ]
@@ -333,11 +347,10 @@ def _profile(options: Options, m: int) -> Record:
     k = 128 if options.quick else 4096
     record: Record = {"m": m, "kernels_us": {}}
     lines = []
-    for name, product in matmul.products(m, k, k, _arguments(options)).items():
+    for name, product in matmul.products(m, k, k, _settings(options)).items():
         record["kernels_us"][name] = found = timing.kernel_times(product)
-        kernels = [f"{us:.2f} us {kernel[:60]}" for kernel, us in list(found.items())[:12]]
-        lines.append(f"M {m}, K {k}, N {k}, {name}: {sum(found.values()):.2f} us in {len(found)} kernels")
-        lines += [f"    {kernel}" for kernel in kernels]
+        lines += [f"M {m}, K {k}, N {k}, {name}: {sum(found.values()):.2f} us in {len(found)} kernels"]
+        lines += [f"    {us:.2f} us {kernel[:60]}" for kernel, us in list(found.items())[:12]]
     return record | {"text": "\n".join(lines)}
 
 

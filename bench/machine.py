@@ -3,6 +3,7 @@
 This module does not need JAX, so that it can report that JAX is missing.
 """
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -52,10 +53,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that compile and run programs."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -6,7 +6,7 @@ the blocks are quantized; embedding, LM head and norms stay as they are and coun
     python3.11 -m venv /tmp/peers && /tmp/peers/bin/pip install torch==2.13.0 transformers hqq auto-round
     /tmp/peers/bin/pip install --no-deps gptqmodel==7.7.0   # asks for a newer PyTorch and does not need it
     /tmp/peers/bin/pip install threadpoolctl device-smi pypcre tokenicer logbar ninja datasets dill torchao \\
-        defuser accelerate protobuf pillow
+        defuser accelerate protobuf pillow rich
 
     slim-jax export smollm2 out/dense --format hf --dtype float32
     python -c "import convert, numpy; from bench.quantize import tokens_of; \\
@@ -14,20 +14,19 @@ the blocks are quantized; embedding, LM head and norms stay as they are and coun
         tokens = tokens_of(convert.load_source('smollm2'), 'wt2_calib.txt'); \\
         numpy.save('out/tokens.npy', draw_windows(tokens, 64, 512, 0))"
 
-    OMP_NUM_THREADS=1 GPTQMODEL_CPU_WORKERS=2 taskset -c 1 /tmp/peers/bin/python -m bench.peers out/dense \\
+    OMP_NUM_THREADS=1 GPTQMODEL_CPU_WORKERS=2 taskset -c 1 /tmp/peers/bin/python -m bench peers out/dense \\
         --method gptq --bits 2 --group-size 64 --calibration out/tokens.npy --out out/gptq-2
     slim-jax eval out/gptq-2 --against smollm2 --text wt2_test.txt --max-windows 38 --json
 
 The weights of each method are written dequantized, as a Hugging Face directory, so that all are evaluated
-alike. A line of JSON, printed and stored there as ``peers.json``, has stored bits and the CPU seconds of
+alike. A table, stored there as ``peers.json``, has stored bits and the CPU seconds of
 quantization alone, including child processes. gptqmodel compiles an extension on its first run; use the
 seconds of the second run.
 """
 
 import argparse
-import json
-import resource
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.results import Results, write_json
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Names of the linear layers of a llama-like block."""
@@ -148,12 +149,8 @@ def _rows(tokens: np.ndarray) -> list[torch.Tensor]:
 
 METHODS: dict[str, tuple[str, Callable[[argparse.Namespace, np.ndarray], Quantized]]] = {
     "hqq": ("hqq", run_hqq),
-    "gptq": ("gptqmodel", run_gptqmodel),
-    "gptaq": ("gptqmodel", run_gptqmodel),
-    "foem": ("gptqmodel", run_gptqmodel),
-    "autoround-light": ("auto-round", run_autoround),
-    "autoround": ("auto-round", run_autoround),
-    "autoround-best": ("auto-round", run_autoround),
+    **dict.fromkeys(("gptq", "gptaq", "foem"), ("gptqmodel", run_gptqmodel)),
+    **dict.fromkeys(("autoround-light", "autoround", "autoround-best"), ("auto-round", run_autoround)),
 }
 """The package of each method, and the function that runs it."""
 
@@ -185,15 +182,8 @@ def stored_bits(model: torch.nn.Module, stored: int) -> dict[str, float]:
     return {"block_bits": stored / blocks, "model_bits": whole / every, "model_mb": whole / 8e6}
 
 
-def cpu_seconds() -> float:
-    """CPU seconds of this process and of the children that it has waited for."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def main() -> None:
-    """Quantizes as the options say, writes the result and prints a record."""
-    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.splitlines()[0])
+def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Quantizes as the options say, writes the result and shows a row."""
     parser.add_argument("source", type=Path, help="Hugging Face directory of a llama-like model")
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--bits", type=int, default=2)
@@ -203,12 +193,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="windows at a time")
     parser.add_argument("--axis", type=int, default=1, help="of hqq: 1 groups inputs, 0 outputs")
     parser.add_argument("--iters", type=int, help="of autoround: other than the recipe's")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     tokens = np.load(arguments.calibration)
     package, run = METHODS[arguments.method]
-    start = cpu_seconds()
+    start = sum(os.times()[:4])  # with the children that this process has waited for
     found = run(arguments, tokens)
-    seconds = cpu_seconds() - start
+    seconds = sum(os.times()[:4]) - start
     row = {
         "method": arguments.method,
         "bits": arguments.bits,
@@ -217,9 +207,6 @@ def main() -> None:
         "settings": found.settings,
         "versions": {name: version(name) for name in (package, "torch", "transformers")},
     }
-    (arguments.out / "peers.json").write_text(json.dumps(row))
-    print(f"\n{json.dumps(row)}")  # a progress bar may have left its line open
-
-
-if __name__ == "__main__":
-    main()
+    write_json(arguments.out / "peers.json", row)
+    print()  # a progress bar may have left its line open
+    Results(arguments.json).show("rows", [row])

@@ -1,9 +1,9 @@
 """Quantization: time, memory and quality, measured in one run.
 
-    python -m bench.quantize                                # search speed, memory, seconds for SmolLM2
-    python -m bench.quantize --calibration a.txt --text b.txt --methods rtn,gptq,slim --bits 2,3,4
+    python -m bench quantize                                # search speed, memory, seconds for SmolLM2
+    python -m bench quantize --calibration a.txt --text b.txt --methods rtn,gptq,slim --bits 2,3,4
 
-Prints tables, and one JSON document with ``--json``. Seconds are CPU seconds of the process unless they are
+Seconds are CPU seconds of the process unless they are
 called wall seconds; compare ratios rather than seconds of different machines.
 """
 
@@ -13,7 +13,9 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,22 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
+from bench.models import RandomSource, llama
+from bench.results import Record, Results
 from convert import calibration
-from pallas_kernels import MixedTensor
-from slim_jax.calibrate.activations import Activations
-from slim_jax.calibrate.learning import BlockLearner
 from slim_jax.calibrate.pipeline import quantize, quantize_to_checkpoint
-from slim_jax.calibrate.quantizer import BlockQuantizer
 from slim_jax.config import SlimConfig
 from slim_jax.duration import least_seconds
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.eval.windows import draw_windows
 from slim_jax.infer.generate import sample_text
-from slim_jax.method.learnable import Samples
 from slim_jax.method.sba import allocate, divergence_from, quantized_at, scores
-from slim_jax.model.block import sequence_positions
-from slim_jax.model.config import DecoderConfig
-from slim_jax.model.params import block_params, make_block, outer_params
 from slim_jax.store.source import Source, read_decoder
 
 
@@ -53,7 +49,7 @@ def _candidate(
     return divergence_from(x @ w)(x @ w_hat)
 
 
-def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]:
+def search_speed(k: int, n: int, tokens: int, group_size: int) -> Record:
     """Times the incremental bit search and one that recomputes every candidate; both give the same scores."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (tokens, k))
@@ -61,102 +57,14 @@ def search_speed(k: int, n: int, tokens: int, group_size: int) -> dict[str, Any]
     importance = jnp.exp(jax.random.normal(keys[2], (k,)))
     settings = {"bits": 2, "group_size": group_size, "zero_bits": 4, "sqc": "minmax", "criterion": "kl"}
     _, order = scores(w, x, importance, **settings)
-    groups = k // group_size
-    allocations = []
-    for p in range((groups - 1) // 2 + 1):
-        allocations.append(jnp.asarray(allocate(np.asarray(order), p, 2)))
+    most = (k // group_size - 1) // 2
+    allocations = [jnp.asarray(allocate(np.asarray(order), p, 2)) for p in range(most + 1)]
     direct = least_seconds(
         lambda: [_candidate(w, x, importance, b, group_size=group_size) for b in allocations], 1
     )
     ours = least_seconds(lambda: scores(w, x, importance, **settings))
-    return {"k": k, "n": n, "tokens": tokens, "direct_s": direct, "ours_s": ours, "ratio": direct / ours}
-
-
-def learning_speed(source: Source, tokens: np.ndarray) -> dict[str, Any]:
-    """Times an epoch of "slim-plus" over one block, and the block's full-precision gradient."""
-    config, dense = source.config, dict(source.block(0))
-    rtn = SlimConfig(group_size=64, method="rtn").resolved()
-    params, _ = BlockQuantizer(source, tokens, rtn, None).quantize(0)
-    packed = {name.removesuffix(".weight"): w for name, w in params.items() if isinstance(w, MixedTensor)}
-    x = jnp.concatenate(list(Activations.of(source, tokens).batches))
-    samples = Samples(x, x, x)  # any target will do for timing
-    settings = SlimConfig(group_size=64, method="slim-plus").resolved()
-    learner = BlockLearner(config, settings, len(tokens))
-    learned, layers, rest = learner.start(dense, packed)
-    plus = learner.kinds[0]
-    state = plus.optimizer.init(learned)
-    order = jnp.arange(len(tokens)).reshape(-1, settings.batch_size)
-
-    @jax.jit
-    def full(params: dict[str, jax.Array]) -> jax.Array:
-        def loss(params: dict[str, jax.Array], rows: jax.Array) -> jax.Array:
-            y, _ = make_block(config.block(0), params)(x[rows], sequence_positions(x[rows]))
-            return jnp.mean((y - x[rows]) ** 2)
-
-        return jax.lax.scan(lambda _, rows: (None, jax.grad(loss)(params, rows)), None, order)[1]
-
-    def epoch() -> Any:
-        start = jax.tree.map(jnp.copy, (learned, state))  # an epoch donates its arguments
-        return plus.epoch(*start, layers, rest, samples, order)
-
-    dense = {name: jnp.asarray(value, jnp.float32) for name, value in dense.items()}
-    ours, plain = least_seconds(epoch), least_seconds(lambda: full(dense))
-    return {"tokens": tokens.size, "epoch_s": ours, "full_precision_s": plain, "ratio": ours / plain}
-
-
-class RandomSource:
-    """A model with random weights; its blocks are made when they are read, so that none stays in memory.
-
-    Attributes:
-      config: the decoder's config.
-      origin: marks the model as random.
-    """
-
-    def __init__(self, config: DecoderConfig, *, dtype: Any = np.float32, alike: bool = False) -> None:
-        """``dtype`` is that of the parameters; if ``alike``, all blocks are one and the same."""
-        self.config, self._dtype, self._alike = config, dtype, alike
-        self.origin: dict[str, Any] = {"kind": "random", "layers": config.num_layers}
-        self._block: dict[str, np.ndarray] | None = None
-
-    def _random(self, shapes: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(seed)
-
-        def matrix(shape: tuple[int, ...]) -> np.ndarray:
-            return rng.standard_normal(shape, np.float32) * np.float32(shape[0] ** -0.5)
-
-        return {
-            name: (np.ones(s.shape, np.float32) if len(s.shape) == 1 else matrix(s.shape)).astype(self._dtype)
-            for name, s in shapes.items()
-        }
-
-    def outer(self) -> dict[str, np.ndarray]:
-        """See `slim_jax.store.source.Source`."""
-        return self._random(outer_params(self.config), 0)
-
-    def block(self, index: int) -> dict[str, np.ndarray]:
-        """See `slim_jax.store.source.Source`."""
-        if not self._alike:
-            return self._random(block_params(self.config), 1 + index)
-        if self._block is None:
-            self._block = self._random(block_params(self.config), 1)
-        return self._block
-
-
-def _small(layers: int) -> RandomSource:
-    """Returns a small llama-like model."""
-    return RandomSource(
-        DecoderConfig(
-            family="llama",
-            vocab_size=256,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_layers=layers,
-            num_heads=8,
-            num_kv_heads=8,
-            head_dim=64,
-            max_positions=256,
-        )
-    )
+    what = f"bit search, {k} x {n}, {tokens} tokens"
+    return {"what": what, "direct_s": direct, "ours_s": ours, "ratio": direct / ours}
 
 
 def peak_memory(layers: int) -> float:
@@ -167,14 +75,11 @@ def peak_memory(layers: int) -> float:
 
 
 def _quantize_random(layers: int) -> None:
-    import tempfile
-
-    source = _small(layers)
+    source = RandomSource(llama(layers, 512, 1536, 8, 256, 256))
     tokens = np.random.default_rng(0).integers(0, 256, (16, 128))
+    settings = SlimConfig(bits=2, group_size=64, tune=False)
     with tempfile.TemporaryDirectory() as folder:
-        quantize_to_checkpoint(
-            source, tokens, SlimConfig(bits=2, group_size=64, tune=False), Path(folder) / "out"
-        )
+        quantize_to_checkpoint(source, tokens, settings, Path(folder) / "out")
     print(peak_mib())
 
 
@@ -186,11 +91,6 @@ def peak_mib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _settings(name: str, bits: float, arguments: argparse.Namespace) -> SlimConfig:
@@ -211,17 +111,17 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def quality(arguments: argparse.Namespace, name: str, bits: float) -> dict[str, Any]:
+def quality(arguments: argparse.Namespace, name: str, bits: float) -> Record:
     """Quantizes the source once: CPU seconds, stored bits, values of ``p``, perplexity if there is a text."""
     source = convert.load_source(arguments.source)
     samples = _samples(source, arguments)
-    start, wall = _cpu_seconds(), time.monotonic()
+    start, wall = time.process_time(), time.monotonic()
     model, report = quantize(source, samples, _settings(name, bits, arguments))
-    row: dict[str, Any] = {
+    row: Record = {
         "method": name,
         "bits": bits,
         "stored_bits": report.bits_per_weight,
-        "cpu_s": _cpu_seconds() - start,
+        "cpu_s": time.process_time() - start,
         "wall_s": time.monotonic() - wall,
         "mixed": _spread([layer.mixed for layer in report.layers]),
     }
@@ -244,8 +144,9 @@ def _samples(source: Source, arguments: argparse.Namespace) -> np.ndarray:
 
     tokenizer: Any = getattr(source, "tokenizer", None)
     given = calibration.parts(arguments.calibration.split(","))
-    encode = partial(encode_text, tokenizer)
-    return calibration.draw(given, encode, write, arguments.samples, arguments.length, arguments.seed)
+    return calibration.draw(
+        given, partial(encode_text, tokenizer), write, arguments.samples, arguments.length, arguments.seed
+    )
 
 
 def _spread(values: list[int | None]) -> dict[str, int]:
@@ -268,9 +169,16 @@ def encode_text(tokenizer: Any, text: str) -> np.ndarray:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def main() -> None:
-    """Runs the measurements that the options ask for and prints them."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quantize", description=__doc__.splitlines()[0])
+def _speed() -> Iterator[Record]:
+    """Yields times of the bit search, and peak memory."""
+    yield search_speed(1536, 576, 2048, 64)
+    yield search_speed(4096, 4096, 2048, 128)
+    for layers in (4, 64):
+        yield {"what": f"a random model of {layers} blocks", "peak_mib": peak_memory(layers)}
+
+
+def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Runs the measurements that the options ask for."""
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--calibration", help="as of `slim-jax quantize`, joined by commas; random without")
     parser.add_argument("--text", help="text to measure perplexity on; none without")
@@ -296,37 +204,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-windows", type=int, default=38)
     parser.add_argument("--quality-only", action="store_true", help="skip search speed and memory")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    out: dict[str, Any] = {"quality": []}
-    say = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    arguments = parser.parse_args(given)
+    results = Results(arguments.json)
     if not arguments.quality_only:
-        out["search"] = [search_speed(1536, 576, 2048, 64), search_speed(4096, 4096, 2048, 128)]
-        for row in out["search"]:
-            say(
-                f"bit search [{row['n']}, {row['k']}], {row['tokens']} tokens: "
-                f"direct {row['direct_s']:.2f} s, incremental {row['ours_s']:.2f} s, ratio {row['ratio']:.1f}"
-            )
-        source = convert.load_source(arguments.source)
-        out["learning"] = row = learning_speed(source, _random_tokens(source)[: 16 * 512].reshape(16, 512))
-        say(
-            f"slim-plus, an epoch of {row['tokens']} tokens over one block: {row['epoch_s']:.2f} s, "
-            f"its full-precision gradient {row['full_precision_s']:.2f} s, ratio {row['ratio']:.2f}"
-        )
-        out["peak_mib"] = {str(layers): peak_memory(layers) for layers in (4, 64)}
-        say("peak memory: " + ", ".join(f"{n} blocks {mib:.0f} MiB" for n, mib in out["peak_mib"].items()))
-    for name in arguments.methods.split(","):
-        for bits in map(float, arguments.bits.split(",")):
-            row = quality(arguments, name, bits)
-            out["quality"].append(row)
-            found = f", perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""
-            say(
-                f"{name}, {bits:g} bits: stored {row['stored_bits']:.3f}{found}, CPU {row['cpu_s']:.0f} s, "
-                f"wall {row['wall_s']:.0f} s, p {row['mixed']}"
-            )
-    if arguments.json:
-        print(json.dumps(out, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        results.show("speed", _speed())
+    asked = [(name, bits) for name in arguments.methods.split(",") for bits in arguments.bits.split(",")]
+    results.show("quality", (quality(arguments, name, float(bits)) for name, bits in asked))

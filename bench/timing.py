@@ -16,13 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bench.results import Record
 from pallas_kernels import chips
 
 CACHES = 3  # with random replacement, a cache still holds 6 % of data three times its size
@@ -51,22 +52,6 @@ class Product:
     weights: tuple[Any, ...]
     bytes: int
     flops: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of one product over several repeats."""
-
-    median: float
-    least: float
-    most: float
-    repeats: int
-    weights: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float], weights: int) -> "Timing":
-        """Computes median and range of the measured times."""
-        return cls(float(np.median(seconds)), min(seconds), max(seconds), len(seconds), weights)
 
 
 def on_accelerator() -> bool:
@@ -112,13 +97,11 @@ def _turns(product: Product) -> int:
     return max(2, min(256, round(LOOP_SECONDS / floor)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A compiled product: its output ``[M, N]``, and a function that times it once more."""
 
     y: jax.Array
     sample: Callable[[], float]
-    weights: int
 
 
 def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
@@ -131,7 +114,7 @@ def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
         y = product.run(x, weight).block_until_ready()
         for _ in range(2):
             product.run(x, weight).block_until_ready()
-        return Prepared(y, lambda: _host_seconds(product.run, x, weight), 1)
+        return Prepared(y, lambda: _host_seconds(product.run, x, weight))
     turns = _turns(product)
 
     @jax.jit
@@ -157,7 +140,7 @@ def prepare(product: Product, *, loop: bool | None = None) -> Prepared:
         difference = _host_seconds(loop_of, long, *arguments) - _host_seconds(loop_of, short, *arguments)
         return difference / (LONGER * turns * len(product.weights))
 
-    return Prepared(y, sample, len(product.weights))
+    return Prepared(y, sample)
 
 
 def _host_seconds(run: Callable[..., jax.Array], *arguments: Any) -> float:
@@ -168,8 +151,8 @@ def _host_seconds(run: Callable[..., jax.Array], *arguments: Any) -> float:
 
 def take_turns[K: Hashable](
     prepared: Mapping[K, Prepared], repeats: int, seconds: float = math.inf
-) -> dict[K, Timing]:
-    """Times each product ``repeats`` times alternately, or until the time is up but at least three times."""
+) -> dict[K, list[float]]:
+    """Seconds of each product, timed alternately, until the time is up but at least three times."""
     taken: dict[K, list[float]] = {name: [] for name in prepared}
     end = time.monotonic() + seconds
     for i in range(repeats):
@@ -177,26 +160,24 @@ def take_turns[K: Hashable](
             break
         for name, one in prepared.items():
             taken[name].append(one.sample())
-    return {name: Timing.of(found, prepared[name].weights) for name, found in taken.items()}
+    return taken
 
 
-def rates(product: Product, timing: Timing) -> dict[str, Any]:
-    """Converts a time to microseconds and percentages of the device's bandwidth and matrix peak."""
-    device = chips.of_target()
-    row: dict[str, Any] = {
-        "microseconds": 1e6 * timing.median,
-        "least": 1e6 * timing.least,
-        "most": 1e6 * timing.most,
-        "repeats": timing.repeats,
-        "weights": timing.weights,
-    }
-    if timing.median <= 0:
+def rates(product: Product, seconds: Sequence[float]) -> Record:
+    """Returns the median time in microseconds, its range, and what it is of bandwidth and matrix peak.
+
+    Raises:
+      ValueError: the median is not positive.
+    """
+    device, median = chips.of_target(), float(np.median(seconds))
+    if median <= 0:
         raise ValueError(
-            f"the longer loop took {1e6 * timing.median:.1f} us a product less than the shorter one: "
+            f"the longer loop took {1e6 * median:.1f} us a product less than the shorter one: "
             "the device is not at rest"
         )
-    row["gb_per_s"] = product.bytes / timing.median / 1e9
-    row["teraflops"] = product.flops / timing.median / 1e12
+    row = {"microseconds": 1e6 * median, "least": 1e6 * min(seconds), "most": 1e6 * max(seconds)}
+    row |= {"repeats": len(seconds), "weights": len(product.weights)}
+    row |= {"gb_per_s": product.bytes / median / 1e9, "teraflops": product.flops / median / 1e12}
     if device.bandwidth is not None:
         row["percent_of_bandwidth"] = 100e9 * row["gb_per_s"] / device.bandwidth
     if device.bfloat16_flops is not None:

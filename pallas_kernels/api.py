@@ -49,8 +49,7 @@ def mixed_matmul(
       implementation: ``"xla"``, ``"mosaic_gpu"``, ``"mosaic_tpu"``, or several to try in order; if None,
         those of :func:`use_implementation`, else chosen by platform and number of rows.
       config: the tiling of the one kernel that ``implementation`` names (`pallas_kernels.gpu.config.Config`,
-        `pallas_kernels.tpu.config.Config`); if None, the configuration that was autotuned for the target,
-        else the kernel's heuristic.
+        `pallas_kernels.tpu.config.Config`); if None, the kernel's heuristic.
       preferred_element_type: dtype of the result.
 
     Returns:

@@ -20,25 +20,25 @@ ACTIVATION_BYTES = 16 * 4096 * (2 + 4)
 
 @pytest.mark.parametrize(("target", "cycles"), [("v5e", 11_000), ("v6e", 9_100)])
 def test_tpu_decode(target, cycles):
-    record = aot_tpu.compile_for(target, "bench.aot_tpu:packed", {**SHAPE, "constant": True})
-    assert record.error is None
-    assert record.estimated_cycles <= cycles
-    assert record.spills <= 1
-    assert record.bytes <= 1.1 * (PACKED_BYTES + ACTIVATION_BYTES)
+    record = aot_tpu.compile_for(target, "tpu_product", {**SHAPE, "constant": True})
+    assert record["error"] is None
+    assert record["estimated_cycles"] <= cycles
+    assert record["spills"] <= 1
+    assert record["bytes"] <= 1.1 * (PACKED_BYTES + ACTIVATION_BYTES)
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e"])
 def test_tpu_decode_with_segment_sizes_as_data(target):
-    record = aot_tpu.compile_for(target, "bench.aot_tpu:packed", SHAPE)
-    assert record.error is None
+    record = aot_tpu.compile_for(target, "tpu_product", SHAPE)
+    assert record["error"] is None
 
 
 def test_tpu_weights_side_by_side():
     """Alone, each weight takes 8,918 cycles; their product adds a start, an end and a wait for the index."""
     arguments = {**SHAPE, "m": 1, "weights": 3, "layers": 2, "constant": True}
-    record = aot_tpu.compile_for("v6e", "bench.aot_tpu:packed", arguments)
-    assert record.error is None
-    assert record.kernels["mixed_matmul_decode.1"]["estimated_cycles"] <= 25_200
+    record = aot_tpu.compile_for("v6e", "tpu_product", arguments)
+    assert record["error"] is None
+    assert record["kernels"]["mixed_matmul_decode.1"]["estimated_cycles"] <= 25_200
 
 
 def test_tpu_decoder_copies_neither_words_nor_cache():
@@ -47,32 +47,32 @@ def test_tpu_decoder_copies_neither_words_nor_cache():
     A layer's cache has 64 MiB, the embedding 64, and both layers' scales and zeros 4.
     """
     arguments = {"implementation": "mosaic_tpu", "layers": 2}
-    record = aot_tpu.compile_for("v5e", "bench.aot_decoder:decode_step", arguments, estimate=False)
-    assert record.error is None
-    assert record.temp_bytes <= 4 * 2**20
-    assert record.brought_bytes <= 3 * 2**20
+    record = aot_tpu.compile_for("v5e", "decode_step", arguments, details=False)
+    assert record["error"] is None
+    assert record["temp_bytes"] <= 4 * 2**20
+    assert record["brought_bytes"] <= 3 * 2**20
 
 
 def test_tpu_over_four_devices():
-    record = aot_tpu.compile_for("v5e-4", "bench.aot_tpu:sharded", SHAPE)
-    assert record.error is None
-    assert record.argument_bytes <= 1.05 * (PACKED_BYTES / 4 + 16 * 4096 * 2)  # x is whole on each device
-    assert record.temp_bytes <= 2**20  # no device gathers the weight
+    record = aot_tpu.compile_for("v5e-4", "sharded_product", SHAPE)
+    assert record["error"] is None
+    assert record["argument_bytes"] <= 1.05 * (PACKED_BYTES / 4 + 16 * 4096 * 2)  # x is whole on each device
+    assert record["temp_bytes"] <= 2**20  # no device gathers the weight
 
 
 @pytest.mark.parametrize(("target", "ratio"), [("v5e", 1.1), ("v6e", 1.17)])
 def test_tpu_prefill(target, ratio):
     shape = SHAPE | {"m": 2048}
-    packed = aot_tpu.compile_for(target, "bench.aot_tpu:packed", {**shape, "constant": True})
-    dense = aot_tpu.compile_for(target, "bench.aot_tpu:dense", shape)
-    assert packed.error is None
-    assert packed.estimated_cycles <= ratio * dense.estimated_cycles
+    packed = aot_tpu.compile_for(target, "tpu_product", {**shape, "constant": True})
+    dense = aot_tpu.compile_for(target, "dense_product", shape)
+    assert packed["error"] is None
+    assert packed["estimated_cycles"] <= ratio * dense["estimated_cycles"]
 
 
 @pytest.mark.parametrize("target", ["h100", "a100"])
-@pytest.mark.parametrize(("bits", "instructions"), [([2], 1.75), ([1, 2, 3], 2.0)])
-def test_gpu_decode(target, bits, instructions):
-    record = aot_gpu.compile_for(target, "bench.aot_gpu:matmul", {**SHAPE, "bits": bits})
+@pytest.mark.parametrize(("widths", "instructions"), [([2], 1.75), ([1, 2, 3], 2.0)])
+def test_gpu_decode(target, widths, instructions):
+    record = aot_gpu.compile_for(target, "gpu_product", {**SHAPE, "widths": widths})
     assert record["error"] is None
     assert record["grids"] == {"mixed_matmul": [[1, 128]]}  # not the CPU's choice; timed on an H200
     kernel = record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]
@@ -80,8 +80,8 @@ def test_gpu_decode(target, bits, instructions):
     assert kernel["tensor_core"]
     costs = [loop["per_weight_and_16_rows"] for loop in kernel["inner_loops"]]
     costs = [cost for cost in costs if cost is not None]
-    main = costs[:: len(costs) // len(bits)]  # each main loop is followed by those for the remainder
-    shares = [1.0] if len(bits) == 1 else [0.25, 0.5, 0.25]
+    main = costs[:: len(costs) // len(widths)]  # each main loop is followed by those for the remainder
+    shares = [1.0] if len(widths) == 1 else [0.25, 0.5, 0.25]
     assert sum(map(math.prod, zip(shares, main, strict=True))) <= instructions
     moved = record["read_bytes"] + record["written_bytes"]
     assert moved <= 1.1 * (PACKED_BYTES + ACTIVATION_BYTES)
@@ -89,7 +89,7 @@ def test_gpu_decode(target, bits, instructions):
 
 @pytest.mark.parametrize("target", ["h100", "a100"])
 def test_gpu_prefill(target):
-    record = aot_gpu.compile_for(target, "bench.aot_gpu:matmul", SHAPE | {"m": 2048})
+    record = aot_gpu.compile_for(target, "gpu_product", SHAPE | {"m": 2048})
     assert record["error"] is None
     assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0
 
@@ -97,13 +97,13 @@ def test_gpu_prefill(target):
 @pytest.mark.parametrize("m", [16, 2048])
 def test_gpu_with_less_shared_memory(m):
     config = {"block_n": 32, "stages": 2, "groups_per_step": 2, "split_k": 4} if m == 16 else None
-    record = aot_gpu.compile_for("l4", "bench.aot_gpu:matmul", SHAPE | {"m": m, "config": config})
+    record = aot_gpu.compile_for("l4", "gpu_product", SHAPE | {"m": m, "config": config})
     assert record["error"] is None
     assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0
 
 
 def test_gpu_weights_side_by_side():
-    record = aot_gpu.compile_for("h100", "bench.aot_gpu:matmul", {**SHAPE, "weights": 3})
+    record = aot_gpu.compile_for("h100", "gpu_product", {**SHAPE, "weights": 3})
     assert record["error"] is None
     assert record["launches"] <= 3  # preparing x, the kernel, and its magic number, which a decoder has once
     assert record["kernels"]["mixed_matmul_mosaic_gpu_kernel"]["spill_bytes"] == 0
@@ -112,7 +112,7 @@ def test_gpu_weights_side_by_side():
 def test_gpu_decoder_launches_few_kernels():
     """q, k, v together and o have two launches each (preparing x, kernel), attention one, the MLP three."""
     arguments = {"implementation": "mosaic_gpu", "layers": 1}
-    record = aot_gpu.compile_for("h100", "bench.aot_decoder:decode_step", arguments)
+    record = aot_gpu.compile_for("h100", "decode_step", arguments)
     assert record["error"] is None
     assert record["launches"] <= 8 + 8  # a block had 27 launches, then 16, then 10
     for name in ("mixed_matmul_mosaic_gpu_kernel", "mixed_mlp_mosaic_gpu_kernel", "attend"):

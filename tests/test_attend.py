@@ -13,25 +13,27 @@ import pytest
 from jax import lax
 from jax.experimental import pallas
 
-from bench.attention import Case, compare
+from bench.fused import Attention
 from pallas_kernels import chips
 from pallas_kernels.gpu import attention
 from slim_jax.model.cache import Int8Rows, KeyValues
 from slim_jax.model.rotary import Rotation, frequencies
 
 CASES = [
-    Case(4, 4, 16, 192, 150, parts=1),
-    Case(4, 4, 16, 192, 150, parts=8, dtype="float32"),  # most parts have no block
-    Case(6, 2, 32, 100, 99, batch=2, padding=30, parts=2, dtype="float32"),  # slots that no block divides
-    Case(2, 1, 64, 128, 64, window=20, parts=2, dtype="float32"),  # alone in its block and part
-    Case(40, 2, 16, 64, 40, softcap=5.0, parts=1, dtype="float32"),  # more than 16 queries per KV head
-    Case(4, 2, 16, 128, 0, batch=3, parts=2),
+    Attention(4, 4, 16, 192, 150, parts=1),
+    Attention(4, 4, 16, 192, 150, parts=8, dtype="float32"),  # most parts have no block
+    Attention(
+        6, 2, 32, 100, 99, batch=2, padding=30, parts=2, dtype="float32"
+    ),  # slots that no block divides
+    Attention(2, 1, 64, 128, 64, window=20, parts=2, dtype="float32"),  # alone in its block and part
+    Attention(40, 2, 16, 64, 40, softcap=5.0, parts=1, dtype="float32"),  # more than 16 queries per KV head
+    Attention(4, 2, 16, 128, 0, batch=3, parts=2),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_what_is_written(case):
-    record = compare(case, interpret=True)
+    record = case.compare(interpret=True)
     assert record["ok"], record
     if case.dtype == "float32":
         assert record["error"] < 1e-5

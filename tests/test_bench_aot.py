@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from bench import aot, aot_gpu, aot_tpu, hlo
+from bench import aot, aot_gpu, aot_programs, aot_reports, aot_tpu
 from pallas_kernels import chips
 from pallas_kernels.gpu import kernel
 
@@ -24,7 +24,7 @@ ENTRY %main (x: bf16[16,8], w: u32[4,8]) -> f32[16,8] {
 
 
 def test_launches_and_bytes_of_an_hlo_program():
-    launches, read, written = hlo.kernels_of(HLO)
+    launches, read, written = aot_reports.kernels_of(HLO)
     x, w, y = 256, 128, 512
     assert launches == 3  # the fusion, the copy and the kernel
     assert read == x + w + 2 * w + (x + w)
@@ -41,7 +41,6 @@ def test_floor_is_the_larger_of_memory_and_matrix_units():
     assert prefill["bound"] == "matrix units"
     assert prefill["ratio"] == 1.0  # 61 us would beat the chip's peak
     assert aot.against_floor(h100, 16, 64, 64, 1.5, None)["ratio"] is None
-    assert aot.against_floor(h100, 16, 64, 64, None, None)["floor_us"] is None
 
 
 @pytest.mark.parametrize("target", aot_gpu.targets())
@@ -62,16 +61,16 @@ def test_tpus_are_in_the_table(target):
 @pytest.mark.parametrize("target", ["h100", "a100", "b200"])
 def test_the_gpu_kernel_is_that_of_the_target(target, monkeypatch):
     """Blocks are chosen for the target, by its multiprocessors, not for this machine's CPU."""
-    chosen, choose = [], kernel.choose
+    chosen, heuristic = [], kernel.heuristic
 
     def spy(device_kind, *product):
-        chosen.append((device_kind, choose(device_kind, *product)))
+        chosen.append((device_kind, heuristic(device_kind, *product)))
         return chosen[-1][1]
 
-    monkeypatch.setattr(kernel, "choose", spy)
-    product, arguments = aot_gpu.matmul(n=11008)
+    monkeypatch.setattr(kernel, "heuristic", spy)
+    product, arguments = aot_programs.gpu_product(n=11008)
     with chips.target(aot_gpu.device(target)):
-        grids = aot_gpu.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
+        grids = aot_reports.grids(jax.make_jaxpr(product)(*arguments).jaxpr)
     assert grids == {"mixed_matmul": [[1, 344]]}
     ((name, config),) = chosen
     assert name == aot_gpu.device(target).name

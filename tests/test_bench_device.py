@@ -1,5 +1,6 @@
-"""`bench.device`, the one command for a new device: all stages at tiny shapes, and failures."""
+"""`bench device`, the one command for a new device: all stages at tiny shapes, and failures."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import attention, device, device_stages, device_values, gated, machine, timing
-from bench.limits import Limit
+from bench import __main__ as bench
+from bench import device, device_stages, fused, machine, matmul, timing
+from bench.device import limited
 from pallas_kernels import chips
 from pallas_kernels.tpu import config
 
@@ -24,10 +26,9 @@ def read(folder: Path) -> tuple[dict, str]:
     return json.loads((folder / "device-report.json").read_text()), (folder / "device-report.md").read_text()
 
 
-def main(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench.device", *arguments])
+def main(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        device.main()
+        bench.main(["device", *arguments])
     return ended.value.code
 
 
@@ -42,7 +43,7 @@ def quick_to_compile():
 
 @pytest.mark.slow
 def test_every_stage_runs(tmp_path, monkeypatch, quick_to_compile):
-    assert main(monkeypatch, "--quick", "--allow-cpu", "--out", str(tmp_path)) == 0
+    assert main("--quick", "--allow-cpu", "--out", str(tmp_path)) == 0
     document, page = read(tmp_path)
     assert document["ok"] is True
     assert [stage["status"] for stage in document["stages"].values()] == ["passed"] * len(device.STAGES)
@@ -50,7 +51,7 @@ def test_every_stage_runs(tmp_path, monkeypatch, quick_to_compile):
     assert stages["capability"]["cases"][0]["platform"] == "cpu"
     assert stages["capability"]["cases"][2]["implementation"] == "xla"
     assert len(stages["check"]["cases"]) == 2
-    assert all(case["packed"]["microseconds"] > 0 for case in stages["matmul"]["cases"])
+    assert all(row["microseconds"] > 0 for case in stages["matmul"]["cases"] for row in case["rows"])
     assert stages["decode"]["cases"][1]["seconds"]["packed"] > 0
     assert stages["prefill"]["cases"][1]["seconds"]["packed"] > 0
     found = stages["quantize"]["cases"][0]["perplexity"]
@@ -67,12 +68,11 @@ def test_the_stages_are_those_that_are_offered():
 def test_every_kernel_is_asked_on_a_gpu(monkeypatch):
     """Attention and MLPs run before products; a case's result is its module's."""
     with chips.target("h100"):
-        labels = [label for label, _ in itertools.islice(device_values.cases(quick=False), 12)]
-        monkeypatch.setattr(attention, "compare", lambda case: {"ok": False})
-        monkeypatch.setattr(attention, "line", lambda record: "wrong")
-        _, run = next(device_values.cases(quick=False))
-        assert run() == {"ok": False, "text": "wrong", "failed": "wrong"}
-    assert labels[:10] == [*map(str, attention.CASES), *map(str, gated.CASES)]
+        labels = [label for label, _ in itertools.islice(device_stages.check(device_stages.Options()), 12)]
+        monkeypatch.setattr(fused.Attention, "compare", lambda case: {"ok": False, "reason": "wrong"})
+        _, run = next(device_stages.check(device_stages.Options()))
+        assert run() == {"ok": False, "reason": "wrong", "text": "ok NO, reason wrong", "failed": "wrong"}
+    assert labels[:10] == [*map(str, fused.CASES)]
 
 
 def test_a_tpu_begins_with_its_checks_on(monkeypatch):
@@ -83,10 +83,10 @@ def test_a_tpu_begins_with_its_checks_on(monkeypatch):
             asked.append((case, config.checking()))
             yield {"ok": True}
 
-    monkeypatch.setattr(device_values.values, "check", check)
-    monkeypatch.setattr(device_values.values, "line", str)
+    monkeypatch.setattr(device_stages.values, "check", check)
     with chips.target("v6e"):
-        labels = [label for label, run in device_values.cases(quick=True) if run()["ok"]]
+        cases = device_stages.check(device_stages.Options(quick=True))
+        labels = [label for label, run in cases if run()["ok"]]
     (first, second), more = asked[:2], asked[2:]
     assert [checked for _, checked in (first, second)] == [True, True]
     assert more == [(case, False) for case, _ in (first, second)]
@@ -99,9 +99,9 @@ def test_what_a_target_takes_is_asked_as_it_is_called():
 
 
 def test_a_failing_check_stops_the_next_stages(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(device_values.values, "mixed_matmul", lambda x, w, **_: x @ w.dequantize() * jnp.nan)
+    monkeypatch.setattr(device_stages.values, "mixed_matmul", lambda x, w, **_: x @ w.dequantize() * jnp.nan)
     stages = "check,matmul"
-    assert main(monkeypatch, "--quick", "--allow-cpu", "--out", str(tmp_path), "--stages", stages) == 1
+    assert main("--quick", "--allow-cpu", "--out", str(tmp_path), "--stages", stages) == 1
     document, page = read(tmp_path)
     assert document["ok"] is False
     assert document["stages"]["check"]["status"].startswith("FAILED: 2 of 2 cases")
@@ -154,22 +154,22 @@ def test_a_case_that_hangs_is_left(tmp_path):
 
 
 def test_a_limit_ends_the_process():
-    code = "import time; from bench.limits import Limit\nwith Limit(print).within(0.1, 'it'): time.sleep(60)"
+    code = "import time; from bench.device import limited\nwith limited(0.1, 'it', print): time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert done.stdout == "it did not end within 0 s\n"
-    with Limit(print).within(60, "this"):
+    with limited(60, "this", print):
         pass
 
 
 def test_without_an_accelerator_it_says_how_to_install(monkeypatch, capsys, tmp_path):
-    assert main(monkeypatch, "--out", str(tmp_path / "none")) == 2
+    assert main("--out", str(tmp_path / "none")) == 2
     said = capsys.readouterr().out
     assert "JAX found no accelerator, its platform is cpu" in said
     assert "pip install '.[cuda]'" in said
     assert not (tmp_path / "none").exists()
     monkeypatch.setattr(machine, "NEEDED", ("jax", "no_such_module"))
-    assert main(monkeypatch, "--allow-cpu") == 2
+    assert main("--allow-cpu") == 2
     assert "lacks no_such_module" in capsys.readouterr().out
 
 
@@ -213,10 +213,18 @@ def test_a_loop_and_calls_time_the_same_product(rows, monkeypatch):
     product = timing.Product(jax.jit(lambda x, w: jnp.tanh(x @ w @ w @ w)), x, weights, 1, 1)
     loop, call = timing.prepare(product, loop=True), timing.prepare(product, loop=False)
     np.testing.assert_allclose(loop.y, product.run(x, weights[-1]), atol=1e-5)
-    assert loop.weights == 3
     found = timing.take_turns({"loop": loop, "call": call}, 7)
-    assert found["loop"].least <= found["loop"].median <= found["loop"].most
-    assert found["loop"].least < 10 * found["call"].least
+    assert [len(times) for times in found.values()] == [7, 7]
+    assert min(found["loop"]) < 10 * min(found["call"])
+
+
+def test_products_of_a_row():
+    """A kernel that does not run here is a row with the reason, and leaves the others."""
+    given = "--products packed,bf16 --repeats 3 --group-size 32 --config block_n=32,split_k=2"
+    rows = matmul.measure(1, 64, 64, matmul.options(argparse.ArgumentParser(), given.split()))
+    assert [row["product"] for row in rows] == ["packed", "packed block_n=32,split_k=2", "bf16"]
+    assert ["microseconds" in row for row in rows] == [True, False, True]
+    assert rows[1]["error"]
 
 
 def test_nothing_of_a_loop_is_left_out():
@@ -235,11 +243,12 @@ def test_nothing_of_a_loop_is_left_out():
 def test_rates():
     product = timing.Product(jnp.matmul, jnp.ones((1, 8)), (), 3_350_000, 989_400_000)
     with timing.chips.target("NVIDIA H100 80GB HBM3"):
-        row = timing.rates(product, timing.Timing(2e-6, 1e-6, 3e-6, 5, 4))
+        row = timing.rates(product, [3e-6, 1e-6, 2e-6])
+    assert (row["microseconds"], row["least"], row["most"]) == (2, 1, 3)
     assert row["percent_of_bandwidth"] == pytest.approx(50)
     assert row["percent_of_matrix_peak"] == pytest.approx(50)
     with pytest.raises(ValueError, match="not at rest"):
-        timing.rates(product, timing.Timing(-1e-6, -2e-6, 0, 5, 4))
+        timing.rates(product, [-1e-6, -2e-6, 0])
 
 
 def test_copies_exceed_the_cache(monkeypatch):

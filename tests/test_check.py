@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import json
-from functools import partial
 
 import jax.numpy as jnp
 import pytest
 from matmul_cases import MOSAIC_GPU
 
-from bench import check, matmul
+from bench import check
+from bench.__main__ import main
+from bench.results import line
 from pallas_kernels import backends, chips
 from pallas_kernels.gpu import kernel as gpu
 
@@ -23,7 +24,8 @@ def test_cases_are_those_of_real_products():
         if m in (1, 16, 2048):
             assert {c.bits for c in mine} == {2, 3}
     assert {c.group_size for c in check.CASES} == {32, 64, 128}
-    assert len([key for key, _ in itertools.groupby(c.weight for c in check.CASES)]) == len(check.WEIGHTS)
+    weights = [c.weight for c in check.CASES]
+    assert len(list(itertools.groupby(weights))) == len(set(weights))
 
 
 def test_right_values_pass():
@@ -36,7 +38,7 @@ def test_right_values_pass():
 def test_weights_side_by_side_are_compared():
     (record,) = check.check([dataclasses.replace(SMALL[0], n=64, joined=True)], implementation="xla")
     assert record["ok"]
-    assert check.line(record).count("joined") == 1
+    assert "joined yes" in line(record)
 
 
 @pytest.mark.slow
@@ -84,18 +86,17 @@ def test_cases_share_a_reference(monkeypatch, exact, made):
         (lambda y: y[:, ::-1], "expected at most 0.01"),
     ],
 )
-def test_wrong_values_fail(monkeypatch, capsys, exact, made, wrong, reason):
+def test_wrong_values_fail(monkeypatch, tmp_path, exact, made, wrong, reason):
     product = lambda x, w, residual: wrong(jnp.asarray(exact.y[: x.shape[0]]))  # noqa: E731
     monkeypatch.setitem(backends.BACKENDS, "xla", dataclasses.replace(backends.XLA, matmul=product))
     (record,) = check.check(SMALL[:1], implementation="xla")
     assert record["ok"] is False
     assert reason in record["reason"]
-    monkeypatch.setattr(matmul, "check", partial(check.check, SMALL[:1]))
-    monkeypatch.setattr("sys.argv", ["bench.matmul", "--check", "--implementation", "xla", "--json"])
+    monkeypatch.setattr(check.check, "__defaults__", (SMALL[:1],))
     with pytest.raises(SystemExit) as ended:
-        matmul.main()
+        main(["check", "--implementation", "xla", "--json", str(tmp_path / "found.json")])
     assert ended.value.code
-    assert json.loads(capsys.readouterr().out)["cases"][0]["ok"] is False
+    assert json.loads((tmp_path / "found.json").read_text())["cases"][0]["ok"] is False
 
 
 def test_what_a_compiler_says_is_the_reason(made):
@@ -107,7 +108,7 @@ def test_what_a_compiler_says_is_the_reason(made):
 def test_no_case_begins_when_the_time_is_over():
     records = list(check.check(SMALL, seconds=0))
     assert [(r["ok"], r["reason"]) for r in records] == 2 * [(None, "not run: 0 s are over")]
-    assert "not run" in check.line(records[0])
+    assert "not run" in line(records[0])
 
 
 @pytest.mark.parametrize("target", ["h100", "rtx4090"])

@@ -10,7 +10,7 @@ from jax import lax
 from matmul_cases import MOSAIC_GPU, random_weight, random_x, slow
 from test_matmul_gpu import QUICK
 
-from bench.gated import EXACT, Case, compare, line
+from bench.fused import EXACT, MLP
 from pallas_kernels import InputNorm, by_kernel, chips, mixed_matmul, prepare, prepare_joined
 from pallas_kernels.gpu import gated, joined
 from pallas_kernels.gpu.config import Config
@@ -66,8 +66,8 @@ def test_values(m, g, splits, activation, normed):
 
 
 def test_what_a_device_is_asked():
-    record = compare(Case(2, 256, 256, 64, 64), interpret=True)
-    assert record["ok"], line(record)
+    record = MLP(2, 256, 256, 64, 64).compare(interpret=True)
+    assert record["ok"], record
 
 
 def test_gate_and_up_are_still_what_they_were():

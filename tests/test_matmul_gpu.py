@@ -53,14 +53,12 @@ class TestMosaicGpu(MatmulCases):
         found = self.matmul(x, w, bias=bias, config=config)
         self.assert_close(found - bias[None], x, dense)
 
-    @pytest.mark.parametrize(
-        ("m", "split_k", "split_blocks"), [(1, 1, 1), (1, 2, 1), slow(1, 4, 1), slow(1, 2, 2), (3, 2, 1)]
-    )
-    def test_what_a_product_is_added_to(self, m, split_k, split_blocks):
+    @pytest.mark.parametrize(("m", "split_k"), [(1, 1), (1, 2), slow(1, 4), (3, 2)])
+    def test_what_a_product_is_added_to(self, m, split_k):
         """The kernel itself adds the residual to a single row, and writes one row."""
         w, dense = random_weight(7 * 32, 64, 32, [1, 2, 2, 2, 2, 3, 3])
         x, bias, residual = random_x(m, 7 * 32), random_x(64, seed=2), random_x(m, 64, seed=3)
-        config = Config(block_n=32, stages=2, groups_per_step=2, split_k=split_k, split_blocks=split_blocks)
+        config = Config(block_n=32, stages=2, groups_per_step=2, split_k=split_k)
         found = self.matmul(x, w, bias=bias, residual=residual, config=config)
         self.assert_close(found - bias[None] - residual, x, dense)
 
@@ -77,15 +75,6 @@ class TestMosaicGpu(MatmulCases):
         x = random_x(70, 9 * 64)
         self.assert_close(self.matmul(x, w, config=config), x, dense)
 
-    @pytest.mark.parametrize(("split_blocks", "split_k", "n"), [(2, 1, 72), (4, 2, 40), slow(8, 4, 40)])
-    def test_groups_dealt_to_blocks(self, split_blocks, split_k, n):
-        """K-slices with many, few or no groups of a width; a bias; columns that fill no block."""
-        w, dense = random_weight(32 * 11, n, 32, [1, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3], dtype=jnp.bfloat16)
-        x, bias = random_x(5, 32 * 11), random_x(n, seed=2)
-        config = Config(block_n=32, stages=2, groups_per_step=2, split_k=split_k, split_blocks=split_blocks)
-        found = self.matmul(x, w, bias=bias, config=config)
-        self.assert_close(found - bias[None], x, dense)
-
     @pytest.mark.parametrize(("groups", "split_k"), [slow(17, 1), slow(33, 1), (33, 2)])
     def test_zero_points_of_many_groups(self, groups, split_k):
         w, dense = random_weight(groups * 32, 32, 32, [2] * groups)
@@ -99,7 +88,7 @@ class TestMosaicGpu(MatmulCases):
             (Config(block_n=64, stages=2, groups_per_step=2), 3),
             slow(Config(block_n=32, stages=2, groups_per_step=2, split_k=4), 1),
             (Config(block_n=32, stages=1, groups_per_step=1, split_k=2), 3),
-            slow(Config(block_n=32, stages=1, groups_per_step=1, split_k=2, split_blocks=2), 20),
+            slow(Config(block_n=32, stages=1, groups_per_step=1, split_k=2), 20),
         ],
     )
     def test_weights_side_by_side(self, config, m):
@@ -204,7 +193,6 @@ def test_refuses_what_it_cannot_do():
         {"stages": 0},
         {"groups_per_step": 0},
         {"split_k": 3},
-        {"split_blocks": 3},
         {"split_k": 2, "block_m": 32},
     ],
 )

@@ -16,7 +16,7 @@ from flax import nnx
 from golden_models import load_golden, write_hf
 from test_pipeline import CONFIG
 
-from bench.aot_decoder import LLAMA_2_7B
+from bench.models import LLAMA_2_7B
 from convert.readers.hf import load_hf
 from convert.readers.source import ModelSource
 from slim_jax import memory, plan, quantize

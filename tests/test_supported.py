@@ -28,7 +28,7 @@ FITS_NOT = gpu.Config(stages=2, groups_per_step=4, split_k=4)
 def test_gpus_that_are_served(name):
     device = BY_SHORT_NAME[name]
     for m, k, n in [(1, 4096, 1024), (16, 11008, 4096), (33, 4096, 4096), (2048, 4096, 11008)]:
-        config = gpu.choose(device.name, m, k, n, 2, 128)
+        config = gpu.heuristic(device.name, m, k, n)
         config = gpu_config.fitted(config, device, 128)
         gpu_config.check_supported(device, jnp.dtype("bfloat16"), m, 128, config)
 
@@ -72,7 +72,7 @@ def test_tpu_refuses(device, dtype, m, group_size, config, message):
 
 def test_tpus_that_are_served():
     for name in ("v5e", "v5p", "v6e", "v7x"):
-        config = tpu.choose(BY_SHORT_NAME[name].name, 16, 4096, 4096, 2, 128)
+        config = tpu.heuristic(BY_SHORT_NAME[name].name, 16, 4096, 4096)
         tpu_config.check_supported(BY_SHORT_NAME[name], jnp.dtype("float32"), 16, 128, config)
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.autotune import tuned
 from pallas_kernels.chips import Device, describe
 from pallas_kernels.gpu.operands import ROW_TILE
 
@@ -18,7 +17,7 @@ CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0")
 
 
 NAME = "mosaic_gpu"
-"""Name of the implementation, and of its part of the autotuning table."""
+"""Name of the implementation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +33,6 @@ class Config:
         group per step.
       split_k: number of K-slices, 1, 2 or 4: each is a part of the groups, for ``4 / split_k`` of a block's
         warps; a warp has ``block_n * split_k / 4`` columns. Above 1 only with a ``block_m`` of 16.
-      split_blocks: 1, 2, 4 or 8 parts of the groups of every width, each for a block of its own; XLA adds
-        their results. For weights with so few columns that multiprocessors would be idle. Not timed on any
-        device.
 
     Raises:
       ValueError: a field is not as above, or ``stages`` or ``groups_per_step`` is not in 1..16.
@@ -47,7 +43,6 @@ class Config:
     stages: int = 3
     groups_per_step: int = 4
     split_k: int = 1
-    split_blocks: int = 1
 
     def __post_init__(self) -> None:
         if self.block_m not in (16, 32, 64, 128):
@@ -56,8 +51,6 @@ class Config:
             raise ValueError(f"block_n is {self.block_n}, expected 32, 64, 128 or 256")
         if self.split_k not in (1, 2, 4):
             raise ValueError(f"split_k is {self.split_k}, expected 1, 2 or 4")
-        if self.split_blocks not in (1, 2, 4, 8):
-            raise ValueError(f"split_blocks is {self.split_blocks}, expected 1, 2, 4 or 8")
         if self.split_k > 1 and self.block_m != ROW_TILE:
             raise ValueError(f"split_k is {self.split_k}, expected 1 where block_m is not {ROW_TILE}")
         for name in ("stages", "groups_per_step"):
@@ -66,7 +59,7 @@ class Config:
 
 
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
-    """A configuration for products that were not autotuned: the fastest on an H200 (docs/kernels.md).
+    """The configuration for a device and a product: the fastest on an H200 (docs/kernels.md).
 
     Up to 64 rows use tiles of 16 rows and blocks of the least width, whose warps split K: a block waits for
     memory and for its own instructions, so many small blocks were twice as fast as few wide ones. Two groups
@@ -84,12 +77,6 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     rounds = {resident: -(-blocks // (resident * processors)) for resident in (2, 3)}
     stages, per_step = (3, 1) if rounds[3] < rounds[2] else (2, 2)
     return Config(block_m=ROW_TILE, block_n=32, stages=stages, groups_per_step=per_step, split_k=split)
-
-
-def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
-    """The configuration measured for this product, else that of the :func:`heuristic`."""
-    found = tuned(NAME, Config, device_kind, m, k, n, bits, group_size)
-    return heuristic(device_kind, m, k, n) if found is None else found
 
 
 def shared_bytes(config: Config, group_size: int) -> int:

@@ -71,7 +71,7 @@ def plan(m: int, dtype: jnp.dtype, w: Joined, down: Joined, activation: str) -> 
     entry, exit_ = (kernel.configured(m, dtype, one, None) for one in (w, down))
     if entry.block_m != ROW_TILE or exit_.block_m != ROW_TILE:
         raise refused
-    entry = dataclasses.replace(entry, block_n=COLUMNS, split_blocks=1)
+    entry = dataclasses.replace(entry, block_n=COLUMNS)
     kept = 2 * math.prod(_shares(entry)) * 4  # in addition to what a product needs
     limit = chips.of_target().scratch_bytes
     if limit is not None and shared_bytes(entry, w.group_size) + kept > limit:
@@ -158,7 +158,6 @@ def _body(  # type: ignore[no-untyped-def]
             tile = Tile(inputs, w, config, w.shape[1], interpret, block=block + which * blocks)
             (acc,) = tile.subtract_zeros(tile.add_segments(tile.nothing()))
             plgpu.store(shares.at[which], tile.warps.from_accumulator(acc), optimized=False)
-            tile.warps.barrier()
             rows = [shares.at[which, pl.ds(s * ROW_TILE, ROW_TILE)] for s in range(config.split_k)]
             y = sum(plgpu.load(row, layout=layout, optimized=False) for row in rows)
             if w.norm is not None:

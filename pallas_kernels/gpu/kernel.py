@@ -5,8 +5,7 @@ all groups. It processes the groups of one width after another. The number of gr
 each width has a loop of its own whose trip count is read from memory, and no branch depends on the width of a
 group. The warps divide the columns among them or, with ``split_k``, the groups of each width (K-slices):
 there are then more and narrower blocks, while the work and the cost of a warp stay the same. The K-slices are
-added through shared memory, so ``y`` is written once and partial sums never, unless ``split_blocks`` also
-divides the groups among several blocks.
+added through shared memory, so ``y`` is written once and partial sums never.
 
 *Codes are never converted one by one.* A bfloat16 in [128, 256) has 7 bits of mantissa with values 64 ... 1,
 so
@@ -52,7 +51,6 @@ from pallas_kernels import chips
 from pallas_kernels.gpu.config import NAME as NAME
 from pallas_kernels.gpu.config import Config as Config
 from pallas_kernels.gpu.config import check_supported, fitted
-from pallas_kernels.gpu.config import choose as choose
 from pallas_kernels.gpu.config import heuristic as heuristic
 from pallas_kernels.gpu.joined import Joined, alone
 from pallas_kernels.gpu.operands import ROW_TILE, Operands, activations
@@ -80,7 +78,7 @@ def mixed_matmul(
       w: the packed weight ``[K, N]``, which is prepared here on every call, or several side by side.
       bias: ``[N]``, added in float32.
       residual: ``[M, N]``, added in float32; by the kernel if M is 1.
-      config: if None, the choice of :func:`choose` for the target, reduced to fit the target's shared memory.
+      config: if None, the :func:`heuristic` for the target, reduced to fit the target's shared memory.
       interpret: run by the Pallas interpreter, on any platform.
 
     Returns:
@@ -106,8 +104,7 @@ def configured(m: int, dtype: jnp.dtype, w: Joined, config: Config | None) -> Co
     """Configuration of a product of ``m`` rows of x; raises as :func:`mixed_matmul`."""
     device = chips.of_target()
     if config is None and m:
-        config = choose(device.name, m, *w.shape, w.mean_width, w.group_size)
-        config = fitted(config, device, w.group_size)
+        config = fitted(heuristic(device.name, m, *w.shape), device, w.group_size)
     check_supported(device, dtype, m, w.group_size, config)
     assert config is not None
     # A block has columns of one tile.
@@ -116,7 +113,7 @@ def configured(m: int, dtype: jnp.dtype, w: Joined, config: Config | None) -> Co
 
 def takes_residual(m: int, config: Config) -> bool:
     """True if the kernel itself adds a residual to the product, and writes one row if x has one."""
-    return m == 1 and config.block_m == ROW_TILE and config.split_blocks == 1
+    return m == 1 and config.block_m == ROW_TILE
 
 
 def _pairs(a: jax.Array) -> jax.Array:
@@ -141,25 +138,20 @@ def multiply(
     interpret: bool,
 ) -> jax.Array:
     """:func:`_product` of ``m`` rows of x that are prepared."""
-    n, parts = w.shape[1], config.split_blocks
+    n = w.shape[1]
     rows = -(-m // config.block_m) * config.block_m
     # For one row of x only one row is written: slicing it out would be a launch before the next kernel.
     out_rows = 1 if m == 1 and config.block_m == ROW_TILE else rows
     kernel = plgpu.kernel(
         partial(_body, w=w, config=config, n=n, sum_parts=operands.parts, interpret=interpret),
-        out_type=result_type((parts * out_rows, n), (operands.x, w)),
-        grid=(rows // config.block_m, -(-n // config.block_n), *([parts] if parts > 1 else [])),
-        grid_names=("m", "n", "k") if parts > 1 else ("m", "n"),
+        out_type=result_type((out_rows, n), (operands.x, w)),
+        grid=(rows // config.block_m, -(-n // config.block_n)),
+        grid_names=("m", "n"),
         kernel_name="mixed_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    bias = None if bias is None else bias.astype(jnp.float32)
-    inside = [] if bias is None or parts > 1 else [bias]
-    y = kernel(*references(operands, w), *inside)
-    if parts == 1:
-        return y
-    y = y.reshape(parts, out_rows, n).sum(axis=0)
-    return y if bias is None else y + bias[None]
+    inside = [] if bias is None else [bias.astype(jnp.float32)]
+    return kernel(*references(operands, w), *inside)
 
 
 def references(operands: Operands, w: Joined) -> References:

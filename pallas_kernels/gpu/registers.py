@@ -239,20 +239,6 @@ class Warps:
 
         return [_renamed(words, self.words(n, rows), self.words(n), (WORD_ROWS, n), jnp.uint32, rename)]
 
-    def barrier(self) -> None:
-        """Waits until all four warps are here; then all see what each has stored."""
-        if self.interpret:
-            plgpu.commit_smem()
-            return
-
-        @plgpu.inline_mgpu()  # commit_smem also has a fence for TMA, which sm_80 lacks
-        def inline(ctx):
-            from jax.experimental.mosaic.gpu import utils
-
-            utils.warpgroup_barrier()
-
-        inline()
-
 
 def tiled(tiling: Any, warps: Any, lanes: Any) -> Any:
     """A layout of a tiling that need not be canonical: a tile may be as large as the one that it divides."""

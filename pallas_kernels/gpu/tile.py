@@ -87,7 +87,6 @@ class Tile:
         self.padded = padded_groups(w, config.split_k)
         self.tile_count = config.block_m // ROW_TILE
         self.row_block = lax.axis_index("m")
-        self.part: Any = lax.axis_index("k") if config.split_blocks > 1 else 0
         self.row_tiles = [self.row_block * self.tile_count + r for r in range(self.tile_count)]
         self.magic = refs.magic[0].astype(jnp.uint32)
 
@@ -109,22 +108,16 @@ class Tile:
         return [plgpu.layout_cast(zeros, self.warps.accumulator) for _ in self.row_tiles]
 
     def add_segments(self, acc: list[jax.Array]) -> list[jax.Array]:
-        """Adds to ``acc`` the products with the groups of every width, or this block's part of them."""
+        """Adds to ``acc`` the products with the groups of every width."""
         w, config = self.w, self.config
-        split, per_step, parts = config.split_k, config.groups_per_step, config.split_blocks
-        first: Any = 0
-        first_row: Any = self.place.row
+        split, per_step = config.split_k, config.groups_per_step
+        begin: Any = 0
+        row: Any = self.place.row
         for i, b in enumerate(w.widths):
             rows = w.group_size * b // WORD_BITS
             if rows > self.refs.words.shape[0]:
                 continue  # not even one group of this width fits
-            whole = count = self.place.segments(i)
-            begin, row, done = first, first_row, jnp.int32(0)
-            if parts > 1:
-                most = lax.div(whole + (parts - 1), parts)
-                before = lax.min(self.part * most, whole)
-                count = lax.min(most, whole - before)
-                begin, row = first + before, first_row + before * rows
+            count, done = self.place.segments(i), jnp.int32(0)
             if per_step > 1:
                 steps = lax.div(count, per_step * split)
                 acc = self._add_groups(b, begin, row, steps, per_step, config.stages, acc)
@@ -133,7 +126,7 @@ class Tile:
             stages = max(config.stages, per_step)
             end = begin + count if split > 1 else None
             acc = self._add_groups(b, begin + done, row + done * rows, steps, 1, stages, acc, end)
-            first, first_row = first + whole, first_row + whole * rows
+            begin, row = begin + count, row + count * rows
         return acc
 
     def _add_groups(self, b, begin, row, steps, per_step, stages, acc, end=None):  # type: ignore[no-untyped-def]
@@ -253,18 +246,12 @@ class Tile:
         return acc
 
     def subtract_zeros(self, acc: list[jax.Array]) -> list[jax.Array]:
-        """``acc - (sums of x) @ (scale * zero)``, 16 groups per K-slice at a time.
-
-        If the groups are split over blocks, every ``split_blocks``-th chunk is this block's.
-        """
-        warps, sums, parts = self.warps, self.refs.sums, self.config.split_blocks
+        """``acc - (sums of x) @ (scale * zero)``, 16 groups per K-slice at a time."""
+        warps, sums = self.warps, self.refs.sums
         first = self.place.weight * (sums.shape[1] // (self.weights * warps.rows))
-        times: Any = -(-self.w.groups // warps.rows)  # chunks past the last group contribute nothing
-        if parts > 1:
-            times = lax.div(times - self.part + (parts - 1), parts)
+        times = -(-self.w.groups // warps.rows)  # chunks past the last group contribute nothing
 
-        def some(i, acc):
-            t = i * parts + self.part if parts > 1 else i
+        def some(t, acc):
             products = warps.own(lambda share: self._scaled_zeros(t * self.config.split_k + share))
             # A product of two 8-bit numbers has 16 bits and is a sum of two bfloat16.
             rights = []
@@ -312,11 +299,9 @@ class Tile:
     def store(self, acc: list[jax.Array], out, bias) -> None:  # type: ignore[no-untyped-def]
         """Adds the warps' K-slices, and ``bias`` if there is one, and writes the tile.
 
-        If ``out`` has a single row for each part of the groups, only the tile's first row is written.
+        If ``out`` has a single row, only the tile's first row is written.
         """
-        warps, split = self.warps, self.config.split_k
-        first_row = self.part * (out.shape[0] // self.config.split_blocks)
-        one_row = out.shape[0] == self.config.split_blocks
+        warps, split, one_row = self.warps, self.config.split_k, out.shape[0] == 1
         stored = Warps(1, self.interpret).stored(self.config.block_n)
 
         def write(r, y):
@@ -326,15 +311,13 @@ class Tile:
             if bias is not None:
                 row = plgpu.load(bias.at[self.out_columns], layout=stored.reduce(0), optimized=False)
                 y = y + (row if one_row else lax.broadcast_in_dim(row, y.shape, [1]))
-            rows = first_row if one_row else pl.ds(first_row + self.row_tiles[r] * ROW_TILE, ROW_TILE)
+            rows = 0 if one_row else pl.ds(self.row_tiles[r] * ROW_TILE, ROW_TILE)
             plgpu.store(out.at[rows, self.out_columns], y, optimized=False)
 
         def add_shares(shares):
             """Adds the warps' K-slices through shared memory, and writes the sum."""
-            warps.barrier()  # other warps may still read what is overwritten
-            for r, total in enumerate(acc):
+            for r, total in enumerate(acc):  # Mosaic has a barrier of all warps before and after each store
                 plgpu.store(shares.at[r], warps.from_accumulator(total), optimized=False)
-            warps.barrier()
             layout = stored.reduce(0) if one_row else stored
             for r in range(self.tile_count):
                 begins = range(0, warps.rows, ROW_TILE)

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.autotune import tuned
 from pallas_kernels.chips import Device, describe
 
 LANES = 128
@@ -36,7 +35,7 @@ def checking() -> bool:
 
 
 NAME = "mosaic_tpu"
-"""Name of the implementation, and of its part of the autotuning table."""
+"""Name of the implementation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +107,6 @@ def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
     return Config(
         strips, batch=batch, join=join, deep=deep, unpack=unpack, ahead=ahead, cores=cores, vector=vector
     )
-
-
-def choose(device_kind: str, m: int, k: int, n: int, bits: float, group_size: int) -> Config:
-    """The configuration measured for this product, else that of the :func:`heuristic`."""
-    found = tuned(NAME, Config, device_kind, m, k, n, bits, group_size)
-    return heuristic(device_kind, m, k, n) if found is None else found
 
 
 def check_supported(device: Device, dtype: jnp.dtype, m: int, group_size: int, config: Config) -> None:

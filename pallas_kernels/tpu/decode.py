@@ -58,7 +58,6 @@ from pallas_kernels.tpu.config import DECODE_ROWS as DECODE_ROWS
 from pallas_kernels.tpu.config import LANES, SUBLANES, UNPACKS, check_supported, checking
 from pallas_kernels.tpu.config import NAME as NAME
 from pallas_kernels.tpu.config import Config as Config
-from pallas_kernels.tpu.config import choose as choose
 from pallas_kernels.tpu.config import heuristic as heuristic
 from pallas_kernels.tpu.layers import Layers, padded, whole
 from pallas_kernels.tpu.operands import (
@@ -196,7 +195,7 @@ def mixed_matmul(
       w: the packed weight ``[K, N]``, or layers of it, of which the kernel reads one; or several weights that
         read the same input.
       bias: ``[N]``, added in float32.
-      config: if None, the choice of :func:`choose` for the target.
+      config: if None, the :func:`heuristic` for the target.
       interpret: as in ``pl.pallas_call``.
 
     Returns:
@@ -209,7 +208,7 @@ def mixed_matmul(
     m, (k, n) = x.shape[0], w.shape
     device = chips.of_target()
     sizes = w.sizes if isinstance(w, Layers) else (n,)
-    config = config or choose(device.name, m, k, max(sizes), w.mean_width, w.group_size)
+    config = config or heuristic(device.name, m, k, max(sizes))
     check_supported(device, x.dtype, m, w.group_size, config)
     bias = None if bias is None else bias.astype(jnp.float32)[None]
     if m > DECODE_ROWS:

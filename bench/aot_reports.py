@@ -1,7 +1,10 @@
-"""Analysis of an optimized HLO program from the text that XLA prints."""
+"""Facts about a program: from its traced form, its optimized HLO text, and libtpu's files on its kernels."""
 
+import collections
 import math
 import re
+from pathlib import Path
+from typing import Any
 
 OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", re.MULTILINE)
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
@@ -57,3 +60,42 @@ def _computation(hlo: str, name: str) -> str:
     start = re.search(rf"^%?{re.escape(name)} \(", hlo, re.MULTILINE)
     assert start is not None, f"the program has no computation {name}"
     return hlo[start.start() : hlo.index("\n}", start.start())]
+
+
+def tpu_kernels(dump: str) -> dict[str, dict[str, Any]]:
+    """Bundles, operations by unit, spills and estimated cycles of every kernel, from libtpu's reports."""
+    kernels: dict[str, dict[str, Any]] = {}
+    for path in sorted(Path(dump).glob("*final_hlo-static-per-bundle-utilization.txt")):
+        name = re.sub(r"-\d+-final_hlo.*", "", path.name.split("-", 1)[1])
+        if name.startswith(("<late", "TLP")):  # the program around the kernels
+            continue
+        text = path.read_text()
+        header = re.search(r"MXU, .*", text)
+        assert header is not None, f"libtpu changed the format of {path}"
+        units = [unit.strip() for unit in header[0].split(",")]
+        table = text.split("== UTILIZATION:")[1].split("\n")
+        rows = [list(map(int, line.split())) for line in table if re.fullmatch(r"[\d ]+", line)]
+        used = {unit: sum(row[i] for row in rows) for i, unit in enumerate(units)}
+        kernels[name] = {
+            "bundles": len(rows),
+            "operations": {unit: count for unit, count in used.items() if count},
+            "spills": used.get("VSTORE:SPILL", 0),
+            "estimated_cycles": None,
+        }
+    for path in Path(dump).glob("profile/*.textproto"):
+        for name, cycles in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', path.read_text()):
+            kernels.setdefault(name, {})["estimated_cycles"] = int(cycles)
+    return kernels
+
+
+def grids(jaxpr: Any) -> dict[str, list[list[int]]]:
+    """Distinct grids of the Pallas GPU kernels of a program, by the kernels' names."""
+    found: dict[str, list[list[int]]] = collections.defaultdict(list)
+    for equation in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        kernels = [(equation.params["name"], [list(mesh.grid)]) for mesh in equation.params.get("meshes", ())]
+        for program in inner:
+            kernels += grids(program).items() if hasattr(program, "eqns") else []
+        for name, of_kernel in kernels:
+            found[name] += [grid for grid in of_kernel if grid not in found[name]]
+    return dict(found)
