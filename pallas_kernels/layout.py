@@ -160,11 +160,6 @@ class MixedTensor:
         layers = math.prod(self.words.shape[:-2])
         return 8.0 * self.nbytes / (layers * self.shape[0] * self.shape[1])
 
-    @property
-    def mean_width(self) -> float:
-        """Bits per code, averaged over the groups; static, unlike the number of groups of each width."""
-        return WORD_BITS * self.words.shape[-2] / (self.groups * self.group_size)
-
     def scales(self) -> jax.Array:
         """Scales ``float32[G, N]`` in storage order."""
         return scales.decoded(self.scale)

@@ -22,7 +22,6 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.layout import MixedTensor, exported, stack
-from pallas_kernels.planes import WORD_BITS
 
 
 def static() -> Any:
@@ -112,12 +111,6 @@ class Prepared(abc.ABC):
     def group_size(self) -> int:
         """Input channels in a group."""
         return self.tensors[0].group_size
-
-    @property
-    def mean_width(self) -> float:
-        """Bits of a code, averaged over the groups of all weights."""
-        bits = sum(rows * n for rows, n in zip(self.rows, self.sizes)) * WORD_BITS
-        return bits / (self.groups * self.group_size * sum(self.sizes))
 
 
 @dataclasses.dataclass(frozen=True)
