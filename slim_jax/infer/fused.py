@@ -61,7 +61,7 @@ class Experts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FusedBlock:
-    """A block whose stages multiply with prepared weights; it runs like a `slim_jax.model.block.Block`.
+    """A block on one device with prepared weights; it runs like a `slim_jax.model.block.Block`.
 
     Attributes:
       block: the block, with all weights that are not merged, prepared one by one.
@@ -77,6 +77,8 @@ class FusedBlock:
         self, h: Float[Array, "b t d"], positions: Int[Array, "b t"], cache: Any = None
     ) -> tuple[Float[Array, "b t d"], Any]:
         """Returns the output of the block, and the cache extended by the tokens of ``h``."""
+        if isinstance(cache, KeyValues):
+            cache = dataclasses.replace(cache, one_device=True)
         stream: Stream = {"h": h, "positions": positions, "cache": cache}
         for stage in self.stages:
             part = self if isinstance(stage, FusedStage) else part_of(self.block, stage.part)
@@ -144,10 +146,6 @@ class MergedProduct:
         return stage.run(part, *fields)
 
 
-def _on_one_device(fused: FusedBlock, cache: Any) -> tuple[Any]:
-    return (dataclasses.replace(cache, one_device=True) if isinstance(cache, KeyValues) else cache,)
-
-
 @dataclasses.dataclass(frozen=True)
 class ResidualProduct:
     """Adds a layer's output to the residual stream as part of the product; ``then`` goes on with the sum."""
@@ -206,8 +204,6 @@ def fused_stages(block: Block, weights: Mapping[str, Any], stages: tuple[Stage, 
     for before, stage in pairwise((Stage(None, (), ()), *stages)):
         first = before.layers[0] if before.layers else ""
         alone = len(before.layers) == 1 and before.adds and packed_alone(part_of(block, first)) is not None
-        if "cache" in stage.reads and _prepared(block, before.layers):
-            found.append(FusedStage(_on_one_device, ("cache",), ("cache",)))
         if first == "mlp.gate" and mlp_is_one:
             continue  # with the next
         if first == "mlp.down" and mlp_is_one:
@@ -231,10 +227,3 @@ def _mlp_is_one(block: Block, weights: Mapping[str, Any]) -> bool:
     if mlp is None or mlp.gate is None or "mlp.gate" not in weights or packed_alone(mlp.down) is None:
         return False
     return mlp.gate.bias is None and mlp.up.bias is None
-
-
-def _prepared(block: Block, names: tuple[str, ...]) -> bool:
-    """True if these layers' weights are prepared, which lie on one device."""
-    layers = [part_of(block, name) for name in names]
-    weights = [layer.weight.get_value() for layer in layers if isinstance(layer, Linear)]
-    return bool(weights) and all(weight is None or is_prepared(weight) for weight in weights)
