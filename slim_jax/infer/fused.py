@@ -22,7 +22,7 @@ from pallas_kernels.ragged import by_turns
 from slim_jax.model.block import Block, plus
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.linear import Linear
-from slim_jax.model.mlp import ACTIVATIONS, MLP, chunk_rows
+from slim_jax.model.mlp import MLP, chunk_rows
 from slim_jax.model.stage import Stage, Stream, part_of, passed
 
 FEW_TOKENS = 8
@@ -113,18 +113,14 @@ class Given(nnx.Module):
         return self.y.get_value()
 
 
-def split_product(x: Float[Array, "... k"], weight: Prepared) -> list[jax.Array]:
-    """Returns the products with each of the merged weights."""
-    return jnp.split(mixed_matmul(x, weight), np.cumsum(weight.sizes[:-1]).tolist(), axis=-1)
-
-
 def with_outputs[T](part: T, names: tuple[str, ...], weight: Prepared, x: jax.Array) -> T:
     """Returns a part of a block in which layers that all read ``x`` are replaced by their outputs.
 
     ``weight`` merges their weights; ``names`` are their names in the part.
     """
     part = nnx.merge(*nnx.split(part))
-    for name, y in zip(names, split_product(x, weight), strict=True):
+    outputs = jnp.split(mixed_matmul(x, weight), np.cumsum(weight.sizes[:-1]).tolist(), axis=-1)
+    for name, y in zip(names, outputs, strict=True):
         owner, _, leaf = name.rpartition(".")
         setattr(part_of(part, owner), leaf, Given(part_of(part, name).plus_bias(y)))
     return part
@@ -161,17 +157,17 @@ class ResidualProduct:
 def _plus_mlp(fused: FusedBlock, h: jax.Array, x: jax.Array) -> tuple[jax.Array]:
     """Gate, up, down and the residual stream, by one kernel if there is one."""
     block, entry = fused.block, fused.weights["mlp.gate"]
-    assert block.mlp is not None
-    activation, down = block.mlp.activation, block.mlp.down.weight.get_value()
+    own, norm = block.mlp, block.mlp_out_norm
+    assert own is not None
 
     def by_products(x: jax.Array, entry: Prepared, down: Prepared, residual: jax.Array | None) -> jax.Array:
-        gate, up = split_product(x, entry)
-        return mixed_matmul(ACTIVATIONS[activation](gate) * up, down, residual=residual)
+        hidden = with_outputs(own, ("gate", "up"), entry, x).hidden(x)
+        return mixed_matmul(hidden, down, residual=residual)
 
     def mlp(residual: jax.Array | None) -> jax.Array:
-        return by_kernel("mlp", by_products, x, entry, down, residual, activation=activation)  # type: ignore[no-any-return]
+        operands = x, entry, own.down.weight.get_value(), residual
+        return by_kernel("mlp", by_products, *operands, activation=own.activation)  # type: ignore[no-any-return]
 
-    norm = block.mlp_out_norm
     return block.after_mlp(mlp(h) if norm is None else plus(h, mlp(None), norm))
 
 
