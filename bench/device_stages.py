@@ -138,7 +138,7 @@ def check(options: Options) -> Cases:
     """
     if chips.of_target().platform == "cuda" and not options.quick:
         for kernel in fused.CASES:
-            yield str(kernel), partial(_compared, kernel.compare)
+            yield str(kernel), partial(_told, kernel.compare)
     wanted = list(values.CASES)
     if options.quick:
         wanted = [case for case in wanted if case.k == 192 and case.bits == 2 and case.m in (1, 17)]
@@ -151,17 +151,17 @@ def check(options: Options) -> Cases:
     if chips.of_target().platform == "tpu":
         first = [case for case in wanted if options.quick or _likeliest(case)]
         with contextlib.closing(values.check(first)) as records:
-            run = partial(_compared, partial(next, records), checked)
+            run = partial(_told, partial(next, records), checked)
             for case in first:
                 yield f"{case}, bounds and semaphores checked", run
     records = values.check(wanted) if processes == 1 else values.check_in_processes(wanted, processes)
     with contextlib.closing(records):
-        run = partial(_compared, partial(next, records))
+        run = partial(_told, partial(next, records))
         for case in wanted:
             yield str(case) if processes == 1 else f"a case in {processes} processes", run
 
 
-def _compared(compare: Callable[[], Record], context: Any = contextlib.nullcontext) -> Record:
+def _told(compare: Callable[[], Record], context: Any = contextlib.nullcontext) -> Record:
     with context():
         record = compare()
     return record | {"text": line(record)} | ({} if record["ok"] else {"failed": record["reason"]})

@@ -137,7 +137,7 @@ def draw(
             windows.append(np.asarray(write(count, length, seed), np.int32))
             continue
         if encode is None:
-            raise ValueError(f"{part.name} needs the model's tokenizer, of which there is none: use self")
+            raise ValueError(f"{part.name} needs the model's tokenizer, and it has none: try self")
         tokens = np.asarray(encode(part.text), np.int32)
         if part.name in SHARES and len(tokens) < length:  # a short text is repeated to fill a long window
             tokens = np.resize(tokens, length)

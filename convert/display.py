@@ -5,8 +5,9 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -26,7 +27,7 @@ def _finite(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part, f"{where}.{i}") for i, part in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        say(f"note: {where} is {value}, for which JSON has no number: null")
+        say(f"note: {where} is {value}, which JSON cannot hold: null is printed")
         return None
     return value
 
@@ -132,39 +133,74 @@ def _console(*, stderr: bool = False) -> Any:
     return Console(stderr=stderr, markup=False, emoji=False)
 
 
+class KindRow(NamedTuple):
+    """Row of the table of layers: one kind of layer in all blocks, as text except for the size.
+
+    Attributes:
+      kind: name of the kind.
+      layers: number of layers.
+      shape: shape of the first, ``[K, N]``.
+      groups: number of groups of each width.
+      bits: stored bits per weight.
+      bytes: stored bytes.
+      error: mean output error, if known.
+      rise: sum of the predicted loss increases, if known.
+    """
+
+    kind: str
+    layers: str
+    shape: str
+    groups: str
+    bits: str
+    bytes: int
+    error: str
+    rise: str
+
+
+def kind_rows(found: dict[str, Any]) -> list[KindRow]:
+    """Returns the table of layers by kind; ``found`` is what `slim_jax.inspect` returns."""
+    rows = []
+    for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
+        groups = Counter[str]()
+        for layer in layers:
+            groups.update(layer["bits"] or {})
+        errors = [layer["error"] for layer in layers if layer["error"] is not None]
+        rises = [layer["rise"] for layer in layers if layer["rise"] is not None]
+        stored = sum(layer["bytes"] for layer in layers)
+        rows.append(
+            KindRow(
+                kind,
+                str(len(layers)),
+                " × ".join(map(str, layers[0]["shape"])),
+                ", ".join(f"{bits}: {count}" for bits, count in sorted(groups.items()) if count),
+                f"{8 * stored / sum(math.prod(layer['shape']) for layer in layers):.3f}",
+                stored,
+                f"{sum(errors) / len(errors):.4g}" if errors else "",
+                f"{sum(rises):.4f}" if rises else "",
+            )
+        )
+    return rows
+
+
 def print_layers(name: str, found: dict[str, Any]) -> None:
+    """Prints the table of layers by kind, and the sizes; ``found`` is what `slim_jax.inspect` returns."""
     from rich.table import Table
 
+    rows = kind_rows(found)
+    predicted = any(row.rise for row in rows)
     table = Table(title=name, title_justify="left")
     table.add_column("layer")
-    shared_out = any(layer.get("rise") is not None for layer in found["layers"])
-    columns = ["count", "shape", "groups by bits", "bits per weight", "error", *["rise"] * shared_out]
-    for column in columns:
+    columns = ["count", "shape", "groups by bits", "bits per weight", "error"]
+    for column in [*columns, *["loss increase"] * predicted]:
         table.add_column(column, justify="right")
-    for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
-        groups: dict[str, int] = {}
-        for layer in layers:
-            for bits, count in (layer["bits"] or {}).items():
-                groups[bits] = groups.get(bits, 0) + count
-        errors = [layer["error"] for layer in layers if layer.get("error") is not None]
-        rises = [layer["rise"] for layer in layers if layer.get("rise") is not None]
-        weights = [math.prod(layer["shape"]) for layer in layers]
-        stored = sum(layer["bits_per_weight"] * size for layer, size in zip(layers, weights))
-        cells = [
-            kind,
-            str(len(layers)),
-            " x ".join(map(str, layers[0]["shape"])),
-            "  ".join(f"{bits}: {count}" for bits, count in sorted(groups.items()) if count),
-            f"{stored / sum(weights):.3f}",
-            f"{sum(errors) / len(errors):.4g}" if errors else "",
-            f"{sum(rises):.4f}" if rises else "",
-        ]
-        table.add_row(*cells[: 1 + len(columns)])
+    for row in rows:
+        cells = (row.kind, row.layers, row.shape, row.groups, row.bits, row.error, row.rise)
+        table.add_row(*cells[: len(table.columns)])
     console = _console()
     if found["layers"]:
         console.print(table)
-        meaning = "; rise: of the loss, as expected, in nats a token" if shared_out else ""
-        console.print(f"error: of the outputs{meaning}")
+        meaning = "; loss increase: predicted, in nats per token" if predicted else ""
+        console.print(f"error: squared error of the outputs, relative{meaning}")
     if found["skipped"]:
         console.print(f"in full precision: {', '.join(found['skipped'])}", highlight=False)
     packed, whole = found["packed_bytes"] / 1e6, found["bytes"] / 1e6
@@ -200,11 +236,11 @@ def print_plan(name: str, plan: "Plan", duration: str) -> None:
     )
     if plan.ends_bytes:
         table.add_row("", f"of which embedding and head {gib(plan.ends_bytes)}")
-    table.add_row("cache of a token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
+    table.add_row("cache per token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
     table.add_row("to quantize", f"about {gib(plan.calibration_bytes)} of memory, about {duration} here")
     table.add_row(
         f"each of {plan.devices} {plan.device}",
-        f"{gib(plan.device_bytes)} of {gib(plan.capacity)} for {plan.batch} x {plan.context} tokens",
+        f"{gib(plan.device_bytes)} of {gib(plan.capacity)} for {plan.batch} × {plan.context} tokens",
     )
     for how, layers in cut.items() if plan.devices > 1 else ():
         table.add_row("", f"{words[how]}: {', '.join(layers)}")

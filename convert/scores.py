@@ -1,19 +1,22 @@
 """Benchmark scores: a model as EleutherAI's lm-evaluation-harness (`lm_eval`) expects it.
 
-:class:`Scores` answers the harness's requests and does not import it. :func:`evaluate` runs the harness on a
-model and needs ``pip install slim-jax[scores]``. Neither needs PyTorch.
+Importing this module needs ``pip install slim-jax[scores]``, and registers the model class :class:`Scores` as
+``slim-jax``. :func:`evaluate` runs the harness on a model. Neither needs PyTorch.
 """
 
 import contextlib
 import functools
-import importlib.util
 import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from convert.display import progress
 from convert.errors import ConvertError, listed
@@ -38,16 +41,33 @@ Requests = Sequence[Any]
 """The harness's ``Instance`` objects; only ``args`` is read."""
 
 
-class Scores:
-    """A model that answers the three kinds of requests of the harness's ``LM``, in the requests' order.
+@register_model(NAME)
+class Scores(TemplateLM):
+    """A model of the harness; it answers each kind of requests in the requests' order.
 
     Args:
-      model: the decoder, dense or packed.
+      model: the decoder, dense or packed; None to open ``pretrained``.
       tokenizer: the model's tokenizer.
+      pretrained: a SOURCE of the command line, as the harness's ``pretrained=SOURCE``.
+      batch_size, max_batch_size, device: given by the harness, and ignored.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Any) -> None:
-        super().__init__()  # calls the harness's LM.__init__ where that class is mixed in
+    def __init__(
+        self,
+        model: Decoder | None = None,
+        tokenizer: Any = None,
+        *,
+        pretrained: str | None = None,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        if model is None:
+            if pretrained is None:
+                raise ConvertError(f"{NAME} has no model, expected pretrained=SOURCE among the arguments")
+            source = open_model(pretrained)
+            model, tokenizer = read_decoder(source), source_tokenizer(source)
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
 
     @functools.cached_property
@@ -59,7 +79,11 @@ class Scores:
         return Generator(self.model)
 
     @property
-    def prefix(self) -> int:
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
         """Token that precedes a text without context.
 
         Raises:
@@ -70,27 +94,48 @@ class Scores:
                 return token
         raise ConvertError("the tokenizer has neither bos_token nor eos_token, expected one")
 
-    def loglikelihood(self, requests: Requests) -> list[tuple[float, bool]]:
-        """Log-probability of each ``(context, continuation)``, and whether it is the greedy one."""
-        pairs = [self._pair(*request.args) for request in requests]
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Ids:
+        """Returns token ids; no special tokens are added to a text that already begins with the prefix."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], Ids, Ids]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is the greedy one."""
+        for (context, continuation), _, ids in requests:
+            if not ids:
+                raise ConvertError(
+                    f"the continuation {continuation!r} has no tokens of its own after {context[-20:]!r}"
+                )
+        pairs = [(context or [self.prefix_token_id], after) for _, context, after in requests]
         found = self._judge("log-likelihoods", pairs)
-        for request, result in zip(requests, found):
-            self._keep("loglikelihood", request.args, result)
+        for (texts, *_), result in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood", texts, result)
         return found
 
-    def loglikelihood_rolling(self, requests: Requests) -> list[float]:
+    def loglikelihood_rolling(self, requests: Requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of all tokens of each ``(text,)``, in windows as long as the model allows."""
-        windows = [list(self._windows(self._encode(request.args[0]))) for request in requests]
+        windows = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, self.config.max_positions, 1
+                )
+            ]
+            for request in requests
+        ]
         judged = iter(self._judge("windows", list(itertools.chain(*windows))))
         found = [float(sum(log_p for log_p, _ in itertools.islice(judged, len(own)))) for own in windows]
         for request, result in zip(requests, found):
-            self._keep("loglikelihood_rolling", request.args, result)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return found
 
-    def generate_until(self, requests: Requests) -> list[str]:
+    def generate_until(self, requests: Requests, disable_tqdm: bool = False) -> list[str]:
         """Text that the model writes for each ``(context, options)``, up to one of ``options["until"]``."""
         found: dict[int, str] = {}
-        ids = [self._encode(request.args[0]) or [self.prefix] for request in requests]
+        ids = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
 
         def options(index: int) -> str:
             return json.dumps(requests[index].args[1], sort_keys=True)
@@ -102,7 +147,7 @@ class Scores:
                     texts = self._write([ids[index] for index in batch], requests[batch[0]].args[1])
                     for index, text in zip(batch, texts):
                         found[index] = text
-                        self._keep("generate_until", requests[index].args, text)
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
                         advance()
         return [found[index] for index in range(len(requests))]
 
@@ -110,10 +155,6 @@ class Scores:
     def tokenizer_name(self) -> str:
         """Name that distinguishes this tokenizer's chat template in the harness's cache."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Returns the model's own chat template, if one is asked for."""
-        return self.tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -125,44 +166,6 @@ class Scores:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-
-    def _encode(self, text: str, **how: Any) -> Ids:
-        """Returns token ids; no special tokens are added to a text that already begins with the prefix."""
-        if not how and text.startswith(self.tokenizer.decode([self.prefix])):
-            how = {"add_special_tokens": False}
-        return list(self.tokenizer(text, verbose=False, **how)["input_ids"])
-
-    def _pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        """Returns the tokens of both, encoded together and split where the context alone ends.
-
-        Tokens may cross the border, and spaces go with the word that follows, as in the harness's own models.
-        """
-        if not context.strip():
-            continuation = context + continuation
-            whole = self._encode(continuation, add_special_tokens=False)
-            split = 1
-            whole = whole if whole[:1] == [self.prefix] else [self.prefix, *whole]
-        else:
-            bare = context.rstrip()
-            whole = self._encode(context + continuation)
-            split = len(self._encode(bare))
-        if len(whole) <= split or split == 0:
-            raise ConvertError(
-                f"the continuation {continuation!r} has no tokens of its own after {context[-20:]!r}"
-            )
-        return whole[:split], whole[split:]
-
-    def _windows(self, tokens: Ids) -> Iterator[tuple[Ids, Ids]]:
-        """Yields contexts and continuations such that each of ``tokens`` is predicted once.
-
-        The last window's context is as long as the positions allow. The text always follows :attr:`prefix`,
-        even where its tokens already begin with it: the harness counts this way.
-        """
-        most, begun = self.config.max_positions, [self.prefix, *tokens]
-        for start in range(0, len(tokens), most):
-            end = min(start + most, len(tokens))
-            first = 0 if start == 0 else end - most
-            yield begun[first : start + 1], begun[start + 1 : end + 1]
 
     def _judge(self, what: str, pairs: list[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
         with progress(what, len(pairs)) as advance:
@@ -202,56 +205,6 @@ class Scores:
         self.generator.generate(filled, max_tokens=most, stop=sorted(stop), on_token=take, **sampling)
         return [text.text for text in texts]
 
-    def _keep(self, kind: str, args: tuple[Any, ...], result: Any) -> None:
-        """Stores a result in the harness's cache of answers, if it has one."""
-        hook = getattr(self, "cache_hook", None)
-        if hook is not None:
-            hook.add_partial(kind, args, result)
-
-
-def require_harness() -> None:
-    """Checks that the harness is installed.
-
-    Raises:
-      ConvertError: lm_eval is not installed.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConvertError("scores need the package lm_eval: pip install 'slim-jax[scores]'")
-
-
-@functools.cache
-def harness_class() -> type:
-    """Returns the harness's model class, and registers it as ``slim-jax`` with the argument ``pretrained``.
-
-    Raises:
-      ConvertError: lm_eval is not installed.
-    """
-    require_harness()
-    from lm_eval.api.model import LM
-    from lm_eval.api.registry import register_model
-
-    class HarnessScores(Scores, LM):
-        """:class:`Scores` as a model class of the harness, which creates it from ``pretrained=SOURCE``."""
-
-        def __init__(
-            self,
-            model: Decoder | None = None,
-            tokenizer: Any = None,
-            *,
-            pretrained: str | None = None,
-            batch_size: Any = None,  # the harness always passes these three; they are ignored
-            max_batch_size: Any = None,
-            device: Any = None,
-        ) -> None:
-            if model is None:
-                if pretrained is None:
-                    raise ConvertError(f"{NAME} has no model, expected pretrained=SOURCE among the arguments")
-                source = open_model(pretrained)
-                model, tokenizer = read_decoder(source), source_tokenizer(source)
-            super().__init__(model, tokenizer)
-
-    return register_model(NAME)(HarnessScores)
-
 
 def evaluate(
     source: Source,
@@ -274,9 +227,8 @@ def evaluate(
       The measures of each task and group, by the harness's names (``acc,none``).
 
     Raises:
-      ConvertError: lm_eval is not installed, or a task does not exist.
+      ConvertError: a task does not exist.
     """
-    require_harness()
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap forks, which breaks with JAX's threads
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints tables and notes
         import lm_eval
@@ -286,7 +238,7 @@ def evaluate(
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if unknown:
             raise ConvertError(_unknown(unknown[0], manager.all_tasks))
-        model = harness_class()(read_decoder(source), source_tokenizer(source))
+        model = Scores(read_decoder(source), source_tokenizer(source))
         found = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks),

@@ -2,14 +2,18 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from convert.errors import ConvertError, first_line
 
 TEMPLATE_SECONDS = 5.0
 """Time limit of a chat template, which is a program that comes with the model."""
+TEMPLATE_BYTES = 1 << 30
+"""Memory that a chat template may take."""
 HELD = 8
 """Tokens that wait for the rest of a character, at most; a character has at most four bytes."""
 CONTEXTS = (16, 256)
@@ -100,6 +104,26 @@ def _begun(text: str, stop: str) -> int:
 
 
 @contextlib.contextmanager
+def _memory_limit(size: int) -> Iterator[None]:
+    """Raises ``MemoryError`` in the block if the process grows by more than ``size`` bytes; on Linux."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    if before == resource.RLIM_INFINITY or now + size < before:
+        resource.setrlimit(resource.RLIMIT_AS, (now + size, most))
+    try:
+        yield
+    except MemoryError:
+        raise MemoryError(f"it takes more than {size >> 20} MiB of memory") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+
+
+@contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raises ``TimeoutError`` in the block after ``seconds``; only in the main thread, which gets signals."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
@@ -122,10 +146,10 @@ def as_template(tokenizer: Any, messages: Sequence[dict[str, str]], **how: bool)
     """Renders a conversation with a model's chat template, in jinja's sandbox; ``how`` as in transformers.
 
     Raises:
-      ConvertError: the template raises an error or exceeds the time limit.
+      ConvertError: the template raises an error, takes too long or too much memory.
     """
     try:
-        with _time_limit(TEMPLATE_SECONDS):
+        with _time_limit(TEMPLATE_SECONDS), _memory_limit(TEMPLATE_BYTES):
             return tokenizer.apply_chat_template(messages, tokenize=False, **how)
     except Exception as error:  # a template can raise anything
         raise ConvertError(f"the chat template refuses: {first_line(error)}") from None

@@ -1,12 +1,13 @@
 """Tokenizers as transformers' ``PreTrainedTokenizerFast``, from directories or rebuilt from GGUF metadata."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from convert.errors import ConvertError, first_line, listed
 
@@ -14,13 +15,17 @@ from convert.errors import ConvertError, first_line, listed
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-QWEN2_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
 SPACE = "▁"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+CONTROL, USER_DEFINED = 3, 4
+"""Values of ``token_type``: tokens that are never split."""
+
+GPT2_WORDS = ("default", "gpt-2", "olmo")
+DIGIT_WORDS = ("smollm", "starcoder", "refact")
+"""Pre-tokenizers that split as GPT-2's does, the latter with every digit alone."""
+NORMALIZED = ("qwen2", "qwen35")
+"""Pre-tokenizers of models that compose letters and accents first."""
+IGNORE_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken")
+"""Pre-tokenizers of models that look a word up before they merge, and that begin a text with a BOS token."""
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -73,15 +78,26 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    if not own.get("tokens"):
+    tokens, kind = own.get("tokens"), own.get("model")
+    if not tokens:
         raise ConvertError(f"{name} has no tokenizer.ggml.tokens")
     template = metadata.get("tokenizer.chat_template")
     try:
         if template is not None and not isinstance(template, str):
             raise ConvertError(f"tokenizer.chat_template is {template!r}, expected a string")
-        tokenizer, special = _build(own)
+        if kind not in ("gpt2", "llama", "gemma4"):
+            raise ConvertError(f"tokenizer.ggml.model is {kind!r}, expected gpt2, llama or gemma4")
+        # Gemma 4's chat template writes BOS itself; its files ask for another, transformers does not
+        bos = kind != "gemma4" and own.get(
+            "add_bos_token", kind == "llama" or own.get("pre") in IGNORE_MERGES
+        )
+        special = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+        ids = {f"{ours}_token": own.get(f"{theirs}_token_id") for theirs, ours in special.items()}
         fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+            tokenizer_object=_byte_level(own) if kind == "gpt2" else _sentencepiece(own),
+            clean_up_tokenization_spaces=False,
+            add_bos_token=bool(bos),
+            **{token: tokens[id] for token, id in ids.items() if id is not None},
         )
     except Exception as error:  # the tokenizers package raises no narrower type
         raise ConvertError(f"{name}: {first_line(error)}") from None
@@ -89,36 +105,29 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Any:
     return fast
 
 
-def _build(own: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    """Returns the tokenizer and its special tokens."""
-    tokens, kind = own["tokens"], own.get("model")
-    if kind == "gpt2":
-        tokenizer = _byte_level(own)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(own)
-    else:
-        raise ConvertError(f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
-    special = _special_tokens(own)
-    types = own.get("token_type") or [NORMAL] * len(tokens)
+def _byte_level(own: Mapping[str, Any]) -> Tokenizer:
+    """Builds byte-level BPE from tokens, merges and the name of the pre-tokenizer.
+
+    transformers' converter of GGUF files is not used here: it does not compose Qwen's letters, does not look
+    words up before it merges them for Llama 3, keeps SmolLM's digits together, and splits special tokens that
+    are not ASCII.
+    """
+    pre = own.get("pre", "default")
+    merges = [tuple(merge.split(" ", 1)) for merge in own.get("merges") or ()]
+    vocab = {token: i for i, token in enumerate(own["tokens"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in IGNORE_MERGES))
+    tokenizer.pre_tokenizer = _words(pre)
+    if pre in NORMALIZED:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
             AddedToken(token, normalized=False, special=type == CONTROL)
-            for token, type in zip(tokens, types)
+            for token, type in zip(own["tokens"], own.get("token_type") or ())
             if type in (CONTROL, USER_DEFINED)
         ]
     )
-    bos = special.get("bos_token")
-    if bos and own.get("add_bos_token", kind == "llama" or own.get("pre") == "llama-bpe"):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, own["bos_token_id"])]
-        )
-    return tokenizer, special
-
-
-def _special_tokens(own: Mapping[str, Any]) -> dict[str, str]:
-    keys = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    ids = {ours: own.get(f"{theirs}_token_id") for theirs, ours in keys.items()}
-    return {f"{ours}_token": own["tokens"][id] for ours, id in ids.items() if id is not None}
+    return tokenizer
 
 
 def _words(pre: str) -> pre_tokenizers.PreTokenizer:
@@ -127,70 +136,41 @@ def _words(pre: str) -> pre_tokenizers.PreTokenizer:
     Raises:
       ConvertError: the name is not known.
     """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pre in GPT2_WORDS:
+        return gpt2
+    if pre in DIGIT_WORDS:
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    if pre not in GGUF_PRE_TOKENIZER_SPLITS:
+        known = [*GPT2_WORDS, *DIGIT_WORDS, *GGUF_PRE_TOKENIZER_SPLITS]
+        raise ConvertError(f"tokenizer.ggml.pre is {pre!r}, expected one of {listed(known, len(known))}")
+    split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    known = {
-        "gpt-2": gpt2,
-        "default": gpt2,
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
-        "llama-bpe": pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"), bytes_only]
-        ),
-        "qwen2": pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"), bytes_only]
-        ),
-    }
-    if pre not in known:
-        raise ConvertError(f"tokenizer.ggml.pre is {pre!r}, expected one of {listed(list(known))}")
-    return known[pre]
-
-
-def _byte_level(own: Mapping[str, Any]) -> Tokenizer:
-    """Builds GPT-2's byte-level BPE from tokens, merges and the name of the pre-tokenizer."""
-    pre = own.get("pre", "default")
-    words = _words(pre)
-    merges = [tuple(merge.split(" ", 1)) for merge in own.get("merges") or ()]
-    vocab = {token: i for i, token in enumerate(own["tokens"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = words
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return pre_tokenizers.Sequence([split, bytes_only])
 
 
 def _sentencepiece(own: Mapping[str, Any]) -> Tokenizer:
-    """Builds SentencePiece's BPE with byte fallback; merges are ranked by the scores of their results.
+    """Builds SentencePiece's BPE with byte fallback, by transformers' converter.
 
-    As in transformers' Llama tokenizer, and unlike SentencePiece, ``<unk>`` or ``<s>`` in a text becomes that
-    token, and text after a special token begins with a space of its own.
+    All but Gemma's are built as Phi-3's. The converter's tokenizer for Llama drops a blank at the beginning
+    of a text, which SentencePiece and llama.cpp keep. As in transformers, and unlike SentencePiece, ``<unk>``
+    or ``<s>`` in a text becomes that token.
     """
-    tokens, types = own["tokens"], own.get("token_type") or [NORMAL] * len(own["tokens"])
-    vocab = {token: i for i, token in enumerate(tokens)}
-    pieces = {t: i for t, i in vocab.items() if types[i] in (NORMAL, UNUSED)}
-    unknown = next((t for t, i in vocab.items() if types[i] == UNKNOWN), None)
-    model = models.BPE(
-        vocab=vocab,
-        merges=_merges(pieces, own.get("scores") or [0.0] * len(tokens)),
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = Tokenizer(model)
-    prefix = own.get("add_space_prefix", True)
-    spaces = [normalizers.Prepend(SPACE)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", SPACE)])
-    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if prefix else back)
+    from transformers.integrations.gguf import convert_gguf_tokenizer
+
+    tokens, family = own["tokens"], str(own.get("general.architecture"))
+    described = {"scores": [0.0] * len(tokens), **own, "tokenizer_type": own["model"]}
+    gemma = family.startswith("gemma")
+    tokenizer, _ = convert_gguf_tokenizer(family if gemma else "phi3", described)
+    if not gemma and not own.get("add_space_prefix", True):
+        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+    if tokenizer.get_vocab_size() > len(tokens):  # special tokens of the class that the model does not have
+        described = json.loads(tokenizer.to_str())
+        described["added_tokens"] = [t for t in described["added_tokens"] if t["id"] < len(tokens)]
+        tokenizer = Tokenizer.from_str(json.dumps(described))
     return tokenizer
-
-
-def _merges(pieces: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces to a third, best score first, in SentencePiece's order."""
-    ranked = [
-        (-scores[i], i, cut, (piece[:cut], piece[cut:]))
-        for piece, i in pieces.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
-    ]
-    return [pair for *_, pair in sorted(ranked)]

@@ -144,8 +144,8 @@ def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
             if not matched:
                 raise rule.error(f"it matches none of the {len(names)} layers, {_near(rule.pattern, names)}")
             raise rule.error(
-                f"rules before it match {matched[0]} and all others that it matches: the first that matches "
-                "holds, expected it before them"
+                f"rules before it match {matched[0]} and all others that it matches, and first match wins: "
+                "give it before them"
             )
         left = [name for name in left if not rule.matches(name)]
     holding = [first_match(rules, name) for name in names]

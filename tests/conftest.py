@@ -85,8 +85,8 @@ def pytest_runtest_call() -> Iterator[None]:
         raise
 
 
-LONG = ("test_notebooks", "test_tune", "test_cli")
-"""Files with a few long tests. They run first, so that no process runs one alone at the end."""
+LONG = ("test_matmul_xla", "test_matmul_gpu", "test_matmul_tpu", "test_rules", "test_tune", "test_cli")
+"""The longest files. They run first, so that no process runs one alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

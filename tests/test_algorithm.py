@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from test_layout import dequantize
 
 from pallas_kernels import pack, scales
 from slim_jax.calibrate.activations import sample_positions
@@ -228,7 +229,7 @@ def test_the_reported_error_is_that_of_the_outputs(layer, method):
     seen = Observation(gram(x32), x32, len(x))
     solver = LayerSolver(SlimConfig(bits=2, group_size=G, method=method).resolved(), None)
     ((tensor, report),) = solver.solve(["layer"], [w32], seen)
-    miss = x @ (w - np.asarray(tensor.dequantize(), np.float64))
+    miss = x @ (w - np.asarray(dequantize(tensor), np.float64))
     expected = np.sum(miss**2) / np.sum((x @ w) ** 2)
     assert report.error == pytest.approx(expected, rel=1e-3)
 
@@ -267,7 +268,7 @@ def test_an_expert_with_few_tokens_learns_from_those_of_all(layer, own, at_most)
     def loss(seen: Observation) -> float:
         ((tensor, report),) = solver.solve(["expert"], [jnp.asarray(w, jnp.float32)], seen)
         assert report.borrowed == pytest.approx(seen.borrowed and k / (k + own))
-        return float(np.sum((unseen @ (w - np.asarray(tensor.dequantize(), np.float64))) ** 2))
+        return float(np.sum((unseen @ (w - np.asarray(dequantize(tensor), np.float64))) ** 2))
 
     assert loss(alone.with_prior(prior)) < at_most * loss(alone)
 

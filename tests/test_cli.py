@@ -74,7 +74,7 @@ def test_numbers_that_json_has_not(room, capsys, monkeypatch):
     print_json({"layers": [{"error": math.nan}, (1.0, -math.inf)]})
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"layers": [{"error": None}, [1.0, None]]}
-    assert "layers.0.error is nan, for which JSON has no number: null" in printed.err
+    assert "layers.0.error is nan, which JSON cannot hold: null is printed" in printed.err
     for file in Path(program.__file__).parent.glob("*.py"):
         assert "json.dumps" not in file.read_text()
 
@@ -113,7 +113,7 @@ def test_eval_against_the_dense_model(room, capsys):
         assert 0 < text["top1_agreement"] < 1
     lines = said(capsys, "eval", room / "q2", *texts, "--against", room / "hf").splitlines()
     assert len(lines) == 2
-    assert all("nats a token" in line for line in lines)
+    assert all("nats per token" in line for line in lines)
 
 
 def test_generate(room, capsys, tmp_path):
@@ -186,7 +186,7 @@ def test_chat(room, capsys, tmp_path, monkeypatch):
     assert run(["chat", str(tmp_path / "q2"), *greedy]) == 0
     errors = capsys.readouterr().err.splitlines()
     assert re.match(r"slim-jax: [1-6] tokens?, ", errors[0])
-    assert "64 positions: /reset begins anew" in errors[1]
+    assert "64 positions: try /reset" in errors[1]
 
 
 @pytest.mark.slow
@@ -213,7 +213,7 @@ def test_export_is_a_model_again(room, capsys, tmp_path):
 def test_a_packed_export_is_a_checkpoint_again(room, capsys, tmp_path):
     packed = tmp_path / "packed"
     options = ("--format", "safetensors", "--perplexity", "test=12.5")
-    assert "as it is" in said(capsys, "export", room / "q2", packed, *options)
+    assert "as stored" in said(capsys, "export", room / "q2", packed, *options)
     assert same_weights(packed, room / "q2")
     assert len(list(packed.iterdir())) == 7
     card = (packed / "README.md").read_text()

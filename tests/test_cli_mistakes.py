@@ -63,7 +63,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--rule", "blocks.*: bits=3", "--rule", "*.attn.q: skip"], "rules before it match blocks.0.attn.q"),
         (["--rules", "{room}/none.toml"], "none.toml"),
         (["--rules", "{room}/calib.txt"], "calib.txt is not TOML"),
-        (["--target-size", "1MB"], "--bits 2 and --target-size 1MB say two things"),
+        (["--target-size", "1MB"], "--bits 2 and --target-size 1MB exclude each other"),
         (["--samples", "0"], "--samples"),
         (["--length", "128"], "64 positions"),
         (["--seed", "-1"], "--seed"),

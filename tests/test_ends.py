@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_generate import forward, oracle, tiny
+from test_layout import dequantize
 from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint
 from test_training import next_token_loss, train
 
@@ -55,9 +56,9 @@ def with_packed_ends(decoder: Decoder) -> Decoder:
 
 def with_dense_ends(decoder: Decoder) -> Decoder:
     outer, blocks = split_params(decoder)
-    outer["embed"] = outer["embed"].dequantize().T
+    outer["embed"] = dequantize(outer["embed"]).T
     if "head.weight" in outer:
-        outer["head.weight"] = outer["head.weight"].dequantize()
+        outer["head.weight"] = dequantize(outer["head.weight"])
     return make_decoder(decoder.config, outer, blocks)
 
 
@@ -82,7 +83,7 @@ def test_weights_side_by_side():
     columns = [jax.tree.map(lambda leaf, cut=cut: leaf if leaf.ndim == 1 else leaf[:, cut], w)
                for cut in (slice(0, 40), slice(40, None))]  # fmt: skip
     parts = [dataclasses.replace(one, shape=(64, one.words.shape[1])) for one in columns]
-    np.testing.assert_array_equal(side_by_side(parts).dequantize(), w.dequantize())
+    np.testing.assert_array_equal(dequantize(side_by_side(parts)), dequantize(w))
     with pytest.raises(ValueError, match="different bits"):
         side_by_side([table(64, 4, (2,)), table(64, 4, (3,))])
 
@@ -154,7 +155,7 @@ def test_the_tables_are_close_and_the_report_says_how(model, quantized):
         name = "embed" if one.name == "embed" else "head.weight"
         wanted = np.asarray(dense[name].T if one.name == "embed" else dense[name])
         assert outer[name].shape == one.shape == (64, 64)
-        off = np.abs(outer[name].dequantize() - wanted)
+        off = np.abs(dequantize(outer[name]) - wanted)
         assert np.max(off) < 0.2 * np.max(np.abs(wanted))
         assert one.bits == {"4": 2}
         assert 0 < one.error < 0.02
@@ -182,7 +183,7 @@ def test_a_head_is_rounded_for_its_inputs():
         tensor, report = embeddings.TableSolver(config, embeddings.Placement()).solve(
             "head.weight", weight, seen
         )
-        off = x @ (np.asarray(tensor.dequantize(), np.float64) - weight)
+        off = x @ (np.asarray(dequantize(tensor), np.float64) - weight)
         errors[method] = np.sum(off**2) / np.sum((x @ weight) ** 2)
         assert report.error == pytest.approx(errors[method], rel=0.01)
     assert errors["gptq"] < 0.7 * errors["rtn"]
@@ -281,7 +282,7 @@ def test_export_writes_tables_as_files_have_them(quantized, tmp_path):
     source = load_hf(export_hf(DecoderSource(decoder), tmp_path / "hf"))
     for name, value in split_params(decoder)[0].items():
         if isinstance(value, MixedTensor):
-            dense = value.dequantize()
+            dense = dequantize(value)
             np.testing.assert_array_equal(source.outer()[name], dense.T if name == "embed" else dense)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_layout import dequantize
 
 from pallas_kernels import pack
 from slim_jax.infer.decode_loop import CHUNK
@@ -72,7 +73,7 @@ def packed(decoder: Decoder, bits: tuple[int, ...] = (1, 2, 3), unlike: str = ""
 def dequantized(decoder: Decoder) -> Decoder:
     for block in decoder.blocks:
         for linear in linears(block, decoder.config):
-            linear.weight = nnx.Param(linear.weight.get_value().dequantize())
+            linear.weight = nnx.Param(dequantize(linear.weight.get_value()))
     return decoder
 
 

@@ -6,6 +6,7 @@ tensor-core instruction, by functions of arrays. Here the real functions emit th
 of interpret mode. Only a device can test Mosaic's loads and stores, ptxas, and timing.
 """
 
+import itertools
 from functools import partial
 from types import SimpleNamespace
 
@@ -124,11 +125,15 @@ def test_a_product_of_words_is_that_of_interpret_mode(group, split, n):
         np.testing.assert_array_equal(found, expected * interpreted.as_accumulator(jnp.asarray(scale)))
 
 
-@pytest.mark.parametrize(("split", "n"), [(1, 32), (1, 128), (2, 32), (4, 32)])
-@pytest.mark.parametrize(
-    ("group_size", "bits"),
-    [*((128, b) for b in range(1, 9)), *((g, b) for g in (32, 64) for b in (1, 2, 3, 4))],
-)
+def groups_and_products():
+    """Yields groups and shapes of products: half of all pairs are quick, with each group and each shape."""
+    groups = [*((128, b) for b in range(1, 9)), *((g, b) for g in (32, 64) for b in (1, 2, 3, 4))]
+    for (i, product), group in itertools.product(enumerate([(1, 32), (1, 128), (2, 32), (4, 32)]), groups):
+        mark = pytest.mark.slow if (i + group[0] // 32 + group[1]) % 2 else ()
+        yield pytest.param(*group, *product, marks=mark)
+
+
+@pytest.mark.parametrize(("group_size", "bits", "split", "n"), list(groups_and_products()))
 def test_groups_of_every_width_are_multiplied(group, group_size, bits, split, n):
     """One group per K-slice, from packed words to stored results; exact, because all values are integers."""
     draw = np.random.default_rng(bits).integers

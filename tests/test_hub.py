@@ -120,9 +120,9 @@ def test_revisions(hub: Hub, capsys: pytest.CaptureFixture[str], tmp_path: Path)
         ["export", tmp_path / "hf", tmp_path / "x"],
     ):
         line = (
-            refused(capsys, *command, "--revision", "v2") if command[0] != "eval" else "--revision v2 is of"
+            refused(capsys, *command, "--revision", "v2") if command[0] != "eval" else "--revision v2 needs"
         )
-        assert "--revision v2 is of" in line
+        assert "--revision v2 needs" in line
     assert not (tmp_path / "x").exists()
 
 

@@ -111,12 +111,12 @@ LOOPS = {"scan": 1, "experts": 1, "weights": 1}
 def cases():
     """Yields all programs and targets, as quick or slow tests.
 
-    All programs are quick for chips without a kernel, where they lower quickly, and for one TPU and one GPU
-    with a kernel. The other targets have one quick product; the rest are slow tests.
+    All programs are quick for two chips without a kernel, of either maker, and for one TPU and one GPU with
+    a kernel. The other targets have one quick product; the rest are slow tests.
     """
     for target in (*TPUS, *GPUS, *REFUSED):
         for name in PROGRAMS:
-            quick = target in (TPUS[0], GPUS[0], *REFUSED) or name == "1 rows"
+            quick = target in (TPUS[0], GPUS[0], "t4", "mi300x") or name == "1 rows"
             marks = [] if quick else [pytest.mark.slow]
             if name == "decode step" and target in GPUS:  # attention's kernel, until it is rewritten
                 marks.append(pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"))

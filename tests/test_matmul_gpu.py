@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matmul_cases import DeviceCases, MatmulCases, on_device, random_weight, random_x, slow
+from test_layout import dequantize
 
 from pallas_kernels import InputNorm, mixed_matmul
 from pallas_kernels.gpu import joined, kernel
@@ -106,7 +107,7 @@ class TestMosaicGpu(MatmulCases):
         x = random_x(m, 18 * 32, dtype=jnp.bfloat16) + 0.5
         dense = np.concatenate([dense for _, dense in cases], axis=1)
         self.assert_close(self.matmul(x, w, config=config), x, dense)
-        np.testing.assert_array_equal(w.dequantize(), np.float32(dense))
+        np.testing.assert_array_equal(dequantize(w), np.float32(dense))
 
     @pytest.mark.parametrize(
         ("config", "m"),

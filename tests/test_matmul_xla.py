@@ -9,7 +9,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matmul_cases import ALLOCATIONS, SWEPT, MatmulCases, random_weight, random_x, swept_in_pairs
+from matmul_cases import ALLOCATIONS, SWEPT, MatmulCases, random_weight, random_x, slow, swept_in_pairs
 
 from pallas_kernels import InputNorm, mixed_matmul, prepare, prepare_joined, use_implementation
 from pallas_kernels.gpu.config import Config
@@ -20,13 +20,13 @@ from pallas_kernels.xla import prepared
 class TestXla(MatmulCases):
     implementation = "xla"
 
-    @pytest.mark.parametrize("bits", [2, 5, 6, 7])
+    @pytest.mark.parametrize("bits", [slow(2), 5, slow(6), slow(7)])
     def test_the_other_widths_in_prefill(self, bits):
         self.check(16, 70, 9, 32, [bits] * 3)
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
-    @pytest.mark.parametrize("mean_bits", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
-    @pytest.mark.parametrize("m", [1, pytest.param(17, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("mean_bits", [2, slow(3), slow(4)])
+    @pytest.mark.parametrize("m", [1, slow(17)])
     def test_every_allocation(self, allocation, mean_bits, m):
         self.check(m, 180, 17, 32, ALLOCATIONS[allocation](6, mean_bits), seed=mean_bits)
 
@@ -44,7 +44,7 @@ class TestXla(MatmulCases):
         np.testing.assert_allclose(found, np.asarray(x) @ dense + np.asarray(bias), rtol=1e-4, atol=1e-5)
         assert found.shape == (*shape[:-1], 6)
 
-    @pytest.mark.parametrize("shape", [(96,), (2, 3, 96)])
+    @pytest.mark.parametrize("shape", [slow((96,)), (2, 3, 96)])
     def test_what_a_product_is_added_to(self, shape):
         w, _ = random_weight(96, 6, 32, [1, 2, 3])
         x, residual = random_x(*shape), random_x(*shape[:-1], 6, seed=1)
@@ -54,8 +54,9 @@ class TestXla(MatmulCases):
         for found, expected in zip(both(x, residual), apart(x, residual)):
             np.testing.assert_array_equal(found, expected)
 
-    @pytest.mark.parametrize("m", [2, 20])
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    @pytest.mark.parametrize(
+        ("m", "dtype"), [(2, jnp.bfloat16), (20, jnp.float32), slow(2, jnp.float32), slow(20, jnp.bfloat16)]
+    )
     def test_gradient_is_the_dense_one(self, m, dtype):
         w, dense = random_weight(96, 6, 32, [1, 2, 3])
         dense = jnp.asarray(dense, jnp.float32)
@@ -156,7 +157,7 @@ class TestXla(MatmulCases):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("m", [3, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 12))])
+@pytest.mark.parametrize("m", [3, slow(1), slow(12)])
 def test_weights_that_read_one_input_are_one_product(m):
     """Each weight has its own widths, order of groups and rows, which also differ between layers."""
     sizes, allocations = (64, 32, 96), ([1, 2, 3], [3, 2, 1], [4, 2, 2], [1, 1, 2])
@@ -172,11 +173,12 @@ def test_weights_that_read_one_input_are_one_product(m):
     assert joined.sizes == sizes
     assert joined.words.shape[1] == 32  # a tile fits them all
     x = random_x(m, 80)
+    dequantized = jax.jit(lambda i: joined.at(i).dequantize())
     product = jax.jit(lambda x, i: mixed_matmul(x, joined.at(i), implementation="xla"))
     for i, dense in enumerate(denses):
         TestXla().assert_close(product(x, jnp.int32(i)), x, dense)
-        np.testing.assert_array_equal(joined.at(jnp.int32(i)).dequantize(), np.float32(dense))
-    gradient = jax.grad(lambda x: product(x, jnp.int32(1)).sum())(x)
+        np.testing.assert_array_equal(dequantized(jnp.int32(i)), np.float32(dense))
+    gradient = jax.jit(jax.grad(lambda x: product(x, jnp.int32(1)).sum()))(x)
     TestXla().assert_close(gradient, jnp.ones((m, sum(sizes))), denses[1].T)
     with pytest.raises(ValueError, match="scan over stacked"):
         mixed_matmul(x, joined, implementation="xla")
@@ -185,7 +187,7 @@ def test_weights_that_read_one_input_are_one_product(m):
 def test_a_group_size_that_is_no_power_of_two():
     w, dense = random_weight(192, 8, 96, [2, 3])
     x = random_x(1, 192)
-    TestXla().assert_close(mixed_matmul(x, w, implementation="xla"), x, dense)
+    TestXla().assert_close(TestXla().matmul(x, w), x, dense)
 
 
 def test_weights_that_do_not_fit_together_are_not_joined():
@@ -206,7 +208,8 @@ def test_weights_joined_for_a_tpu_are_multiplied_elsewhere():
     w = prepare_joined([[w for w, _ in made]], implementation="mosaic_tpu")
     product = jax.jit(lambda x: mixed_matmul(x, w, implementation=("mosaic_tpu", "xla")))
     TestXla().assert_close(product(x), x, dense)
-    TestXla().assert_close(jax.grad(lambda x: product(x).sum())(x), jnp.ones((3, 104)), dense.T)
+    gradient = jax.jit(jax.grad(lambda x: product(x).sum()))(x)
+    TestXla().assert_close(gradient, jnp.ones((3, 104)), dense.T)
 
 
 def test_columns_of_a_weight_in_tiles(monkeypatch):
@@ -215,8 +218,8 @@ def test_columns_of_a_weight_in_tiles(monkeypatch):
     ready = prepare(w, implementation="xla")
     assert ready.words.shape[1] == 512
     index = jnp.asarray([[0, 511, 512], [1535, 7, 1024]])
-    np.testing.assert_array_equal(ready.columns(index), np.float32(dense).T[np.asarray(index)])
-    TestXla().assert_close(mixed_matmul(random_x(1, 96), ready, implementation="xla"), random_x(1, 96), dense)
+    np.testing.assert_array_equal(jax.jit(ready.columns)(index), np.float32(dense).T[np.asarray(index)])
+    TestXla().assert_close(TestXla().matmul(random_x(1, 96), ready), random_x(1, 96), dense)
 
 
 @pytest.mark.parametrize("name", [None, "xla", "mosaic_gpu", "mosaic_tpu"])
@@ -280,7 +283,7 @@ def test_a_back_end_of_another_platform_says_so_or_gives_way(name):
         mixed_matmul(x, w, implementation=name)
     TestXla().assert_close(mixed_matmul(x, w, implementation=(name, "xla")), x, dense)
     with use_implementation(name, "xla"):
-        gradient = jax.grad(lambda x: mixed_matmul(x, w).sum())(x)
+        gradient = jax.jit(jax.grad(lambda x: mixed_matmul(x, w).sum()))(x)
     TestXla().assert_close(gradient, jnp.ones((2, 6)), dense.T)
 
 

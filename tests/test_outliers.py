@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from test_layout import dequantize
 
 from pallas_kernels import scales
 from slim_jax.calibrate.embeddings import TableSolver
@@ -59,11 +60,11 @@ def check(x, w, method, bits, outlier, ratio, usual):
     tensors, reports = solved(x, [damaged, sibling], method, bits)
     others = np.arange(N) != COLUMN
     for tensor, weight, expected, columns in zip(tensors, (damaged, sibling), usual, (others, others | True)):
-        found = losses(x, weight, tensor.dequantize())[columns]
+        found = losses(x, weight, dequantize(tensor))[columns]
         assert found.max() <= 1.25 * expected[columns].max()
         assert np.mean(found) <= 1.05 * np.mean(expected[columns])
     for report, tensor, weight in zip(reports, tensors, (damaged, sibling)):
-        assert report.worst == pytest.approx(losses(x, weight, tensor.dequantize()).max() ** 2, rel=0.05)
+        assert report.worst == pytest.approx(losses(x, weight, dequantize(tensor)).max() ** 2, rel=0.05)
     return [tensor.scale.dtype for tensor in tensors]
 
 
@@ -71,7 +72,7 @@ def sweep(data, method, widths, outliers, ratios):
     x, w = data
     for bits in widths:
         # The layer alone, at a size whose scales fit well into bytes.
-        usual = [losses(x, 10 * one, next(solved(x, [10 * one], method, bits))[0].dequantize()) for one in w]
+        usual = [losses(x, 10 * one, dequantize(next(solved(x, [10 * one], method, bits))[0])) for one in w]
         for outlier, ratio in itertools.product(outliers, ratios):
             dtypes = check(x, w, method, bits, outlier, ratio, usual)
             if outlier > scales.LARGEST * (2**bits - 1):
@@ -104,7 +105,7 @@ def test_weights_far_from_those_of_models(data, size):
     exact = scale * (np.clip(np.rint(blocks / scale + zero), 0, 15) - zero)
     expected = losses(x, w, exact.reshape(K, N))
     assert tensor.scale.dtype == jnp.bfloat16
-    np.testing.assert_allclose(losses(x, w, tensor.dequantize()), expected, rtol=0.1)
+    np.testing.assert_allclose(losses(x, w, dequantize(tensor)), expected, rtol=0.1)
     assert report.error == pytest.approx(np.mean(expected**2), rel=0.2)
 
 
@@ -138,9 +139,9 @@ def test_a_table_with_a_large_weight(monkeypatch):
     table[20, 1] = 1000.0
     found, report = solver.solve("embed", table, None)
     assert (plain.scale.dtype, found.scale.dtype) == (jnp.uint8, jnp.bfloat16)
-    np.testing.assert_array_equal(found.dequantize()[:, :16], plain.dequantize()[:, :16])
+    np.testing.assert_array_equal(dequantize(found)[:, :16], dequantize(plain)[:, :16])
     others = np.arange(32) != 20
-    miss = np.asarray(found.dequantize(), np.float64).T - table
+    miss = np.asarray(dequantize(found), np.float64).T - table
     assert np.sqrt(np.mean(miss[others] ** 2)) < 0.15 * SIGMA
     assert report.worst < 0.1
 

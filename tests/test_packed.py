@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import load_golden, write_hf
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from test_tokenizer import byte_level
 
@@ -126,7 +127,7 @@ def test_dense_models_too(room: Path, tmp_path: Path) -> None:
 
 def test_the_card_tells_what_is_stored(room: Path) -> None:
     card = (room / "packed/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: slim-jax\n")
+    assert ModelCard(card).data.library_name == "slim-jax"
     assert "| perplexity on wikitext2 | 17.5 |" in card
     assert "\n| attn.q | " in card
     found = slim_jax.inspect(room / "packed")

@@ -88,7 +88,8 @@ def test_the_page_stands_alone(manifest: Manifest) -> None:
 
 def test_the_heat_map_has_the_bits_of_every_group(manifest: Manifest) -> None:
     page = report_page("a model", manifest)
-    panels = re.findall(r"<figcaption>(.*?)</figcaption><svg.*?viewBox=\"(.*?)\".*?>(.*?)</svg>", page)
+    figure = r"<figcaption>(.*?)</figcaption>\s*<svg.*?viewBox=\"(.*?)\".*?>(.*?)</svg>"
+    panels = re.findall(figure, page, re.DOTALL)
     assert len(panels) == 7
     caption, box, drawing = panels[0]
     blocks = len(manifest.blocks)

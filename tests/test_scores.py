@@ -1,7 +1,6 @@
 """Scores: log-probabilities against float64, texts against `generate`, and the harness if installed."""
 
 import importlib.util
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from convert.cli import run
 from convert.errors import ConvertError
 from convert.readers.load import load_source
-from convert.scores import Scores, harness_class
 from slim_jax.eval import likelihood
 from slim_jax.eval.likelihood import judge
 from slim_jax.eval.perplexity import Reader
@@ -51,8 +49,13 @@ def words(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def scores(model: Decoder, words: Any) -> Scores:
-    return Scores(model, words)
+def scores_class() -> type:
+    return pytest.importorskip("convert.scores", exc_type=ModuleNotFoundError).Scores  # needs lm_eval
+
+
+@pytest.fixture(scope="module")
+def scores(scores_class: type, model: Decoder, words: Any) -> Any:
+    return scores_class(model, words)
 
 
 def asked(*args: Any) -> SimpleNamespace:
@@ -133,8 +136,7 @@ def test_log_likelihoods(scores, model):
 def test_no_context_is_the_first_token(scores, model):
     (alone,) = scores.loglikelihood([asked("", "w5 w6")])
     assert alone[0] == pytest.approx(expected(model, [1], [5, 6])[0], rel=1e-5)
-    assert scores._pair("", "<s> w5") == ([1], [5])
-    assert scores._pair("  ", "w5") == ([1], [5])
+    assert scores.loglikelihood([asked("", "<s> w5 w6"), asked("  ", "w5 w6")]) == [alone, alone]
 
 
 def letters(*merges: tuple[str, str], **special: str) -> Any:
@@ -145,31 +147,37 @@ def letters(*merges: tuple[str, str], **special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", **special)
 
 
-def test_borders_between_tokens(model):
-    scores = Scores(model, letters((" ", "b"), ("c", "a")))
-    a, b, c, space_b, ca = 1, 2, 3, 5, 6
-    assert scores._pair("a", " b") == ([a], [space_b])
-    assert scores._pair("a ", "b") == ([a], [space_b]), "the space goes with the word"
-    assert scores._pair("ab", "c") == ([a, b], [c])
-    # A token that crosses the border: the context gets as many tokens as it has alone.
-    assert scores._pair("bc", "ab") == ([b, ca], [b])
-    assert scores._pair("<s>a", "b") == ([0, a], [b])
+def test_borders_between_tokens(scores_class, model, monkeypatch):
+    scores = scores_class(model, letters((" ", "b"), ("c", "a")))
+    judged: list[Any] = []
+
+    def keep(what: str, pairs: list[Any]) -> list[tuple[float, bool]]:
+        judged.extend(pairs)
+        return [(0.0, True)] * len(pairs)
+
+    monkeypatch.setattr(scores, "_judge", keep)
+    a, b, c, space_b = 1, 2, 3, 5
+    texts = [("a", " b"), ("a ", "b"), ("ab", "c"), ("bc", "ab"), ("<s>a", "b")]
+    scores.loglikelihood([asked(*pair) for pair in texts])
+    # A space goes with the word; after a token that crosses the border the context is as it is alone.
+    assert judged == [([a], [space_b]), ([a], [space_b]), ([a, b], [c]), ([b, c], [b]), ([0, a], [b])]
     with pytest.raises(ConvertError, match="the continuation 'a' has no tokens of its own after 'bc'"):
-        scores._pair("bc", "a")
+        scores.loglikelihood([asked("bc", "a")])
 
 
 def test_rolling_predicts_every_token_once(scores, model):
+    """Windows of 40 tokens, the last with as long a context as the positions allow."""
     rng = np.random.default_rng(2)
     texts = [draw(rng, n) for n in (5, 40, 41, 97)]
     found = scores.loglikelihood_rolling([asked(text_of(ids)) for ids in [*texts, []]])
     for ids, value in zip(texts, found):
-        windows = list(scores._windows(ids))
-        assert list(itertools.chain(*(after for _, after in windows))) == ids
-        assert all(len(before) + len(after) <= 41 for before, after in windows)
-        assert value == pytest.approx(sum(expected(model, *window)[0] for window in windows), rel=1e-5)
+        begun, total = [1, *ids], 0.0
+        for start in range(0, len(ids), 40):
+            end = min(start + 40, len(ids))
+            context = begun[end - 40 : start + 1] if start else begun[:1]
+            total += expected(model, context, ids[start:end])[0]
+        assert value == pytest.approx(total, rel=1e-5)
     assert found[-1] == 0.0
-    before, after = list(scores._windows(texts[3]))[-1]
-    assert len(before) + len(after) == 41, "the last window reaches back as far as it can"
 
 
 def test_texts_are_those_of_generate(scores, model):
@@ -198,10 +206,10 @@ def test_drawn_texts_differ_from_the_likeliest(scores):
     assert likeliest != drawn
 
 
-def test_answers_are_those_of_the_harness_own_model(folder, words):
+def test_answers_are_those_of_the_harness_own_model(scores_class, folder, words):
     """For each kind of request, the answers of the harness's own model in `goldens/make_scores.py`."""
     golden = json.loads((Path(__file__).parent / "goldens/scores.json").read_text())
-    model = Scores(read_decoder(load_source(folder, dtype="float32")), words)
+    model = scores_class(read_decoder(load_source(folder, dtype="float32")), words)
     for kind, pairs in golden.items():
         requests, wanted = zip(*pairs)
         found = getattr(model, kind)([asked(*request) for request in requests])
@@ -278,7 +286,8 @@ metric_list:
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_itself(folder, tmp_path, capsys, monkeypatch):
     """Runs a local task of each kind with the command, and checks the results."""
-    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("datasets")
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -320,7 +329,6 @@ def test_the_harness_itself(folder, tmp_path, capsys, monkeypatch):
     assert run(["eval", str(folder), "--tasks", "chosing", "--tasks-folder", str(tmp_path)]) == 2
     assert unknown in capsys.readouterr().err
     own = TaskManager(include_path=str(tmp_path))
-    harness_class()
     results = lm_eval.simple_evaluate(
         "slim-jax", {"pretrained": str(folder)}, tasks=["choosing"], limit=3, task_manager=own
     )["results"]

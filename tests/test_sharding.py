@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from matmul_cases import random_weight, random_x, slow
+from test_layout import dequantize
 
 from pallas_kernels import matmul, mixed_matmul, mixed_ragged_dot, part, sharded_matmul, stack_parts
 from pallas_kernels.layout import stack
@@ -79,8 +80,8 @@ def test_axes_and_parts_must_fit_the_mesh():
 def test_parts_are_the_weight_in_order(over):
     w, _ = random_weight(256, 24, 32, [3, 1, 2, 1, 3, 3, 2, 1])
     stacked = stack_parts(w, 4, over=over)
-    found = [part(stacked, i).dequantize() for i in range(4)]
-    np.testing.assert_array_equal(np.concatenate(found, axis="kn".index(over)), w.dequantize())
+    found = [dequantize(part(stacked, i)) for i in range(4)]
+    np.testing.assert_array_equal(np.concatenate(found, axis="kn".index(over)), dequantize(w))
 
 
 def test_gradient_over_input_channels():

@@ -1,6 +1,7 @@
 """Streamed text with stop strings; conversations."""
 
 import random
+import sys
 from importlib import resources
 from typing import Any
 
@@ -184,6 +185,16 @@ def test_a_chat_template_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> N
     tokenizer.chat_template = loop * 3 + "{% endfor %}" * 3
     with pytest.raises(ConvertError, match=r"the chat template refuses: it has not ended after 0\.2 s"):
         as_template(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limit")
+def test_a_chat_template_that_fills_the_memory() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
+    tokenizer.chat_template = "{{ 'x' * 4_000_000_000 }}"
+    with pytest.raises(ConvertError, match="the chat template refuses: it takes more than 1024 MiB"):
+        as_template(tokenizer, [{"role": "user", "content": "Hi"}])
+    tokenizer.chat_template = "{{ 'x' * 1_000_000 }}"
+    assert len(as_template(tokenizer, [{"role": "user", "content": "Hi"}])) == 1_000_000
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,17 @@
 import importlib.util
 import io
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 from golden_models import load_golden, write_hf
 from test_gguf import write_gguf
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from transformers import GemmaTokenizer, GPT2Tokenizer, Qwen2Tokenizer
+from transformers.tokenization_utils_base import generate_merges
 
 from convert import ConvertError, load_source, load_tokenizer, save_tokenizer
 from convert.tokenizer import gguf_tokenizer
@@ -60,7 +64,9 @@ def pieces(score: float = 0.0) -> dict[str, Any]:
     return {f"tokenizer.ggml.{key}": value for key, value in own.items()}
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2", None])
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", None]
+)
 def test_byte_level_round_trip(pre: str | None, tmp_path: Path) -> None:
     tokenizer = gguf_tokenizer(byte_level(pre=pre), "x")
     save_tokenizer(tokenizer, tmp_path)
@@ -111,6 +117,100 @@ def test_sentencepiece() -> None:
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     bare = gguf_tokenizer({**pieces(), "tokenizer.ggml.add_space_prefix": False}, "x")
     assert bare.tokenize("ab c") == ["ab", "▁", "c"]
+
+
+SHIPPED = [
+    (resources.files("convert") / "texts" / f"{name}.txt").read_text(encoding="utf-8")
+    for name in ("languages", "code", "fiction")
+]
+LINES = [
+    *("", " one", "  two  spaces", "\t\ttabs\t", "a\n\n\n b \n", "e\u0301tude Ａ", "x = 12345678  # it's"),
+    *(
+        "مرحبا بالعالم، كيف حالك؟",
+        "안녕하세요 세계",
+        "नमस्ते दुनिया",
+        "def f(x):\n    return x\n",
+        "日本語 🙂👍🏽",
+    ),
+    *(line for text in SHIPPED for line in text.splitlines()[:80]),
+]
+
+
+def trained(words: Any, **how: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a BPE model that was trained on the shipped texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = words
+    trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False, **how)
+    tokenizer.train_from_iterator(SHIPPED, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def same_tokens(metadata: dict[str, Any], reference: Any) -> None:
+    tokenizer = gguf_tokenizer(metadata, "x")
+    assert len(tokenizer) == len(metadata["tokenizer.ggml.tokens"])
+    for line in LINES:
+        ids = tokenizer(line, add_special_tokens=False).input_ids
+        assert ids == reference(line, add_special_tokens=False).input_ids, line
+        assert tokenizer.decode(ids) == reference.decode(ids)
+
+
+@pytest.mark.parametrize(("pre", "kind"), [("gpt-2", GPT2Tokenizer), ("qwen2", Qwen2Tokenizer)])
+def test_byte_level_tokens_are_those_of_transformers(pre: str, kind: Any) -> None:
+    names = ["<|endoftext|>", "<｜User｜>"]
+    byte_level_words = ByteLevel(add_prefix_space=False)
+    vocab, merges = trained(byte_level_words, initial_alphabet=ByteLevel.alphabet(), special_tokens=names)
+    metadata = byte_level(
+        pre=pre,
+        tokens=sorted(vocab, key=vocab.__getitem__),
+        token_type=[3, 3] + [1] * (len(vocab) - 2),
+        merges=[" ".join(merge) for merge in merges],
+    )
+    same_tokens(metadata, kind(vocab=vocab, merges=merges, unk_token=names[0]))
+    ids = gguf_tokenizer(metadata, "x")("a<｜User｜>", add_special_tokens=False).input_ids
+    assert ids == [vocab["a"], vocab["<｜User｜>"]]
+
+
+def test_gemma_tokens_are_those_of_transformers() -> None:
+    """Gemma's merges follow the order of the tokens, and its files have runs of blanks as they are."""
+    names = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁▁",
+        "▁▁▁▁",
+    ]
+    pieces, _ = trained(Split(" ", "merged_with_next"), limit_alphabet=60)
+    words = [piece.replace(" ", "▁") for piece in sorted(pieces, key=pieces.__getitem__)]
+    tokens = list(dict.fromkeys([*names, "▁", *words]))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    stored = [" " * len(token) if set(token) == {"▁"} and len(token) > 1 else token for token in tokens]
+    own = {
+        "model": "llama",
+        "tokens": stored,
+        "token_type": [3, 3, 3, 2, 4] + [6] * 256 + [4, 4] + [1] * (len(tokens) - 263),
+        "scores": [-float(i % 7) for i in range(len(tokens))],
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "add_space_prefix": False,
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
+    scores = {token: -i for token, i in vocab.items()}
+    reference = GemmaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores))
+    same_tokens({**metadata, "general.architecture": "gemma3"}, reference)
+
+
+def test_tokens_that_transformers_would_add_are_left_out() -> None:
+    """transformers' Llama tokenizer adds its own special tokens to a vocabulary without them."""
+    own = pieces()
+    own["tokenizer.ggml.tokens"][:3] = ["[unk]", "[bos]", "[eos]"]
+    tokenizer = gguf_tokenizer(own, "x")
+    assert len(tokenizer) == len(own["tokenizer.ggml.tokens"])
+    assert tokenizer.tokenize("[bos]a") == ["[bos]", "▁a"]
+    assert tokenizer("a").input_ids[0] == 1
 
 
 def test_chat_template(tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 def chat(
     source: SourceArgument,
     system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the model is told before anything else.")
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="System message: instructions to the model before the conversation."
+        ),
     ] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.7,
@@ -44,9 +47,9 @@ def chat(
     devices: Devices = 1,
     revision: Revision = None,
 ) -> None:
-    """Talk with a model, by its own chat template. A line is a message; Ctrl-C ends an answer.
+    """Chat with a model, using its own chat template. Each line is a message; Ctrl-C stops an answer.
 
-    /reset begins anew, /exit or the end of the input ends. Every answer reads the conversation again.
+    /reset starts a new conversation, /exit or the end of the input quits.
 
     slim-jax chat smollm2
 
@@ -81,7 +84,7 @@ def _answer(generator: "Generator", conversation: "Conversation", seed: int, how
 
     ids, positions = conversation.prompt(), generator.config.max_positions
     if len(ids) >= positions:
-        say(f"the conversation has {len(ids)} tokens, the model {positions} positions: /reset begins anew")
+        say(f"the conversation has {len(ids)} tokens, the model {positions} positions: try /reset")
         conversation.messages.pop()
         return
     stream = Stream(Text(conversation.tokenizer))

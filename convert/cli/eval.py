@@ -1,5 +1,6 @@
 """``slim-jax eval``."""
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,7 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="UTF-8 text that calibration did not see; may be given several times.",
+            help="UTF-8 text that was not used for calibration; may be given several times.",
         ),
     ] = None,
     against: Annotated[
@@ -38,36 +39,41 @@ def evaluate(
         typer.Option(
             metavar="SOURCE",
             show_default=False,
-            help="Compare with this model, the one in full precision: divergence (KL), and how often both "
-            "find the same token likeliest.",
+            help="Full-precision model to compare with: KL divergence, and how often both models predict the "
+            "same token.",
         ),
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     max_windows: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Take every ceil(total / N)-th window. [dim]Default: all.[/]"),
+        typer.Option(
+            min=1, metavar="N", help="Evaluate at most N windows, evenly spaced. [dim]Default: all.[/]"
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             metavar="A,B",
             show_default=False,
-            help="Instead of texts: tasks of lm-evaluation-harness, where the package lm_eval is installed.",
+            help="Tasks of lm-evaluation-harness, instead of texts; needs the package lm_eval.",
         ),
     ] = None,
     tasks_folder: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="More tasks, YAML files of the harness's kind; the Python that they name runs.",
+            help="Folder with more tasks (the harness's YAML files; Python that they name is run).",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Of each task's questions. [dim]Default: all.[/]")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Largest number of questions per task. [dim]Default: all.[/]"),
     ] = None,
     fewshot: Annotated[
         int | None,
-        typer.Option(min=0, metavar="K", help="Solved questions before each. [dim]Default: the task's.[/]"),
+        typer.Option(
+            min=0, metavar="K", help="Solved examples before each question. [dim]Default: set by the task.[/]"
+        ),
     ] = None,
     revision: Revision = None,
     as_json: Annotated[
@@ -105,9 +111,10 @@ def _scores(source: str, tasks: str, as_json: bool, **how: Any) -> None:
     folder = how["folder"]
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--tasks-folder: {folder} is not a directory")
-    from convert.scores import evaluate, require_harness
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("scores need the package lm_eval: pip install 'slim-jax[scores]'")
+    from convert.scores import evaluate
 
-    require_harness()
     found = evaluate(open_source(source), names, **how)
     if as_json:
         print_json({"tasks": found}, indent=None)
@@ -136,7 +143,7 @@ def _perplexities(
 
     opened = open_source(source)
     dense = None if against is None else open_source(against)
-    require_positions("--window", window, opened)
+    require_positions("--window", window, opened.config)
     tokenizer = tokenizer_of(opened)
     tokens = {path: np.asarray(encode(tokenizer, content), np.int32) for path, content in contents.items()}
     total = sum(_windows(path, ids, window, max_windows) for path, ids in tokens.items())
@@ -192,5 +199,6 @@ def _line(found: "Perplexity") -> str:
         return line
     return (
         f"{line}, against {found.against:.4f}; "
-        f"KL {found.divergence:.4f} nats a token, the same likeliest token after {found.agreement:.1%}"
+        f"KL divergence {found.divergence:.4f} nats per token, "
+        f"same prediction for {found.agreement:.1%} of tokens"
     )

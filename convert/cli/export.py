@@ -16,17 +16,17 @@ def export(
         str,
         typer.Option(
             metavar="safetensors|hf|gptq",
-            help="safetensors: packed as it is, a few files to pass on, which every command here reads. "
-            "hf: dequantized, which transformers loads. gptq: GPTQModel's packed format, of results with one "
-            "width and whole zero points; docs/sharing.md says which programs take which of them.",
+            help="safetensors: packed, for every command of slim-jax and for the hub. hf: dequantized, for "
+            "transformers. gptq: GPTQModel's packed format, for models with one bit width and integer zero "
+            "points. docs/sharing.md lists the programs that read each.",
         ),
     ] = "hf",
     dtype: Annotated[
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help="Of hf: float32, bfloat16 or float16. [dim]Default: as they are.[/] Of gptq, what is not "
-            "packed and scales: float16 or bfloat16. [dim]Default: float16.[/]",
+            help="Type of the weights for hf: float32, bfloat16 or float16. [dim]Default: unchanged.[/] For "
+            "gptq, type of scales and of what is not packed: float16 or bfloat16. [dim]Default: float16.[/]",
         ),
     ] = None,
     perplexity: Annotated[
@@ -34,11 +34,11 @@ def export(
         typer.Option(
             metavar="TEXT=VALUE",
             show_default=False,
-            help="Of safetensors: measured with eval, for the model card. May be given several times.",
+            help="Measured perplexity for the model card of safetensors; may be given several times.",
         ),
     ] = None,
 ) -> None:
-    """Write a model for others: packed to pass on, or in a form that other tools load.
+    """Export a model: packed for sharing, or in a format that other tools read.
 
     slim-jax export out/q2 out/q2-packed --format safetensors --perplexity wikitext2=29.4
 

@@ -45,10 +45,12 @@ def generate(
     source: SourceArgument,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(show_default=False, metavar="TEXT", help="May be given several times."),
+        typer.Option(
+            show_default=False, metavar="TEXT", help="Text to continue; may be given several times."
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text with one prompt a line.")
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text with one prompt per line.")
     ] = None,
     max_tokens: MaxTokens = 64,
     temperature: Temperature = 0.0,
@@ -61,7 +63,7 @@ def generate(
         typer.Option(
             metavar="TEXT",
             show_default=False,
-            help="Where a continuation ends, \\n at a line's; may be given several times.",
+            help="Stop before this text; \\n is the end of a line. May be given several times.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -70,7 +72,7 @@ def generate(
     revision: Revision = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt, token by token to the terminal.
+    """Continue a prompt, and print the text as it is generated.
 
     slim-jax generate out/q2 --prompt "The capital of France is" --max-tokens 32
 
@@ -96,7 +98,7 @@ def generate(
     for text, tokens in zip(wanted, ids):
         if not tokens:
             raise ValueError(f"--prompt {text!r} has no tokens, expected some text")
-        require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened)
+        require_positions("prompt and --max-tokens together", len(tokens) + max_tokens, opened.config)
     generator = Generator(whole_decoder(opened), cache_dtype=cache_dtype, mesh=mesh, consume=True)
     how = {"max_tokens": max_tokens, "seed": seed, **dataclasses.asdict(sampling)}
     texts = [Text(tokenizer, stops, prompt=tokens) for tokens in ids]
@@ -123,7 +125,7 @@ def _lines(file: Path | None) -> list[str]:
         return []
     lines = [line for line in read_text(file).splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"--prompts: {file} has no prompts, expected one a line")
+        raise ValueError(f"--prompts: {file} has no prompts, expected one per line")
     return lines
 
 

@@ -17,11 +17,12 @@ def inspect(
     html: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write the page report.html that quantize writes beside a checkpoint."
+            metavar="FILE",
+            help="Also write the report page to this file (quantize writes it to report.html).",
         ),
     ] = None,
 ) -> None:
-    """Show what a checkpoint stores: sizes, bits per weight, and where the bits went.
+    """Show what a checkpoint stores: sizes, bits per weight, and the bits of each layer.
 
     slim-jax inspect out/q2
 

@@ -19,7 +19,7 @@ Revision = Annotated[
         "--revision",
         metavar="NAME",
         show_default=False,
-        help="Of a SOURCE on the hub: a branch, tag or commit, also written owner/model@NAME.",
+        help="Branch, tag or commit of a SOURCE on the hub; owner/model@NAME is the same.",
     ),
 ]
 OutArgument = Annotated[
@@ -33,27 +33,29 @@ EmbeddingBits = Annotated[
     typer.Option(
         metavar="2…8|16",
         show_default=False,
-        help="Of embedding and head; 16 leaves them. [dim]Default: --bits + 2, at most 8; sqc paper: 16.[/]",
+        help="Bits per weight of embedding and LM head; 16 does not quantize them. "
+        "[dim]Default: --bits + 2, at most 8; with sqc=paper 16.[/]",
     ),
 ]
 TargetSize = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Instead of --bits: as many as make the whole model so large, such as 48MB or 1.5GiB.",
+        help="Choose --bits so that the whole model has this size, such as 48MB or 1.5GiB.",
     ),
 ]
 Bits = Annotated[
     float | None,
     typer.Option(
-        show_default=False, help="Mean bits of a code, any number such as 2.25. [dim]Default: 2.[/]"
+        show_default=False,
+        help="Average bits per weight, without scales and zero points: 3, 2.25 … [dim]Default: 2.[/]",
     ),
 ]
 GroupSize = Annotated[
     int | None,
     typer.Option(
         show_default=False,
-        help="Input channels that share a width and a scale: 32, 64, 128 … [dim]Default: 128.[/]",
+        help="Input channels that share a bit width and scales: 32, 64, 128 … [dim]Default: 128.[/]",
     ),
 ]
 Preset = Annotated[
@@ -61,8 +63,9 @@ Preset = Annotated[
     typer.Option(
         metavar="fast|good|best",
         show_default=False,
-        help="fast learns nothing; good tunes scales and norms of the whole model in the end; best also "
-        "learns block by block (SliM-LLM+, and codes too), several times as long. [dim]Default: good.[/]",
+        help="fast: no training. good: fine-tunes the scales and norms of the whole model at the end. "
+        "best: also trains every block (SliM-LLM+, with rounding); takes several times as long. "
+        "[dim]Default: good.[/]",
     ),
 ]
 Set = Annotated[
@@ -71,7 +74,8 @@ Set = Annotated[
         "--set",
         metavar="NAME=VALUE",
         show_default=False,
-        help="Any setting of the method, such as method=gptq or damping=0.02; the table is in docs/usage.md.",
+        help="Change any setting of the method, such as method=gptq or damping=0.02; may be given several "
+        "times. docs/usage.md lists the settings.",
     ),
 ]
 RuleOption = Annotated[
@@ -80,19 +84,23 @@ RuleOption = Annotated[
         "--rule",
         metavar="PATTERN: OPTIONS",
         show_default=False,
-        help="For the layers whose names match, such as '*.mlp.down: bits=3, group_size=64', or 'blocks.0.*: "
-        "skip' for full precision. Several times; the first that matches a layer holds.",
+        help="Settings for the layers whose names match PATTERN: '*.mlp.down: bits=3, group_size=64', or "
+        "'blocks.0.*: skip' for full precision. May be given several times; first match wins.",
     ),
 ]
 RulesFile = Annotated[
     Path | None,
-    typer.Option("--rules", metavar="FILE", help="More rules, after those, from this TOML file."),
+    typer.Option(
+        "--rules", metavar="FILE", help="TOML file with more rules, which come after those of --rule."
+    ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Samples = Annotated[int, typer.Option(min=1, help="Number of calibration windows.")]
 Length = Annotated[
     int | None,
     typer.Option(
-        min=2, show_default=False, help="Tokens per window. [dim]Default: 512, or what the model has.[/]"
+        min=2,
+        show_default=False,
+        help="Tokens per window. [dim]Default: 512, or all positions of the model.[/]",
     ),
 ]
 
@@ -103,37 +111,49 @@ def _check_top_p(top_p: float) -> float:
     return top_p
 
 
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 from all.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
+]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from the K most likely tokens; 0 for all.")]
 TopP = Annotated[
     float,
     typer.Option(
-        callback=_check_top_p, max=1.0, help="Draw from the likeliest tokens that make up this probability."
+        callback=_check_top_p,
+        max=1.0,
+        help="Sample from the most likely tokens whose probabilities add up to P.",
     ),
 ]
 MinP = Annotated[
     float,
     typer.Option(
-        min=0.0, help="Draw from tokens at least so likely, as a part of the likeliest's probability."
+        min=0.0, help="Sample from the tokens with at least this fraction of the highest probability."
     ),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1: the logits of tokens already seen are made smaller by this.")
+    float, typer.Option(help="Above 1, lowers the logits of tokens that have already occurred.")
 ]
 LARGEST_SEED = 2**32 - 1
-Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draws.")]
-MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many new tokens.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")]
+MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of new tokens.")]
 CacheDtype = Annotated[
     Literal["float32", "bfloat16", "int8"] | None,
-    typer.Option(show_default=False, help="Of keys and values. [dim]Default: as the model multiplies.[/]"),
+    typer.Option(
+        show_default=False,
+        help="Type of the stored keys and values. [dim]Default: that of the model's products.[/]",
+    ),
 ]
 Devices = Annotated[
     int,
-    typer.Option(min=1, metavar="N", help="Share the work of every token among so many devices, or cores."),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Number of devices (CPU cores if there is no accelerator) that share the work.",
+    ),
 ]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        metavar="DTYPE", help="Of dense weights: float32 or bfloat16. [dim]Default: as they are.[/]"
+        metavar="DTYPE",
+        help="Type of the weights that are not packed: float32 or bfloat16. [dim]Default: unchanged.[/]",
     ),
 ]

@@ -20,7 +20,7 @@ from convert.cli.options import (
     SourceArgument,
     TargetSize,
 )
-from convert.cli.settings import check_size, make_rules, make_settings
+from convert.cli.settings import make_rules, make_settings
 from convert.cli.sources import at_revision, read_config, window_length
 from convert.display import print_json, print_plan
 
@@ -36,18 +36,21 @@ def plan(
     rules: RulesFile = None,
     embedding_bits: EmbeddingBits = None,
     devices: Annotated[
-        str, typer.Option(metavar="KIND[:COUNT]", help="Where the model is to run, such as v5e:4 or h100.")
+        str,
+        typer.Option(
+            metavar="KIND[:COUNT]", help="Devices that are to run the model, such as v5e:4 or h100."
+        ),
     ] = "v5e",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Tokens that each has room for.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
     samples: Samples = 128,
     length: Length = None,
     revision: Revision = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a model would need at a bit width, whether it fits, and how long quantizing would take here.
+    """Predict size, memory and time: does the quantized model fit, and how long does quantizing take here?
 
-    Reads its config, no weights.
+    Only the config is read, no weights.
 
     slim-jax plan models/Llama-2-7b --bits 2 --devices v5e
 
@@ -57,10 +60,10 @@ def plan(
     from slim_jax.duration import in_words, operations, rate
     from slim_jax.plan import for_size, make_plan, parse_devices, parse_size
 
-    check_size(bits, target_size)
     settings = make_settings(
         preset,
         given or (),
+        target_size,
         bits=bits,
         group_size=group_size,
         embedding_bits=embedding_bits,

@@ -23,7 +23,7 @@ from convert.cli.options import (
     SourceArgument,
     TargetSize,
 )
-from convert.cli.settings import check_size, make_rules, make_settings
+from convert.cli.settings import make_rules, make_settings
 from convert.cli.sources import (
     at_revision,
     devices_mesh,
@@ -32,7 +32,6 @@ from convert.cli.sources import (
     open_source,
     optional_tokenizer,
     require_folder,
-    require_positions,
     tokenizer_of,
     whole_decoder,
     window_length,
@@ -51,9 +50,9 @@ if TYPE_CHECKING:
     from slim_jax.report import BlockReport, Report
     from slim_jax.store.source import Source
 
-INTERRUPTED = "interrupted; the same command with --resume goes on after {out}'s last whole block"
-NO_OWN_TEXT = "the model is too large for this memory to write text itself: calibrating on the other texts"
-LARGER = "note: {bytes:,} bytes are stored: some layers need scales of two bytes, not one"
+INTERRUPTED = "interrupted; the same command with --resume continues after the last finished block in {out}"
+NO_OWN_TEXT = "too little memory for the model to write calibration text: calibrating on the other texts"
+LARGER = "note: the model has {bytes:,} bytes, more than --target-size: some layers need 16-bit scales"
 
 
 def quantize(
@@ -65,8 +64,9 @@ def quantize(
         typer.Option(
             metavar="mix|self|FILE[:SHARE]",
             show_default=False,
-            help="What to calibrate on, once or several times: a UTF-8 text; [bold]self[/], what the model "
-            "writes; [bold]mix[/], some of that and of everything. A share may follow. [dim]Default: mix.[/]",
+            help="Calibration text: a UTF-8 file; [bold]self[/], text that the model writes; or "
+            "[bold]mix[/], that and built-in articles, fiction, code and many languages. May be given "
+            "several times, each with a share. [dim]Default: mix.[/]",
         ),
     ] = None,
     bits: Bits = None,
@@ -78,8 +78,8 @@ def quantize(
         typer.Option(
             "--tune/--no-tune",
             show_default=False,
-            help="At the end, tune scales and norms of the whole model until its logits are the "
-            "full-precision model's. [dim]Default: as the preset says.[/]",
+            help="Fine-tune scales and norms of the whole model at the end, so that its logits approach "
+            "those of the full-precision model. [dim]Default: set by the preset.[/]",
         ),
     ] = None,
     given: Set = None,
@@ -88,33 +88,35 @@ def quantize(
     embedding_bits: EmbeddingBits = None,
     samples: Samples = 128,
     length: Length = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draw of windows.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the choice of calibration windows.")
+    ] = 0,
     allocation: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Bits per layer and group from this JSON file; nothing is searched."
+            metavar="FILE", help="JSON file with the bits of every layer and group, instead of a search."
         ),
     ] = None,
     save_allocation: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the bits that were chosen to this JSON file.")
+        Path | None, typer.Option(metavar="FILE", help="Write the chosen bits to this JSON file.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the last finished block of an interrupted run.")
+        bool, typer.Option("--resume", help="Continue an interrupted run after its last finished block.")
     ] = False,
     offload: Annotated[
         bool,
         typer.Option("--offload-activations", help="Keep calibration activations on disk, not in memory."),
     ] = False,
     devices: Annotated[
-        int, typer.Option(min=1, help="Share the work among so many of this machine's devices.")
+        int, typer.Option(min=1, help="Number of this machine's devices that share the work.")
     ] = 1,
     revision: Revision = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model with SliM-LLM and store it packed.
 
-    Block after block; each finished one is on disk before the next starts, so a run that was
-    interrupted goes on with --resume and ends with the same bits.
+    Blocks are quantized one after another, and each is on disk before the next starts: an interrupted run
+    continues with --resume and gives the same result.
 
       slim-jax quantize smollm2 out/q3 --bits 3 --group-size 64 --samples 64
 
@@ -124,10 +126,10 @@ def quantize(
 
       slim-jax quantize smollm2 out/mix --rule 'blocks.0.*: skip' --rule '*.mlp.down: bits=3, group_size=64'
     """
-    check_size(bits, target_size)
     config = make_settings(
         preset,
         given or (),
+        target_size,
         bits=bits,
         group_size=group_size,
         tune=tune,
@@ -140,6 +142,7 @@ def quantize(
     from slim_jax.calibrate.drawn_windows import Draw
     from slim_jax.calibrate.pipeline import quantize_to_checkpoint
     from slim_jax.method.sba import load_allocation
+    from slim_jax.method.sba import save_allocation as write_allocation
     from slim_jax.plan import for_size, parse_size
 
     chosen = None if allocation is None else load_allocation(allocation)
@@ -148,7 +151,6 @@ def quantize(
     mesh = _mesh(devices, samples, config)
     model = _opened(at_revision(source, revision), config)
     length = window_length(length, model.config)
-    require_positions("--length", length, model)
     if target_size is not None:
         config = for_size(model.config, config, parse_size(target_size))
     fitting, plan = _that_fit(texts, partial(_forecast, model, config, samples, length, offload))
@@ -157,7 +159,7 @@ def quantize(
     if not resume:
         if fitting != texts:
             say(NO_OWN_TEXT)
-        _announce(model, config, plan, samples, length, written(fitting, samples), devices)
+        _announce(model, config, plan, (samples, length, written(fitting, samples)), devices)
     with progress("quantizing", model.config.num_layers) as step:
         report = quantize_to_checkpoint(
             model,
@@ -171,9 +173,9 @@ def quantize(
             **_shown(step),
         )
     keep_tokenizer(tokenizer, out)
-    if target_size is not None and report.stored_bytes > parse_size(target_size):
-        say(LARGER.format(bytes=report.stored_bytes))
-    _tell(out, report, plan, save_allocation, as_json)
+    if save_allocation is not None:
+        write_allocation(report.allocation, save_allocation)
+    _show(out, report, plan, target_size, as_json)
 
 
 def _opened(source: str, config: "SlimConfig") -> "Source":
@@ -195,25 +197,20 @@ def _require_free(out: Path, resume: bool) -> None:
     if resume:
         refuse_if_locked(out)
     else:
-        require_new(out, "; --resume goes on with an interrupted run")
+        require_new(out, "; --resume continues an interrupted run")
 
 
-def _tell(out: Path, report: "Report", plan: "Plan", save_allocation: Path | None, as_json: bool) -> None:
-    """Writes the report page and the chosen bits, and prints the result."""
+def _show(out: Path, report: "Report", plan: "Plan", target_size: str | None, as_json: bool) -> None:
+    """Writes the report page, and prints the result."""
     from convert.report import write_report
-    from slim_jax.method.sba import save_allocation as write_allocation
-
-    if report.tuning is not None and report.tuning.note:
-        say(f"tuning: {report.tuning.note}")
-    write_report(out, out / "report.html")
-    if save_allocation is not None:
-        write_allocation(report.allocation, save_allocation)
-    _print_report(out, report, plan, as_json)
-
-
-def _print_report(out: Path, report: "Report", plan: "Plan", as_json: bool) -> None:
     from slim_jax.memory import peak_bytes
+    from slim_jax.plan import parse_size
 
+    if target_size is not None and report.stored_bytes > parse_size(target_size):
+        say(LARGER.format(bytes=report.stored_bytes))
+    if report.tuning is not None and report.tuning.note:
+        say(f"fine-tuning: {report.tuning.note}")
+    write_report(out, out / "report.html")
     peak = peak_bytes()
     found = {**report.to_json(), "forecast_bytes": plan.calibration_bytes, "peak_bytes": peak}
     size = f"{report.stored_bytes / 1e6:.1f} MB, {report.times_smaller:.2f} times smaller than in bfloat16"
@@ -258,19 +255,15 @@ def _that_fit(texts: "list[Part]", forecast: "Callable[[list[Part]], Plan]") -> 
 
 
 def _announce(
-    source: "Source",
-    config: "SlimConfig",
-    plan: "Plan",
-    samples: int,
-    length: int,
-    written: int,
-    devices: int,
+    source: "Source", config: "SlimConfig", plan: "Plan", windows: tuple[int, int, int], devices: int
 ) -> None:
-    """Prints how much memory, time and storage the run is expected to need."""
+    """Prints how much memory, time and storage the run is expected to need.
+
+    ``windows`` are the number of windows, their length, and how many of them the model writes.
+    """
     from slim_jax.duration import in_words, operations, rate
 
-    count = operations(source.config, config, samples, length, written)
-    seconds = count / (devices * rate(source.config))
+    seconds = operations(source.config, config, *windows) / (devices * rate(source.config))
     needed = f"about {plan.calibration_bytes / 2**30:.2f} GiB of memory and {in_words(seconds)}"
     stored = f"{plan.packed_bytes / 1e6:.1f} MB to store, {plan.bits_per_weight:.3f} bits per weight"
     say(f"{config.method} at {config.bits} bits: {needed}; about {stored} in the blocks")
@@ -327,7 +320,7 @@ def _figures(block: "BlockReport") -> str:
     if learning.note:
         say(f"block {block.index}: {learning.note}")
     if not learning.losses:
-        return "not learned"
+        return "not trained"
     return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
 
 

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 
 
-def make_settings(preset: str | None, given: Sequence[str], **options: Any) -> "SlimConfig":
+def make_settings(
+    preset: str | None, given: Sequence[str], target_size: str | None = None, **options: Any
+) -> "SlimConfig":
     """Combines ``--preset``, ``--set`` and the named options into one `SlimConfig`.
 
     Args:
       preset: a name of `slim_jax.config.PRESETS`; None for the defaults of `SlimConfig`.
       given: the ``--set`` items, each ``name=value``.
+      target_size: the ``--target-size``, which takes the place of ``--bits``.
       options: fields of the settings that have their own option; None where it was not given.
 
     Raises:
@@ -31,24 +34,14 @@ def make_settings(preset: str | None, given: Sequence[str], **options: Any) -> "
     from slim_jax.config import SlimConfig
 
     fields = {name: value for name, value in options.items() if value is not None}
+    if target_size is not None and "bits" in fields:
+        raise ValueError(f"--bits {fields['bits']:g} and --target-size {target_size} exclude each other")
     for item in given:
         name, value = parse_setting(item)
         if name in fields:
             raise ValueError(f"--set {item}: {name} is given twice, expected once")
         fields[name] = value
     return SlimConfig(**fields) if preset is None else SlimConfig.preset(preset, **fields)
-
-
-def check_size(bits: float | None, target_size: str | None) -> None:
-    """Checks that at most one of ``--bits`` and ``--target-size`` is given.
-
-    Raises:
-      ValueError: both are given.
-    """
-    if bits is not None and target_size is not None:
-        raise ValueError(
-            f"--bits {bits:g} and --target-size {target_size} say two things, expected one of them"
-        )
 
 
 def make_rules(given: Sequence[str] | None, file: Path | None) -> "tuple[Rule, ...] | None":
@@ -104,7 +97,7 @@ def read_rules(file: Path) -> "list[Rule]":
     rules = []
     for i, table in enumerate(tables, 1):
         if not isinstance(table, dict) or not isinstance(table.get("pattern"), str):
-            raise ValueError(f'{file}: rule {i} has no pattern, expected such as pattern = "blocks.0.*"')
+            raise ValueError(f'{file}: rule {i} has no pattern, expected one such as pattern = "blocks.0.*"')
         try:
             rules.append(Rule.of((table.pop("pattern"), table)))
         except ValueError as error:

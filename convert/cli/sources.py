@@ -26,7 +26,7 @@ def at_revision(spec: str, revision: str | None) -> str:
     if revision is None:
         return spec
     if not is_hub_name(named := f"{spec}@{revision}") or "@" in spec:
-        raise ValueError(f"--revision {revision} is of a model on the hub, SOURCE is {spec}")
+        raise ValueError(f"--revision {revision} needs a model on the hub, SOURCE is {spec}")
     return named
 
 
@@ -62,7 +62,7 @@ def optional_tokenizer(source: "Source") -> Any:
     try:
         return tokenizer_of(source)
     except ValueError as error:
-        say(f"note: going on without a tokenizer: {error}")
+        say(f"note: continuing without a tokenizer: {error}")
         return None
 
 
@@ -105,13 +105,20 @@ def require_folder(option: str, file: Path | None) -> None:
         raise ValueError(f"{option}: {file.parent} is not a directory")
 
 
-def require_positions(name: str, tokens: int, source: "Source") -> None:
-    if tokens > source.config.max_positions:
-        raise ValueError(f"{name} is {tokens}, but the model has {source.config.max_positions} positions")
+def require_positions(name: str, tokens: int, config: "DecoderConfig") -> None:
+    if tokens > config.max_positions:
+        raise ValueError(f"{name} is {tokens}, but the model has {config.max_positions} positions")
 
 
 def window_length(length: int | None, config: "DecoderConfig") -> int:
-    """Tokens of a calibration window: ``length``, else the default or the model's positions if fewer."""
+    """Tokens of a calibration window: ``length``, else the default or the model's positions if fewer.
+
+    Raises:
+      ValueError: the model has fewer positions than ``length``.
+    """
     from slim_jax.config import LENGTH
 
-    return min(LENGTH, config.max_positions) if length is None else length
+    if length is None:
+        return min(LENGTH, config.max_positions)
+    require_positions("--length", length, config)
+    return length

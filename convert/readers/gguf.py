@@ -20,9 +20,8 @@ from gguf.quants import dequantize
 from convert.errors import UNFIT, ConvertError, first_line
 from convert.families import by_gguf
 from convert.families.family import field
-from convert.readers.source import ModelSource, parse_dtype, sampled
+from convert.readers.source import ModelSource, file_origin, parse_dtype, sampled
 from convert.tokenizer import gguf_tokenizer
-from slim_jax.store.source import SAMPLED
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 
@@ -197,10 +196,9 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         config = form.read_config({k.removeprefix(own): v for k, v in store.metadata.items()}, store)
     except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
-    origin = {"kind": "gguf", "path": str(path.resolve()), "fingerprint": SAMPLED + store.fingerprint}
     return ModelSource(
         config,
-        origin,
+        file_origin("gguf", path, store.fingerprint),
         store,
         form.names,
         lambda: gguf_tokenizer(store.metadata, str(path)),

@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from convert.errors import UNFIT, ConvertError, first_line, listed
 from convert.families import by_architecture
 from convert.families.family import Family, field
-from convert.readers.source import ModelSource, parse_dtype, sampled
+from convert.readers.source import ModelSource, file_origin, parse_dtype, sampled
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
 from slim_jax.store.hub import INDEX, SINGLE
-from slim_jax.store.source import SAMPLED
 
 READABLE = ("F32", "F16", "BF16")
 
@@ -196,10 +195,9 @@ def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
     store = SafetensorsStore(directory, family.hf.prefixes)
     path = directory / "config.json"
     digest = hashlib.sha256(path.read_bytes() + store.fingerprint.encode()).hexdigest()
-    origin = {"kind": "hf", "path": str(directory.resolve()), "fingerprint": SAMPLED + digest}
     return ModelSource(
         config,
-        origin,
+        file_origin("hf", directory, digest),
         store,
         family.hf.names,
         lambda: load_tokenizer(directory),

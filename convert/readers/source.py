@@ -17,6 +17,7 @@ from convert.errors import ConvertError, listed
 from convert.families.family import Names
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import Params, block_buffers, block_params, outer_params
+from slim_jax.store.source import SAMPLED
 
 DTYPES = ("float32", "bfloat16")
 
@@ -56,6 +57,11 @@ def sampled(path: Path, spans: Iterable[tuple[int, int]]) -> bytes:
                 file.seek(begin + offset)
                 digest.update(file.read(min(size, SAMPLE_BYTES)))
     return digest.digest()
+
+
+def file_origin(kind: str, path: Path, fingerprint: str) -> dict[str, Any]:
+    """Returns a source's origin, whose fingerprint is made of samples of the files."""
+    return {"kind": kind, "path": str(path.resolve()), "fingerprint": SAMPLED + fingerprint}
 
 
 def parse_dtype(dtype: Any, allowed: tuple[str, ...] = DTYPES) -> np.dtype | None:

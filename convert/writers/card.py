@@ -1,11 +1,11 @@
 """Model card (README.md) of an exported model: its origin, its sizes and its settings."""
 
 import html
-import math
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
-from convert.display import layer_kinds
+from convert.display import kind_rows
 from slim_jax.rules import Rule
 from slim_jax.store.hub import is_hub_name
 from slim_jax.store.manifest import Manifest, summary
@@ -20,11 +20,16 @@ def model_card(title: str, manifest: Manifest, size: int, perplexity: Sequence[t
       size: bytes of all files.
       perplexity: names of texts, and the perplexity on each.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     found = summary(manifest)
     origin = manifest.origin.get("name") or manifest.origin.get("path") or "a model in memory"
-    header = ["library_name: slim-jax", "pipeline_tag: text-generation", "tags:", "- slim-jax", "- quantized"]
-    if is_hub_name(origin):
-        header.append(f"base_model: {origin}")
+    header = ModelCardData(
+        library_name="slim-jax",
+        pipeline_tag="text-generation",
+        tags=["slim-jax", "quantized"],
+        base_model=origin if is_hub_name(origin) else None,
+    )
     rows = [
         ("made from", origin),
         ("family", found["family"]),
@@ -34,18 +39,16 @@ def model_card(title: str, manifest: Manifest, size: int, perplexity: Sequence[t
         *_settings(manifest),
         *((f"perplexity on {text}", f"{value:g}") for text, value in perplexity),
     ]
-    parts = [
-        "---\n" + "\n".join(header) + "\n---",
-        f"# {_text(title)}",
-        "Packed by [SliM-LLM](https://arxiv.org/abs/2405.14917) in JAX; `slim-jax` runs it as it is stored."
-        if found["layers"]
-        else "A model that is not quantized, as `slim-jax` stores it.",
-        '```\nslim-jax generate FOLDER --prompt "The capital of France is"\n```',
-        '```python\nimport slim_jax\n\nmodel = slim_jax.load("FOLDER")  # or owner/model on the hub\n```',
-        _table(("", ""), rows),
-        _layers(found),
+    layers = [
+        (row.kind, row.layers, row.shape, row.groups, row.bits, f"{row.bytes / 1e6:.2f}", row.error)
+        for row in kind_rows(found)
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    template = (resources.files("convert") / "templates" / "card.md").read_text(encoding="utf-8")
+    return str(
+        ModelCard.from_template(
+            header, template_str=template, title=_text(title), rows=_texts(rows), layers=_texts(layers)
+        )
+    )
 
 
 def _stored(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -72,39 +75,12 @@ def _settings(manifest: Manifest) -> list[tuple[str, str]]:
         windows = f"{calibration.samples} windows of {calibration.length} tokens"
         rows.append(("calibration", f"{windows} (SHA-256 {calibration.sha256[:12]}…)"))
     if manifest.tuning is not None:
-        rows.append(("tuned end to end on", f"{manifest.tuning.tokens:,} tokens"))
+        rows.append(("fine-tuned end to end on", f"{manifest.tuning.tokens:,} tokens"))
     return rows
 
 
-def _layers(found: dict[str, Any]) -> str:
-    """Table of the stored layers, by kind."""
-    rows = []
-    for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
-        groups: dict[str, int] = {}
-        for layer in layers:
-            for bits, count in (layer["bits"] or {}).items():
-                groups[bits] = groups.get(bits, 0) + count
-        weights = sum(math.prod(layer["shape"]) for layer in layers)
-        stored = sum(layer["bytes"] for layer in layers)
-        errors = [layer["error"] for layer in layers if layer["error"] is not None]
-        rows.append(
-            (
-                kind,
-                f"{len(layers)}",
-                " × ".join(map(str, layers[0]["shape"])),
-                ", ".join(f"{bits}: {count}" for bits, count in sorted(groups.items()) if count),
-                f"{8 * stored / weights:.3f}",
-                f"{stored / 1e6:.2f}",
-                f"{sum(errors) / len(errors):.4g}" if errors else "",
-            )
-        )
-    columns = ("layer", "count", "shape", "groups by bits", "bits per weight", "MB", "error of outputs")
-    return _table(columns, rows) if rows else ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines)
+def _texts(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
+    return [[_text(str(cell)) for cell in row] for row in rows]
 
 
 def _text(value: str) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 from slim_jax.store.source import Source
 
 FORMATS = {
-    "safetensors": "as it is, to pass on",
+    "safetensors": "as stored",
     "hf": "dequantized",
-    "gptq": "packed, embedding and head dequantized",
+    "gptq": "packed, embedding and LM head dequantized",
 }
 """Name -> a description of how the weights are stored, for messages."""
 
@@ -26,17 +26,18 @@ def check_options(format: str, dtype: str | None, perplexity: Sequence[str]) -> 
         raise ValueError("--dtype is for hf and gptq, safetensors keeps every array as it is")
     if format != "safetensors" and perplexity:
         raise ValueError("--perplexity is for the model card of --format safetensors")
-    measured = []
-    for given in perplexity:
-        text, equals, value = given.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            number = 0.0
-        if not (equals and text and 1 <= number < float("inf")):
-            raise ValueError(f"--perplexity is {given!r}, expected one such as wikitext2=17.35")
-        measured.append((text, number))
-    return measured
+    return [_perplexity(given) for given in perplexity]
+
+
+def _perplexity(given: str) -> tuple[str, float]:
+    text, _, value = given.rpartition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not (text and 1 <= number < float("inf")):
+        raise ValueError(f"--perplexity is {given!r}, expected one such as wikitext2=17.35")
+    return text, number
 
 
 def write(

@@ -15,7 +15,7 @@ from pallas_kernels.layout import MixedTensor
 from pallas_kernels.prepared import Prepared
 
 MOST_ROWS = 128
-"""Rows of ``x`` up to which the kernel is used; measured on an H200 (docs/kernels.md)."""
+"""Rows of ``x`` up to which the kernel is used; measured on an H200 (docs/devices.md)."""
 
 
 def _matmul(x: jax.Array, w: Any, residual: jax.Array | None = None, **config: Any) -> jax.Array:

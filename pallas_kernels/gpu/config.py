@@ -59,7 +59,7 @@ class Config:
 
 
 def heuristic(device_kind: str, m: int, k: int, n: int) -> Config:
-    """The configuration for a device and a product: the fastest on an H200 (docs/kernels.md).
+    """The configuration for a device and a product: the fastest on an H200 (docs/devices.md).
 
     Up to 64 rows use tiles of 16 rows and blocks of the least width, whose warps split K: a block waits for
     memory and for its own instructions, so many small blocks were twice as fast as few wide ones. Two groups

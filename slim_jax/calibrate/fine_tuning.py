@@ -192,7 +192,9 @@ class History:
 
     def report(self, tokens: int) -> TuningReport:
         """Returns the report of a fine-tuning on ``tokens`` tokens."""
-        note = self.note or ("" if self.best else "tuning did not lower the held-out loss")
+        note = self.note or (
+            "" if self.best else "the loss on validation samples did not fall; scales and norms are unchanged"
+        )
         return TuningReport(self.losses, self.best, tokens, note)
 
 

@@ -103,7 +103,7 @@ def best_of_epochs(
         if number - best_epoch >= PATIENCE:
             break
     if best_epoch == 0 and not note:
-        note = "learning did not lower the held-out loss; the start values are kept"
+        note = "training did not lower the loss on validation samples; the block is unchanged"
     return best, LearningReport(losses, best_epoch, note)
 
 
