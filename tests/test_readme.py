@@ -106,7 +106,7 @@ def test_snippets_run(room, monkeypatch, capsys):
     for code in found[:2]:
         assert "504, 3575, 282, 4649, 314" in code or "prompt" not in code
         exec(compile(code.replace("504, 3575, 282, 4649, 314", "5, 6, 7"), "README.md", "exec"), space)
-    assert len(capsys.readouterr().out) > 20
+    assert capsys.readouterr().out.strip()
     assert space["y"].shape == (1, space["weight"].shape[1])
     before = loss(space["model"], tokens)
     exec(compile(found[2], "README.md", "exec"), space)

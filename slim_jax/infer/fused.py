@@ -171,7 +171,7 @@ def _plus_mlp(fused: FusedBlock, h: jax.Array, x: jax.Array) -> tuple[jax.Array]
     return block.after_mlp(mlp(h) if norm is None else plus(h, mlp(None), norm))
 
 
-def _mix(fused: FusedBlock, x: jax.Array, routes: jax.Array) -> tuple[jax.Array]:
+def _mix(fused: FusedBlock, x: jax.Array, routes: jax.Array, before: jax.Array | None) -> tuple[jax.Array]:
     """The sum of merged experts' outputs, in chunks of (token, expert) pairs, sorted by expert."""
     experts: Experts = fused.weights["moe"]
     assert fused.block.moe is not None
@@ -184,7 +184,8 @@ def _mix(fused: FusedBlock, x: jax.Array, routes: jax.Array) -> tuple[jax.Array]
     fair = max(1, len(order) // number) if count <= FEW_TOKENS else chunk_rows(len(order), number)
     y = by_turns(experts.output, x.shape[-1], min(fair, count), rows[token], sizes)
     y = y * weights.reshape(-1)[order][:, None]
-    return (jnp.zeros_like(rows).at[token].add(y).reshape(x.shape),)
+    mixed = jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
+    return (mixed if before is None else before + mixed,)
 
 
 def fused_stages(block: Block, weights: Mapping[str, Any], stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
@@ -222,4 +223,4 @@ def _mlp_is_one(block: Block, weights: Mapping[str, Any]) -> bool:
     mlp = block.mlp
     if mlp is None or mlp.gate is None or "mlp.gate" not in weights or packed_alone(mlp.down) is None:
         return False
-    return mlp.gate.bias is None and mlp.up.bias is None
+    return mlp.gate.bias is None and mlp.up.bias is None and mlp.limit is None

@@ -100,7 +100,8 @@ class Generator:
         self.config: DecoderConfig = model.config
         self._prompt_chunk = prompt_chunk
         parts, stages_of, over = [model], stages, mesh_of(model)
-        linears = [m for b in model.blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
+        layers = [getattr(block.mixer, name) for block in model.blocks for name in "qkvo"]
+        linears = [m for layer in layers for _, m in nnx.iter_modules(layer) if isinstance(m, Linear)]
         dtype = cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears])
         if mesh is not None:
             mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
@@ -235,8 +236,8 @@ class Generator:
         scaling = dataclasses.replace(config.rope_scaling, short_factors=config.rope_scaling.long_factors)
         outer, runs = jax.tree.unflatten(self._structure.tree, self._leaves)
         for block in itertools.chain(*(run if isinstance(run, list) else [run] for run in runs)):
-            attn = (block.block if isinstance(block, FusedBlock) else block).attn
-            attn.config = dataclasses.replace(attn.config, rope_scaling=scaling)
+            mixer = (block.block if isinstance(block, FusedBlock) else block).mixer
+            mixer.config = dataclasses.replace(mixer.config, rope_scaling=scaling)
         return self._structure._replace(tree=jax.tree.structure((outer, runs)))
 
     def _first_tokens(self, samples: int, key: jax.Array) -> np.ndarray:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import MixedTensor, matmul, stack_parts
 from pallas_kernels.prepared import delete
 from slim_jax.model.block import stages
-from slim_jax.model.cache import State
+from slim_jax.model.cache import Recurrent, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, look_up
@@ -53,7 +53,9 @@ class Cuts:
         """Chooses to split everything that divides evenly."""
         config, (_, blocks) = model.config, split_params(model)
         kinds = config.blocks()
-        heads = all(kind.num_kv_heads % count == 0 for kind in kinds) and _divide(blocks, "o", count)
+        # Linear attention is replicated, and with it the attention of the other blocks.
+        whole = all(kind.mixer == "attention" and kind.num_kv_heads % count == 0 for kind in kinds)
+        heads = whole and _divide(blocks, "o", count)
         # Experts are summed over devices after mixing, which would add a bias once per device.
         biased = any(kind.num_experts and kind.mlp_bias for kind in kinds)
         channels = not biased and _divide(blocks, "down", count)
@@ -61,7 +63,8 @@ class Cuts:
 
     def config(self, config: DecoderConfig) -> DecoderConfig:
         """Returns the config of one part."""
-        names = ["num_heads", "num_kv_heads"] * self.heads + ["intermediate_size"] * self.channels
+        names = ["num_heads", "num_kv_heads"] * self.heads
+        names += ["intermediate_size", "shared_expert_size"] * self.channels
         kinds = tuple(
             tuple((name, value // self.count if name in names else value) for name, value in kind)
             for kind in config.kinds
@@ -75,11 +78,14 @@ class Cuts:
         """Splits a parameter into parts, one per device."""
         *_, layer, leaf = ("", *name.split("."))
         over = (HEADS if self.heads else {}) | (CHANNELS if self.channels else {})
+        across: Over
         if self.vocabulary and (name == "embed" or layer == "head"):
             # A packed table and an LM head are stored as the weight of a product.
-            across: Over = "k" if name == "embed" and not isinstance(value, MixedTensor) else "n"
+            across = "k" if name == "embed" and not isinstance(value, MixedTensor) else "n"
         elif layer in over and not (leaf == "bias" and over[layer] == "k"):
             across = over[layer]
+        elif self.heads and leaf == "sinks":
+            across = "n"
         else:
             return [value] * self.count
         if isinstance(value, MixedTensor):
@@ -177,7 +183,7 @@ def _part(config: DecoderConfig, cuts: Cuts, params: Sequence[Params]) -> Decode
     part = make_decoder(config, params[0], params[1:], kind)
     for block in part.blocks:
         if cuts.heads:
-            block.attn.o = Summed(block.attn.o)
+            block.mixer.o = Summed(block.mixer.o)
         if cuts.channels and block.mlp is not None:
             block.mlp.down = Summed(block.mlp.down)
     return part
@@ -227,9 +233,11 @@ def _by_heads(empty: Callable[[int, int], State], mesh: Mesh, batch: int, size: 
     """Returns an empty state whose heads are split over a mesh if the number of its devices divides them."""
     make = partial(empty, batch, size)
 
-    def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        if leaf.ndim < 4 or leaf.shape[-3] % mesh.size:
+    def place(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, Recurrent) or leaf.ndim < 4 or leaf.shape[-3] % mesh.size:
             return NamedSharding(mesh, P())
         return NamedSharding(mesh, P(*[None] * (leaf.ndim - 3), mesh.axis_names))
 
-    return jax.jit(make, out_shardings=jax.tree.map(place, jax.eval_shape(make)))()
+    shapes = jax.eval_shape(make)
+    places = jax.tree.map(place, shapes, is_leaf=lambda value: isinstance(value, Recurrent))
+    return jax.jit(make, out_shardings=places)()

@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
 
@@ -37,19 +38,22 @@ def chunk_rows(rows: int, experts: int) -> int:
 class MLP(nnx.Module):
     """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where the family has no gate."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        d, inner = config.hidden_size, config.intermediate_size
+    def __init__(self, config: DecoderConfig, *, size: int = 0, rngs: nnx.Rngs) -> None:
+        d, inner = config.hidden_size, size or config.intermediate_size
         self.gate = Linear(d, inner, bias=config.mlp_bias, rngs=rngs) if config.gated else None
         self.up = Linear(d, inner, bias=config.mlp_bias, rngs=rngs)
         self.down = Linear(inner, d, bias=config.mlp_bias, rngs=rngs)
-        self.activation = config.activation
+        self.activation, self.limit = config.activation, config.glu_limit
 
     def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... inner"]:
         """Returns the input of ``down``."""
         activate = ACTIVATIONS[self.activation]
         if self.gate is None:
             return activate(self.up(x))
-        return activate(self.gate(x)) * self.up(x)
+        gate, up = self.gate(x), self.up(x)
+        if self.limit is not None:
+            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit) + 1
+        return activate(gate) * up
 
 
 class MoE(nnx.Module):
@@ -59,14 +63,19 @@ class MoE(nnx.Module):
     ``experts_per_token`` experts, and padding adds less than one chunk per expert.
 
     Attributes:
+      shared: an expert that all tokens pass through; None if there is none.
+      shared_gate: gives the gate of that expert's output; None if it has none.
       by_turns: if False, there are no chunks: every expert that any token chose processes all tokens, each in
         its place.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.router = Linear(config.hidden_size, config.num_experts, bias=False, rngs=rngs)
+        self.router = Linear(config.hidden_size, config.num_experts, bias=config.router_bias, rngs=rngs)
         self.experts = nnx.List([MLP(config, rngs=rngs) for _ in range(config.num_experts)])
         self.top_k, self.norm_topk = config.experts_per_token, config.norm_topk
+        size, gated = config.shared_expert_size, config.shared_expert_gate
+        self.shared = MLP(config, size=size, rngs=rngs) if size else None
+        self.shared_gate = Linear(config.hidden_size, 1, bias=False, rngs=rngs) if gated else None
         self.by_turns = True
 
     def route(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
@@ -77,6 +86,12 @@ class MoE(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         one_hot = jax.nn.one_hot(chosen, probabilities.shape[-1])  # [b, t, k, e]
         return jnp.sum(weights[..., None] * one_hot, axis=-2)
+
+    def shared_output(self, x: Float[Array, "b t d"], hidden: Float[Array, "b t i"]) -> Float[Array, "b t d"]:
+        """Returns the output of the shared expert; ``hidden`` is the input of its last layer."""
+        assert self.shared is not None
+        y = self.shared.down(hidden)
+        return y if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * y
 
     def mix(self, x: Float[Array, "b t d"], routes: Float[Array, "b t e"]) -> Float[Array, "b t d"]:
         """Returns the sum of the experts' outputs, weighted by :meth:`route`."""
