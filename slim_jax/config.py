@@ -16,7 +16,7 @@ WIDE = 3.5
 """Mean width up to which codes of more than 4 bits do not pay: with them, all zero points take 8 bits."""
 
 CLIP = "clip"
-LEARN = (CLIP, "clip-gptq", "grid", "rounding")
+LEARN = (CLIP, "rounding")
 
 SAMPLES, LENGTH = 128, 512
 """Default number of windows of calibration text, and of tokens in each. Fine-tuning takes long on a CPU, and
@@ -53,8 +53,6 @@ class SlimConfig:
         over all layers at once (`slim_jax.method.budget`); within each layer "kl", "error" (see
         `slim_jax.method.sba.scores`) or "paper". By default "paper" where ``sqc`` is, else "model" for "slim"
         and "slim-plus" and "kl" for the baselines.
-      guide: if True, the gradient of the model's loss weights the tokens in the Hessians
-        (`slim_jax.calibrate.sensitivity`). The gradient sweep then covers all tokens, not a few thousand.
       sequential: if True, each layer is calibrated on the outputs of the quantized layers before it in its
         block; if False, on those of the unquantized block. By default False where ``sqc`` is "paper", else
         True.
@@ -69,8 +67,8 @@ class SlimConfig:
         (`slim_jax.method.refine`); the embedding and LM head never get any. By default 2, and 0 for "rtn" and
         where scales are not searched.
       search_tokens: calibration tokens, evenly spaced, that the bit search uses.
-      learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+; "clip-gptq", "grid" and "rounding" are
-        not in the paper, see `slim_jax.method.learnable`. The next four fields are for "slim-plus" too.
+      learn: parameters that "slim-plus" learns: "clip" is the paper's SliM-LLM+; "rounding" is not in the
+        paper, see `slim_jax.method.learnable`. The next four fields are for "slim-plus" too.
       epochs: maximum number of passes over the calibration samples.
       learning_rate: learning rate of the default optimizer; by default 1e-2 where clipping is learned (the
         paper's), else 5e-3.
@@ -105,7 +103,6 @@ class SlimConfig:
     method: str = "slim"
     sqc: str | None = None
     criterion: str | None = None
-    guide: bool = False
     sequential: bool | None = None
     asymmetric: float | None = None
     damping: float | None = None
@@ -152,7 +149,7 @@ class SlimConfig:
             "asymmetric": 0.5 if searches else 0.0,
             "damping": 0.1 if searches else 0.01,
             "refine": 2 if searches else 0,
-            "learning_rate": 1e-2 if self.learn.startswith(CLIP) else 5e-3,
+            "learning_rate": 1e-2 if self.learn == CLIP else 5e-3,
             "embedding_bits": default_embedding_bits(self.bits, sqc),
             "tune": mixed and sqc != "paper",
             "tune_rate": 2e-3 * 4.0 ** (2 - max(2, int(self.bits))),
@@ -270,7 +267,7 @@ class Settings(SlimConfig):
         return self.mixed and self.criterion == "model"
 
     @property
-    def packs_ends(self) -> bool:
+    def packs_embeddings(self) -> bool:
         """True if the embedding and LM head are packed too."""
         return self.embedding_bits != 16
 
@@ -282,7 +279,7 @@ class Settings(SlimConfig):
     @property
     def clips(self) -> bool:
         """True if "slim-plus" learns clipping."""
-        return self.learn.startswith(CLIP)
+        return self.learn == CLIP
 
     @property
     def widths(self) -> tuple[int, ...]:

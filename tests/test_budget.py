@@ -105,14 +105,14 @@ def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
     """Compares with central differences of the whole loss, moving each output of a layer at one token."""
     monkeypatch.setattr(activations, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
     tokens = TOKENS[:2]
-    found = sensitivity.Sweep(DecoderSource(model), tokens, SlimConfig(group_size=32, guide=True).resolved())
+    found = sensitivity.Sweep(DecoderSource(model), tokens, SlimConfig(group_size=32).resolved())
     inputs = found._inputs()
     gradients = found._loss_gradients(inputs.pop())
     raw = {}
     monkeypatch.setattr(sensitivity, "limited", lambda w: (raw.setdefault(len(raw), w), 1.0))
     for index in reversed(range(CONFIG.num_layers)):
         raw.clear()
-        found._weigh(index, inputs.pop(), gradients)
+        found._importance(index, inputs.pop(), gradients)
     weights = dict(zip(found.names[0], raw.values()))  # of block 0
 
     class Moved(Linear):
@@ -161,9 +161,8 @@ def test_without_a_choice_nothing_is_weighed(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guide", [False, True])
-def test_model_budget_quantizes_and_generates(model, guide):
-    config = SlimConfig(bits=2.25, group_size=32, criterion="model", guide=guide, tune=False)
+def test_model_budget_quantizes_and_generates(model):
+    config = SlimConfig(bits=2.25, group_size=32, criterion="model", tune=False)
     packed, report = quantize(model, TOKENS, config)
     sizes = [(sum(bits), len(bits)) for bits in report.allocation.values()]
     assert len({total / groups for total, groups in sizes}) > 1  # layers differ

@@ -17,8 +17,8 @@ from convert.cli import run
 from convert.tokenizer import gguf_tokenizer, load_tokenizer
 from convert.writers.folder import PARTIAL
 from slim_jax.store import checkpoint
+from slim_jax.store.checkpoint_sink import CheckpointSink
 from slim_jax.store.files import LOCK, locked
-from slim_jax.store.writer import CheckpointWriter
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +297,10 @@ def test_an_interrupted_conversion_begins_again(room, capsys, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_source(model, tmp_path / "out", interrupt)
     assert names(tmp_path) == []
-    killed = CheckpointWriter(tmp_path / "out", model.config, model.origin, None)
+    killed = CheckpointSink(tmp_path / "out").__enter__()
+    killed.begin(model.config, model.origin, None)
     killed.write_outer(model.outer())
-    killed._lock.close()
+    killed._lock.__exit__(None, None, None)
     assert names(tmp_path / "out") == ["outer", "slim.json"]
     said(capsys, "convert", room / "hf", tmp_path / "out")
     assert names(tmp_path / "out") == ["blocks", "outer", "slim.json", "tokenizer"]

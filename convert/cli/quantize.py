@@ -36,7 +36,7 @@ from convert.cli.sources import (
     whole_decoder,
     window_length,
 )
-from convert.display import Progress, print_result, progress, say
+from convert.display import origin_notes, print_result, progress, say, shown_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from convert.calibration import Part
     from slim_jax.config import SlimConfig
     from slim_jax.plan import Plan
-    from slim_jax.report import BlockReport, Report
+    from slim_jax.report import Report
     from slim_jax.store.source import Source
 
 INTERRUPTED = "interrupted; the same command with --resume continues after the last finished block in {out}"
@@ -170,7 +170,7 @@ def quantize(
             resume=resume,
             offload=offload,
             mesh=mesh,
-            **_shown(step),
+            on_event=shown_by(step),
         )
     keep_tokenizer(tokenizer, out)
     if save_allocation is not None:
@@ -185,14 +185,16 @@ def _opened(source: str, config: "SlimConfig") -> "Source":
     from slim_jax.rules import check_rules
 
     model = open_source(source)
+    for note in origin_notes(model.origin):
+        say(f"note: {note}")
     check_dense(model)
     check_rules(config.resolved().rules, linear_names(model.config))
     return model
 
 
 def _require_free(out: Path, resume: bool) -> None:
+    from slim_jax.store.checkpoint_sink import require_new
     from slim_jax.store.files import refuse_if_locked
-    from slim_jax.store.writer import require_new
 
     if resume:
         refuse_if_locked(out)
@@ -308,28 +310,3 @@ def _mesh(devices: int, samples: int, config: "SlimConfig") -> "jax.sharding.Mes
         raise ValueError(f"there are {samples} samples, expected a multiple of the {devices} devices")
     config.resolved().samples_to_tune(samples, devices)  # for its errors, before the model is read
     return mesh
-
-
-def _figures(block: "BlockReport") -> str:
-    """Text that the progress display shows for a finished block; prints the block's warnings."""
-    if block.warning:
-        say(block.warning)
-    learning = block.learning
-    if learning is None:
-        return f"error {block.error:.3g}"
-    if learning.note:
-        say(f"block {block.index}: {learning.note}")
-    if not learning.losses:
-        return "not trained"
-    return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
-
-
-def _shown(step: Progress) -> dict[str, Any]:
-    """Callbacks of a run that show its progress."""
-    return {
-        "on_block": lambda block: step(_figures(block)),
-        "on_epoch": lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
-        "on_sweep": lambda n, of: step.show(f"gradients of block {n}/{of}"),
-        "on_notice": say,
-        "on_step": lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
-    }
