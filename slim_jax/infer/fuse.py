@@ -20,7 +20,7 @@ from pallas_kernels.prepared import Prepared, delete, one_by_one
 from slim_jax.infer.forward import alike, is_packed, stackable, with_scales_alike
 from slim_jax.infer.fused import Experts, FusedBlock, fused_stages, is_prepared
 from slim_jax.infer.tensor_parallel import mesh_of
-from slim_jax.model.block import Block, Norm, linear_groups, stages
+from slim_jax.model.block import Block, Norm, stages
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed
@@ -147,9 +147,8 @@ def _head_behind_norm(outer: Decoder) -> Decoder:
 
 
 def _groups(block: Block) -> Groups:
-    """Returns the block's layers grouped by the input they read, without those of experts that it lost."""
-    gone = block.moe is not None and not len(block.moe.experts)
-    return [names for names in linear_groups(block.config) if not gone or "experts" not in names[0]]
+    """Returns the block's layers grouped by the input they read, without those of single experts."""
+    return [stage.layers for stage in stages(block.config)]
 
 
 def with_experts_as_one(block: Block) -> Block | FusedBlock:
@@ -183,7 +182,7 @@ def _merged(parts: Sequence[Any], groups: Groups, consume: bool = False) -> dict
     found: dict[str, Prepared] = {}
     for names in groups:
         layers = [[part_of(one, name) for name in names] for one in parts]
-        if len(names) == 1 or not all(isinstance(layer, Linear) for layer in itertools.chain(*layers)):
+        if len(names) < 2 or not all(isinstance(layer, Linear) for layer in itertools.chain(*layers)):
             continue
         weights = [[layer.weight.get_value() for layer in same] for same in layers]
         if all(isinstance(w, MixedTensor) for w in itertools.chain(*weights)):
