@@ -51,7 +51,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--set", "damping"], "expected name=value"),
         (["--set", "damping=high"], "damping is 'high', expected a number"),
         (["--set", "epochs=1.5"], "epochs is '1.5', expected a whole number"),
-        (["--set", "guide=1"], "guide is '1', expected true or false"),
+        (["--set", "sequential=1"], "sequential is '1', expected true or false"),
         (["--set", "bits=3"], "bits is given twice"),
         (["--rule", "*.mlp.down"], "expected PATTERN: OPTIONS"),
         (["--rule", "*.mlp.down: bit=3"], "no option 'bit', expected one such as bits"),

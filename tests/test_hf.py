@@ -192,7 +192,7 @@ LLAMA_CHANGES = [
         ("GPTNeoXForCausalLM", "LlamaForCausalLM", "OPTForCausalLM", "docs/adding-a-family.md"),
     ),
     ({"architectures": None}, ("architecture", "LlamaForCausalLM")),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope_type", "yarn", "llama3")),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, ("rope_type", "dynamic", "llama3")),
     ({"rope_parameters": {"rope_type": "linear"}}, ("factor",)),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ("partial_rotary_factor", "0.5")),
     ({"hidden_act": "xielu"}, ("hidden_act", "xielu", "silu")),

@@ -10,7 +10,7 @@ from flax import nnx
 from golden_models import decoder_of, load_golden, relative_error, write_hf
 from jax.sharding import Mesh
 from test_hf import same_parameters
-from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint, dense
+from test_pipeline import CONFIG, TOKENS, Killed, assert_same_checkpoint, dense, kill_after
 
 from convert import load_source
 from pallas_kernels import pack
@@ -176,12 +176,8 @@ def test_a_hybrid_is_quantized_and_resumed(model, tmp_path):
     ]
     assert all(layer.error < 0.5 for layer in report.layers)
 
-    def kill(block):
-        if block.index == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize_to_checkpoint(source, TOKENS, GPTQ, tmp_path / "parts", on_block=kill)
+    with pytest.raises(Killed):
+        pipeline.quantize_to_checkpoint(source, TOKENS, GPTQ, tmp_path / "parts", on_event=kill_after(1))
     pipeline.quantize_to_checkpoint(source, TOKENS, GPTQ, tmp_path / "parts", resume=True)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
     loaded = checkpoint.load(tmp_path / "whole")

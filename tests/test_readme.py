@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENT = json.loads(figures.FIGURES.read_text("utf-8"))
 COMMANDS = typer.main.get_command(app).commands
 SMALL = ["--samples", "4", "--length", "32", "--group-size", "32"]
-NAMES = {"2.5", "3.1", "3.2", "3.3", "3.12", "8.0", "10.0"}
+NAMES = {"2.5", "3.1", "3.2", "3.3", "3.5", "3.8", "3.12", "8.0", "10.0"}
 """Numbers with a decimal point that are no figures: of models, of Python, of a compute capability."""
 
 

@@ -41,7 +41,12 @@ GGUF_NAMES = dataclasses.replace(
     llama.GGUF_NAMES,
     block={**llama.GGUF_NAMES.block, "attn.sinks": "attn_sinks.weight", "mlp_norm": "post_attention_norm"},
 )
-FIXED = {"activation": "gelu_quick", "attn_sinks": True, "mlp_bias": True, "router_bias": True}
+FIXED: dict[str, Any] = {
+    "activation": "gelu_quick",
+    "attn_sinks": True,
+    "mlp_bias": True,
+    "router_bias": True,
+}
 """What all models of the family have, and no file states."""
 
 

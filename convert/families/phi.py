@@ -134,7 +134,7 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         return dataclasses.replace(base, family="phi")
     original = count(meta, "rope.scaling.original_context_length")
     read = tensors.read(FACTORS)
-    short, long = (tuple(map(llama.shortest, read[name])) for name in FACTORS)
+    short, long = (tuple(map(llama.shortest, read[name].tolist())) for name in FACTORS)
     attention_factor = field(meta, "rope.scaling.attn_factor", float, None)
     scaling = _longrope(short, long, original, base.max_positions / original, attention_factor)
     return dataclasses.replace(base, family="phi", rope_scaling=scaling)

@@ -52,6 +52,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     theta, scaling = llama.read_rope(hf, partial=True)
     biased = field(hf, "attention_bias", bool)
     changes = _read_mixers(hf, base.num_layers)
+    sizes: dict[str, Any] = {ours: count(hf, theirs) for ours, theirs in LINEAR.items()}
     mixture: dict[str, Any] = {}
     if experts:
         mixture = _read_experts(hf)
@@ -70,7 +71,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         kinds=kinds,
         block_kinds=tuple(map(kinds.index, changes)),
         **mixture,
-        **{ours: count(hf, theirs) for ours, theirs in LINEAR.items()},
+        **sizes,
     )
 
 
@@ -225,9 +226,11 @@ BY_KEY_HEAD: dict[str, Restore] = {
 
 
 def _family(name: str, architectures: tuple[str, ...], names: Names, gguf: GGUFFormat) -> Family:
-    unused = ("full_attention_interval", "attn_output_gate", "mamba_ssm_dtype", "use_sliding_window")
-    multimodal = ("mrope_section", "mrope_interleaved")  # of pictures; all of a text's positions are equal
-    others, unused = (with_fused_experts(names),), (*unused, *multimodal)
+    unused = (
+        *("full_attention_interval", "attn_output_gate", "mamba_ssm_dtype", "use_sliding_window"),
+        *("mrope_section", "mrope_interleaved"),  # of pictures; a text has one position a token
+    )
+    others = (with_fused_experts(names),)
     return Family(
         name, llama.hf_format(architectures, read_hf, write_hf, names, others=others, unused=unused), gguf
     )

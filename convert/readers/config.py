@@ -54,7 +54,7 @@ UNUSED = frozenset((
 class Fields(dict[str, Any]):
     """Fields of a config, nested ones too, that record which of them have been read."""
 
-    def __init__(self, values: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(self, values: Mapping[Any, Any], aliases: Mapping[str, str] | None = None) -> None:
         super().__init__({k: Fields(v) if isinstance(v, dict) else v for k, v in values.items()})
         self.seen: set[str] = set()
         self._aliases = aliases or {}
@@ -126,9 +126,9 @@ def _made(hf: Mapping[str, Any]) -> Any:
     return _make(CONFIG_MAPPING[kind], hf)
 
 
-def _make(make: Any, fields: Mapping[str, Any]) -> Any:
+def _make(make: Any, given: Mapping[str, Any]) -> Any:
     """Makes a configuration; the class's own errors become one line."""
-    fields = copy.deepcopy(dict(fields))
+    fields = copy.deepcopy(dict(given))
     for key in {*DROPPED, *make.sub_configs} - {"text_config"}:
         fields.pop(key, None)
     for rope in (fields.get("rope_scaling"), fields.get("rope_parameters")):
@@ -165,7 +165,7 @@ def _of_whole(hf: Mapping[str, Any], given: Mapping[str, Any], whole: Any) -> di
 
 def _known(config: Any) -> set[str]:
     """Returns the names of the fields that a configuration's class declares."""
-    made = (inspect.signature(kind.__init__).parameters for kind in type(config).__mro__)
+    made = (inspect.signature(kind.__init__).parameters for kind in type(config).__mro__)  # type: ignore[misc]
     return {name for names in made for name in names} | set(getattr(config, "__dataclass_fields__", ()))
 
 

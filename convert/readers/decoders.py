@@ -34,7 +34,7 @@ def scaled(
             return part.reshape(())
         part = part.reshape(part.shape + (1,) * (value.ndim - part.ndim))
         for axis in (value.ndim - 2, value.ndim - 1):
-            size, blocks = value.shape[axis], part.shape[axis]
+            size, blocks = int(value.shape[axis]), int(part.shape[axis])
             if blocks not in (1, size):
                 run = block[axis - value.ndim] if block else -(-size // blocks)
                 part = np.repeat(part, run, axis).take(range(size), axis)

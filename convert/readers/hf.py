@@ -272,9 +272,10 @@ def _tensor_names(directory: Path) -> list[str]:
     if (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
         return list(_index(directory))
     try:
-        return [name for name in json.loads(_header(directory / SINGLE)[1]) if name != "__metadata__"]
-    except (OSError, ValueError, MemoryError, OverflowError):
+        header = json.loads(_header(directory / SINGLE)[1])
+    except (OSError, ValueError, MemoryError, OverflowError, RecursionError):
         return []  # a damaged file is reported where weights are read
+    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
 
 
 def _left_out_kinds(directory: Path, config: DecoderConfig, blocks: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ UNPACKED = ("int-quantized", "float-quantized", "naive-quantized")
 """Formats of compressed-tensors that store a code per weight."""
 
 
+@runtime_checkable
 class RawStore(Protocol):
     """The stored tensors; see `convert.readers.hf.SafetensorsStore`."""
 

@@ -113,10 +113,12 @@ def forward(
     slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
 
     def through(block: Block, h: jax.Array, seen: Any, layer: jax.Array | None = None):
+        cache: Any
         if isinstance(seen, Recurrent):
             h, cache = block(h, positions, dataclasses.replace(seen, layer=layer))
             return h, dataclasses.replace(cache, layer=None)
-        h, cache = block(h, positions, KeyValues(*seen, slots, start, layer))
+        keys, values = seen
+        h, cache = block(h, positions, KeyValues(keys, values, slots, start, layer))
         return h, (cache.keys, cache.values)
 
     h, kv = outer.embed_tokens(tokens, positions), []

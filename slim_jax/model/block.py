@@ -265,7 +265,8 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
             Stage(_output, ("h", "hidden"), ("h",)),
         )
     experts = tuple(stage for i in range(config.num_experts) for stage in _expert(i, config))
-    shared, part = (), "moe.shared"
+    shared: tuple[Stage, ...] = ()
+    part = "moe.shared"
     if config.shared_expert_size:
         into_mlp = dataclasses.replace(into_mlp, layers=_entry(part, config))
         down, hidden = (f"{part}.down",), "hidden"
