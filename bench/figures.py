@@ -70,6 +70,7 @@ def fit() -> Iterator[Record]:
 
     own = written(parts(()), SAMPLES)
     for name, config in models().items():
+        # `plan` times the machine once; a busy one then seems slow.
         speed = max(rate(config) for _ in range(3))
         record: Record = {"name": name}
         for preset, texts in (("fast", 0), ("good", own)):

@@ -284,7 +284,8 @@ def count_left_out(names: Iterable[str], kinds: Mapping[str, str]) -> tuple[list
       names: names of tensors.
       kinds: kinds of tensors that belong to other parts of a model -> patterns of their names.
     """
-    rest, counts = [], {}
+    rest: list[str] = []
+    counts: dict[str, int] = {}
     for name in names:
         kind = next((kind for kind, pattern in kinds.items() if re.fullmatch(pattern, name)), None)
         if kind is None:
