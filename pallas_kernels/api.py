@@ -113,7 +113,7 @@ def _check(
         raise ValueError(f"x is {x.dtype}, expected a floating type")
     if stacked:
         raise ValueError(
-            f"w.words has shape {w.words.shape}, expected [rows, {n}]: scan over stacked weights"
+            f"the weight of shape {w.shape} is stacked, expected a single one: scan over stacked weights"
         )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")

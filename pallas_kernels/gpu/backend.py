@@ -71,8 +71,8 @@ def _attend(
     scores, parts = attention.Scores(scale, softcap), attention.parts_of(device, batch * heads, slots)
     # One product gave all three, which XLA recognizes if they are concatenated as they were split.
     token = jnp.concatenate([a.reshape(batch, 1, -1) for a in (q, k, v)], axis=2)
-    y, *cache = attention.attend(token[:, 0], rotation, keys, values, *at, scores=scores, parts=parts)
-    return y[:, None], *cache
+    y, keys, values = attention.attend(token[:, 0], rotation, keys, values, *at, scores=scores, parts=parts)
+    return y[:, None], keys, values
 
 
 BACKEND = Backend(NAME, "cuda", _matmul, _prepare, MOST_ROWS, mlp=_mlp, attend=_attend)

@@ -8,7 +8,7 @@ sums of x and the kernel.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def alone(w: MixedTensor) -> Joined:
     """Returns any weight as a joined one, with columns of zeros up to a multiple of :data:`LEAST_TILE`."""
     missing = -w.shape[1] % LEAST_TILE
     if missing:
-        wider = {
+        wider: dict[str, Any] = {
             name: jnp.pad(getattr(w, name), ((0, 0), (0, missing))) for name in ("words", "scale", "zero")
         }
         w = dataclasses.replace(w, **wider, shape=(w.shape[0], w.shape[1] + missing))

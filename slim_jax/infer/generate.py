@@ -30,6 +30,7 @@ from slim_jax.model.cache import Run, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
+from slim_jax.model.stage import Stage
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then multiples of it, rarer when long.
 LENGTH_STEP = 128
@@ -99,7 +100,8 @@ class Generator:
             raise ValueError(f"cache_dtype is {jnp.dtype(cache_dtype)}, expected one of {known}")
         self.config: DecoderConfig = model.config
         self._prompt_chunk = prompt_chunk
-        parts, stages_of, over = [model], stages, mesh_of(model)
+        stages_of: Callable[[DecoderConfig], tuple[Stage, ...]] = stages
+        parts, over = [model], mesh_of(model)
         layers = [getattr(block.mixer, name) for block in model.blocks for name in "qkvo"]
         linears = [m for layer in layers for _, m in nnx.iter_modules(layer) if isinstance(m, Linear)]
         dtype = cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears])
