@@ -5,7 +5,7 @@
 NAMEs select cases; the default is all. Each file holds ``config`` (config.json as bytes), ``tokens [B, T]``,
 ``logits [B, T, vocab]``, ``hidden [layers + 1, B, T, hidden]`` (the input of the first block, then each
 block's output) and ``weight:NAME`` for every tensor of a saved checkpoint. All values are float32. Created
-with torch 2.13.0, transformers 5.23.0 and (those of Qwen3-Next, Qwen 3.5 and gpt-oss) 5.24.0.
+with torch 2.13.0, transformers 5.23.0 and (those from Qwen3-Next on) 5.24.0.
 """
 
 import json
@@ -25,6 +25,8 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -122,6 +124,14 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 TIMES = {"qwen3_5": 80}  # more than a chunk of linear attention
+
+NO_ROPE = {key: value for key, value in GQA.items() if key != "rope_theta"}
+NO_EPS = {key: value for key, value in GQA.items() if key != "rms_norm_eps"}
+WINDOWED = {
+    "num_hidden_layers": 3,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 
 # With head_dim 8 and theta 100, wavelengths lie below, between and above the two limits of LLAMA3.
 CASES = {
@@ -254,6 +264,22 @@ CASES = {
             "sliding_window": 5,
         },
     ),
+    "ministral3": (
+        Ministral3ForCausalLM,
+        Ministral3Config,
+        {
+            **NO_ROPE,
+            **PADDED,
+            "head_dim": 16,
+            "rope_parameters": {
+                **{key: value for key, value in YARN.items() if key != "truncate"},
+                "original_max_position_embeddings": 5,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
 }
 
 
@@ -264,7 +290,9 @@ def randomize(model: torch.nn.Module) -> None:
     """
     generator = torch.Generator().manual_seed(SEED)
     kind = model.config.model_type
-    centered = any(name in kind for name in ("gemma", "qwen3_next", "qwen3_5"))  # 1 is added to norms' scales
+    centered = any(
+        name in kind for name in ("gemma2", "gemma3", "qwen3_next", "qwen3_5")
+    )  # 1 is added to norms' scales
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         mean = 0 if centered and "linear_attn.norm" not in name else 1
@@ -277,6 +305,11 @@ def randomize(model: torch.nn.Module) -> None:
         else:
             parameter.data = noise * 1.5 * parameter.shape[-1] ** -0.5
         parameter.data = parameter.data.bfloat16().float()
+    for name, buffer in model.named_buffers():
+        if name.endswith(("score_correction_bias", "layer_scalar")):
+            mean = 1 if name.endswith("layer_scalar") else 0
+            noise = torch.randn(buffer.shape, generator=generator)
+            buffer.data = (mean + 0.3 * noise).bfloat16().float()
 
 
 def run(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
