@@ -264,6 +264,23 @@ CASES = {
             "sliding_window": 5,
         },
     ),
+    "phi4_mini": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            **GQA,
+            **PADDED,
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 16,
+            "rope_scaling": {
+                **LONGROPE,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 1.5, 2.5, 4.0, 5.0, 6.0],
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
     "ministral3": (
         Ministral3ForCausalLM,
         Ministral3Config,
