@@ -6,6 +6,7 @@ from convert.families import (
     gpt_oss,
     llama,
     mixtral,
+    olmo,
     opt,
     phi,
     qwen,
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen_next.QWEN3_NEXT,
     qwen_next.QWEN3_5,
     gpt_oss.FAMILY,
+    olmo.FAMILY,
 )
 
 

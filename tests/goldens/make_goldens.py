@@ -31,6 +31,10 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -262,6 +266,20 @@ CASES = {
             "no_rope_layer_interval": 2,
             "use_sliding_window": True,
             "sliding_window": 5,
+        },
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {**GQA, **PADDED}),
+    "olmo3": (
+        Olmo3ForCausalLM,
+        Olmo3Config,
+        {
+            **NO_ROPE,
+            **PADDED,
+            **WINDOWED,
+            "rope_parameters": {
+                "full_attention": {k: v for k, v in YARN.items() if k != "truncate"},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
         },
     ),
     "phi4_mini": (
