@@ -4,6 +4,7 @@ from convert.errors import ConvertError
 from convert.families import (
     gemma,
     gpt_oss,
+    granite,
     llama,
     mixtral,
     olmo,
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen_next.QWEN3_5,
     gpt_oss.FAMILY,
     olmo.FAMILY,
+    granite.FAMILY,
 )
 
 
