@@ -5,6 +5,7 @@ from convert.families import (
     gemma,
     gpt_oss,
     granite,
+    lfm,
     llama,
     mixtral,
     olmo,
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     gpt_oss.FAMILY,
     olmo.FAMILY,
     granite.FAMILY,
+    lfm.FAMILY,
 )
 
 

@@ -27,6 +27,8 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeSharedConfig,
     GraniteMoeSharedForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Ministral3Config,
@@ -327,6 +329,17 @@ CASES = {
                 "long_factor": [1.0, 1.5, 2.5, 4.0, 5.0, 6.0],
             },
             "tie_word_embeddings": True,
+        },
+    ),
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config,
+        {
+            **NO_EPS,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "intermediate_size": 60,
+            "block_multiple_of": 16,
         },
     ),
     "ministral3": (
