@@ -3,6 +3,7 @@
 from convert.errors import ConvertError
 from convert.families import (
     gemma,
+    glm,
     gpt_oss,
     granite,
     lfm,
@@ -33,6 +34,8 @@ FAMILIES: tuple[Family, ...] = (
     olmo.FAMILY,
     granite.FAMILY,
     lfm.FAMILY,
+    glm.GLM,
+    glm.GLM_MOE,
 )
 
 
