@@ -8,6 +8,7 @@ from convert.families import (
     granite,
     lfm,
     llama,
+    minimax,
     mixtral,
     olmo,
     opt,
@@ -36,6 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     lfm.FAMILY,
     glm.GLM,
     glm.GLM_MOE,
+    minimax.FAMILY,
 )
 
 

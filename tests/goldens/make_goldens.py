@@ -35,6 +35,8 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
     MistralConfig,
@@ -364,6 +366,18 @@ CASES = {
             "topk_group": 2,
             "routed_scaling_factor": 1.5,
             "num_nextn_predict_layers": 0,
+        },
+    ),
+    "minimax_m2": (
+        MiniMaxM2ForCausalLM,
+        MiniMaxM2Config,
+        {
+            **GQA,
+            "head_dim": 16,
+            "rotary_dim": 8,
+            "intermediate_size": 24,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
         },
     ),
     "ministral3": (
