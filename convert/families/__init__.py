@@ -3,6 +3,7 @@
 from convert.errors import ConvertError
 from convert.families import (
     gemma,
+    gemma4,
     glm,
     gpt_oss,
     granite,
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen_next.QWEN3_NEXT,
     qwen_next.QWEN3_5,
     gpt_oss.FAMILY,
+    gemma4.FAMILY,
     olmo.FAMILY,
     granite.FAMILY,
     lfm.FAMILY,
