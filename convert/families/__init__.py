@@ -16,6 +16,7 @@ from convert.families import (
     phi,
     qwen,
     qwen_next,
+    seed_oss,
     smollm,
 )
 from convert.families.family import Family, GGUFFormat, HFFormat, Names
@@ -40,6 +41,7 @@ FAMILIES: tuple[Family, ...] = (
     glm.GLM,
     glm.GLM_MOE,
     minimax.FAMILY,
+    seed_oss.FAMILY,
 )
 
 

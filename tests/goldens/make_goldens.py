@@ -65,6 +65,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -423,6 +425,7 @@ CASES = {
             },
         },
     ),
+    "seed_oss": (SeedOssForCausalLM, SeedOssConfig, {**GQA, **PADDED, "head_dim": 16}),
 }
 
 
