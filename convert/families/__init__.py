@@ -2,6 +2,7 @@
 
 from convert.errors import ConvertError
 from convert.families import (
+    ernie,
     gemma,
     gemma4,
     glm,
@@ -42,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     glm.GLM_MOE,
     minimax.FAMILY,
     seed_oss.FAMILY,
+    ernie.FAMILY,
 )
 
 

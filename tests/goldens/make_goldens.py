@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -426,6 +428,7 @@ CASES = {
         },
     ),
     "seed_oss": (SeedOssForCausalLM, SeedOssConfig, {**GQA, **PADDED, "head_dim": 16}),
+    "ernie4_5": (Ernie4_5ForCausalLM, Ernie4_5Config, {**GQA, "head_dim": 16}),
 }
 
 
