@@ -3,6 +3,7 @@
 from convert.errors import ConvertError
 from convert.families import (
     ernie,
+    exaone,
     gemma,
     gemma4,
     glm,
@@ -44,6 +45,7 @@ FAMILIES: tuple[Family, ...] = (
     minimax.FAMILY,
     seed_oss.FAMILY,
     ernie.FAMILY,
+    exaone.FAMILY,
 )
 
 

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 from transformers import (
     Ernie4_5Config,
     Ernie4_5ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -429,6 +431,7 @@ CASES = {
     ),
     "seed_oss": (SeedOssForCausalLM, SeedOssConfig, {**GQA, **PADDED, "head_dim": 16}),
     "ernie4_5": (Ernie4_5ForCausalLM, Ernie4_5Config, {**GQA, "head_dim": 16}),
+    "exaone4": (Exaone4ForCausalLM, Exaone4Config, {**GQA, **WINDOWED, "head_dim": 16}),
 }
 
 
