@@ -20,6 +20,7 @@ from convert.families import (
     qwen_next,
     seed_oss,
     smollm,
+    starcoder,
 )
 from convert.families.family import Family, GGUFFormat, HFFormat, Names
 
@@ -46,6 +47,7 @@ FAMILIES: tuple[Family, ...] = (
     seed_oss.FAMILY,
     ernie.FAMILY,
     exaone.FAMILY,
+    starcoder.FAMILY,
 )
 
 

@@ -73,6 +73,8 @@ from transformers import (
     SeedOssForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 HERE = Path(__file__).parent
@@ -432,6 +434,7 @@ CASES = {
     "seed_oss": (SeedOssForCausalLM, SeedOssConfig, {**GQA, **PADDED, "head_dim": 16}),
     "ernie4_5": (Ernie4_5ForCausalLM, Ernie4_5Config, {**GQA, "head_dim": 16}),
     "exaone4": (Exaone4ForCausalLM, Exaone4Config, {**GQA, **WINDOWED, "head_dim": 16}),
+    "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, {**NO_EPS, "sliding_window": 7}),
 }
 
 
