@@ -9,6 +9,7 @@ from convert.families import (
     glm,
     gpt_oss,
     granite,
+    hunyuan,
     lfm,
     llama,
     minimax,
@@ -48,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     ernie.FAMILY,
     exaone.FAMILY,
     starcoder.FAMILY,
+    hunyuan.FAMILY,
 )
 
 

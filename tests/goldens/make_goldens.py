@@ -37,6 +37,8 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeSharedConfig,
     GraniteMoeSharedForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     LlamaConfig,
@@ -435,6 +437,15 @@ CASES = {
     "ernie4_5": (Ernie4_5ForCausalLM, Ernie4_5Config, {**GQA, "head_dim": 16}),
     "exaone4": (Exaone4ForCausalLM, Exaone4Config, {**GQA, **WINDOWED, "head_dim": 16}),
     "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, {**NO_EPS, "sliding_window": 7}),
+    "hunyuan": (
+        HunYuanDenseV1ForCausalLM,
+        HunYuanDenseV1Config,
+        {
+            **NO_ROPE,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 4.0, "factor": 1.0},
+        },
+    ),
 }
 
 
