@@ -35,8 +35,14 @@ def config_of(name: str, folder: Path) -> DecoderConfig:
     return load_config(folder)
 
 
-LARGE = ("Qwen/Qwen3.5-397B-A17B", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.5-35B-A3B")
+LARGE = (
+    *("Qwen/Qwen3.5-397B-A17B", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.5-35B-A3B"),
+    *("zai-org/GLM-4.6 355B", "MiniMaxAI/MiniMax-M2 230B"),
+)
 """Models whose plan takes seconds, and that are others' larger kin."""
+
+LIKE_OTHERS = re.compile(r"OLMo-2|granite|phi-4|MiniMax|Seed|EXAONE|starcoder|Ministral|GLM-4-")
+"""Models whose blocks are compiled like others'."""
 
 
 @pytest.mark.parametrize(
@@ -102,7 +108,9 @@ def cases():
     seen = set()
     for name, config in CONFIGS.items():
         for target in ("cpu", "v6e", "h100", "v5e"):
-            quick = config["architectures"][0] not in seen and target == "h100"
+            quick = (
+                config["architectures"][0] not in seen and target == "h100" and not LIKE_OTHERS.search(name)
+            )
             marks = [] if quick else [pytest.mark.slow]
             if target == "h100":
                 marks.append(pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"))
