@@ -103,6 +103,18 @@ def dense_tensor(held: dict[str, Any], dtype: np.dtype | None) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate(parts))
 
 
+def cast_tensor(name: str, held: dict[str, Any], dtype: np.dtype) -> np.ndarray:
+    """Returns what :func:`dense_tensor` does.
+
+    Raises:
+      ConvertError: a value is too large for ``dtype``.
+    """
+    dense = dense_tensor(held, dtype)
+    if not np.all(np.isfinite(dense.astype(np.float32))):
+        raise ConvertError(f"{name} does not fit {dtype}: export with --dtype bfloat16")
+    return dense
+
+
 def _tensors(source: Source, form: HFFormat, dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
     for name, held in held_tensors(source, form):
         yield name, dense_tensor(held, dtype)

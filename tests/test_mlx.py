@@ -1,0 +1,182 @@
+"""MLX's format: MLX itself reads our weights bit for bit, and mlx-lm computes our logits."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from golden_models import decoder_of, relative_error, run
+from safetensors.numpy import load_file
+from test_gptq_format import quantized, uniform
+
+from convert import ConvertError
+from convert.writers.formats import write
+from convert.writers.mlx import export_mlx
+from pallas_kernels import pack
+
+mx = pytest.importorskip("mlx.core", reason="MLX has no wheel for this platform")
+from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm.utils import load_model  # noqa: E402
+
+NAMES = [
+    "llama_biases", "llama_gqa_tied", "llama_rope_llama3", "mistral_window", "mixtral", "qwen2_bias",
+    "qwen3", "qwen3_moe", "qwen3_moe_dense_first", "gemma3", "phi3_window", "smollm3",
+]  # fmt: skip
+
+
+def random(widths: list[int], k: int, n: int, group_size: int, zero: float | None = None) -> Any:
+    """A packed weight ``[k, n]`` with these widths in turn; zero points of six bits at most, or ``zero``."""
+    rng = np.random.default_rng(k + n)
+    bits = np.resize(widths, -(-k // group_size))
+    stored = 4 if max(widths) <= 4 else 8
+    levels = np.exp2(np.repeat(bits, group_size)[:k])
+    codes = np.floor(rng.random((k, n)) * levels[:, None]).astype(np.uint32)
+    zeros = rng.integers(0, 1 << min(stored, 6), (len(bits), n)) << (stored - min(stored, 6))
+    if zero is not None:
+        zeros = np.full((len(bits), n), zero * np.exp2(stored - bits)[:, None])
+    scale = np.exp2(rng.uniform(-12, 2, (len(bits), n))).astype(np.float32)
+    return pack(codes, scale, zeros.astype(np.uint8), bits, group_size=group_size)
+
+
+def written(source: Any, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Exports a model; returns config.json and the arrays, as MLX reads them."""
+    export_mlx(source, out)
+    return json.loads((out / "config.json").read_text()), mx.load(str(out / "model.safetensors"))
+
+
+def dequantized(arrays: dict[str, Any], path: str, config: dict[str, Any], dtype: Any = None) -> np.ndarray:
+    """Dequantizes one layer with MLX to ``float32[K, N]``; the scales as stored, or in ``dtype``."""
+    parts = [arrays[f"{path}.{leaf}"] for leaf in ("scales", "biases")]
+    parts = [part.astype(dtype or part.dtype) for part in parts]
+    found = mx.dequantize(arrays[f"{path}.weight"], *parts, **config["quantization"][path])
+    return np.asarray(found.astype(mx.float32)).T
+
+
+@pytest.mark.parametrize(
+    ("widths", "shape", "group_size", "expected"),
+    [
+        *(([bits], (256, 24), 64, (bits, 64)) for bits in (2, 3, 4, 5, 6)),
+        ([1], (64, 8), 32, (2, 32)),
+        ([2, 3, 4], (384, 16), 128, (4, 128)),
+        ([2, 5, 3], (576, 16), 128, (5, 64)),  # the last group is a short one
+        ([3], (288, 8), 256, (3, 32)),
+    ],
+)
+def test_mlx_reads_our_weights(
+    tmp_path: Path, widths: list[int], shape: tuple[int, int], group_size: int, expected: tuple[int, int]
+) -> None:
+    source = quantized("llama_untied", 4)
+    source.blocks[1]["mlp.up.weight"] = weight = random(widths, *shape, group_size)
+    config, arrays = written(source, tmp_path / "out")
+    path = "model.layers.1.mlp.up_proj"
+    assert config["quantization"][path] == {"bits": expected[0], "group_size": expected[1]}
+    assert arrays[f"{path}.scales"].dtype == mx.float16
+    assert dequantized(arrays, path, config).tobytes() == np.asarray(weight.dequantize()).tobytes()
+    embedding = np.asarray(source.outer()["embed"].dequantize())
+    np.testing.assert_array_equal(dequantized(arrays, "model.embed_tokens", config), embedding)
+
+
+def test_seven_bits_are_written_as_eight(tmp_path: Path) -> None:
+    """MLX's own float16 arithmetic rounds at 8 bits; that of its products is float32."""
+    source = quantized("llama_untied", 4)
+    weights = [random([bits], 128, 8, 64, zero=1 << (bits - 1)) for bits in (7, 8)]
+    for block, weight in zip(source.blocks, weights):
+        block["mlp.up.weight"] = weight
+    config, arrays = written(source, tmp_path / "out")
+    for index, weight in enumerate(weights):
+        path = f"model.layers.{index}.mlp.up_proj"
+        assert config["quantization"][path]["bits"] == 8
+        np.testing.assert_array_equal(dequantized(arrays, path, config, mx.float32), weight.dequantize())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mlx_lm_computes_our_logits(tmp_path: Path, name: str) -> None:
+    """With stored types cast to float32; the next tokens that it chooses are ours."""
+    source = quantized(name, 3, scale=0.1)
+    model, _ = load_model(export_mlx(source, tmp_path / "out"))
+    packed = [path for path, _ in tree_flatten(model.parameters()) if path.endswith(".scales")]
+    assert len(packed) > 6 * source.config.num_layers - 3
+    model.set_dtype(mx.float32)
+    tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (1, 6))
+    for _ in range(6):
+        found = np.asarray(model(mx.array(tokens)))
+        tokens = np.concatenate([tokens, found[:, -1:].argmax(-1)], axis=1)
+    _, expected = run(decoder_of(source), tokens[:, :-1])
+    assert relative_error(found, expected) < 1e-4
+    np.testing.assert_array_equal(expected[0, 5:].argmax(-1), tokens[0, 6:])
+
+
+def test_experts_are_stacked(tmp_path: Path) -> None:
+    source = quantized("qwen3_moe", 2)
+    source.blocks[0]["moe.experts.1.up.weight"] = uniform(np.zeros((64, 96)), np.random.default_rng(0), 3)
+    config, arrays = written(source, tmp_path / "out")
+    path = "model.layers.0.mlp.switch_mlp.up_proj"
+    assert config["quantization"][path] == {"bits": 3, "group_size": 32}
+    assert "model.layers.0.mlp.gate" not in config["quantization"]
+    found = dequantized(arrays, path, config)  # [K, N, experts]
+    for expert in range(found.shape[2]):
+        expected = source.blocks[0][f"moe.experts.{expert}.up.weight"].dequantize()
+        np.testing.assert_array_equal(found[..., expert], expected)
+
+
+def wide_zero_points(source: Any) -> str:
+    source.blocks[1]["mlp.up.weight"] = random([8], 64, 8, 64, zero=171)
+    return "model.layers.1.mlp.up_proj has biases that float16 cannot hold exactly: quantize with --for mlx"
+
+
+def wide_scales(source: Any) -> str:
+    weight = uniform(np.zeros((64, 8)), np.random.default_rng(0), 4, scale=1e-9, dtype=np.float32)
+    source.blocks[1]["mlp.up.weight"] = weight
+    return "mlp.up_proj has scales that float16 cannot hold exactly: .* or export with --dtype float32"
+
+
+def odd_inputs(source: Any) -> str:
+    source.blocks[0]["mlp.up.weight"] = random([4], 48, 8, 32)
+    return "model.layers.0.mlp.up_proj has 48 inputs, expected a multiple of 32 for mlx"
+
+
+def not_quantized(source: Any) -> str:
+    for block in (*source.blocks, source.outer()):
+        for name in block:
+            block[name] = np.asarray(getattr(block[name], "dequantize", lambda v=block[name]: v)())
+    return "the model has no packed layers, expected a quantized one for mlx"
+
+
+def unknown(source: Any) -> str:
+    source.config = dataclasses.replace(source.config, family="opt", norm="layer")
+    return "mlx-lm does not know opt, expected one of mistral, "
+
+
+@pytest.mark.parametrize("change", [wide_zero_points, odd_inputs, not_quantized])
+def test_what_has_no_place_in_the_format_is_refused(tmp_path: Path, change: Any) -> None:
+    refused(quantized("llama_untied", 4), tmp_path, change)
+
+
+def test_partly_packed_tensors_are_refused(tmp_path: Path) -> None:
+    def change(source: Any) -> str:
+        source.blocks[0]["attn.q.weight"] = np.asarray(source.blocks[0]["attn.q.weight"].dequantize())
+        return "qkv_proj.weight is packed in part"
+
+    refused(quantized("phi3_window", 4), tmp_path, change)
+
+
+def test_engines_families(tmp_path: Path) -> None:
+    refused(quantized("opt_pre_norm", 4), tmp_path, lambda _: "mlx-lm does not know opt, expected one of")
+    gemma = quantized("gemma3", 4)
+    gemma.config = dataclasses.replace(gemma.config, global_layers=(0,), sliding_window=8)
+    refused(gemma, tmp_path, lambda _: r"blocks \(0,\) have no window, expected every 1th for mlx")
+
+
+def test_windows_that_mlx_lm_ignores_are_told(tmp_path: Path) -> None:
+    source = quantized("phi3_window", 4)
+    said = write("mlx", source, tmp_path / "out", None, None, [])
+    assert said.endswith(f"mlx-lm ignores the attention window of {source.config.sliding_window} tokens")
+    assert load_file(tmp_path / "out/model.safetensors")["model.norm.weight"].dtype == np.float16
+
+
+def refused(source: Any, directory: Path, change: Any) -> None:
+    with pytest.raises(ConvertError, match=change(source)):
+        export_mlx(source, directory / "out")
+    assert list(directory.iterdir()) == []
