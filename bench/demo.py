@@ -26,7 +26,7 @@ from rich.console import Console
 from bench.results import Record, Results
 from convert import calibration
 from convert.cli.sources import encode
-from convert.display import progress
+from convert.display import progress, shown_by
 from convert.readers.load import open_model, source_tokenizer
 from convert.report import COLORS
 from convert.writers.packed import export_packed
@@ -128,8 +128,7 @@ def quantized(
                 config,
                 run,
                 resume=run.exists(),
-                on_block=lambda block: step(f"error {block.error:.3g}"),
-                on_step=lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
+                on_event=shown_by(step),
             )
         export_packed(CheckpointSource(run), out, tokenizer=tokenizer)
         shutil.rmtree(run)

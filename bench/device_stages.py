@@ -29,6 +29,7 @@ from convert.errors import ConvertError, first_line
 from pallas_kernels import backends, chips
 from pallas_kernels.layout import abstract_tensor
 from pallas_kernels.tpu.config import checked
+from slim_jax.calibrate.events import BlockDone, Event
 from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
@@ -267,7 +268,10 @@ def _quantize(options: Options) -> Record:
     half = len(tokens) // 2
     blocks: list[BlockReport] = []
 
-    def on_block(block: BlockReport) -> None:
+    def on_event(event: Event) -> None:
+        if not isinstance(event, BlockDone):
+            return
+        block = event.report
         blocks.append(block)
         errors = [layer.error for layer in block.layers]
         if not np.isfinite(errors).all():
@@ -282,7 +286,7 @@ def _quantize(options: Options) -> Record:
     model = None
     try:
         windows = draw_windows(tokens[:half], samples, length, 0)
-        model, report = quantize(source, windows, config, on_block=on_block)
+        model, report = quantize(source, windows, config, on_event=on_event)
     except _OutOfTime:
         pass
     seconds = time.monotonic() - start

@@ -71,7 +71,7 @@ def fit() -> Iterator[Record]:
     own = written(parts(()), SAMPLES)
     for name, config in models().items():
         speed = max(rate(config) for _ in range(3))
-        record: Record = {"name": name}
+        record: Record = {"name": name}  # `plan` times the machine once; a busy one then seems slow
         for preset, texts in (("fast", 0), ("good", own)):
             settings = SlimConfig.preset(preset, bits=2.125, group_size=64)
             plan = make_plan(config, settings, "h100", written=texts)

@@ -186,7 +186,7 @@ def main(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
         "--methods",
         default="slim",
         help="of rtn, gptq and slim, each with :search, :paper or :minmax, "
-        "and slim-plus, with :clip, :clip-gptq, :grid or :rounding",
+        "and slim-plus, with :clip or :rounding",
     )
     parser.add_argument(
         "--set",

@@ -6,14 +6,16 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
 if TYPE_CHECKING:
     from convert.text import Text
+    from slim_jax.calibrate.events import Event
     from slim_jax.plan import Plan
+    from slim_jax.report import BlockReport
 
 
 def print_json(document: dict[str, Any], indent: int | None = 2) -> None:
@@ -88,6 +90,40 @@ def progress(what: str, total: int) -> Iterator[Progress]:
         yield Progress(what, total, bar)
 
 
+def shown_by(step: Progress) -> "Callable[[Event], None]":
+    """Returns a subscriber to a run's events that shows its progress."""
+    from slim_jax.calibrate import events
+
+    def show(event: "Event") -> None:
+        match event:
+            case events.BlockDone(report):
+                step(_figures(report))
+            case events.SweepStep(done, total):
+                step.show(f"gradients of block {done}/{total}")
+            case events.LearningEpoch(epoch, total, loss):
+                step.show(f"epoch {epoch}/{total}, loss {loss:.4g}")
+            case events.TuningStep(number, total, loss):
+                step.show(f"tuning {number}/{total}, divergence {loss:.4g} nats")
+            case events.Notice(message):
+                say(message)
+
+    return show
+
+
+def _figures(block: "BlockReport") -> str:
+    """Text that the progress display shows for a finished block; prints the block's warnings."""
+    if block.warning:
+        say(block.warning)
+    learning = block.learning
+    if learning is None:
+        return f"error {block.error:.3g}"
+    if learning.note:
+        say(f"block {block.index}: {learning.note}")
+    if not learning.losses:
+        return "not trained"
+    return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
+
+
 class Stream:
     """Prints a text as it is generated, and measures the rate."""
 
@@ -160,7 +196,7 @@ class KindRow(NamedTuple):
 def kind_rows(found: dict[str, Any]) -> list[KindRow]:
     """Returns the table of layers by kind; ``found`` is what `slim_jax.inspect` returns."""
     rows = []
-    for kind, layers in layer_kinds([*found["ends"], *found["layers"]]).items():
+    for kind, layers in layer_kinds([*found["embeddings"], *found["layers"]]).items():
         groups = Counter[str]()
         for layer in layers:
             groups.update(layer["bits"] or {})
@@ -215,9 +251,29 @@ def print_layers(name: str, found: dict[str, Any]) -> None:
         ),
         highlight=False,
     )
+    for note in origin_notes(found["origin"]):
+        console.print(note, highlight=False)
 
 
-def print_plan(name: str, plan: "Plan", duration: str) -> None:
+def origin_notes(origin: Mapping[str, Any]) -> list[str]:
+    """Returns what a user must know of a checkpoint that a model is made from, a sentence each.
+
+    Args:
+      origin: the origin of a `slim_jax.store.source.Source`, which may come from a stranger's manifest.
+    """
+    notes = []
+    if isinstance(counts := origin.get("left_out"), dict) and counts:
+        told = ", ".join(f"{kind} ({n} tensor{'s' * (n != 1)})" for kind, n in counts.items())
+        notes.append(f"the text model alone is read; left out: {told}")
+    if how := origin.get("quantized"):
+        notes.append(
+            f"the source is quantized already ({how}): its weights lie on a grid, which flatters errors and"
+            " perplexities here"
+        )
+    return notes
+
+
+def print_plan(name: str, plan: "Plan", duration: str, notes: Sequence[str] = ()) -> None:
     """Prints a plan in words and GiB; ``duration`` is that of the quantization on this machine."""
     from rich.table import Table
 
@@ -234,8 +290,8 @@ def print_plan(name: str, plan: "Plan", duration: str) -> None:
     table.add_row(
         "packed", f"{gib(plan.packed_bytes)}, {plan.bits_per_weight:.3f} bits per weight in the blocks"
     )
-    if plan.ends_bytes:
-        table.add_row("", f"of which embedding and head {gib(plan.ends_bytes)}")
+    if plan.embedding_bytes:
+        table.add_row("", f"of which embedding and head {gib(plan.embedding_bytes)}")
     table.add_row("cache per token", f"{plan.cache_bytes_per_token / 2**10:.1f} KiB in bfloat16")
     table.add_row("to quantize", f"about {gib(plan.calibration_bytes)} of memory, about {duration} here")
     table.add_row(
@@ -248,3 +304,5 @@ def print_plan(name: str, plan: "Plan", duration: str) -> None:
     console.print(table)
     verdict = "fits" if plan.fits else "does not fit"
     console.print(f"{verdict}; room for {plan.max_context:,} tokens per sequence", highlight=False)
+    for note in notes:
+        console.print(note, highlight=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from convert.display import layer_kinds
+from convert.display import layer_kinds, origin_notes
 from slim_jax.store.hub import find
 from slim_jax.store.manifest import LEAVES, Manifest, array_bytes, layer_reports, read_manifest, summary
 
@@ -104,6 +104,7 @@ def report_page(title: str, manifest: Manifest) -> str:
         title=title,
         found=found,
         settings=manifest.told,
+        notes=origin_notes(manifest.origin),
         parts={name: size for name, size in byte_parts(manifest).items() if size},
         part_colors=PARTS,
         colors=COLORS,

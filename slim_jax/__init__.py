@@ -1,5 +1,11 @@
 """SliM-LLM in JAX: post-training quantization of language models to a mean of 2 or 3 bits."""
 
+from slim_jax.calibrate.events import BlockDone as BlockDone
+from slim_jax.calibrate.events import Event as Event
+from slim_jax.calibrate.events import LearningEpoch as LearningEpoch
+from slim_jax.calibrate.events import Notice as Notice
+from slim_jax.calibrate.events import SweepStep as SweepStep
+from slim_jax.calibrate.events import TuningStep as TuningStep
 from slim_jax.calibrate.pipeline import quantize as quantize
 from slim_jax.calibrate.pipeline import quantize_to_checkpoint as quantize_to_checkpoint
 from slim_jax.config import SlimConfig as SlimConfig

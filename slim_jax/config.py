@@ -15,8 +15,16 @@ CRITERIA = ("model", "kl", "error", "paper")
 WIDE = 3.5
 """Mean width up to which codes of more than 4 bits do not pay: with them, all zero points take 8 bits."""
 
+LAYER = "layer"
+UNITS = ("group", LAYER)
+ENGINE_WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Widths that a layer of one width may have: no engine's format has others."""
+
+SHORT_ZERO_BITS = 6
+"""Bits of a zero point where a layer has one width: times a scale's 5 significant bits, it fits float16."""
+
 CLIP = "clip"
-LEARN = (CLIP, "clip-gptq", "grid", "rounding")
+LEARN = (CLIP, "rounding")
 
 SAMPLES, LENGTH = 128, 512
 """Default number of windows of calibration text, and of tokens in each. Fine-tuning takes long on a CPU, and
@@ -46,6 +54,10 @@ class SlimConfig:
       method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then also
         learns, block by block; "gptq" gives every group ``bits``; "rtn" rounds to nearest, and no calibration
         influences the rounding.
+      unit: what has one width: "group"; or "layer" for engines that know no groups of different widths. All
+        groups of the layers that share an input, such as q, k and v or gate and up, which engines load as
+        one, then have one of :data:`ENGINE_WIDTHS`, and zero points at most 6 bits, so that float16 holds
+        their products with scales.
       sqc: search for scales and zero points, a name in `slim_jax.method.scale_search.FITS`. "paper" also
         repeats the choices of the authors' code in the allocation and the order of work. By default "search"
         for "slim" and "slim-plus", and "minmax" for the two baselines.
@@ -53,8 +65,6 @@ class SlimConfig:
         over all layers at once (`slim_jax.method.budget`); within each layer "kl", "error" (see
         `slim_jax.method.sba.scores`) or "paper". By default "paper" where ``sqc`` is, else "model" for "slim"
         and "slim-plus" and "kl" for the baselines.
-      guide: if True, the gradient of the model's loss weights the tokens in the Hessians
-        (`slim_jax.calibrate.sensitivity`). The gradient sweep then covers all tokens, not a few thousand.
       sequential: if True, each layer is calibrated on the outputs of the quantized layers before it in its
         block; if False, on those of the unquantized block. By default False where ``sqc`` is "paper", else
         True.
@@ -69,8 +79,8 @@ class SlimConfig:
         (`slim_jax.method.refine`); the embedding and LM head never get any. By default 2, and 0 for "rtn" and
         where scales are not searched.
       search_tokens: calibration tokens, evenly spaced, that the bit search uses.
-      learn: what "slim-plus" learns: "clip" is the paper's SliM-LLM+; "clip-gptq", "grid" and "rounding" are
-        not in the paper, see `slim_jax.method.learnable`. The next four fields are for "slim-plus" too.
+      learn: parameters that "slim-plus" learns: "clip" is the paper's SliM-LLM+; "rounding" is not in the
+        paper, see `slim_jax.method.learnable`. The next four fields are for "slim-plus" too.
       epochs: maximum number of passes over the calibration samples.
       learning_rate: learning rate of the default optimizer; by default 1e-2 where clipping is learned (the
         paper's), else 5e-3.
@@ -103,9 +113,9 @@ class SlimConfig:
     bits: float = 2
     group_size: int = 128
     method: str = "slim"
+    unit: str = "group"
     sqc: str | None = None
     criterion: str | None = None
-    guide: bool = False
     sequential: bool | None = None
     asymmetric: float | None = None
     damping: float | None = None
@@ -152,8 +162,8 @@ class SlimConfig:
             "asymmetric": 0.5 if searches else 0.0,
             "damping": 0.1 if searches else 0.01,
             "refine": 2 if searches else 0,
-            "learning_rate": 1e-2 if self.learn.startswith(CLIP) else 5e-3,
-            "embedding_bits": default_embedding_bits(self.bits, sqc),
+            "learning_rate": 1e-2 if self.learn == CLIP else 5e-3,
+            "embedding_bits": default_embedding_bits(self.bits, sqc, self.unit),
             "tune": mixed and sqc != "paper",
             "tune_rate": 2e-3 * 4.0 ** (2 - max(2, int(self.bits))),
             **given,
@@ -218,6 +228,7 @@ class Settings(SlimConfig):
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
+        _one_of("unit", self.unit, UNITS)
         _one_of("sqc", self.sqc, SQC)
         _one_of("criterion", self.criterion, CRITERIA)
         _one_of("learn", self.learn, LEARN)
@@ -242,6 +253,10 @@ class Settings(SlimConfig):
 
     def _check_bits(self) -> None:
         low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)
+        if self.unit == LAYER:
+            if self.mixed and not self.over_model:
+                raise ValueError(f"criterion is {self.criterion!r}, expected 'model' where unit is 'layer'")
+            low, high = 2, 6 if self.mixed else 8
         if not (self.over_model or isinstance(self.bits, int)):
             raise ValueError(f"bits is {self.bits}, expected a whole number unless criterion is 'model'")
         if not low <= self.bits <= high:
@@ -270,7 +285,7 @@ class Settings(SlimConfig):
         return self.mixed and self.criterion == "model"
 
     @property
-    def packs_ends(self) -> bool:
+    def packs_embeddings(self) -> bool:
         """True if the embedding and LM head are packed too."""
         return self.embedding_bits != 16
 
@@ -282,7 +297,7 @@ class Settings(SlimConfig):
     @property
     def clips(self) -> bool:
         """True if "slim-plus" learns clipping."""
-        return self.learn.startswith(CLIP)
+        return self.learn == CLIP
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -296,9 +311,14 @@ class Settings(SlimConfig):
             lowest, highest = math.floor(self.bits), math.ceil(self.bits) + 2
             if self.bits == lowest:
                 return (lowest,)
-            return tuple(range(lowest, min(highest, 4 if self.bits <= WIDE else 8) + 1))
+            widths = range(lowest, min(highest, 4 if self.bits <= WIDE else 8) + 1)
+            return tuple(width for width in widths if self.unit != LAYER or width in ENGINE_WIDTHS)
         bits = int(self.bits)
         return (bits - 1, bits, bits + 1) if self.mixed else (bits,)
+
+    def fitted_zero_bits(self, widths: tuple[int, ...]) -> int:
+        """Returns the bits of a fitted zero point, in a tensor of these widths; it may store more."""
+        return min(zero_bits(widths), SHORT_ZERO_BITS) if self.unit == LAYER else zero_bits(widths)
 
     @property
     def mean_width(self) -> float:
@@ -346,12 +366,16 @@ class Settings(SlimConfig):
         return values | {"rules_resolved": changed}
 
 
-def default_embedding_bits(bits: float, sqc: str | None) -> int:
+def default_embedding_bits(bits: float, sqc: str | None, unit: str = UNITS[0]) -> int:
     """Default width of the embedding and LM head: two bits more than the blocks have, 4 to 8.
 
     It is 16, which packs neither, where ``sqc`` is "paper". The cost in quality is in `docs/quality.md`.
+    Where ``unit`` is "layer" it is the next width that engines have.
     """
-    return 16 if sqc == "paper" else min(max(round(bits), 2) + 2, 8)
+    if sqc == "paper":
+        return 16
+    wanted = min(max(round(bits), 2) + 2, 8)
+    return min(width for width in ENGINE_WIDTHS if width >= wanted) if unit == LAYER else wanted
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

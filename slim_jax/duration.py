@@ -61,9 +61,8 @@ def operations(
     count += solved * forward * (2 if settings.corrects or settings.method == "slim-plus" else 1)
     if settings.method == "slim-plus":
         count += solved * (forward + settings.epochs * LEARNING * (weights + attended))
-    if settings.guide or without_choice(config, settings) is None:
-        swept = samples * length if settings.guide else min(BUDGET_TOKENS, samples * length)
-        count += swept * (4 * forward + 3 * head)
+    if without_choice(config, settings) is None:
+        count += min(BUDGET_TOKENS, samples * length) * (4 * forward + 3 * head)
     if settings.tune:
         steps = settings.tune_epochs * (tuned or solved)
         count += steps * (TUNING * (weights + attended) + 4 * head) + tuned * forward
@@ -78,7 +77,7 @@ def _solving(config: DecoderConfig, settings: Settings) -> float:
     tables = sum(math.prod(outer[name].shape) for name in ("embed", "head.weight") if name in outer)
     layers = sum(math.prod(block_params(k)[f"{n}.weight"].shape) for k in config.blocks() for n in _linear(k))
     of_layer = SOLVED if settings.sqc == "search" else ROUNDED
-    return of_layer * layers + ROUNDED * tables * settings.packs_ends
+    return of_layer * layers + ROUNDED * tables * settings.packs_embeddings
 
 
 def _linear(kind: DecoderConfig) -> Iterator[str]:

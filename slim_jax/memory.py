@@ -7,6 +7,7 @@ weights that it reads, and the temporaries of its largest program. Sources are a
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ from pathlib import Path
 import jax
 
 from slim_jax.calibrate.activations import BATCH_TOKENS
-from slim_jax.calibrate.embeddings import CHUNK
 from slim_jax.calibrate.sensitivity import BUDGET_LENGTH, BUDGET_TOKENS, without_choice
 from slim_jax.config import Settings
 from slim_jax.infer.generate import SAMPLE_ROWS
+from slim_jax.method.layer import CHUNK
 from slim_jax.model.block import linear_groups
+from slim_jax.model.cache import state_bytes
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_params
 
@@ -36,7 +38,7 @@ class Shapes:
       head: number of these in an untied LM head, which is transposed when it is read.
       packed: bytes of all packed layers of the blocks.
       scales: number of scales of these layers.
-      ends: bytes of the packed embedding and LM head.
+      embeddings: bytes of the packed embedding and LM head.
     """
 
     blocks: list[int]
@@ -44,7 +46,7 @@ class Shapes:
     head: int
     packed: int
     scales: int
-    ends: int
+    embeddings: int
 
 
 def phases(
@@ -70,11 +72,11 @@ def phases(
     tokens = BATCH_TOKENS if offload else (samples - settings.samples_to_tune(samples)) * length
     sizes = zip(config.blocks(), shapes.blocks)
     blocks = [_block_bytes(kind, settings, size, tokens) for kind, size in sizes]
-    found = {"blocks": max(blocks), "ends": _ends_bytes(config, settings, shapes, tokens)}
+    found = {"blocks": max(blocks), "embeddings": _embedding_bytes(config, settings, shapes, tokens)}
     if written:
         found["writing"] = _writing_bytes(config, shapes, written, length)
-    if settings.guide or without_choice(config, settings) is None:
-        found["sweep"] = _sweep_bytes(config, settings, shapes, tokens, length)
+    if without_choice(config, settings) is None:
+        found["sweep"] = _sweep_bytes(config, shapes, tokens)
     if settings.tune:
         found["tuning"] = _tuning_bytes(config, settings, shapes, samples, length)
     return found
@@ -102,9 +104,11 @@ def _writing_bytes(config: DecoderConfig, shapes: Shapes, rows: int, length: int
     """
     model = 2 * (sum(shapes.blocks) + shapes.outer)
     rows = min(rows, SAMPLE_ROWS)
-    cache = sum(2 * 2 * kind.num_kv_heads * kind.head_dim for kind in config.blocks())
+    attended = [kind for kind in config.blocks() if kind.mixer == "attention"]
+    cache = sum(2 * 2 * kind.num_kv_heads * kind.head_dim for kind in attended)
     table = 4 * config.vocab_size * (config.embed_size or config.hidden_size)  # XLA's CPU code copies it once
-    step = table + rows * (2 * cache * length + DRAWING * config.vocab_size)
+    states = sum(map(state_bytes, config.blocks()))
+    step = table + rows * (2 * cache * length + states + DRAWING * config.vocab_size)
     return model + max(_reading(shapes), step)
 
 
@@ -115,9 +119,9 @@ def held_bytes(kind: DecoderConfig, settings: Settings, size: int, tokens: int) 
     upstream errors are compensated, and two targets for "slim-plus"), the inputs of two stages in bfloat16,
     and the block's parameters twice in float32.
     """
-    beside = 2 if settings.corrects else 1
-    streams = beside + (4 if settings.method == "slim-plus" else beside)
-    of_token = 4 * streams * kind.hidden_size + 2 * beside * (kind.hidden_size + _widest(kind))
+    passes = 2 if settings.corrects else 1
+    streams = passes + (4 if settings.method == "slim-plus" else passes)
+    of_token = 4 * streams * kind.hidden_size + 2 * passes * (kind.hidden_size + _widest(kind))
     return tokens * of_token + 2 * 4 * size
 
 
@@ -138,32 +142,33 @@ def _observing(tokens: int, channels: int) -> int:
     return OBSERVED * min(tokens, BATCH_TOKENS) * channels + 2 * 4 * channels**2
 
 
+@functools.cache
 def _widest(kind: DecoderConfig) -> int:
     shapes = block_params(kind)
     return max(shapes[f"{group[0]}.weight"].shape[0] for group in linear_groups(kind))
 
 
-def _ends_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, tokens: int) -> int:
+def _embedding_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, tokens: int) -> int:
     """Bytes held while the embedding and LM head are solved.
 
     These are what is read, the residual stream, the head's inputs, and the part of a table that is solved at
     once.
     """
-    d, beside = config.hidden_size, 2 if settings.corrects else 1
-    of_token = (4 + 2) * beside * d
-    if not settings.packs_ends:
-        return _reading(shapes) + tokens * 4 * beside * d
-    solving = HESSIANS * 4 * d * min(CHUNK, config.vocab_size) + 2 * shapes.ends
+    d, passes = config.hidden_size, 2 if settings.corrects else 1
+    of_token = (4 + 2) * passes * d
+    if not settings.packs_embeddings:
+        return _reading(shapes) + tokens * 4 * passes * d
+    solving = HESSIANS * 4 * d * min(CHUNK, config.vocab_size) + 2 * shapes.embeddings
     return _reading(shapes) + tokens * of_token + max(solving, _observing(tokens, d))
 
 
-def _sweep_bytes(config: DecoderConfig, settings: Settings, shapes: Shapes, tokens: int, length: int) -> int:
+def _sweep_bytes(config: DecoderConfig, shapes: Shapes, tokens: int) -> int:
     """Bytes held in the gradient sweep: all blocks' inputs in bfloat16, the gradient in float32, and a peak.
 
     The peak is the larger of two amounts: the parameters outside the blocks as they are read, their copy in
     bfloat16 and the logits of one sample; or what a block's backward pass keeps of a batch.
     """
-    tokens, length = (tokens, length) if settings.guide else (min(tokens, BUDGET_TOKENS), BUDGET_LENGTH)
+    tokens, length = min(tokens, BUDGET_TOKENS), BUDGET_LENGTH
     d = config.hidden_size
     held = tokens * (2 * (config.num_layers + 1) + 4) * d
     logits = _reading(shapes) + 2 * shapes.outer + 4 * 4 * length * config.vocab_size
@@ -200,7 +205,7 @@ def _tuning_bytes(
     step = 4 * settings.tune_batch_size * length * sum(map(_given, config.blocks()))
     logits = 4 * 4 * length * config.vocab_size
     targets = 2 * 2 * tuned * length * config.hidden_size
-    packed = 2 * shapes.packed + shapes.ends
+    packed = 2 * shapes.packed + shapes.embeddings
     return packed + 2 * shapes.outer + targets + max(_reading(shapes), learned + step + logits)
 
 

@@ -120,6 +120,16 @@ class Placement:
 
         return cut
 
+    def over_panels(self, function: Callable[[Any, Any], Any], whole: Any, channels: Any) -> Any:
+        """Applies ``function(whole, channels)`` to each device's own channels, panel by panel; see
+        :meth:`over_channels` and :func:`in_panels`."""
+        n = jax.tree.leaves(channels)[0].shape[-1]
+
+        def own(whole: Any, channels: Any) -> Any:
+            return in_panels(lambda panel: function(whole, panel), channels)
+
+        return self.over_channels(own, n)(whole, channels)
+
     def of_samples(self) -> NamedSharding | None:
         """Sharding that :meth:`samples` gives; None without a mesh."""
         return None if self.mesh is None else self._sharding(P(AXIS))
@@ -132,6 +142,13 @@ class Placement:
         """Replicates, inside jit, what is summed over channels, so that sums equal those of one device."""
         whole = self.of_whole()
         return value if whole is None else jax.lax.with_sharding_constraint(value, whole)
+
+    def split_batch(self, batch: Any) -> Any:
+        """Splits, inside jit, the samples of a batch, a tree, if the number of devices divides theirs."""
+        sharding = self.of_samples()
+        if sharding is None or len(jax.tree.leaves(batch)[0]) % self.devices:
+            return batch
+        return jax.lax.with_sharding_constraint(batch, sharding)
 
     def _cut(self, shape: tuple[int, ...]) -> P:
         return P(None, AXIS) if len(shape) == 2 and shape[1] % self.devices == 0 else P()

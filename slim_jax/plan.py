@@ -11,8 +11,9 @@ from typing import Any
 from pallas_kernels.chips import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax import memory
-from slim_jax.config import LENGTH, SAMPLES, Settings, SlimConfig
+from slim_jax.config import LAYER, LENGTH, SAMPLES, Settings, SlimConfig
 from slim_jax.model.block import linear_groups, linear_names
+from slim_jax.model.cache import state_bytes
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import block_buffers, block_params, outer_params, stored_bytes
 from slim_jax.rules import check_rules
@@ -37,7 +38,7 @@ class Plan:
       packed_bytes: the arrays of the whole model as they are stored. Norms and biases are counted in float32,
         although a bfloat16 model stores them in fewer bytes.
       bits_per_weight: stored bits per weight of the packed layers of the blocks, everything counted.
-      ends_bytes: the packed embedding and LM head, which ``packed_bytes`` includes.
+      embedding_bytes: the packed embedding and LM head, which ``packed_bytes`` includes.
       cache_bytes_per_token: keys and values of one token in bfloat16.
       calibration_bytes: peak memory of quantizing, see `slim_jax.memory`.
       writing_bytes: memory of the phase in which the model writes text to calibrate on; 0 if it writes none.
@@ -58,7 +59,7 @@ class Plan:
     bfloat16_bytes: int
     packed_bytes: int
     bits_per_weight: float
-    ends_bytes: int
+    embedding_bytes: int
     cache_bytes_per_token: int
     calibration_bytes: int
     writing_bytes: int
@@ -119,37 +120,38 @@ def make_plan(
     """
     settings = settings.resolved()
     outer, blocks = outer_params(config), _Blocks.of(config, settings)
-    ends = _ends(outer, settings)
-    outputs = blocks.outputs | dict.fromkeys(ends, config.vocab_size)
+    embeddings = _embeddings(outer, settings)
+    outputs = blocks.outputs | dict.fromkeys(embeddings, config.vocab_size)
     sharding = {name: "replicated" if devices == 1 or n % devices else "n" for name, n in outputs.items()}
     outside = sum(math.prod(shape.shape) for shape in outer.values())
-    in_tables = sum(math.prod(shape.shape) for name, shape in outer.items() if _label(name) in ends)
+    in_tables = sum(math.prod(shape.shape) for name, shape in outer.items() if _label(name) in embeddings)
     rest = blocks.rest + sum(
-        stored_bytes(name, shape.shape) for name, shape in outer.items() if _label(name) not in ends
+        stored_bytes(name, shape.shape) for name, shape in outer.items() if _label(name) not in embeddings
     )
 
     def share(packed: dict[str, int]) -> int:
         cut = {name: 1 if sharding[_in_block(name)] == "replicated" else devices for name in packed}
         return sum(-(-size // cut[name]) for name, size in packed.items())
 
-    weights = share(blocks.packed) + share(ends) + rest
+    weights = share(blocks.packed) + share(embeddings) + rest
     cache_here = sum(_cache_bytes(kind, devices) for kind in config.blocks())
+    states = batch * sum(state_bytes(kind) for kind in config.blocks())
     working = 4 * batch * (config.vocab_size + 8 * max(b.intermediate_size for b in config.blocks()))
     capacity = int(USABLE * DEVICES[device])
-    room = capacity - weights - working
-    device_bytes = weights + working + batch * context * cache_here
+    room = capacity - weights - working - states
+    device_bytes = weights + working + states + batch * context * cache_here
     packed_bytes = sum(blocks.packed.values())
     head = math.prod(outer["head.weight"].shape) if "head.weight" in outer else 0
     scales = blocks.quantized // settings.group_size
-    shapes = memory.Shapes(blocks.sizes, outside, head, packed_bytes, scales, sum(ends.values()))
+    shapes = memory.Shapes(blocks.sizes, outside, head, packed_bytes, scales, sum(embeddings.values()))
     phases = memory.phases(config, settings, shapes, samples, length, written, offload) if samples else {}
     return Plan(
         parameters=blocks.parameters + outside,
         quantized=blocks.quantized + in_tables,
         bfloat16_bytes=2 * (blocks.parameters + outside),
-        packed_bytes=packed_bytes + sum(ends.values()) + rest,
+        packed_bytes=packed_bytes + sum(embeddings.values()) + rest,
         bits_per_weight=8 * packed_bytes / blocks.quantized,
-        ends_bytes=sum(ends.values()),
+        embedding_bytes=sum(embeddings.values()),
         cache_bytes_per_token=sum(_cache_bytes(kind, 1) for kind in config.blocks()),
         calibration_bytes=memory.runtime_bytes(config) + max(phases.values(), default=0),
         writing_bytes=phases.get("writing", 0),
@@ -160,7 +162,7 @@ def make_plan(
         context=context,
         device_bytes=device_bytes,
         fits=device_bytes <= capacity,
-        max_context=max(0, min(config.max_positions, room // (batch * cache_here))),
+        max_context=max(0, min(config.max_positions, room // max(1, batch * cache_here))),
         sharding=sharding,
     )
 
@@ -221,6 +223,8 @@ class _Blocks:
 
 def _cache_bytes(kind: DecoderConfig, devices: int) -> int:
     """Bytes of a block's keys and values of one token, in bfloat16, on one of ``devices`` devices."""
+    if kind.mixer != "attention":
+        return 0
     heads = kind.num_kv_heads if kind.num_kv_heads % devices else kind.num_kv_heads // devices
     return 2 * 2 * heads * kind.head_dim
 
@@ -247,7 +251,8 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
         return make_plan(config, given, next(iter(DEVICES)), samples=0).packed_bytes
 
     smallest = 0
-    for whole in range(6, 0, -1):
+    highest, lowest = (5, 2) if settings.unit == LAYER else (6, 1)
+    for whole in range(highest, lowest - 1, -1):
         uniform = dataclasses.replace(settings, bits=whole)
         smallest = stored(uniform)
         if smallest > size:
@@ -258,7 +263,9 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
             return uniform
         thousandths = min(1 + math.floor(1000 * left / bytes_per_bit), 999)
         return dataclasses.replace(mixed, bits=whole + thousandths / 1000)
-    raise ValueError(f"target size is {size:,} bytes, but at 1 bit the model takes {smallest:,}")
+    raise ValueError(
+        f"target size is {size:,} bytes, but at {lowest} bit{'s' * (lowest > 1)} the model takes {smallest:,}"
+    )
 
 
 def parse_size(text: str) -> int:
@@ -281,9 +288,9 @@ def _label(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _ends(outer: Mapping[str, Any], settings: Settings) -> dict[str, int]:
+def _embeddings(outer: Mapping[str, Any], settings: Settings) -> dict[str, int]:
     """Bytes of the packed embedding and LM head; empty where they are not packed."""
-    if not settings.packs_ends:
+    if not settings.packs_embeddings:
         return {}
     tables = {"embed": outer["embed"].shape[::-1]}
     if "head.weight" in outer:

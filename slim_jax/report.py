@@ -140,14 +140,14 @@ class Report:
 
     Attributes:
       blocks: reports of the blocks in order.
-      ends: reports of the embedding and LM head, where they were packed; a tied table is under "embed".
+      embeddings: reports of the embedding and LM head, where they were packed; a tied table is under "embed".
       parameters: number of parameters of the whole model.
       stored_bytes: stored bytes of the whole model.
       tuning: results of fine-tuning scales and norms, where that was done.
     """
 
     blocks: list[BlockReport]
-    ends: list[LayerReport] = dataclasses.field(default_factory=list)
+    embeddings: list[LayerReport] = dataclasses.field(default_factory=list)
     parameters: int = 0
     stored_bytes: int = 0
     tuning: TuningReport | None = None
@@ -181,7 +181,7 @@ class Report:
             "bytes": self.stored_bytes,
             "bfloat16_bytes": 2 * self.parameters,
             "seconds": sum(block.seconds for block in self.blocks),
-            "ends": [dataclasses.asdict(layer) for layer in self.ends],
+            "embeddings": [dataclasses.asdict(layer) for layer in self.embeddings],
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "tuning": None if self.tuning is None else dataclasses.asdict(self.tuning),
             "learning": [

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from slim_jax.calibrate import pipeline
+from slim_jax.calibrate.events import BlockDone, Event
 from slim_jax.config import SlimConfig
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.report import BlockReport
 from slim_jax.store.source import DecoderSource
 
 CONFIG = DecoderConfig(
@@ -40,12 +40,13 @@ def main() -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("devices",))
     source = DecoderSource(Decoder(CONFIG, rngs=nnx.Rngs(0)))
 
-    def stop(report: BlockReport) -> None:
-        if report.index + 1 == int(blocks) < report.total:
+    def stop(event: Event) -> None:
+        report = event.report if isinstance(event, BlockDone) else None
+        if report is not None and report.index + 1 == int(blocks) < report.total:
             jax.distributed.shutdown()
             sys.exit()
 
-    pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, Path(out), mesh=mesh, resume=True, on_block=stop)
+    pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, Path(out), mesh=mesh, resume=True, on_event=stop)
     jax.distributed.shutdown()
 
 

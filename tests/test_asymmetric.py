@@ -10,7 +10,7 @@ from flax import nnx
 from test_pipeline import CONFIG
 
 from slim_jax.calibrate.activations import Inputs, observe
-from slim_jax.calibrate.embeddings import TableSolver
+from slim_jax.calibrate.embeddings import quantize_table
 from slim_jax.calibrate.pipeline import quantize
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
@@ -84,7 +84,7 @@ def test_a_head_makes_up_for_what_it_reads():
         input_error=jnp.asarray(x.T @ (full - x)),
     )
     config = dataclasses.replace(UNIFORM, embedding_bits=8, asymmetric=1.0, damping=0.01).resolved()
-    packed, _ = TableSolver(config, Placement()).solve("head.weight", w.astype(np.float32), seen)
+    packed, _ = quantize_table("head.weight", w.astype(np.float32), seen, config)
     best = w + (1 - 64 / 4096) * (np.linalg.lstsq(x, full @ w, rcond=None)[0] - w)
     assert np.abs(packed.dequantize() - best).max() < 0.1
     assert np.abs(packed.dequantize() - w).max() > 0.5

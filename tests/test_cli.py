@@ -301,10 +301,10 @@ def interrupt_in_block(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     """Raises Ctrl-C while the block of this index is quantized."""
     whole = quantizer.BlockQuantizer.quantize
 
-    def quantize(self, at, on_epoch=None):
+    def quantize(self, at, on_event):
         if at == index:
             raise KeyboardInterrupt
-        return whole(self, at, on_epoch)
+        return whole(self, at, on_event)
 
     monkeypatch.setattr(quantizer.BlockQuantizer, "quantize", quantize)
 

@@ -17,8 +17,8 @@ from convert.cli import run
 from convert.tokenizer import gguf_tokenizer, load_tokenizer
 from convert.writers.folder import PARTIAL
 from slim_jax.store import checkpoint
+from slim_jax.store.checkpoint_sink import CheckpointSink
 from slim_jax.store.files import LOCK, locked
-from slim_jax.store.writer import CheckpointWriter
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--set", "damping"], "expected name=value"),
         (["--set", "damping=high"], "damping is 'high', expected a number"),
         (["--set", "epochs=1.5"], "epochs is '1.5', expected a whole number"),
-        (["--set", "guide=1"], "guide is '1', expected true or false"),
+        (["--set", "sequential=1"], "sequential is '1', expected true or false"),
         (["--set", "bits=3"], "bits is given twice"),
         (["--rule", "*.mlp.down"], "expected PATTERN: OPTIONS"),
         (["--rule", "*.mlp.down: bit=3"], "no option 'bit', expected one such as bits"),
@@ -297,9 +297,10 @@ def test_an_interrupted_conversion_begins_again(room, capsys, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_source(model, tmp_path / "out", interrupt)
     assert names(tmp_path) == []
-    killed = CheckpointWriter(tmp_path / "out", model.config, model.origin, None)
+    killed = CheckpointSink(tmp_path / "out").__enter__()
+    killed.begin(model.config, model.origin, None)
     killed.write_outer(model.outer())
-    killed._lock.close()
+    killed._lock.__exit__(None, None, None)
     assert names(tmp_path / "out") == ["outer", "slim.json"]
     said(capsys, "convert", room / "hf", tmp_path / "out")
     assert names(tmp_path / "out") == ["blocks", "outer", "slim.json", "tokenizer"]

@@ -83,9 +83,10 @@ def test_two_processes_resume(alone, tmp_path):
 
 def test_samples_and_channels_lie_on_all_devices(source, mesh):
     placement = Placement(mesh)
-    passing = Activations.of(source, TOKENS, placement=placement).through(0, source.block(0))
-    seen = {names: x.x for names, x in passing}
-    for batches in (*seen.values(), passing.after.batches):
+    seen = {}
+    before = Activations.of(source, TOKENS, placement=placement)
+    after = before.through(0, source.block(0), lambda names, inputs: seen.update({names: inputs.x}) or {})
+    for batches in (*seen.values(), after.batches):
         for x in batches:
             assert {shard.data.shape[0] for shard in x.addressable_shards} == {len(TOKENS) // 8}
     assert placement.channels(np.zeros((3, 16))).addressable_shards[0].data.shape == (3, 2)

@@ -116,7 +116,9 @@ HELP = {name: command.help or "" for name, command in COMMANDS.items()}
 
 def test_the_first_command_is_one():
     texts = [*PAGES.values(), *HELP.values(), typer.main.get_command(app).help]
-    first = [line for text in texts for line in re.findall(r"slim-jax quantize smollm2 out/q3 .*", text)]
+    first = [
+        line for text in texts for line in re.findall(r"slim-jax quantize smollm2 out/q3 [^#\n]*[^#\s]", text)
+    ]
     assert len(first) >= 3
     assert len(set(first)) == 1
 

@@ -21,11 +21,14 @@ from slim_jax.calibrate import embeddings, pipeline, quantizer
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.infer.generate import Generator
+from slim_jax.method import layer
 from slim_jax.method.hessian import Observation
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Packed
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.store import checkpoint, entries, writer
+from slim_jax.placement import Placement
+from slim_jax.store import checkpoint, entries
+from slim_jax.store.checkpoint_sink import CheckpointSink
 from slim_jax.store.source import DecoderSource
 
 ENDS = SlimConfig(
@@ -150,8 +153,8 @@ def test_the_tables_are_close_and_the_report_says_how(model, quantized):
     decoder, report = quantized
     outer, _ = split_params(decoder)
     dense, _ = split_params(model)
-    assert [one.name for one in report.ends] == (["embed"] if model.head is None else ["embed", "head"])
-    for one in report.ends:
+    assert [one.name for one in report.embeddings] == (["embed"] if model.head is None else ["embed", "head"])
+    for one in report.embeddings:
         name = "embed" if one.name == "embed" else "head.weight"
         wanted = np.asarray(dense[name].T if one.name == "embed" else dense[name])
         assert outer[name].shape == one.shape == (64, 64)
@@ -165,7 +168,7 @@ def test_the_tables_are_close_and_the_report_says_how(model, quantized):
 
 
 def test_chunks_change_nothing(model, quantized, monkeypatch):
-    monkeypatch.setattr(embeddings, "CHUNK", 30)
+    monkeypatch.setattr(layer, "CHUNK", 30)
     outer, _ = split_params(pipeline.quantize(model, TOKENS, ENDS)[0])
     for name, value in split_params(quantized[0])[0].items():
         jax.tree.map(np.testing.assert_array_equal, outer[name], value)
@@ -180,9 +183,7 @@ def test_a_head_is_rounded_for_its_inputs():
     errors = {}
     for method in ("rtn", "gptq"):
         config = SlimConfig(method=method, embedding_bits=3, embedding_group_size=32).resolved()
-        tensor, report = embeddings.TableSolver(config, embeddings.Placement()).solve(
-            "head.weight", weight, seen
-        )
+        tensor, report = embeddings.quantize_table("head.weight", weight, seen, config)
         off = x @ (np.asarray(dequantize(tensor), np.float64) - weight)
         errors[method] = np.sum(off**2) / np.sum((x @ weight) ** 2)
         assert report.error == pytest.approx(errors[method], rel=0.01)
@@ -193,12 +194,8 @@ def test_a_head_is_solved_once():
     """`refine` adds coordinate-descent passes to the blocks' layers, not to embedding and LM head."""
     seen = Observation(jnp.eye(64), jnp.ones((8, 64)), 500)
     weight = np.random.default_rng(0).normal(size=(64, 67)).astype(np.float32)
-    tables = [
-        embeddings.TableSolver(dataclasses.replace(ENDS, refine=n).resolved(), embeddings.Placement()).solve(
-            "head.weight", weight, seen
-        )[0]
-        for n in (0, 2)
-    ]
+    settings = [dataclasses.replace(ENDS, refine=n).resolved() for n in (0, 2)]
+    tables = [embeddings.quantize_table("head.weight", weight, seen, own)[0] for own in settings]
     jax.tree.map(np.testing.assert_array_equal, *tables)
 
 
@@ -210,8 +207,8 @@ def test_a_checkpoint_holds_them(model, quantized, tmp_path):
     tokens = jnp.asarray(TOKENS[:1])
     np.testing.assert_array_equal(forward(loaded, tokens), forward(decoder, tokens))
     found = checkpoint.inspect(tmp_path / "q")
-    assert [row["name"] for row in found["ends"]] == [one.name for one in report.ends]
-    assert [row["error"] for row in found["ends"]] == [one.error for one in report.ends]
+    assert [row["name"] for row in found["embeddings"]] == [one.name for one in report.embeddings]
+    assert [row["error"] for row in found["embeddings"]] == [one.error for one in report.embeddings]
     assert found["bytes"] == report.stored_bytes
     assert found["parameters"] == report.parameters
     assert found["bits_per_weight"] == pytest.approx(report.bits_per_weight)
@@ -240,16 +237,16 @@ def test_killed_at_the_ends_and_resumed(whole, tmp_path, monkeypatch, moment):
 
     with monkeypatch.context() as patch:
         if moment == "before":
-            patch.setattr(quantizer, "quantize_ends", kill)
+            patch.setattr(quantizer, "quantize_embeddings", kill)
         elif moment == "while":
             patch.setattr(entries.ocp, "save", save_blocks_alone)
         else:
-            patch.setattr(writer.CheckpointWriter, "finish", kill)
+            patch.setattr(CheckpointSink, "finish", kill)
         with pytest.raises(Killed):
             pipeline.quantize_to_checkpoint(source, TOKENS, ENDS, tmp_path / "parts")
     for _ in range(2):  # resumes, then finds it complete
         again = pipeline.quantize_to_checkpoint(source, TOKENS, ENDS, tmp_path / "parts", resume=True)
-        assert (again.ends, again.stored_bytes) == (report.ends, report.stored_bytes)
+        assert (again.embeddings, again.stored_bytes) == (report.embeddings, report.stored_bytes)
     assert_same_checkpoint(path, tmp_path / "parts")
 
 
@@ -259,9 +256,7 @@ def test_four_devices_pack_a_table_alike(vocab):
     x = jnp.asarray(rng.normal(size=(200, 64)), jnp.float32)
     seen, weight = Observation(x.T @ x, x[:8], 200), rng.normal(size=(64, vocab)).astype(np.float32)
     one, four = (
-        embeddings.TableSolver(ENDS.resolved(), embeddings.Placement(over)).solve(
-            "head.weight", weight, seen
-        )[0]
+        embeddings.quantize_table("head.weight", weight, seen, ENDS.resolved(), Placement(over))[0]
         for over in (None, mesh)
     )
     assert len({shard.index for shard in four.words.addressable_shards}) == (4 if vocab == 64 else 1)
@@ -290,17 +285,20 @@ def test_a_plan_counts_them(quantized):
     decoder, report = quantized
     gptq = dataclasses.replace(ENDS, method="gptq")
     found = plan.make_plan(decoder.config, gptq, "v5e")
-    assert found.ends_bytes == sum(one.bits_per_weight / 8 * 64 * 64 for one in report.ends)
+    assert found.embedding_bytes == sum(one.bits_per_weight / 8 * 64 * 64 for one in report.embeddings)
     apart = plan.make_plan(decoder.config, dataclasses.replace(gptq, embedding_bits=16), "v5e")
-    assert apart.ends_bytes == 0
-    assert apart.packed_bytes - found.packed_bytes == len(report.ends) * 64 * 64 * 2 - found.ends_bytes
+    assert apart.embedding_bytes == 0
+    assert (
+        apart.packed_bytes - found.packed_bytes
+        == len(report.embeddings) * 64 * 64 * 2 - found.embedding_bytes
+    )
     json.dumps(dataclasses.asdict(found))
 
 
 def test_sixteen_bits_leave_them():
     model = Decoder(SMALL, rngs=nnx.Rngs(0))
     decoder, report = pipeline.quantize(model, TOKENS, dataclasses.replace(ENDS, embedding_bits=16))
-    assert report.ends == []
+    assert report.embeddings == []
     np.testing.assert_array_equal(decoder.embed[...], model.embed[...].astype(jnp.bfloat16))
 
 

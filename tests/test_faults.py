@@ -38,12 +38,12 @@ def test_a_full_disk(tmp_path):
     pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "whole")
     with contextlib.ExitStack() as stack:
 
-        def fill_the_disk(report):
-            if report.index == 0:
+        def fill_the_disk(event):
+            if event.report.index == 0:
                 stack.enter_context(file_size_limit(2000))
 
         with pytest.raises(ValueError, match=r"parts/blocks/001 cannot be written: .*"):
-            pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", on_block=fill_the_disk)
+            pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", on_event=fill_the_disk)
     pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", resume=True)
     assert sorted(path.name for path in (tmp_path / "parts/blocks").iterdir()) == ["000", "001", "002"]
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")

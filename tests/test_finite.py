@@ -17,14 +17,11 @@ import convert
 import slim_jax
 from convert.cli import run
 from slim_jax import Decoder, SlimConfig, quantize_module
-from slim_jax.calibrate import fine_tuning
-from slim_jax.calibrate.embeddings import TableSolver
-from slim_jax.calibrate.learning import best_of_epochs
+from slim_jax.calibrate.embeddings import quantize_table
+from slim_jax.calibrate.fit import fit
 from slim_jax.method.budget import LayerCosts, spend
 from slim_jax.method.hessian import Observation
 from slim_jax.method.layer import LayerSolver
-from slim_jax.placement import ONE_DEVICE
-from slim_jax.report import TuningReport
 from slim_jax.store.checkpoint import CheckpointSource, save, save_source
 from slim_jax.store.source import FiniteSource
 
@@ -100,23 +97,19 @@ def test_a_layer_whose_error_is_not_finite_is_named(method):
 def test_a_table_whose_error_is_not_finite_is_named():
     table = jnp.full((64, 32), 1e30).at[0].set(-1e30)
     with pytest.raises(ValueError, match="embed cannot be quantized: the error of its outputs is"):
-        TableSolver(SlimConfig().resolved(), ONE_DEVICE).solve("embed", table, None)
+        quantize_table("embed", table, None, SlimConfig().resolved())
 
 
 def test_costs_of_bits_that_are_not_finite_are_named():
     layers = {"a": LayerCosts(np.ones((2, 2)), 32), "b": LayerCosts(np.array([[1, np.nan], [1, 1]]), 32)}
-    with pytest.raises(ValueError, match="the expected rise of the loss by b is not finite"):
+    with pytest.raises(ValueError, match="the predicted loss increase of b is not finite"):
         spend(layers, (2, 3), 2.5)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_learning_that_begins_without_a_finite_loss_keeps_its_start(loss):
     start = {"layer": {"log_scale": jnp.ones(3)}}
-    kept, report = best_of_epochs(start, 5, lambda learned: pytest.fail("an epoch"), lambda learned: loss)
+    kept, history = fit(start, lambda *_: pytest.fail("a step"), lambda learned: loss, range(5), None)
     np.testing.assert_array_equal(kept["layer"]["log_scale"], 1.0)
-    assert (report.losses, report.kept_epoch) == ([], 0)
-    assert report.note == f"the loss of the start values is {loss}; they are kept"
-    history = fine_tuning.History()
-    assert not history.judge(0, loss)
-    assert history.over
-    assert history.report(7) == TuningReport([], 0, 7, f"the loss is {loss} at the start")
+    assert (history.losses, history.best, history.step) == ([], 0, 0)
+    assert history.note == f"the validation loss is {loss} at the start; the best parameters before are kept"

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from golden_models import Golden, decoder_of, load_golden, relative_error, write_hf
-from test_hf import refused, same_parameters
+from test_hf import changed, refused, same_parameters
 
 from convert import load_source
-from convert.families import gemma
+from convert.families import gemma, smollm
 from slim_jax.model.rotary import RopeScaling
 
 PARTS = {
@@ -40,12 +41,28 @@ PARTS = {
     "model.norm": "output_norm",
     "lm_head": "output",
     "model.layers": "blk",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "block_sparse_moe.gate": "ffn_gate_inp",
 }
+EXPERTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """Interleaves the rows of q and k as llama.cpp's converter does."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def stacked(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the weights with the experts of each block in three tensors, named as in GGUF files."""
+    found, experts = {}, {}
+    for name, value in weights.items():
+        if match := re.fullmatch(r"model\.layers\.(\d+)\..*\.experts\.\d+\.(\w+)\.weight", name):
+            experts.setdefault(f"blk.{match[1]}.ffn_{EXPERTS[match[2]]}_exps.weight", []).append(value)
+        else:
+            found[name] = value
+    return found | {name: np.stack(values) for name, values in experts.items()}
 
 
 def write_gguf(
@@ -63,7 +80,7 @@ def write_gguf(
     writer.add_feed_forward_length(hf["intermediate_size"])
     writer.add_head_count(hf["num_attention_heads"])
     writer.add_head_count_kv(hf["num_key_value_heads"])
-    if "head_dim" in hf:
+    if hf.get("head_dim"):
         writer.add_key_length(hf["head_dim"])
         writer.add_value_length(hf["head_dim"])
     writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
@@ -82,9 +99,10 @@ def write_gguf(
             writer.add_float32(key, value)
     gemma = architecture.startswith("gemma")
     parts = {**PARTS, "post_attention_layernorm": "post_attention_norm"} if gemma else PARTS
-    for name, value in golden.weights.items():
+    permuted = architecture in ("llama", "smollm3")
+    for name, value in stacked(golden.weights).items():
         for heads, part in (("num_attention_heads", "q_proj"), ("num_key_value_heads", "k_proj")):
-            value = interleave(value, hf[heads]) if architecture == "llama" and part in name else value
+            value = interleave(value, hf[heads]) if permuted and part in name else value
         value = value + 1 if gemma and name.endswith("norm.weight") else value
         for theirs, ours in parts.items():
             name = name.replace(theirs, ours)
@@ -107,6 +125,20 @@ PARITY = {
     "llama_biases": ("llama", {}),
     "qwen2_bias": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "mixtral": ("llama", {"expert_count": 4, "expert_used_count": 2}),
+    "qwen3_moe": (
+        "qwen3moe",
+        {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 24},
+    ),
+    "phi3_window": ("phi3", {"attention__sliding_window": 7}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "rope__scaling__original_context_length": 16,
+            "rope_factors_short__weight": np.array([1.0, 1.1, 1.2, 1.3], np.float32),
+            "rope_factors_long__weight": np.array([1.0, 1.5, 2.5, 4.0], np.float32),
+        },
+    ),
     "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 15.0}),
     "gemma3": ("gemma3", {**GEMMA3_ROPE, "attention__sliding_window_pattern": 3}),
 }
@@ -124,12 +156,67 @@ def test_parity(name: str, tmp_path: Path) -> None:
     if architecture.startswith("gemma"):  # a GGUF has no key for this field
         assert found.query_pre_attn_scalar == found.head_dim
         found = dataclasses.replace(found, query_pre_attn_scalar=24.0)
+    if architecture == "qwen3moe":  # llama.cpp always normalizes
+        assert found.norm_topk
+        found = dataclasses.replace(found, norm_topk=False)
     assert found == reference.config
     for ours, theirs in [(source.outer(), reference.outer()), (source.block(1), reference.block(1))]:
         assert ours.keys() == theirs.keys()
         for key in ours:
             np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-6 if "gemma" in name else 0)
     assert source.origin["kind"] == "gguf"
+
+
+def test_smollm3(tmp_path: Path) -> None:
+    """llama.cpp leaves out the positions of every fourth block, whatever the config says."""
+    unlike = {"use_sliding_window": False, "sliding_window": None, "no_rope_layer_interval": 4}
+    golden = changed(load_golden("smollm3"), drop=("layer_types", "no_rope_layers"), **unlike)
+    source = load_source(write_gguf(golden, tmp_path / "model.gguf", architecture="smollm3"))
+    reference = load_source(write_hf(golden, tmp_path / "hf"))
+    assert source.config == reference.config
+    assert same_parameters(source, reference)
+    assert smollm.kinds_of([1, 1, 1, 0, 1])["block_kinds"] == (1, 1, 1, 0, 1)
+
+
+def test_experts_of_older_files(tmp_path: Path) -> None:
+    """Files of before April 2024 have a tensor per expert."""
+    golden = load_golden("mixtral")
+    renamed = {
+        re.sub(
+            r"block_sparse_moe\.experts\.(\d+)\.(w\d)", lambda m: f"ffn_{EXPERTS[m[2]]}.{m[1]}", name
+        ): value
+        for name, value in golden.weights.items()
+    }
+    counts = {"expert_count": 4, "expert_used_count": 2}
+    older = dataclasses.replace(golden, weights=renamed)
+    source = load_source(write_gguf(older, tmp_path / "old.gguf", **counts))
+    assert same_parameters(source, load_source(write_hf(golden, tmp_path / "hf")))
+
+
+def test_blocks_for_multi_token_prediction(tmp_path: Path) -> None:
+    golden = load_golden("llama_untied")
+    more = {**golden.weights, "blk.3.nextn.eh_proj.weight": np.ones((4, 4), np.float32)}
+    config = {**golden.config, "num_hidden_layers": 4}
+    longer = dataclasses.replace(golden, config=config, weights=more)
+    source = load_source(write_gguf(longer, tmp_path / "model.gguf", nextn_predict_layers=1))
+    assert source.origin["left_out"] == {"multi-token prediction": 1}
+    assert same_parameters(source, load_source(write_hf(golden, tmp_path / "hf")))
+
+
+def test_quantized_experts(tmp_path: Path) -> None:
+    golden = load_golden("mixtral")
+    counts = {"expert_count": 4, "expert_used_count": 2}
+    path = write_gguf(
+        golden,
+        tmp_path / "q.gguf",
+        lambda name, value: Kind.Q8_0 if name.endswith("up_exps.weight") else Kind.F32,
+        **counts,
+    )
+    source = load_source(path)
+    assert source.origin["quantized"] == "GGUF, Q8_0"
+    found = source.block(0)["moe.experts.3.up.weight"]
+    expected = golden.weights["model.layers.0.block_sparse_moe.experts.3.w3.weight"].T
+    np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 100)
 
 
 @pytest.mark.parametrize(("architecture", "largest"), [("gemma2", 46), ("gemma3", 62)])
@@ -322,7 +409,7 @@ def test_unsupported(tmp_path: Path) -> None:
     refused(
         write("family", architecture="mamba"), "family.gguf", "'mamba'", "llama, qwen2", "adding-a-family.md"
     )
-    refused(write("experts", expert_count=8), "experts.gguf", "expert_count", "8")
+    refused(write("experts", expert_count=8), "experts.gguf", "expert_used_count is missing")
     for kind in ("yarn", "longrope", "dynamic"):
         refused(write("rope", rope__scaling__type=kind), "rope.gguf", "rope.scaling.type", kind)
     refused(write("attn", rope__scaling__attn_factor=1.2), "attn.gguf", "rope.scaling.attn_factor", "1.2")

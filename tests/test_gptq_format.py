@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import GPTQConfig
 
 from convert import ConvertError
 from convert.families import by_architecture
+from convert.readers.config import read_resolved
 from convert.writers.gptq import export_gptq
 from pallas_kernels import pack
 from pallas_kernels.layout import zero_bits
@@ -64,7 +65,7 @@ def quantized(name: str, bits: int, *, heads: int = 2, **changes: Any) -> Any:
     """A random model of a golden's architecture, with the blocks' layers and the embedding packed."""
     hf = load_golden(name).config
     config = dataclasses.replace(
-        by_architecture(hf["architectures"][0]).hf.read_config(hf),
+        read_resolved(hf, by_architecture(hf["architectures"][0]).hf),
         hidden_size=64, intermediate_size=96, num_layers=2, num_heads=heads, num_kv_heads=1, head_dim=32,
     )  # fmt: skip
     rng = np.random.default_rng(bits)

@@ -13,6 +13,7 @@ from command_line import refused, said, write_model
 from golden_models import load_golden, write_hf
 from huggingface_hub import errors
 from test_packed import packed_source
+from test_towers import whole_model
 
 import slim_jax
 from convert.readers.load import load_config, load_source, open_model
@@ -72,6 +73,13 @@ def test_only_what_a_model_is_read_from_is_fetched(hub: Hub, shards: int) -> Non
     assert source.block(0).keys()
     assert source.tokenizer("w5").input_ids
     assert hub.calls == [("owner/model", None), ("owner/model", None), ("owner/model", COMMIT)]
+
+
+def test_a_text_tower_by_its_index(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    write_hf(whole_model("model.language_model.", "model."), hub.repository, shards=2)
+    out = json.loads(said(capsys, "plan", "owner/model", "--json"))
+    assert "vision tower (2 tensors)" in out["notes"][0]
+    assert set(hub.fetched) == {"config.json", "model.safetensors.index.json"}
 
 
 def test_packed_models(hub: Hub, tmp_path: Path) -> None:

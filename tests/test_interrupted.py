@@ -15,17 +15,19 @@ from flax import nnx
 from golden_models import load_golden, write_hf
 from test_gguf import write_gguf
 from test_pipeline import CONFIG as WIDE
-from test_pipeline import TOKENS, assert_same_checkpoint
+from test_pipeline import TOKENS, Killed, assert_same_checkpoint, kill_after
 
 from convert import load_source
 from slim_jax import CheckpointError, Decoder, SlimConfig
 from slim_jax.calibrate import pipeline
+from slim_jax.calibrate.drawn_windows import Draw
+from slim_jax.calibrate.events import Notice
 from slim_jax.model.params import make_decoder, split_params
 from slim_jax.report import TuningReport
 from slim_jax.store import checkpoint, entries
+from slim_jax.store.checkpoint_sink import CheckpointSink
 from slim_jax.store.files import LOCK, locked
 from slim_jax.store.source import DecoderSource
-from slim_jax.store.writer import CheckpointWriter
 
 CONFIG = dataclasses.replace(
     WIDE, hidden_size=32, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1
@@ -45,23 +47,14 @@ def whole(source, tmp_path_factory) -> Path:
     return path
 
 
-class Killed(Exception):
-    pass
-
-
 def die(*_: Any) -> Any:
     raise Killed
 
 
 def interrupt(source: Any, path: Path, after: int = 1, config: SlimConfig = ROUNDED) -> Path:
     """Quantizes until a block is finished, as an interrupted run does."""
-
-    def kill(report):
-        if report.index == after:
-            raise Killed
-
     with pytest.raises(Killed):
-        pipeline.quantize_to_checkpoint(source, TOKENS, config, path, on_block=kill)
+        pipeline.quantize_to_checkpoint(source, TOKENS, config, path, on_event=kill_after(after))
     return path
 
 
@@ -89,34 +82,48 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
 def test_a_second_run_leaves_the_first_alone(source, whole, tmp_path):
     met = []
 
-    def start_another(report):
+    def start_another(event):
         with pytest.raises(CheckpointError, match=f"is being written by process {os.getpid()}"):
             pipeline.quantize_to_checkpoint(
                 source, TOKENS, ROUNDED, tmp_path / "out", resume=True, offload=True
             )
-        met.append(report.index)
+        met.append(event.report.index)
 
     pipeline.quantize_to_checkpoint(
-        source, TOKENS, ROUNDED, tmp_path / "out", offload=True, on_block=start_another
+        source, TOKENS, ROUNDED, tmp_path / "out", offload=True, on_event=start_another
     )
     assert met == [0, 1]
     assert_same_checkpoint(tmp_path / "out", whole)
     assert names(tmp_path / "out") == ["blocks", "outer", "slim.json"]
 
 
+def test_windows_are_drawn_once_the_folder_is_locked(source, whole, tmp_path):
+    out, drawn = tmp_path / "out", []
+
+    def draw():
+        with pytest.raises(CheckpointError, match="is being written by"), locked(out):
+            pytest.fail("another run could begin")
+        drawn.append(True)
+        return TOKENS
+
+    pipeline.quantize_to_checkpoint(source, Draw("recipe", draw), ROUNDED, out)
+    assert drawn == [True]
+    assert_same_checkpoint(out, whole)
+
+
 def test_what_follows_a_damaged_block_is_done_again(source, whole, tmp_path):
     out, heard = interrupt(source, tmp_path / "out"), []
     damage(out / "blocks/000")
-    pipeline.quantize_to_checkpoint(source, TOKENS, ROUNDED, out, resume=True, on_notice=heard.append)
+    pipeline.quantize_to_checkpoint(source, TOKENS, ROUNDED, out, resume=True, on_event=heard.append)
     assert_same_checkpoint(out, whole)
-    (line,) = heard
+    (line,) = [event.message for event in heard if isinstance(event, Notice)]
     assert "is damaged" in line
     assert "from blocks/000 on" in line
 
 
 def test_a_damaged_end_is_done_again(source, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "finish", die)
+        patch.setattr(CheckpointSink, "finish", die)
         with pytest.raises(Killed):
             pipeline.quantize_to_checkpoint(source, TOKENS, ROUNDED, tmp_path / "out")
     damage(tmp_path / "out/outer")
@@ -135,23 +142,20 @@ def test_drafts_stay_until_all_tuned_blocks_are_written(source, tmp_path):
         made, resume = [], (tmp_path / "out").exists()
         with (
             contextlib.suppress(Killed),
-            CheckpointWriter(
-                *(tmp_path / "out", CONFIG, source.origin, ROUNDED.resolved().to_json()),
-                resume=resume,
-                drafts=True,
-                notify=heard.append,
-            ) as writer,
+            CheckpointSink(tmp_path / "out", notify=heard.append) as sink,
         ):
-            if not writer.all_written:
-                for block in blocks[len(writer.blocks) :]:
-                    writer.write_block(block)
-                writer.write_outer(outer)
-            writer.write_tuned(
+            settings = ROUNDED.resolved().to_json()
+            sink.begin(CONFIG, source.origin, settings, resume=resume, drafts=True)
+            if not sink.all_written:
+                for block in blocks[len(sink.blocks) :]:
+                    sink.write_block(block)
+                sink.write_outer(outer)
+            sink.write_tuned(
                 outer,
                 lambda i: die() if i > last else made.append(i) or blocks[i],
                 TuningReport([(0, 1.0)], 0, 1),
             )
-            writer.finish()
+            sink.finish()
         return made
 
     assert write(0) == [0]

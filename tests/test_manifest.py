@@ -10,6 +10,7 @@ from test_page import with_reports
 
 from convert import load_source
 from convert.writers.packed import export_packed
+from slim_jax.config import SlimConfig
 from slim_jax.store.manifest import CheckpointError, Manifest, read_manifest
 
 LAYER = "blocks.0.report.layers.0"
@@ -81,3 +82,11 @@ def test_what_is_written_is_read(manifest: Manifest, tmp_path: Path) -> None:
     assert not {"tuned", "tuning"} & fields.keys()
     export_packed(load_source(write_hf(load_golden("llama_untied"), tmp_path / "hf")), tmp_path / "dense")
     assert read_manifest(tmp_path / "dense").told is None
+
+
+def test_settings_that_are_gone_are_read(manifest: Manifest, tmp_path: Path) -> None:
+    """Checkpoints of earlier versions have settings that were removed since."""
+    old = {**SlimConfig().resolved().to_json(), "guide": True, "learn": "clip-gptq"}
+    found = read_manifest(write(tmp_path, manifest.to_json() | {"quantization": old}))
+    assert found.told is not None
+    assert found.told.bits == 2

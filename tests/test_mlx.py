@@ -7,17 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_models import decoder_of, relative_error, run
+from command_line import QUANTIZE, said, write_model, write_text
+from command_line import refused as refused_command
+from golden_models import decoder_of, load_golden, relative_error, run, write_hf
 from safetensors.numpy import load_file
 from test_gptq_format import quantized, uniform
 
-from convert import ConvertError
+from convert import ConvertError, load_source
+from convert.cli import run as run_command
 from convert.writers.formats import write
 from convert.writers.mlx import export_mlx
 from pallas_kernels import pack
 
 mx = pytest.importorskip("mlx.core", reason="MLX has no wheel for this platform")
 from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm import generate, load  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
 NAMES = [
@@ -180,3 +184,56 @@ def refused(source: Any, directory: Path, change: Any) -> None:
     with pytest.raises(ConvertError, match=change(source)):
         export_mlx(source, directory / "out")
     assert list(directory.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model quantized for mlx from the command line, at widths that need zero points of eight bits."""
+    room = tmp_path_factory.mktemp("room")
+    write_model(room / "hf")
+    write_text(room / "calib.txt", 300, 1)
+    more = ["--for", "mlx", "--bits", "4.5", *QUANTIZE[2:]]
+    arguments = ["quantize", room / "hf", room / "q", "--calibration", room / "calib.txt", *more]
+    assert run_command([str(argument) for argument in arguments]) == 0
+    return room
+
+
+def test_for_mlx_from_the_command_line(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "export", room / "q", room / "mlx", "--format", "mlx")
+    config = json.loads((room / "mlx/config.json").read_text())
+    widths = {path: told["bits"] for path, told in config["quantization"].items() if "." in path}
+    assert widths["model.embed_tokens"] == 6
+    for index in range(config["num_hidden_layers"]):
+        for unit in (("self_attn", "qkv"), ("mlp", ("gate", "up"))):
+            assert len({widths[f"model.layers.{index}.{unit[0]}.{name}_proj"] for name in unit[1]}) == 1
+    assert set(widths.values()) <= {4, 5, 6, 8}
+    assert len(set(widths.values())) > 1
+    source = load_source(room / "q")
+    arrays = mx.load(str(room / "mlx/model.safetensors"))
+    for index in range(source.config.num_layers):
+        for ours, theirs in {"attn.v": "self_attn.v_proj", "mlp.down": "mlp.down_proj"}.items():
+            expected = source.block(index)[f"{ours}.weight"].dequantize(np.float32)
+            found = dequantized(arrays, f"model.layers.{index}.{theirs}", config, mx.float32)
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_mlx_lm_goes_on_as_we_do(room: Path) -> None:
+    """`mlx_lm.generate` with the files as a user has them, in float16, and the tokenizer that went along."""
+    model, tokenizer = load(str(export_mlx(load_source(room / "q"), room / "again")))
+    found = tokenizer.encode(generate(model, tokenizer, "w5 w6 w7", max_tokens=16))
+    tokens = np.array([[*tokenizer.encode("w5 w6 w7"), *found]])
+    _, logits = run(decoder_of(load_source(room / "q")), tokens[:, :-1])
+    chosen = logits[0, -len(found) :]
+    assert len(found) == 16
+    assert np.all(chosen.max(-1) - chosen[np.arange(16), found] < 1e-2 * np.abs(logits).max())
+
+
+def test_models_that_mlx_lm_does_not_know_are_refused_before_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_hf(load_golden("opt_pre_norm"), tmp_path / "hf")
+    line = refused_command(
+        capsys, "quantize", tmp_path / "hf", tmp_path / "q", "--for", "mlx", "--samples", 4
+    )
+    assert "mlx-lm does not know opt, expected one of" in line
+    assert not (tmp_path / "q").exists()

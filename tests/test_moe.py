@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_generate import packed, tiny
-from test_pipeline import CONFIG, SLIM, TOKENS, assert_same_checkpoint, dense
+from test_pipeline import CONFIG, SLIM, TOKENS, Killed, assert_same_checkpoint, dense, kill_after
 
 from pallas_kernels import MixedTensor, pack, use_implementation
 from slim_jax.calibrate import activations, pipeline
@@ -114,12 +114,12 @@ def test_an_expert_is_calibrated_on_its_own_tokens():
 
 def test_stages_are_the_block(model):
     before = Activations.of(DecoderSource(model), TOKENS)
-    x, passing = before.batches[0], before.through(0, DecoderSource(model).block(0))
-    groups = [names for names, _ in passing]
+    x, groups = before.batches[0], []
+    passed = before.through(0, DecoderSource(model).block(0), lambda names, _: groups.append(names) or {})
     assert groups[1:4] == [("attn.o",), ("moe.experts.0.gate", "moe.experts.0.up"), ("moe.experts.0.down",)]
     assert len(groups) == 2 + 2 * 3
     expected = model.blocks[0](x, sequence_positions(x))[0]
-    after = passing.after.batches[0]
+    after = passed.batches[0]
     assert float(jnp.abs(after - expected).max() / jnp.abs(expected).max()) < 0.02  # bfloat16
 
 
@@ -164,11 +164,8 @@ def test_resumed_equals_uninterrupted(model, tmp_path):
     source = DecoderSource(model)
     pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "whole")
 
-    def kill(report):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", on_block=kill)
+    with pytest.raises(Killed):
+        pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", on_event=kill_after(0))
     pipeline.quantize_to_checkpoint(source, TOKENS, SLIM, tmp_path / "parts", resume=True)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
 

@@ -12,11 +12,10 @@ import pytest
 from test_layout import dequantize
 
 from pallas_kernels import scales
-from slim_jax.calibrate.embeddings import TableSolver
+from slim_jax.calibrate.embeddings import quantize_table
 from slim_jax.config import SlimConfig
 from slim_jax.method.hessian import Observation
 from slim_jax.method.layer import LayerSolver
-from slim_jax.placement import ONE_DEVICE
 
 G, K, N, SIGMA = 64, 128, 12, 0.02
 COLUMN = 5
@@ -131,13 +130,13 @@ def test_costs_of_bits_are_those_of_a_layer_of_another_size(data):
 
 def test_a_table_with_a_large_weight(monkeypatch):
     """Chunks whose scales are stored in different dtypes form one embedding, in bfloat16."""
-    monkeypatch.setattr("slim_jax.calibrate.embeddings.CHUNK", 16)
+    monkeypatch.setattr("slim_jax.method.layer.CHUNK", 16)
     rng = np.random.default_rng(0)
     table = (SIGMA * rng.normal(size=(32, 64))).astype(np.float32)
-    solver = TableSolver(SlimConfig(embedding_bits=4, embedding_group_size=32).resolved(), ONE_DEVICE)
-    plain, _ = solver.solve("embed", table, None)
+    settings = SlimConfig(embedding_bits=4, embedding_group_size=32).resolved()
+    plain, _ = quantize_table("embed", table, None, settings)
     table[20, 1] = 1000.0
-    found, report = solver.solve("embed", table, None)
+    found, report = quantize_table("embed", table, None, settings)
     assert (plain.scale.dtype, found.scale.dtype) == (jnp.uint8, jnp.bfloat16)
     np.testing.assert_array_equal(dequantize(found)[:, :16], dequantize(plain)[:, :16])
     others = np.arange(32) != 20

@@ -172,7 +172,7 @@ def with_an_array_that_no_file_has(folder: Path) -> str:
 
 def with_a_path_outside(folder: Path) -> str:
     with_a_changed_manifest(folder, lambda manifest: manifest["files"].update({"../x.safetensors": "0"}))
-    return "expected a file beside it"
+    return "expected a file in that folder"
 
 
 def without_a_manifest(folder: Path) -> str:

@@ -11,7 +11,8 @@ from flax import nnx
 from test_layout import dequantize
 
 from pallas_kernels import MixedTensor
-from slim_jax.calibrate import activations, pipeline, quantizer
+from slim_jax.calibrate import activations, pipeline, sensitivity
+from slim_jax.calibrate.events import BlockDone, Event, OnEvent
 from slim_jax.config import SlimConfig
 from slim_jax.eval.perplexity import perplexity
 from slim_jax.eval.windows import select_windows
@@ -45,6 +46,20 @@ def model() -> Decoder:
 @pytest.fixture(scope="module")
 def quantized(model):
     return pipeline.quantize(model, TOKENS, SLIM)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(index: int) -> OnEvent:
+    """A subscriber that ends a run once a block is finished, as an interruption would."""
+
+    def kill(event: Event) -> None:
+        if isinstance(event, BlockDone) and event.report.index == index:
+            raise Killed
+
+    return kill
 
 
 @nnx.jit
@@ -145,7 +160,7 @@ def test_each_step_compiles_once_per_model(config):
     [
         pytest.param(SLIM, marks=pytest.mark.slow),
         pytest.param(SlimConfig(bits=3, group_size=32, sqc="paper"), marks=pytest.mark.slow),
-        SlimConfig(bits=2.5, group_size=32, criterion="model", guide=True, tune=False),
+        SlimConfig(bits=2.5, group_size=32, criterion="model", tune=False),
     ],
     ids=["search", "paper", "model"],
 )
@@ -154,16 +169,10 @@ def test_resumed_equals_uninterrupted(model, tmp_path, monkeypatch, killed_after
     source = DecoderSource(model)
     pipeline.quantize_to_checkpoint(source, TOKENS, slim, tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def kill(report):
-        if report.index == killed_after:
-            raise Killed
-
+    kill = kill_after(killed_after)
     with pytest.raises(Killed):
         pipeline.quantize_to_checkpoint(
-            source, TOKENS, slim, tmp_path / "parts", on_block=kill, offload=offload
+            source, TOKENS, slim, tmp_path / "parts", on_event=kill, offload=offload
         )
     assert not (tmp_path / "parts/activations.0").exists()
     (tmp_path / "parts/activations.0/left/by/kill-9").mkdir(parents=True)
@@ -172,7 +181,7 @@ def test_resumed_equals_uninterrupted(model, tmp_path, monkeypatch, killed_after
     # A block folder written just before the process could write the manifest.
     shutil.copytree(tmp_path / "parts/blocks/000", tmp_path / "parts/blocks" / f"{killed_after + 1:03d}")
     with monkeypatch.context() as patch:
-        patch.setattr(quantizer.Sweep, "run", None)  # the sweep's result is kept
+        patch.setattr(sensitivity.Sweep, "run", None)  # the sweep's result is kept
         pipeline.quantize_to_checkpoint(
             source, TOKENS, slim, tmp_path / "parts", resume=True, offload=offload
         )

@@ -151,7 +151,7 @@ def test_command_needs_no_weights(tmp_path, capsys):
     assert math.isfinite(found["bits_per_weight"])
     assert "fits" in said(capsys, "plan", directory, *GROUPS)
     apart = json.loads(said(capsys, "plan", directory, *GROUPS, "--embedding-bits", 16, "--json"))
-    assert apart["ends_bytes"] == 0 < found["ends_bytes"]
+    assert apart["embedding_bytes"] == 0 < found["embedding_bytes"]
     assert "embedding_bits is 9" in refused(capsys, "plan", directory, "--embedding-bits", 9)
     assert "device is 'v9'" in refused(capsys, "plan", directory, "--devices", "v9")
 
@@ -170,7 +170,7 @@ def test_a_target_size_is_met_and_used(size):
 DTYPES = pytest.mark.parametrize(
     "dtype", [jnp.float32, jnp.float16, jnp.bfloat16], ids=lambda dtype: dtype.__name__
 )
-LEFT = pytest.mark.parametrize("more", [{}, {"embedding_bits": 16}], ids=["packed", "ends left"])
+LEFT = pytest.mark.parametrize("more", [{}, {"embedding_bits": 16}], ids=["packed", "embedding left"])
 
 
 def written(folder: Path, dtype: Any) -> ModelSource:

@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENT = json.loads(figures.FIGURES.read_text("utf-8"))
 COMMANDS = typer.main.get_command(app).commands
 SMALL = ["--samples", "4", "--length", "32", "--group-size", "32"]
-NAMES = {"2.5", "3.1", "3.2", "3.3", "3.12", "8.0", "10.0"}
+NAMES = {"2.5", "3.1", "3.2", "3.3", "3.5", "3.8", "3.12", "8.0", "10.0"}
 """Numbers with a decimal point that are no figures: of models, of Python, of a compute capability."""
 
 
@@ -106,7 +106,7 @@ def test_snippets_run(room, monkeypatch, capsys):
     for code in found[:2]:
         assert "504, 3575, 282, 4649, 314" in code or "prompt" not in code
         exec(compile(code.replace("504, 3575, 282, 4649, 314", "5, 6, 7"), "README.md", "exec"), space)
-    assert len(capsys.readouterr().out) > 20
+    assert capsys.readouterr().out.strip()
     assert space["y"].shape == (1, space["weight"].shape[1])
     before = loss(space["model"], tokens)
     exec(compile(found[2], "README.md", "exec"), space)
@@ -154,8 +154,8 @@ def test_headline_figures():
         f"{cpu['decode']['times_dense_float32']} times as fast as in float32",
         f"{cpu['streaming']['gigabytes']} GB was quantized in {cpu['streaming']['peak_mib']:,} MiB",
         f"{cpu['sixty_seconds']['quantize_cpu_seconds']} CPU seconds, "
-        f"{cpu['sixty_seconds']['quantize_forecast_minutes']} to "
-        f"{cpu['sixty_seconds']['quantize_wall_minutes']} minutes",
+        f"{cpu['sixty_seconds']['quantize_wall_minutes']} minutes "
+        f"(forecast: {cpu['sixty_seconds']['quantize_forecast_minutes']})",
     ):
         assert said in text
     devices = " ".join((ROOT / "docs/devices.md").read_text("utf-8").split())

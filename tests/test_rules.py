@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_line import QUANTIZE, refused, said, same_weights, write_model, write_text
 from flax import nnx
-from test_pipeline import CONFIG, TOKENS, assert_same_checkpoint, dense, logits
+from test_pipeline import CONFIG, TOKENS, Killed, assert_same_checkpoint, dense, kill_after, logits
 
 from pallas_kernels import MixedTensor
 from slim_jax import SlimConfig, generate, plan
@@ -203,7 +203,7 @@ def test_plan_counts_what_is_stored(quantized, first):
     found = plan.make_plan(SQUARE, settings, "v5e", first + 1)
     assert found.packed_bytes == report.stored_bytes == checkpoint.inspect(path)["bytes"]
     assert found.bits_per_weight == pytest.approx(report.bits_per_weight, rel=0.01)
-    weights = sum(np.prod(layer.shape) for layer in (*report.layers, *report.ends))
+    weights = sum(np.prod(layer.shape) for layer in (*report.layers, *report.embeddings))
     assert found.quantized == weights
 
 
@@ -223,16 +223,8 @@ def test_a_target_size_is_met_beside_rules():
 
 def test_a_run_is_resumed_with_its_rules_only(model, quantized, tmp_path):
     source, settings = DecoderSource(model), dataclasses.replace(SLIM, rules=RULES)
-
-    class Killed(Exception):
-        pass
-
-    def kill(report):
-        if report.index == 0:
-            raise Killed
-
     with pytest.raises(Killed):
-        pipeline.quantize_to_checkpoint(source, TOKENS, settings, tmp_path / "q", on_block=kill)
+        pipeline.quantize_to_checkpoint(source, TOKENS, settings, tmp_path / "q", on_event=kill_after(0))
     before = (tmp_path / "q/slim.json").read_bytes()
     for rules in ([], RULES[:-1], [RULES[1], RULES[0], *RULES[2:]]):
         other = dataclasses.replace(SLIM, rules=rules)
@@ -244,8 +236,7 @@ def test_a_run_is_resumed_with_its_rules_only(model, quantized, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("learn", ["rounding", pytest.param("clip-gptq", marks=pytest.mark.slow)])
-def test_blocks_are_learned_and_tuned_beside_rules(model, learn):
+def test_blocks_are_learned_and_tuned_beside_rules(model):
     """One block has layers with other groups and zero points; another is not packed at all."""
     rules = [
         ("blocks.0.attn.k", "skip"),
@@ -257,7 +248,6 @@ def test_blocks_are_learned_and_tuned_beside_rules(model, learn):
         SLIM,
         method="slim-plus",
         criterion="kl",
-        learn=learn,
         epochs=1,
         tune=True,
         tune_batch_size=4,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,20 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_pipeline import CONFIG, GEMMA, TOKENS, assert_same_checkpoint
+from test_pipeline import CONFIG, GEMMA, TOKENS, Killed, assert_same_checkpoint
 
 from pallas_kernels import MixedTensor
-from slim_jax.calibrate import fine_tuning, pipeline
+from slim_jax.calibrate import fine_tuning, fit, pipeline
 from slim_jax.calibrate.activations import Activations
 from slim_jax.calibrate.embeddings import head_inputs
+from slim_jax.calibrate.events import TuningStep
 from slim_jax.config import SlimConfig
 from slim_jax.method import fine_tune
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
-from slim_jax.store import checkpoint, writer
+from slim_jax.store import checkpoint
+from slim_jax.store.checkpoint_sink import CheckpointSink
 from slim_jax.store.source import DecoderSource
 
 # Validated on its training samples: what a random model learns from a sample says nothing about others.
@@ -75,7 +78,7 @@ def parts(
     outer, blocks = split_params(packed)
     reference = Activations.of(source, tokens)
     for index in range(source.config.num_layers):
-        reference = reference.behind(index, source.block(index))
+        reference = reference.through(index, source.block(index))
     target = jnp.concatenate(list(head_inputs(source.config, source.outer(), reference)))
     fixed = fine_tune.Fixed(fine_tune.stacked(source.config, blocks), outer, source.outer())
     inside = {run: fine_tune.no_change(params, inside=True) for run, params in fixed.blocks.items()}
@@ -83,14 +86,15 @@ def parts(
     return fixed, learned, fine_tune.Batch(jnp.asarray(tokens, jnp.int32), target)
 
 
-def tuner(config, rate: float = 1e-2) -> fine_tune.Tuner:
-    return fine_tune.Tuner(config, optax.adam(rate))
+@partial(jax.jit, static_argnames="config")
+def evaluate(config, learned, fixed, batch):
+    return fine_tune.TuningLoss(config)(learned, fixed, batch)
 
 
 def test_the_loss_is_the_divergence_of_the_stored_model(models):
     full, packed = models
     fixed, learned, batch = parts(full, packed, TOKENS[:2])
-    found = tuner(full.config).evaluate(learned, fixed, batch)
+    found = evaluate(full.config, learned, fixed, batch)
     assert float(found) == pytest.approx(divergence(full, packed, TOKENS[:2]), rel=0.03)
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32), learned)
@@ -98,7 +102,7 @@ def test_the_loss_is_the_divergence_of_the_stored_model(models):
     offset = full.config.norm_offset
     stored = [fine_tune.apply(block, moved.of(i), offset) for i, block in enumerate(blocks)]
     other = make_decoder(full.config, fine_tune.apply(outer, moved.outer, offset), stored)
-    found = tuner(full.config).evaluate(moved, fixed, batch)
+    found = evaluate(full.config, moved, fixed, batch)
     assert float(found) == pytest.approx(divergence(full, other, TOKENS[:2]), rel=0.03)
 
 
@@ -126,7 +130,7 @@ def test_the_gradient_is_that_of_finite_differences(models, monkeypatch):
     monkeypatch.setattr(fine_tune, "COMPUTE_DTYPE", jnp.dtype(jnp.float32))
     monkeypatch.setattr(fine_tune, "straight_through", lambda x, rounded: x)
     fixed, learned, batch = parts(full, packed, TOKENS[:2])
-    loss = jax.jit(lambda learned: tuner(full.config).loss(learned, fixed, batch))
+    loss = jax.jit(lambda learned: fine_tune.TuningLoss(full.config)(learned, fixed, batch))
     rng = np.random.default_rng(1)
     direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), learned)
     gradient = jax.jit(jax.grad(loss))(learned)
@@ -143,8 +147,9 @@ def test_the_gradient_is_that_of_finite_differences(models, monkeypatch):
 def test_tuning_lowers_the_divergence_and_leaves_codes(models):
     full, packed = models
     steps = []
-    found, report = pipeline.quantize(full, TOKENS, TUNED, on_step=lambda *step: steps.append(step))
-    assert [step[:2] for step in steps] == [(i, 8) for i in range(1, 9)]
+    found, report = pipeline.quantize(full, TOKENS, TUNED, on_event=steps.append)
+    steps = [event for event in steps if isinstance(event, TuningStep)]
+    assert [(event.step, event.total) for event in steps] == [(i, 8) for i in range(1, 9)]
     losses = [loss for _, loss in report.tuning.losses]
     assert [step for step, _ in report.tuning.losses] == [0, 2, 5, 8]
     assert report.tuning.kept == np.argmin(losses) > 0
@@ -200,26 +205,25 @@ def test_a_tuning_that_only_harms_changes_nothing(models, monkeypatch):
     found, report = pipeline.quantize(full, TOKENS, dataclasses.replace(TUNED, tune_epochs=12))
     assert report.tuning.kept == 0
     assert report.tuning.note
-    assert len(report.tuning.losses) <= 1 + fine_tuning.PATIENCE  # and it stops early
+    assert len(report.tuning.losses) <= 1 + fit.PATIENCE  # and it stops early
     for before, after in zip(jax.tree.leaves(nnx.state(packed)), jax.tree.leaves(nnx.state(found))):
         np.testing.assert_array_equal(before, after)
 
 
 def test_history_keeps_the_best_and_ends_in_time():
-    history = fine_tuning.History()
-    assert [history.judge(step, loss) for step, loss in enumerate([3.0, 2.0, 2.5])] == [True, True, False]
+    history, lowest = fit.History(), []
+    for history.step, loss in enumerate([3.0, 2.0, 2.5]):
+        lowest.append(history.record(loss))
+    assert lowest == [True, True, False]
     assert not history.over
-    assert not history.judge(3, 2.1)
+    history.step = 3
+    assert not history.record(2.1)
     assert history.over
-    assert history.report(7) == fine_tuning.TuningReport([(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.1)], 1, 7)
-    broken = fine_tuning.History(losses=[(0, 1.0)])
-    assert not broken.judge(5, float("nan"))
+    assert (history.losses, history.best, history.note) == ([(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.1)], 1, "")
+    broken = fit.History(5, losses=[(0, 1.0)])
+    assert not broken.record(float("nan"))
     assert broken.over
-    assert "nan by step 5" in broken.report(0).note
-
-
-class Killed(Exception):
-    pass
+    assert "became nan in step 5" in broken.note
 
 
 @pytest.mark.slow
@@ -228,14 +232,15 @@ class Killed(Exception):
 )
 def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, monkeypatch):
     source = DecoderSource(confident(CONFIG))
-    monkeypatch.setattr(fine_tuning, "SAVED", 1)
+    monkeypatch.setattr(fit, "SAVED", 1)
     pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "whole")
 
-    def kill(step, of, loss):
-        if step - 1 == after:  # the step is done, and the previous step's state is kept
+    def kill(event):
+        # The step is done, and the state of the step before is kept.
+        if isinstance(event, TuningStep) and event.step - 1 == after:
             raise Killed
 
-    save = writer.CheckpointWriter._save
+    save = CheckpointSink._save
 
     def kill_writing(self, folder, params):
         if folder == {"first block": "blocks/001", "blocks": "outer"}.get(after):
@@ -243,11 +248,11 @@ def test_a_killed_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path, after, m
         return save(self, folder, params)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.CheckpointWriter, "_save", kill_writing)
+        patch.setattr(CheckpointSink, "_save", kill_writing)
         if after == 8:  # all steps are done, none is applied
-            patch.setattr(writer.CheckpointWriter, "write_tuned", _raise)
+            patch.setattr(CheckpointSink, "write_tuned", _raise)
         with pytest.raises(Killed):
-            pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", on_step=kill)
+            pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", on_event=kill)
     with pytest.raises(ValueError, match="unfinished"):
         checkpoint.load(tmp_path / "parts")
     found = pipeline.quantize_to_checkpoint(source, TOKENS, TUNED, tmp_path / "parts", resume=True)

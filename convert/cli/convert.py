@@ -21,7 +21,7 @@ def convert(
       slim-jax convert model.gguf out/model --dtype bfloat16
     """
     from slim_jax.store.checkpoint import save_source
-    from slim_jax.store.writer import require_new
+    from slim_jax.store.checkpoint_sink import require_new
 
     require_new(out)
     model = open_source(at_revision(source, revision), dtype)

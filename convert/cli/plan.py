@@ -21,8 +21,8 @@ from convert.cli.options import (
     TargetSize,
 )
 from convert.cli.settings import make_rules, make_settings
-from convert.cli.sources import at_revision, read_config, window_length
-from convert.display import print_json, print_plan
+from convert.cli.sources import at_revision, describe, window_length
+from convert.display import origin_notes, print_json, print_plan
 
 
 def plan(
@@ -69,7 +69,7 @@ def plan(
         embedding_bits=embedding_bits,
         rules=make_rules(rule, rules),
     )
-    config = read_config(at_revision(source, revision))
+    config, origin = describe(at_revision(source, revision))
     if target_size is not None:
         settings = for_size(config, settings, parse_size(target_size))
     length = window_length(length, config)
@@ -85,7 +85,8 @@ def plan(
         written=own,
     )
     seconds = operations(config, settings, samples, length, own) / rate(config)
+    notes = origin_notes(origin)
     if as_json:
-        print_json({**dataclasses.asdict(found), "seconds_here": round(seconds)})
+        print_json({**dataclasses.asdict(found), "seconds_here": round(seconds), "notes": notes})
     else:
-        print_plan(source, found, in_words(seconds))
+        print_plan(source, found, in_words(seconds), notes)

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,7 +36,7 @@ from convert.cli.sources import (
     whole_decoder,
     window_length,
 )
-from convert.display import Progress, print_result, progress, say
+from convert.display import origin_notes, print_result, progress, say, shown_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from convert.calibration import Part
     from slim_jax.config import SlimConfig
     from slim_jax.plan import Plan
-    from slim_jax.report import BlockReport, Report
+    from slim_jax.report import Report
     from slim_jax.store.source import Source
 
 INTERRUPTED = "interrupted; the same command with --resume continues after the last finished block in {out}"
@@ -71,6 +71,16 @@ def quantize(
     ] = None,
     bits: Bits = None,
     group_size: GroupSize = None,
+    engine: Annotated[
+        Literal["mlx"] | None,
+        typer.Option(
+            "--for",
+            metavar="mlx",
+            show_default=False,
+            help="Program that will run the result, in a format with one bit width per layer: "
+            "docs/sharing.md. [dim]Default: slim-jax.[/]",
+        ),
+    ] = None,
     target_size: TargetSize = None,
     preset: Preset = None,
     tune: Annotated[
@@ -132,6 +142,7 @@ def quantize(
         target_size,
         bits=bits,
         group_size=group_size,
+        unit=None if engine is None else "layer",
         tune=tune,
         embedding_bits=embedding_bits,
         rules=make_rules(rule, rules),
@@ -153,6 +164,8 @@ def quantize(
     length = window_length(length, model.config)
     if target_size is not None:
         config = for_size(model.config, config, parse_size(target_size))
+    if engine is not None:
+        _announce_mlx(model, config)
     fitting, plan = _that_fit(texts, partial(_forecast, model, config, samples, length, offload))
     tokenizer, make = _calibration(model, fitting, samples, length, seed)
     ctx.obj.on_interrupt = INTERRUPTED.format(out=out)
@@ -170,7 +183,7 @@ def quantize(
             resume=resume,
             offload=offload,
             mesh=mesh,
-            **_shown(step),
+            on_event=shown_by(step),
         )
     keep_tokenizer(tokenizer, out)
     if save_allocation is not None:
@@ -185,14 +198,16 @@ def _opened(source: str, config: "SlimConfig") -> "Source":
     from slim_jax.rules import check_rules
 
     model = open_source(source)
+    for note in origin_notes(model.origin):
+        say(f"note: {note}")
     check_dense(model)
     check_rules(config.resolved().rules, linear_names(model.config))
     return model
 
 
 def _require_free(out: Path, resume: bool) -> None:
+    from slim_jax.store.checkpoint_sink import require_new
     from slim_jax.store.files import refuse_if_locked
-    from slim_jax.store.writer import require_new
 
     if resume:
         refuse_if_locked(out)
@@ -269,6 +284,19 @@ def _announce(
     say(f"{config.method} at {config.bits} bits: {needed}; about {stored} in the blocks")
 
 
+def _announce_mlx(source: "Source", config: "SlimConfig") -> None:
+    """Prints how large the model will be in MLX's format.
+
+    Raises:
+      ValueError: the format cannot store such a model, or mlx-lm does not know it.
+    """
+    from convert.writers.mlx import forecast_bytes, window_note
+
+    size = forecast_bytes(source.config, config.resolved())
+    note = window_note(source.config)
+    say(f"for mlx: one width per layer; about {size / 1e6:.1f} MB after export --format mlx{note}")
+
+
 def _calibration(
     source: "Source", texts: "list[Part]", samples: int, length: int, seed: int
 ) -> "tuple[Any, Callable[[], np.ndarray]]":
@@ -308,28 +336,3 @@ def _mesh(devices: int, samples: int, config: "SlimConfig") -> "jax.sharding.Mes
         raise ValueError(f"there are {samples} samples, expected a multiple of the {devices} devices")
     config.resolved().samples_to_tune(samples, devices)  # for its errors, before the model is read
     return mesh
-
-
-def _figures(block: "BlockReport") -> str:
-    """Text that the progress display shows for a finished block; prints the block's warnings."""
-    if block.warning:
-        say(block.warning)
-    learning = block.learning
-    if learning is None:
-        return f"error {block.error:.3g}"
-    if learning.note:
-        say(f"block {block.index}: {learning.note}")
-    if not learning.losses:
-        return "not trained"
-    return f"loss {learning.losses[0]:.4g} -> {learning.losses[learning.kept_epoch]:.4g}"
-
-
-def _shown(step: Progress) -> dict[str, Any]:
-    """Callbacks of a run that show its progress."""
-    return {
-        "on_block": lambda block: step(_figures(block)),
-        "on_epoch": lambda epoch, of, loss: step.show(f"epoch {epoch}/{of}, loss {loss:.4g}"),
-        "on_sweep": lambda n, of: step.show(f"gradients of block {n}/{of}"),
-        "on_notice": say,
-        "on_step": lambda n, of, loss: step.show(f"tuning {n}/{of}, divergence {loss:.4g} nats"),
-    }

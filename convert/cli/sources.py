@@ -37,11 +37,11 @@ def open_source(spec: str, dtype: str | None = None) -> "Source":
     return open_model(spec, dtype)
 
 
-def read_config(spec: str) -> "DecoderConfig":
-    """Reads the config of the model that a SOURCE argument names."""
-    from convert.readers.load import load_config
+def describe(spec: str) -> "tuple[DecoderConfig, dict[str, Any]]":
+    """Reads the config of the model that a SOURCE argument names, and notes about its checkpoint."""
+    from convert.readers.load import describe
 
-    return load_config(spec)
+    return describe(spec)
 
 
 def whole_decoder(source: "Source", *, rounded: bool = False) -> "Decoder":

@@ -1,7 +1,7 @@
 """Model families that can be read and written. A new family is a file here and an entry in ``FAMILIES``."""
 
 from convert.errors import ConvertError
-from convert.families import gemma, llama, mixtral, opt, phi, qwen, smollm
+from convert.families import gemma, gpt_oss, llama, mixtral, opt, phi, qwen, qwen_next, smollm
 from convert.families.family import Family, GGUFFormat, HFFormat, Names
 
 __all__ = ["FAMILIES", "Family", "GGUFFormat", "HFFormat", "Names", "by_architecture", "by_gguf", "by_name"]
@@ -14,6 +14,9 @@ FAMILIES: tuple[Family, ...] = (
     phi.FAMILY,
     opt.FAMILY,
     smollm.FAMILY,
+    qwen_next.QWEN3_NEXT,
+    qwen_next.QWEN3_5,
+    gpt_oss.FAMILY,
 )
 
 

@@ -6,11 +6,16 @@ This module knows no family and reads no file.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from convert.errors import ConvertError
 from slim_jax.model.config import DecoderConfig
+
+Restore = Callable[[np.ndarray, DecoderConfig], np.ndarray]
+"""Function that turns a stored array, linear weights ``[N, K]``, into the one that our parameter has."""
 
 REQUIRED: Any = object()
 """Default of :func:`field` for a key that must be there."""
@@ -33,41 +38,83 @@ class Names:
     Our parameter ``attn.q.weight`` of block 3 is called ``blocks.format(3) + block["attn.q"] + ".weight"`` in
     the format. The ``scale`` of a norm is called ``weight`` there. Where several of our modules map to one of
     the format's, its tensor holds their output features one after another, in the table's order. ``{}``
-    stands for the index of an expert on both sides.
+    stands for the index of an expert on both sides; where the format's name lacks it, the experts lie along a
+    leading axis of its tensor.
+
+    A table may also name a parameter of ours, such as ``attn.a_log`` or ``moe.experts.{}.up.weight``: then
+    the format's name is that of the whole tensor, without ``.weight`` or ``.bias``.
 
     Attributes:
       outer: our modules outside the blocks -> the format's, such as ``"norm" -> "norm"``.
       blocks: the prefix of a block, with ``{}`` for its index.
       block: our modules inside a block -> the format's.
+      transposed: names of the format, as in ``block``, whose matrices are ``[K, N]`` rather than ``[N, K]``.
+      grouped: names of the format whose tensors hold several modules by groups -> the field of our config
+        that counts the groups. A group has an equal part of the output features of each module in turn:
+        ``num_heads`` where each head's queries precede its gates, ``intermediate_size`` where they alternate.
     """
 
     outer: Mapping[str, str]
     blocks: str
     block: Mapping[str, str]
+    transposed: tuple[str, ...] = ()
+    grouped: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, ours: str, index: int | None = None) -> str:
         """Returns the format's name of our parameter ``ours``, outside the blocks or in block ``index``."""
-        module, _, leaf = ours.rpartition(".")
-        if not module:  # embeddings are bare parameters
-            module = leaf
-        suffix = "bias" if leaf == "bias" else "weight"
-        if index is None:
-            return f"{self.outer[module]}.{suffix}"
-        pattern, expert = _pattern(module)
-        return f"{self.blocks.format(index)}{self.block[pattern].format(*expert)}.{suffix}"
+        entry, suffix = self.entry(ours, index)
+        prefix = "" if index is None else self.blocks.format(index)
+        return prefix + entry.format(*_pattern(ours)[1]) + suffix
+
+    def entry(self, ours: str, index: int | None = None) -> tuple[str, str]:
+        """Returns the table's entry for our parameter ``ours``, and the suffix that completes the name."""
+        table = self.outer if index is None else self.block
+        key = self._key(ours, table)
+        if key == _pattern(ours)[0] and "." in key:
+            return table[key], ""
+        return table[key], ".bias" if ours.endswith(".bias") else ".weight"
+
+    def _key(self, ours: str, table: Mapping[str, str]) -> str:
+        """Returns the key of our parameter ``ours``: its own name or its module's; embeddings are bare."""
+        pattern = _pattern(ours)[0]
+        return pattern if pattern in table else pattern.rpartition(".")[0]
+
+    def fused(self, ours: str, index: int | None) -> bool:
+        """True if the tensor that holds our parameter ``ours`` has a leading axis of experts."""
+        return "{}" in _pattern(ours)[0] and "{}" not in self.entry(ours, index)[0]
 
     def tensors(self, ours: Iterable[str], index: int | None = None) -> dict[str, list[str]]:
-        """Returns the format's tensors that hold our parameters, each with its parameters in stored order."""
-        order = {module: i for i, module in enumerate(self.outer if index is None else self.block)}
+        """Returns the format's tensors that hold our parameters, each with its parameters in stored order.
+
+        Where a tensor has an axis of experts, all experts of one module come first, then those of the next.
+        """
+        table = self.outer if index is None else self.block
+        order = {module: i for i, module in enumerate(table)}
+
+        def place(name: str) -> tuple[int, list[int]]:
+            return order.get(self._key(name, table), -1), [int(i) for i in _pattern(name)[1]]
+
         held: dict[str, list[str]] = {}
-        for name in sorted(ours, key=lambda name: order.get(_pattern(name.rpartition(".")[0])[0], -1)):
+        for name in sorted(ours, key=place):
             held.setdefault(self.of(name, index), []).append(name)
         return held
 
 
-def _pattern(module: str) -> tuple[str, list[str]]:
+def _pattern(name: str) -> tuple[str, list[str]]:
     """Splits ``moe.experts.3.up`` into ``moe.experts.{}.up`` and the indices."""
-    return re.sub(r"\d+", "{}", module), re.findall(r"\d+", module)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), re.findall(r"(?<=\.)\d+(?=\.)", name)
+
+
+def with_fused_experts(names: Names, experts: str = "mlp.experts") -> Names:
+    """Returns a table of names whose experts are fused as transformers fuses them.
+
+    ``EXPERTS.gate_up_proj`` is ``[E, 2 I, D]`` and ``EXPERTS.down_proj`` is ``[E, D, I]``.
+    """
+    ours = {part: f"moe.experts.{{}}.{part}" for part in ("gate", "up", "down")}
+    block = {key: value for key, value in names.block.items() if key not in ours.values()}
+    theirs = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+    fused = {f"{ours[part]}.weight": f"{experts}.{name}" for part, name in theirs.items()}
+    return dataclasses.replace(names, block={**block, **fused})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +123,15 @@ class HFFormat:
 
     Attributes:
       architectures: the values of ``architectures`` in config.json that this format serves.
-      read_config: maps config.json, as a dictionary, to our config.
+      read_config: maps the fields of config.json, as transformers' class resolves them, to our config.
       write_config: the inverse; the result names the architecture.
       names: tensor names without the prefix.
       prefix: put before every name but the LM head's on writing.
       prefixes: prefixes that a name may have on reading, longest first.
       ignored: patterns of names that hold no parameter.
+      others: other tables of names that checkpoints may have; the one that fits is read.
+      unused: fields of config.json that do not change what this decoder computes, besides those of
+        `convert.readers.config.UNUSED`; dotted where they are nested.
     """
 
     architectures: tuple[str, ...]
@@ -91,6 +141,8 @@ class HFFormat:
     prefix: str
     prefixes: tuple[str, ...]
     ignored: tuple[str, ...] = ()
+    others: tuple[Names, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +154,18 @@ class GGUFFormat:
       read_config: maps metadata (without the ``architecture.`` prefix) and the tensor store, which has shapes
         ``[N, K]`` and reads small tensors, to our config.
       names: tensor names.
-      interleaved: our modules whose output rows are interleaved for llama.cpp's rotary embedding.
+      restore: our modules or parameters that llama.cpp stores in another way -> the function that undoes it,
+        given the stored array in the files' orientation and the block's config.
       ignored: patterns of names that hold no parameter.
+      others: other tables of names that files may have; the one that fits is read.
     """
 
     architectures: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any], Any], DecoderConfig]
     names: Names
-    interleaved: tuple[str, ...] = ()
+    restore: Mapping[str, Restore] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    others: tuple[Names, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,15 +196,6 @@ def field(config: Mapping[str, Any], key: str, kind: type, default: Any = REQUIR
     return value
 
 
-def optional(config: Mapping[str, Any], key: str, kind: type, absent: Any) -> Any:
-    """Like :func:`field`, but null means None and only absence gives the default.
-
-    Raises:
-      ConvertError: the key holds another type.
-    """
-    return field(config, key, kind, None) if key in config else absent
-
-
 def count(config: Mapping[str, Any], key: str, default: Any = REQUIRED) -> int:
     """Returns the value of ``key``, a positive integer; null and absence give the default.
 
@@ -173,13 +219,13 @@ def require(config: Mapping[str, Any], key: str, expected: Any, default: Any) ->
         raise ConvertError(f"{key} is {value!r}, only {expected!r} is supported")
 
 
-def activation(config: Mapping[str, Any], key: str, default: str) -> Any:
+def activation(config: Mapping[str, Any], key: str) -> Any:
     """Returns our name of the activation function that Hugging Face's config names under ``key``.
 
     Raises:
       ConvertError: the decoder does not know it.
     """
-    name = field(config, key, str, default)
+    name = field(config, key, str)
     if name not in HF_ACTIVATIONS:
         raise ConvertError(f"{key} is {name!r}, expected one of {', '.join(HF_ACTIVATIONS)}")
     return HF_ACTIVATIONS[name]
@@ -194,15 +240,12 @@ LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 """Hugging Face's names of attention kinds -> whether attention has a window."""
 
 
-def read_windows(
-    hf: Mapping[str, Any], window: int | None, default: Sequence[bool]
-) -> tuple[int | None, tuple[int, ...]]:
+def read_windows(hf: Mapping[str, Any], window: int | None) -> tuple[int | None, tuple[int, ...]]:
     """Reads ``sliding_window`` and ``global_layers`` of our config.
 
     Args:
-      hf: config.json, whose ``layer_types`` say which blocks have the window.
+      hf: the resolved config, whose ``layer_types`` say which blocks have the window; all have without them.
       window: size of the window in tokens; None for no window.
-      default: whether each block has the window, where there are no ``layer_types``.
 
     Raises:
       ConvertError: ``layer_types`` names another kind of attention, or not one per block.
@@ -215,7 +258,7 @@ def read_windows(
             raise ConvertError(f"layer_types has {unknown[0]!r}, expected {' or '.join(LAYER_TYPES)}")
         if len(kinds) != layers:
             raise ConvertError(f"layer_types has {len(kinds)} entries, expected num_hidden_layers = {layers}")
-    local = default if kinds is None else [LAYER_TYPES[kind] for kind in kinds]
+    local = [kinds is None or LAYER_TYPES[kinds[i]] for i in range(layers)]
     if window is None or not any(local):
         return None, ()
     return window, tuple(i for i in range(layers) if not local[i])

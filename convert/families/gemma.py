@@ -16,7 +16,6 @@ from convert.families.family import (
     count,
     field,
     layer_types,
-    optional,
     read_windows,
 )
 from slim_jax.model.config import DecoderConfig
@@ -63,24 +62,12 @@ def _periodic(period: int, layers: int) -> list[bool]:
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads our config from config.json, with transformers' defaults for missing keys."""
-    third = "Gemma3ForCausalLM" in hf["architectures"]
+    """Reads our config from the resolved config.json."""
+    third = hf["model_type"] != "gemma2"
     if hf.get("use_bidirectional_attention"):
         raise ConvertError("use_bidirectional_attention is true, only causal attention is supported")
-    base = llama.read_base(
-        {"bos_token_id": 2, "eos_token_id": 1, **hf},
-        "gemma",
-        kv_heads=4,
-        head_dim=256,
-        max_positions=131072 if third else 8192,
-        tied=True,
-        activation_key="hidden_activation",
-        default_activation="gelu_pytorch_tanh",
-    )
-    period = count(hf, "sliding_window_pattern", PERIOD_3) if third else PERIOD_2
-    window, global_layers = read_windows(
-        hf, optional(hf, "sliding_window", int, 4096), _periodic(period, base.num_layers)
-    )
+    base = llama.read_base(hf, "gemma", "hidden_activation")
+    window, global_layers = read_windows(hf, field(hf, "sliding_window", int, None))
     theta, scaling, local = _read_ropes(hf) if third else (*llama.read_rope(hf), None)
     biased = field(hf, "attention_bias", bool, False)
     return _gemma(
@@ -91,9 +78,9 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=biased,
         o_bias=biased,
         qk_norm=third,
-        query_pre_attn_scalar=field(hf, "query_pre_attn_scalar", float, 256.0),
-        attn_softcap=optional(hf, "attn_logit_softcapping", float, None if third else 50.0),
-        logit_softcap=optional(hf, "final_logit_softcapping", float, None if third else 30.0),
+        query_pre_attn_scalar=field(hf, "query_pre_attn_scalar", float),
+        attn_softcap=field(hf, "attn_logit_softcapping", float, None),
+        logit_softcap=field(hf, "final_logit_softcapping", float, None),
         sliding_window=window,
         global_layers=global_layers,
     )
@@ -105,11 +92,8 @@ def _read_ropes(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float
     Raises:
       ConvertError: the local blocks have a scaling too.
     """
-    by_kind = field(hf, "rope_parameters", dict, {})
-    older = {key: hf.get(key) for key in ("rope_theta", "rope_scaling")}
-    theta, scaling = llama.read_rope({**older, "rope_parameters": by_kind.get("full_attention")}, 1e6)
-    older = {"rope_theta": hf.get("rope_local_base_freq")}
-    local, other = llama.read_rope({**older, "rope_parameters": by_kind.get("sliding_attention")})
+    theta, scaling = llama.read_rope(hf, "full_attention")
+    local, other = llama.read_rope(hf, "sliding_attention")
     if other is not None:
         raise ConvertError(
             f"rope_parameters of sliding_attention is {other.kind!r}, only 'default' is supported"
@@ -165,10 +149,11 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
 FAMILY = Family(
     name="gemma",
     hf=llama.hf_format(
-        architectures=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        architectures=("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         read_config=read_hf,
         write_config=write_hf,
         names=HF_NAMES,
+        unused=("sliding_window_pattern", "_sliding_window_pattern", "sliding_window_size", "hidden_act"),
     ),
     gguf=GGUFFormat(
         architectures=("gemma2", "gemma3"),

@@ -1,6 +1,7 @@
 """Llama 1, 2 and 3, SmolLM2 and Mistral: RMSNorm, RoPE, gated MLP, grouped-query attention."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from convert.errors import ConvertError
 from convert.families.family import (
+    REQUIRED,
     Family,
     GGUFFormat,
     HFFormat,
@@ -17,7 +19,6 @@ from convert.families.family import (
     field,
     hf_activation,
     one_or_list,
-    optional,
     require,
     token_ids,
 )
@@ -57,29 +58,57 @@ GGUF_NAMES = Names(
         "mlp.gate": "ffn_gate",
         "mlp.up": "ffn_up",
         "mlp.down": "ffn_down",
+        "moe.router": "ffn_gate_inp",
+        "moe.experts.{}.gate": "ffn_gate_exps",
+        "moe.experts.{}.up": "ffn_up_exps",
+        "moe.experts.{}.down": "ffn_down_exps",
     },
 )
 
+GGUF_SEPARATE_EXPERTS = dataclasses.replace(
+    GGUF_NAMES,
+    block={
+        **GGUF_NAMES.block,
+        **{f"moe.experts.{{}}.{part}": f"ffn_{part}.{{}}" for part in ("gate", "up", "down")},
+    },
+)
+"""Names in files of before April 2024."""
 
-def rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Returns config.json's RoPE fields, from old and new keys, and the kind of scaling."""
-    rope = {**field(hf, "rope_scaling", dict, {}), **field(hf, "rope_parameters", dict, {})}
-    return rope, rope.get("rope_type", rope.get("type", "default"))
+
+def uninterleave(rows: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    """Reorders rows ``[heads * head_dim, ...]``: feature pairs (2i, 2i + 1) -> (i, i + head_dim / 2)."""
+    paired = rows.reshape(-1, config.head_dim // 2, 2, *rows.shape[1:])
+    return paired.swapaxes(1, 2).reshape(rows.shape)
 
 
-def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
-    """Returns base and scaling of RoPE, from ``rope_parameters`` or the two older keys.
+YARN = ("beta_fast", "beta_slow", "truncate")
+"""Fields of YaRN's scaling that we call as transformers does."""
+
+
+def rotary_dim(hf: Mapping[str, Any], head_dim: int) -> int | None:
+    """Returns the number of a head's features that RoPE rotates; None for all."""
+    part = field(field(hf, "rope_parameters", dict), "partial_rotary_factor", float, 1.0)
+    return None if part == 1 else int(head_dim * part)
+
+
+def read_rope(
+    hf: Mapping[str, Any], layers: str | None = None, *, partial: bool = False
+) -> tuple[float, RopeScaling | None]:
+    """Returns base and scaling of RoPE from ``rope_parameters``.
 
     Args:
-      hf: config.json.
-      theta: the base if config.json has none.
+      hf: the resolved config.
+      layers: the kind of layers, where ``rope_parameters`` has one entry for each.
+      partial: if True, RoPE may rotate a part of each head, see :func:`rotary_dim`.
 
     Raises:
       ConvertError: the kind of scaling is not supported.
     """
-    rope, kind = rope_fields(hf)
-    theta = field(rope, "rope_theta", float, field(hf, "rope_theta", float, theta))
-    require({**hf, **rope}, "partial_rotary_factor", 1.0, 1.0)
+    rope = field(hf, "rope_parameters", dict)
+    rope = rope if layers is None else field(rope, layers, dict)
+    theta, kind = field(rope, "rope_theta", float), field(rope, "rope_type", str, "default")
+    if not partial:
+        require(rope, "partial_rotary_factor", 1.0, 1.0)
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -92,7 +121,27 @@ def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, Rop
             field(rope, "high_freq_factor", float),
             field(rope, "original_max_position_embeddings", int),
         )
-    raise ConvertError(f"rope_scaling type is {kind!r}, expected default, linear or llama3")
+    if kind == "yarn":
+        return theta, read_yarn(rope, field(hf, "max_position_embeddings", int))
+    raise ConvertError(f"rope_type of rope_parameters is {kind!r}, expected default, linear, llama3 or yarn")
+
+
+def read_yarn(rope: Mapping[str, Any], positions: int) -> RopeScaling:
+    """Reads YaRN's scaling from transformers' keys; ``positions`` are the model's."""
+    original = field(rope, "original_max_position_embeddings", int, positions)
+    factor = field(rope, "factor", float, positions / original)
+    scales = [field(rope, key, float, 0.0) for key in ("mscale", "mscale_all_dim")]
+    scale, over = scales if all(scales) else (1.0, 0.0)
+    growth = 0.1 * math.log(max(factor, 1.0))
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_positions=original,
+        attention_factor=field(rope, "attention_factor", float, (growth * scale + 1) / (growth * over + 1)),
+        beta_fast=field(rope, "beta_fast", float, 32.0),
+        beta_slow=field(rope, "beta_slow", float, 1.0),
+        truncate=field(rope, "truncate", bool, True),
+    )
 
 
 def write_rope(config: DecoderConfig) -> dict[str, Any]:
@@ -105,33 +154,19 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
         rope["low_freq_factor"] = scaling.low_freq_factor
         rope["high_freq_factor"] = scaling.high_freq_factor
         rope["original_max_position_embeddings"] = scaling.original_max_positions
+    if scaling.kind == "yarn":
+        rope["original_max_position_embeddings"] = scaling.original_max_positions
+        rope |= {key: getattr(scaling, key) for key in ("attention_factor", *YARN)}
     return {"rope_theta": config.rope_theta, "rope_scaling": rope}
 
 
-def read_base(
-    hf: Mapping[str, Any],
-    family: str,
-    *,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    max_positions: int,
-    norm_eps: float = 1e-6,
-    tied: bool = False,
-    activation_key: str = "hidden_act",
-    default_activation: str = "silu",
-) -> DecoderConfig:
+def read_base(hf: Mapping[str, Any], family: str, activation_key: str = "hidden_act") -> DecoderConfig:
     """Reads the fields that all descendants of Llama share; the other fields keep their defaults.
 
     Args:
-      hf: config.json.
+      hf: the resolved config.
       family: the family's name.
-      kv_heads: default of ``num_key_value_heads``; None for the number of heads.
-      head_dim: default of ``head_dim``; None for ``hidden_size / num_attention_heads``.
-      max_positions: default of ``max_position_embeddings``.
-      norm_eps: default of ``rms_norm_eps``.
-      tied: default of ``tie_word_embeddings``.
       activation_key: the key that names the activation function.
-      default_activation: the activation function if that key is missing.
 
     Raises:
       ConvertError: a value is missing or of another type.
@@ -141,15 +176,15 @@ def read_base(
         family=family,
         vocab_size=field(hf, "vocab_size", int),
         hidden_size=hidden,
-        intermediate_size=field(hf, "intermediate_size", int),
+        intermediate_size=field(hf, "intermediate_size", int, hf.get("moe_intermediate_size") or REQUIRED),
         num_layers=count(hf, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=field(hf, "num_key_value_heads", int, kv_heads or heads),
-        head_dim=field(hf, "head_dim", int, head_dim or hidden // heads),
-        max_positions=field(hf, "max_position_embeddings", int, max_positions),
-        norm_eps=field(hf, "rms_norm_eps", float, norm_eps),
-        activation=activation(hf, activation_key, default_activation),
-        tied_head=field(hf, "tie_word_embeddings", bool, tied),
+        num_kv_heads=field(hf, "num_key_value_heads", int, heads),
+        head_dim=field(hf, "head_dim", int, hidden // heads),
+        max_positions=field(hf, "max_position_embeddings", int),
+        norm_eps=field(hf, "rms_norm_eps", float),
+        activation=activation(hf, activation_key),
+        tied_head=field(hf, "tie_word_embeddings", bool),
         bos_token_id=field(hf, "bos_token_id", int, None),
         eos_token_ids=token_ids(hf.get("eos_token_id")),
     )
@@ -177,19 +212,24 @@ def write_base(config: DecoderConfig, architecture: str, model_type: str) -> dic
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads our config from config.json, with transformers' defaults for missing keys."""
-    mistral = "MistralForCausalLM" in hf["architectures"]
-    kv_heads, max_positions = (8, 131072) if mistral else (None, 2048)
+    """Reads our config from the resolved config.json.
+
+    Raises:
+      ConvertError: the text tower is of another kind.
+    """
+    if hf["model_type"] not in ("llama", "mistral"):
+        raise ConvertError(f"model_type is {hf['model_type']!r}, expected llama or mistral")
+    mistral = hf["model_type"] == "mistral"
     theta, scaling = read_rope(hf)
-    biased = not mistral and field(hf, "attention_bias", bool, False)
+    biased = not mistral and field(hf, "attention_bias", bool)
     return dataclasses.replace(
-        read_base(hf, "llama", kv_heads=kv_heads, max_positions=max_positions),
+        read_base(hf, "llama"),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=biased,
         o_bias=biased,
-        mlp_bias=not mistral and field(hf, "mlp_bias", bool, False),
-        sliding_window=optional(hf, "sliding_window", int, 4096) if mistral else None,
+        mlp_bias=not mistral and field(hf, "mlp_bias", bool),
+        sliding_window=field(hf, "sliding_window", int, None) if mistral else None,
     )
 
 
@@ -214,7 +254,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """Shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
@@ -255,31 +295,39 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
     Raises:
       ConvertError: the decoder lacks a feature, such as partly rotated heads.
     """
-    require(meta, "expert_count", 0, 0)
+    layers = count(meta, "block_count") - field(meta, "nextn_predict_layers", int, 0)
+    if layers < 1:
+        raise ConvertError(f"nextn_predict_layers leaves {layers} of block_count, expected some blocks")
+    experts = field(meta, "expert_count", int, 0)
     heads, hidden = count(meta, "attention.head_count"), count(meta, "embedding_length")
     head_dim = field(meta, "attention.key_length", int, hidden // heads)
     require(meta, "attention.value_length", head_dim, head_dim)
     require(meta, "rope.dimension_count", head_dim, head_dim)
     theta = field(meta, "rope.freq_base", float, 10000.0)
+    dense = field(meta, "feed_forward_length", int)
+    inner = field(meta, "expert_feed_forward_length", int, dense) if experts else dense
     eos = token_ids(meta.get("tokenizer.ggml.eos_token_id"))
     eot = token_ids(meta.get("tokenizer.ggml.eot_token_id"))
     return DecoderConfig(
-        family="llama",
+        family="mixtral" if experts else "llama",
         vocab_size=tensors.shapes.get("token_embd.weight", (0,))[0],
         hidden_size=hidden,
-        intermediate_size=field(meta, "feed_forward_length", int),
-        num_layers=count(meta, "block_count"),
+        intermediate_size=inner,
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=field(meta, "attention.head_count_kv", int, heads),
         head_dim=head_dim,
         max_positions=field(meta, "context_length", int),
-        norm_eps=_shortest(field(meta, "attention.layer_norm_rms_epsilon", float)),
+        norm_eps=shortest(field(meta, "attention.layer_norm_rms_epsilon", float)),
         rope_theta=theta,
         rope_scaling=read_gguf_rope(meta, tensors, head_dim, theta),
         qkv_bias="blk.0.attn_q.bias" in tensors.shapes,
         o_bias="blk.0.attn_output.bias" in tensors.shapes,
         mlp_bias="blk.0.ffn_up.bias" in tensors.shapes,
         qk_norm="blk.0.attn_q_norm.weight" in tensors.shapes,
+        num_experts=experts,
+        experts_per_token=field(meta, "expert_used_count", int) if experts else 0,
+        norm_topk=field(meta, "expert_weights_norm", bool, True),
         sliding_window=field(meta, "attention.sliding_window", int, None) or None,  # 0 means none
         tied_head="output.weight" not in tensors.shapes,
         bos_token_id=field(meta, "tokenizer.ggml.bos_token_id", int, None),
@@ -292,23 +340,28 @@ def hf_format(
     read_config: Callable[[Mapping[str, Any]], DecoderConfig],
     write_config: Callable[[DecoderConfig], dict[str, Any]],
     names: Names,
+    *,
+    others: tuple[Names, ...] = (),
+    unused: tuple[str, ...] = (),
 ) -> HFFormat:
-    """Hugging Face format of the decoders that descend from Llama."""
+    """Hugging Face format of the decoders that descend from Llama, alone or as the text tower of a model."""
     return HFFormat(
         architectures,
         read_config,
         write_config,
         names,
         prefix="model.",
-        prefixes=("model.",),
+        prefixes=("model.language_model.", "language_model.model.", "language_model.", "model."),
         ignored=(r".*rotary_emb\.inv_freq",),
+        others=others,
+        unused=unused,
     )
 
 
 FAMILY = Family(
     name="llama",
     hf=hf_format(
-        architectures=("LlamaForCausalLM", "MistralForCausalLM"),
+        architectures=("LlamaForCausalLM", "MistralForCausalLM", "Mistral3ForConditionalGeneration"),
         read_config=read_hf,
         write_config=write_hf,
         names=HF_NAMES,
@@ -317,7 +370,8 @@ FAMILY = Family(
         architectures=("llama",),
         read_config=read_gguf,
         names=GGUF_NAMES,
-        interleaved=("attn.q", "attn.k"),
+        restore={"attn.q": uninterleave, "attn.k": uninterleave},
+        others=(GGUF_SEPARATE_EXPERTS,),
         ignored=(r"rope_freqs\.weight",),
     ),
 )

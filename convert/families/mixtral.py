@@ -21,22 +21,15 @@ NAMES = dataclasses.replace(
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads our config from config.json, with transformers' defaults for missing keys."""
+    """Reads our config from the resolved config.json."""
     theta, scaling = llama.read_rope(hf)
-    base = llama.read_base(
-        {"bos_token_id": 1, "eos_token_id": 2, **hf},
-        "mixtral",
-        kv_heads=8,
-        max_positions=131072,
-        norm_eps=1e-5,
-    )
     return dataclasses.replace(
-        base,
+        llama.read_base(hf, "mixtral"),
         rope_theta=theta,
         rope_scaling=scaling,
         sliding_window=field(hf, "sliding_window", int, None),
-        num_experts=field(hf, "num_local_experts", int, 8),
-        experts_per_token=field(hf, "num_experts_per_tok", int, 2),
+        num_experts=field(hf, "num_local_experts", int),
+        experts_per_token=field(hf, "num_experts_per_tok", int),
     )
 
 

@@ -13,7 +13,6 @@ from convert.families.family import (
     field,
     hf_activation,
     one_or_list,
-    optional,
     require,
     token_ids,
 )
@@ -46,11 +45,11 @@ NAMES = Names(
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads our config from config.json, with transformers' defaults for missing keys."""
+    """Reads our config from the resolved config.json."""
     require(hf, "layer_norm_elementwise_affine", True, True)
     heads, hidden = count(hf, "num_attention_heads"), count(hf, "hidden_size")
     embed, biased = field(hf, "word_embed_proj_dim", int, hidden), field(hf, "enable_bias", bool, True)
-    pre_norm = field(hf, "do_layer_norm_before", bool, True)
+    pre_norm = field(hf, "do_layer_norm_before", bool)
     return DecoderConfig(
         family="opt",
         vocab_size=field(hf, "vocab_size", int),
@@ -60,21 +59,21 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        max_positions=field(hf, "max_position_embeddings", int, 2048),
+        max_positions=field(hf, "max_position_embeddings", int),
         norm="layer",
         pre_norm=pre_norm,
         final_norm=pre_norm and not field(hf, "_remove_final_layer_norm", bool, False),
         positions="learned",
         position_offset=POSITION_OFFSET,
         gated=False,
-        activation=activation(hf, "activation_function", "relu"),
+        activation=activation(hf, "activation_function"),
         qkv_bias=biased,
         o_bias=biased,
         mlp_bias=biased,
-        tied_head=field(hf, "tie_word_embeddings", bool, True),
+        tied_head=field(hf, "tie_word_embeddings", bool),
         embed_size=None if embed == hidden else embed,
-        bos_token_id=optional(hf, "bos_token_id", int, 2),
-        eos_token_ids=token_ids(hf.get("eos_token_id", 2)),
+        bos_token_id=field(hf, "bos_token_id", int, None),
+        eos_token_ids=token_ids(hf.get("eos_token_id")),
     )
 
 

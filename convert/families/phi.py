@@ -7,7 +7,7 @@ from typing import Any
 
 from convert.errors import ConvertError
 from convert.families import llama
-from convert.families.family import Family, field, require
+from convert.families.family import Family, GGUFFormat, count, field, require
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.rotary import RopeScaling
 
@@ -26,13 +26,28 @@ NAMES = dataclasses.replace(
     },
 )
 
+GGUF_NAMES = dataclasses.replace(
+    llama.GGUF_NAMES,
+    block={
+        "attn_norm": "attn_norm",
+        "attn.q": "attn_qkv",
+        "attn.k": "attn_qkv",
+        "attn.v": "attn_qkv",
+        "attn.o": "attn_output",
+        "mlp_norm": "ffn_norm",
+        "mlp.gate": "ffn_up",
+        "mlp.up": "ffn_up",
+        "mlp.down": "ffn_down",
+    },
+)
+
+FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
+
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads our config from config.json, with transformers' defaults for missing keys."""
+    """Reads our config from the resolved config.json."""
     require(hf, "attention_bias", False, False)
-    base = llama.read_base(
-        {"bos_token_id": 1, "eos_token_id": 32000, **hf}, "phi", max_positions=4096, norm_eps=1e-5
-    )
+    base = llama.read_base(hf, "phi")
     theta, scaling = _read_rope(hf, base)
     return dataclasses.replace(
         base, rope_theta=theta, rope_scaling=scaling, sliding_window=field(hf, "sliding_window", int, None)
@@ -40,30 +55,37 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_rope(hf: Mapping[str, Any], base: DecoderConfig) -> tuple[float, RopeScaling | None]:
-    """Returns RoPE base and scaling; "su" is the older name of "longrope".
+    """Returns RoPE base and scaling.
 
     Raises:
       ConvertError: another scaling, or factors whose number does not fit the head size.
     """
-    rope, kind = llama.rope_fields(hf)
-    if kind not in ("longrope", "su"):
-        if kind != "default":
-            raise ConvertError(f"rope_scaling type is {kind!r}, expected default or longrope")
+    rope = field(hf, "rope_parameters", dict)
+    original = field(hf, "original_max_position_embeddings", int)
+    if rope.get("rope_type") != "longrope":
         return llama.read_rope(hf)
-    theta, _ = llama.read_rope(
-        {**hf, "rope_scaling": None, "rope_parameters": {**rope, "rope_type": "default"}}
-    )
+    require(rope, "partial_rotary_factor", 1.0, 1.0)
     short, long = (_factors(rope, key, base.head_dim // 2) for key in ("short_factor", "long_factor"))
-    original = field({**hf, **rope}, "original_max_position_embeddings", int, base.max_positions)
+    original = field(rope, "original_max_position_embeddings", int, original)
     factor = field(rope, "factor", float, base.max_positions / original)
-    attention_factor = field(rope, "attention_factor", float, _attention_factor(factor, original))
-    return theta, RopeScaling(
+    attention_factor = field(rope, "attention_factor", float, None)
+    return field(rope, "rope_theta", float), _longrope(short, long, original, factor, attention_factor)
+
+
+def _longrope(
+    short: tuple[float, ...],
+    long: tuple[float, ...],
+    original: int,
+    factor: float,
+    attention_factor: float | None,
+) -> RopeScaling:
+    return RopeScaling(
         "longrope",
         factor,
         original_max_positions=original,
         short_factors=short,
         long_factors=long,
-        attention_factor=attention_factor,
+        attention_factor=attention_factor or _attention_factor(factor, original),
     )
 
 
@@ -105,6 +127,19 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
+    """Reads our config from a GGUF's metadata; the factors of "longrope" are tensors."""
+    base = llama.read_gguf({**meta, "rope.scaling.attn_factor": 1.0}, tensors)
+    if FACTORS[0] not in tensors.shapes:
+        return dataclasses.replace(base, family="phi")
+    original = count(meta, "rope.scaling.original_context_length")
+    read = tensors.read(FACTORS)
+    short, long = (tuple(map(llama.shortest, read[name].tolist())) for name in FACTORS)
+    attention_factor = field(meta, "rope.scaling.attn_factor", float, None)
+    scaling = _longrope(short, long, original, base.max_positions / original, attention_factor)
+    return dataclasses.replace(base, family="phi", rope_scaling=scaling)
+
+
 FAMILY = Family(
     name="phi",
     hf=llama.hf_format(
@@ -112,5 +147,12 @@ FAMILY = Family(
         read_config=read_hf,
         write_config=write_hf,
         names=NAMES,
+        unused=("partial_rotary_factor",),  # the class has put it into rope_parameters
+    ),
+    gguf=GGUFFormat(
+        architectures=("phi3",),
+        read_config=read_gguf,
+        names=GGUF_NAMES,
+        ignored=(r"rope_factors_(short|long)\.weight",),
     ),
 )

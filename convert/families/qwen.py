@@ -11,8 +11,8 @@ from convert.families.family import (
     GGUFFormat,
     field,
     layer_types,
-    optional,
     read_windows,
+    with_fused_experts,
 )
 from slim_jax.model.config import DecoderConfig
 
@@ -29,16 +29,12 @@ HF_NAMES = dataclasses.replace(
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads our config from config.json, with transformers' defaults for missing keys."""
-    architecture = hf["architectures"][0]
-    second, experts = architecture == "Qwen2ForCausalLM", architecture == "Qwen3MoeForCausalLM"
-    head_dim = 128 if architecture == "Qwen3ForCausalLM" else None
-    base = llama.read_base(hf, "qwen", kv_heads=4 if experts else 32, head_dim=head_dim, max_positions=32768)
+    """Reads our config from the resolved config.json."""
+    second, experts = hf["model_type"] == "qwen2", hf["model_type"] == "qwen3_moe"
+    base = llama.read_base(hf, "qwen")
     theta, scaling = llama.read_rope(hf)
     windowed = field(hf, "use_sliding_window", bool, False)
-    window = optional(hf, "sliding_window", int, 4096) if windowed else None
-    full = 0 if experts else field(hf, "max_window_layers", int, 28)
-    window, global_layers = read_windows(hf, window, [i >= full for i in range(base.num_layers)])
+    window, global_layers = read_windows(hf, field(hf, "sliding_window", int, None) if windowed else None)
     biased = not second and field(hf, "attention_bias", bool, False)
     return dataclasses.replace(
         base,
@@ -55,17 +51,17 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_experts(hf: Mapping[str, Any], base: DecoderConfig) -> dict[str, Any]:
     """Reads the fields of a mixture of experts, in which some blocks may have a dense MLP instead."""
-    step = field(hf, "decoder_sparse_step", int, 1)
+    step = field(hf, "decoder_sparse_step", int)
     plain = field(hf, "mlp_only_layers", list, [])
     sparse = [i not in plain and step > 0 and (i + 1) % step == 0 for i in range(base.num_layers)]
     dense = (("num_experts", 0), ("intermediate_size", base.intermediate_size))
     kinds = {} if all(sparse) else {"kinds": (dense, ()), "block_kinds": tuple(map(int, sparse))}
     return {
         **kinds,
-        "intermediate_size": field(hf, "moe_intermediate_size", int, 768),
-        "num_experts": field(hf, "num_experts", int, field(hf, "num_local_experts", int, 128)),
-        "experts_per_token": field(hf, "num_experts_per_tok", int, 8),
-        "norm_topk": field(hf, "norm_topk_prob", bool, False),
+        "intermediate_size": field(hf, "moe_intermediate_size", int),
+        "num_experts": field(hf, "num_experts", int),
+        "experts_per_token": field(hf, "num_experts_per_tok", int),
+        "norm_topk": field(hf, "norm_topk_prob", bool),
     }
 
 
@@ -122,9 +118,11 @@ FAMILY = Family(
         read_config=read_hf,
         write_config=write_hf,
         names=HF_NAMES,
+        others=(with_fused_experts(HF_NAMES),),
+        unused=("max_window_layers",),  # follow from layer_types
     ),
     gguf=GGUFFormat(
-        architectures=("qwen2", "qwen3"),
+        architectures=("qwen2", "qwen3", "qwen3moe"),
         read_config=read_gguf,
         names=llama.GGUF_NAMES,
         ignored=(r"rope_freqs\.weight",),

@@ -1,12 +1,12 @@
 """SmolLM3: Llama's architecture, in which some blocks have no positions (NoPE)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.errors import ConvertError
 from convert.families import llama
-from convert.families.family import Family, count, field, layer_types, read_windows
+from convert.families.family import Family, GGUFFormat, field, layer_types, read_windows
 from slim_jax.model.config import DecoderConfig
 
 WITHOUT, WITH = 0, 1
@@ -14,24 +14,21 @@ WITHOUT, WITH = 0, 1
 
 
 def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Reads our config from config.json, with transformers' defaults for missing keys.
+    """Reads our config from the resolved config.json.
 
     Raises:
       ConvertError: ``no_rope_layers`` does not have one entry per block.
     """
-    base = llama.read_base(hf, "smollm", kv_heads=4, max_positions=32768, tied=True)
-    theta, scaling = llama.read_rope(hf, 2e6)
-    interval = count(hf, "no_rope_layer_interval", 4)
-    rotary = field(hf, "no_rope_layers", list, []) or [
-        int((i + 1) % interval != 0) for i in range(base.num_layers)
-    ]
+    base = llama.read_base(hf, "smollm")
+    theta, scaling = llama.read_rope(hf)
+    rotary = field(hf, "no_rope_layers", list)
     if len(rotary) != base.num_layers:
         raise ConvertError(
             f"no_rope_layers has {len(rotary)} entries, expected num_hidden_layers = {base.num_layers}"
         )
     window = field(hf, "sliding_window", int, None) if field(hf, "use_sliding_window", bool, False) else None
-    window, global_layers = read_windows(hf, window, [not has for has in rotary])
-    biased, unlike = field(hf, "attention_bias", bool, False), not all(rotary)
+    window, global_layers = read_windows(hf, window)
+    biased = field(hf, "attention_bias", bool, False)
     return dataclasses.replace(
         base,
         rope_theta=theta,
@@ -41,9 +38,16 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         mlp_bias=field(hf, "mlp_bias", bool, False),
         sliding_window=window,
         global_layers=global_layers,
-        kinds=((("positions", "none"),), ()) if unlike else (),
-        block_kinds=tuple(WITH if has else WITHOUT for has in rotary) if unlike else (),
+        **kinds_of(rotary),
     )
+
+
+def kinds_of(rotary: Sequence[Any]) -> dict[str, Any]:
+    """Returns the kinds of blocks, of which each has RoPE or has not."""
+    if all(rotary):
+        return {}
+    kinds = ((("positions", "none"),), ())
+    return {"kinds": kinds, "block_kinds": tuple(WITH if has else WITHOUT for has in rotary)}
 
 
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -66,6 +70,13 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
+    """Reads our config from a GGUF's metadata; as in llama.cpp, every fourth block has no positions."""
+    base = llama.read_gguf(meta, tensors)
+    rotary = [(i + 1) % 4 != 0 for i in range(base.num_layers)]
+    return dataclasses.replace(base, family="smollm", **kinds_of(rotary))
+
+
 FAMILY = Family(
     name="smollm",
     hf=llama.hf_format(
@@ -73,5 +84,13 @@ FAMILY = Family(
         read_config=read_hf,
         write_config=write_hf,
         names=llama.HF_NAMES,
+        unused=("no_rope_layer_interval", "max_window_layers"),
+    ),
+    gguf=GGUFFormat(
+        architectures=("smollm3",),
+        read_config=read_gguf,
+        names=llama.GGUF_NAMES,
+        restore={"attn.q": llama.uninterleave, "attn.k": llama.uninterleave},
+        ignored=(r"rope_freqs\.weight",),
     ),
 )

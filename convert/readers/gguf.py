@@ -20,10 +20,12 @@ from gguf.quants import dequantize
 from convert.errors import UNFIT, ConvertError, first_line
 from convert.families import by_gguf
 from convert.families.family import field
-from convert.readers.source import ModelSource, file_origin, parse_dtype, sampled
+from convert.readers.source import FURTHER, ModelSource, blocks_after, file_origin, parse_dtype, sampled
 from convert.tokenizer import gguf_tokenizer
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
+
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 ROWS = 8192
 """Rows of a tensor that are dequantized at once."""
@@ -145,6 +147,15 @@ class GGUFStore:
         self._places = {name: (kind, begin + offset) for name, (kind, offset) in self._places.items()}
         return begin
 
+    @property
+    def quantized(self) -> str:
+        """The types of the quantized tensors, the one with most weights first; empty if there are none."""
+        sizes: dict[str, int] = {}
+        for name, (kind, _) in self._places.items():
+            if kind not in FLOATS:
+                sizes[kind.name] = sizes.get(kind.name, 0) + math.prod(self.shapes[name])
+        return f"GGUF, {', '.join(sorted(sizes, key=lambda kind: -sizes[kind]))}" if sizes else ""
+
     def _nbytes(self, name: str) -> int:
         block, block_bytes = GGML_QUANT_SIZES[self._places[name][0]]
         return math.prod(self.shapes[name]) // block * block_bytes
@@ -193,17 +204,23 @@ def load_gguf(path: Path, dtype: Any = None) -> ModelSource:
         architecture = str(store.metadata.get("general.architecture"))
         form = by_gguf(architecture)
         own = f"{architecture}."
-        config = form.read_config({k.removeprefix(own): v for k, v in store.metadata.items()}, store)
+        meta = {k.removeprefix(own): v for k, v in store.metadata.items()}
+        config = form.read_config(meta, store)
+        further = field(meta, "nextn_predict_layers", int, 0)
     except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
+    origin = file_origin("gguf", path, store.fingerprint)
+    if store.quantized:
+        origin["quantized"] = store.quantized
     return ModelSource(
         config,
-        file_origin("gguf", path, store.fingerprint),
+        origin,
         store,
-        form.names,
+        (form.names, *form.others),
         lambda: gguf_tokenizer(store.metadata, str(path)),
         dtype=parse_dtype(dtype),
         ignored=form.ignored,
-        interleaved=form.interleaved,
+        left_out={FURTHER: blocks_after(form.names.blocks, config.num_layers, further)},
+        restore=form.restore,
         norm_offset=config.norm_offset,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.errors import ConvertError
 from convert.readers.gguf import load_gguf
-from convert.readers.hf import load_hf, read_config
+from convert.readers.hf import load_hf, notes, read_config
 from convert.readers.source import ModelSource
 from convert.tokenizer import load_tokenizer
 from slim_jax.model.config import DecoderConfig
@@ -77,7 +77,15 @@ def source_tokenizer(source: Source) -> Any:
 
 
 def load_config(spec: str | Path) -> DecoderConfig:
+    """Reads the config of a model or checkpoint; see :func:`describe`."""
+    return describe(spec)[0]
+
+
+def describe(spec: str | Path) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads the config of a model or checkpoint; of a directory only the JSON files are needed.
+
+    Returns:
+      The config, and what a source's ``origin`` says besides: ``left_out`` and ``quantized``.
 
     Raises:
       ConvertError: as :func:`load_source`.
@@ -85,9 +93,14 @@ def load_config(spec: str | Path) -> DecoderConfig:
     """
     spec = _fetched(spec, weights=False)
     if is_checkpoint(spec):
-        return read_manifest(spec).decoder
+        manifest = read_manifest(spec)
+        return manifest.decoder, manifest.origin
     path = Path(spec)
-    return read_config(path)[1] if path.is_dir() else load_source(spec).config
+    if not path.is_dir():
+        source = load_source(spec)
+        return source.config, source.origin
+    family, config = read_config(path)
+    return config, notes(path, family, config)
 
 
 def _built_in(name: str) -> Path:

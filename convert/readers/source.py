@@ -14,12 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.errors import ConvertError, listed
-from convert.families.family import Names
+from convert.families.family import Names, Restore
+from convert.families.tensors import Held, held_in
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.params import Params, block_buffers, block_params, outer_params
 from slim_jax.store.source import SAMPLED
 
 DTYPES = ("float32", "bfloat16")
+
+FURTHER = "multi-token prediction"
+"""Kind of the tensors of blocks that predict tokens after the next one, which are not read."""
 
 SAMPLE_BYTES = 1 << 12
 """Bytes that a fingerprint samples at each of three places of a tensor."""
@@ -94,12 +98,13 @@ class ModelSource:
         config: DecoderConfig,
         origin: dict[str, Any],
         store: TensorStore,
-        names: Names,
+        names: Names | tuple[Names, ...],
         make_tokenizer: Callable[[], Any],
         *,
         dtype: np.dtype | None = None,
         ignored: tuple[str, ...] = (),
-        interleaved: tuple[str, ...] = (),
+        left_out: Mapping[str, str] | None = None,
+        restore: Mapping[str, Restore] | None = None,
         norm_offset: float = 0.0,
     ) -> None:
         """Checks every name and shape against the config; reads no weights.
@@ -108,11 +113,13 @@ class ModelSource:
           config: the decoder that the parameters are for.
           origin: kind, path and fingerprint.
           store: the tensors.
-          names: the family's table of tensor names.
+          names: the family's table of tensor names, or several of which the one that fits best is read.
           make_tokenizer: builds the tokenizer.
           dtype: type of the parameters; None keeps the store's.
           ignored: patterns of names that hold no parameter.
-          interleaved: our modules whose rows are interleaved in the store.
+          left_out: kinds of tensors that belong to other parts of the model -> patterns of their names; they
+            are counted in ``origin["left_out"]``.
+          restore: our modules or parameters that are stored in another form -> the function that undoes it.
           norm_offset: constant that the store has added to the scale of every norm.
 
         Raises:
@@ -124,8 +131,8 @@ class ModelSource:
             raise ConvertError(f"{store.path}: the config has {blocks}, the files {tensors} tensors")
         self.config = config
         self.origin = origin
-        self._store, self._names, self._dtype = store, names, dtype
-        self._interleaved, self._norm_offset = interleaved, norm_offset
+        self._store, self._dtype = store, dtype
+        self._restore, self._norm_offset = restore or {}, norm_offset
         self._make_tokenizer = make_tokenizer
         self._outer_shapes = {name: s.shape for name, s in outer_params(config).items()}
         buffers = block_buffers(config, 0)
@@ -133,13 +140,35 @@ class ModelSource:
             {name: s.shape for name, s in block_params(block).items() if name not in buffers}
             for block in config.blocks()
         ]
-        self._check(ignored)
+        tables = (names,) if isinstance(names, Names) else names
+        every = [self._expected(table) for table in tables]
+        fits = [sum(name not in store.shapes for name in expected) for expected in every]
+        best = fits.index(min(fits))
+        self._names = tables[best]
+        self._check(every[best], ignored, left_out or {})
 
-    def _check(self, ignored: tuple[str, ...]) -> None:
+    def _expected(self, names: Names) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the files' tensors, as a table of names has them."""
+        expected = {}
+        for index, shapes in [(None, self._outer_shapes), *enumerate(self._block_shapes)]:
+            for theirs, ours in names.tensors(shapes, index).items():
+                held = self._held(names, ours, shapes, index)
+                expected[theirs] = held.shape(file_shape(ours[0], shapes[ours[0]]))
+        return expected
+
+    def _held(
+        self, names: Names, ours: list[str], shapes: Mapping[str, tuple[int, ...]], index: int | None
+    ) -> Held:
+        rows = [file_shape(name, shapes[name])[0] for name in ours]
+        return held_in(names, ours, rows, self.config if index is None else self.config.block(index), index)
+
+    def _check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        ignored: tuple[str, ...],
+        left_out: Mapping[str, str],
+    ) -> None:
         config, names = self.config, self._names
-        expected = _file_shapes(names, self._outer_shapes)
-        for i, shapes in enumerate(self._block_shapes):
-            expected |= _file_shapes(names, shapes, i)
         found = self._store.shapes
         patterns = [re.compile(pattern) for pattern in ignored]
         head = names.of("head.weight")
@@ -151,11 +180,14 @@ class ModelSource:
                 )
             patterns.append(re.compile(re.escape(head)))
         missing = [name for name in expected if name not in found]
-        unexpected = [n for n in found if n not in expected and not any(p.fullmatch(n) for p in patterns)]
+        others = [n for n in found if n not in expected and not any(p.fullmatch(n) for p in patterns)]
+        unexpected, counts = count_left_out(others, left_out)
+        if counts:
+            self.origin["left_out"] = counts
         wrong = [
             f"{name} is {list(found[name])}, expected {list(shape)}"
             for name, shape in expected.items()
-            if name in found and found[name] != shape
+            if name in found and _squeezed(found[name]) != _squeezed(shape)
         ]
         lists = [("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong)]
         problems = [f"{len(rows)} {what}: {listed(rows)}" for what, rows in lists if rows]
@@ -194,21 +226,23 @@ class ModelSource:
         return self._make_tokenizer()
 
     def _read(self, shapes: Mapping[str, tuple[int, ...]], index: int | None = None) -> dict[str, np.ndarray]:
-        held = self._names.tensors(shapes, index)
-        raw = self._store.read(held)
+        named = self._names.tensors(shapes, index)
+        raw = self._store.read(named)
         params = {}
-        for theirs, ours in held.items():
-            ends = np.cumsum([_file_shape(name, shapes[name])[0] for name in ours])
-            for name, value in zip(ours, np.split(raw.pop(theirs), ends[:-1])):
+        for theirs, ours in named.items():
+            held = self._held(self._names, ours, shapes, index)
+            tensor = raw.pop(theirs).reshape(held.shape(file_shape(ours[0], shapes[ours[0]])))
+            for name, value in zip(ours, held.split(tensor), strict=True):
                 params[name] = self._ours(name, value, index)
         return params
 
     def _ours(self, name: str, value: np.ndarray, index: int | None) -> np.ndarray:
-        if index is not None and name.rpartition(".")[0] in self._interleaved:
-            value = _uninterleave(value, self.config.block(index).head_dim)
+        restore = self._restore.get(name, self._restore.get(name.rpartition(".")[0]))
+        if restore is not None:
+            value = restore(value, self.config if index is None else self.config.block(index))
         if name.endswith(".scale") and self._norm_offset:
             value = value - np.asarray(self._norm_offset, value.dtype)
-        return np.ascontiguousarray(file_layout(name, value), dtype=self._dtype or value.dtype)
+        return file_layout(name, value).astype(self._dtype or value.dtype, copy=False)  # a view if it can be
 
 
 def _transposed(name: str) -> bool:
@@ -221,22 +255,41 @@ def file_layout(name: str, value: np.ndarray) -> np.ndarray:
     return value.T if _transposed(name) else value
 
 
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of our parameter ``name`` in the files' layout, from ours, or back."""
     return shape[::-1] if _transposed(name) else shape
 
 
-def _file_shapes(
-    names: Names, shapes: Mapping[str, tuple[int, ...]], index: int | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the files' tensors that hold our parameters."""
-    found = {}
-    for theirs, ours in names.tensors(shapes, index).items():
-        parts = [_file_shape(name, shapes[name]) for name in ours]
-        found[theirs] = (sum(part[0] for part in parts), *parts[0][1:])
-    return found
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a shape without axes of length 1, such as that of a depthwise convolution's channels."""
+    return tuple(size for size in shape if size != 1)
 
 
-def _uninterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Reorders rows ``[heads * head_dim, ...]``: feature pairs (2i, 2i + 1) -> (i, i + head_dim / 2)."""
-    paired = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
-    return paired.swapaxes(1, 2).reshape(rows.shape)
+def blocks_after(blocks: str, last: int, more: int) -> str:
+    """Returns the pattern of names in ``more`` blocks after the ``last`` ones, for further tokens.
+
+    Args:
+      blocks: the prefix of a block, with ``{}`` for its index.
+      last: number of the model's own blocks.
+      more: number of those after them.
+    """
+    numbers = "|".join(str(last + i) for i in range(min(max(more, 0), 64)))
+    return re.escape(blocks).replace(re.escape("{}"), f"({numbers})") + ".*" if numbers else "(?!)"
+
+
+def count_left_out(names: Iterable[str], kinds: Mapping[str, str]) -> tuple[list[str], dict[str, int]]:
+    """Returns the names that are of no kind, and the number of those of each.
+
+    Args:
+      names: names of tensors.
+      kinds: kinds of tensors that belong to other parts of a model -> patterns of their names.
+    """
+    rest: list[str] = []
+    counts: dict[str, int] = {}
+    for name in names:
+        kind = next((kind for kind, pattern in kinds.items() if re.fullmatch(pattern, name)), None)
+        if kind is None:
+            rest.append(name)
+        else:
+            counts[kind] = counts.get(kind, 0) + 1
+    return rest, counts

@@ -10,8 +10,9 @@ import numpy as np
 from convert.errors import ConvertError
 from convert.families import by_name
 from convert.families.family import HFFormat
+from convert.families.tensors import Held, held_in
 from convert.readers.load import source_tokenizer
-from convert.readers.source import file_layout, parse_dtype
+from convert.readers.source import file_layout, file_shape, parse_dtype
 from convert.tokenizer import save_tokenizer
 from convert.writers.folder import SHARD_BYTES, new_folder, write_json, write_tensors
 from pallas_kernels import MixedTensor
@@ -82,8 +83,8 @@ def keep_tokenizer(folder: Path, source: Source, tokenizer: Any) -> None:
         save_tokenizer(tokenizer, folder)
 
 
-def held_tensors(source: Source, form: HFFormat) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each tensor's name in the format, and our parameters that it holds, in stored order.
+def held_tensors(source: Source, form: HFFormat) -> Iterator[tuple[str, dict[str, Any], Held]]:
+    """Yields each tensor's name in the format, our parameters that it holds, in order, and their place.
 
     Tensors outside the blocks come first, then the blocks in order; one block is in memory at a time.
     """
@@ -94,30 +95,33 @@ def held_tensors(source: Source, form: HFFormat) -> Iterator[tuple[str, dict[str
             del params[name]
         for name, held in form.names.tensors(params, index).items():
             prefix = "" if held[0].startswith("head.") else form.prefix
-            yield prefix + name, {ours: params[ours] for ours in held}
+            rows = [file_shape(ours, params[ours].shape)[0] for ours in held]
+            config = source.config if index is None else source.config.block(index)
+            place = held_in(form.names, held, rows, config, index)
+            yield prefix + name, {ours: params[ours] for ours in held}, place
 
 
-def dense_tensor(held: dict[str, Any], dtype: np.dtype | None) -> np.ndarray:
+def dense_tensor(held: dict[str, Any], place: Held, dtype: np.dtype | None) -> np.ndarray:
     """Returns one tensor in the format's orientation, from the parameters that it holds, dequantized."""
     parts = [_file_layout(ours, value, dtype) for ours, value in held.items()]
-    return np.ascontiguousarray(np.concatenate(parts))
+    return np.ascontiguousarray(place.join(parts))
 
 
-def cast_tensor(name: str, held: dict[str, Any], dtype: np.dtype) -> np.ndarray:
+def cast_tensor(name: str, held: dict[str, Any], place: Held, dtype: np.dtype) -> np.ndarray:
     """Returns what :func:`dense_tensor` does.
 
     Raises:
       ConvertError: a value is too large for ``dtype``.
     """
-    dense = dense_tensor(held, dtype)
+    dense = dense_tensor(held, place, dtype)
     if not np.all(np.isfinite(dense.astype(np.float32))):
         raise ConvertError(f"{name} does not fit {dtype}: export with --dtype bfloat16")
     return dense
 
 
 def _tensors(source: Source, form: HFFormat, dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
-    for name, held in held_tensors(source, form):
-        yield name, dense_tensor(held, dtype)
+    for name, held, place in held_tensors(source, form):
+        yield name, dense_tensor(held, place, dtype)
 
 
 def _file_layout(name: str, value: Any, dtype: np.dtype | None) -> np.ndarray:

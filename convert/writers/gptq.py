@@ -129,8 +129,10 @@ def find_layout(source: Source, form: HFFormat, dtype: np.dtype) -> Layout:
     """
     layout: Layout | None = None
     dense = []
-    for name, held in held_tensors(source, form):
+    for name, held, place in held_tensors(source, form):
         tensors = _block_layers(name, held)
+        if tensors and (place.experts or place.groups > 1 or place.transposed):
+            raise ConvertError(f"{name} holds {', '.join(tensors)} in an order that gptq has not{OTHERWISE}")
         if not tensors:
             if name.endswith(".weight") and _linear(held):
                 dense.append(name.removesuffix(".weight"))
@@ -211,11 +213,11 @@ def stored_parts(tensor: MixedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def _tensors(
     source: Source, form: HFFormat, layout: Layout, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for name, held in held_tensors(source, form):
+    for name, held, place in held_tensors(source, form):
         if tensors := _block_layers(name, held):
             yield from _packed(name.removesuffix("weight"), list(tensors.values()), layout, dtype)
             continue
-        yield name, cast_tensor(name, held, dtype)
+        yield name, cast_tensor(name, held, place, dtype)
 
 
 def _packed(

@@ -13,6 +13,7 @@ code is shifted left and the scale divided. Larger groups are written as several
 """
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,16 @@ import numpy as np
 from convert.errors import ConvertError
 from convert.families import by_name
 from convert.families.family import HFFormat, layer_types
+from convert.families.tensors import Held
 from convert.readers.source import parse_dtype
 from convert.writers.export import cast_tensor, held_tensors, write_companions
 from convert.writers.folder import SHARD_BYTES, new_folder, write_tensors
 from convert.writers.gptq import pack_rows, stored_parts
 from pallas_kernels import MixedTensor
+from slim_jax.config import Settings
+from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
+from slim_jax.model.params import block_params, outer_params
 from slim_jax.store.source import Source
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -43,9 +48,6 @@ MODEL_TYPES = (*WINDOWED, "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", "ge
 
 _EXPERT = re.compile(r"(.*)\.experts\.\d+\.(\w+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-
-Part = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Codes ``uint32[K, N]``, scales and biases ``float32[K / g, N]``."""
 
 
 def export_mlx(
@@ -110,6 +112,35 @@ def engine_config(model: DecoderConfig, form: HFFormat) -> dict[str, Any]:
     return config
 
 
+def forecast_bytes(model: DecoderConfig, settings: Settings) -> int:
+    """Returns about how many bytes a model takes that is quantized with these settings and then exported.
+
+    Raises:
+      ConvertError: mlx-lm does not know the architecture, or the format cannot store a layer of that shape.
+    """
+    engine_config(model, by_name(model.family).hf)
+    total = 0.0
+    for index, kind in enumerate(model.blocks()):
+        layers = {f"{name}.weight" for name in itertools.chain(*linear_groups(kind))}
+        for name, shape in block_params(kind).items():
+            full = f"blocks.{index}.{name}"
+            own = settings.of_layer(full.removesuffix(".weight")) if name in layers else None
+            total += _bytes(full, shape.shape, None if own is None else (own.bits, own.group_size))
+    ends = (settings.embedding_bits, settings.embedding_group_size) if settings.packs_ends else None
+    for name, shape in outer_params(model).items():
+        sizes = shape.shape[::-1] if name == "embed" else shape.shape
+        total += _bytes(name, sizes, ends if name in ("embed", "head.weight") else None)
+    return round(total)
+
+
+def _bytes(name: str, shape: tuple[int, ...], packed: tuple[float, int] | None) -> float:
+    """Bytes of a parameter in float16, or packed at a mean width in groups of a size."""
+    if packed is None:
+        return 2 * math.prod(shape)
+    bits, group_size = packed
+    return math.prod(shape) * (bits / 8 + 4 / _group_size(name, shape[0], group_size))
+
+
 def window_note(model: DecoderConfig) -> str:
     """Says that mlx-lm ignores the model's attention window, if it does."""
     kind = by_name(model.family).hf.write_config(model)["model_type"]
@@ -123,19 +154,19 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the format's tensors; experts' are stacked. Adds what is packed to ``layers``."""
     for name, same in itertools.groupby(held_tensors(source, form), lambda item: _stack(item[0])):
-        found = [held for _, held in same]
+        found = [(held, place) for _, held, place in same]
         stack = np.stack if len(found) > 1 or _EXPERT.fullmatch(name) else (lambda arrays: arrays[0])
-        packed = [isinstance(value, MixedTensor) for held in found for value in held.values()]
+        packed = [isinstance(value, MixedTensor) for held, _ in found for value in held.values()]
         if not any(packed):
-            yield name, stack([cast_tensor(name, held, dtype) for held in found])
+            yield name, stack([cast_tensor(name, held, place, dtype) for held, place in found])
             continue
         if not all(packed):
             raise ConvertError(f"{name} is packed in part, expected all of it or nothing for mlx")
         path = name.removesuffix(".weight")
-        tensors = [value for held in found for value in held.values()]
+        tensors = [value for held, _ in found for value in held.values()]
         bits, group = _shared(path, tensors)
         layers[path] = {"group_size": group, "bits": bits}
-        experts = [_fitted(path, list(held.values()), bits, group, dtype) for held in found]
+        experts = [_fitted(path, held, place, bits, group, dtype) for held, place in found]
         for leaf, arrays in zip(("weight", "scales", "biases"), zip(*experts)):
             yield f"{path}.{leaf}", stack(list(arrays))
 
@@ -151,37 +182,45 @@ def _stack(name: str) -> str:
 def _shared(name: str, tensors: list[MixedTensor]) -> tuple[int, int]:
     """Returns the least width and the largest group that hold all of the tensors."""
     bits = min(width for width in BITS if width >= max(int(tensor.bits().max()) for tensor in tensors))
-    sizes = [size for tensor in tensors for size in (tensor.group_size, tensor.shape[0])]
-    for group in GROUPS:
-        if all(size % group == 0 for size in sizes):
-            return bits, group
-    raise ConvertError(f"{name} has {tensors[0].shape[0]} inputs, expected a multiple of 32 for mlx")
+    return bits, _group_size(name, tensors[0].shape[0], *(tensor.group_size for tensor in tensors))
 
 
-def _fitted(name: str, tensors: list[MixedTensor], bits: int, group: int, dtype: np.dtype) -> Part:
-    """Returns the three arrays of a layer, whose outputs are those of ``tensors`` one after another.
+def _group_size(name: str, inputs: int, *group_sizes: int) -> int:
+    """Returns the largest group that divides a layer's inputs and all of its groups, multiples of 32."""
+    if inputs % GROUPS[-1]:
+        raise ConvertError(f"{name} has {inputs} inputs, expected a multiple of {GROUPS[-1]} for mlx")
+    return next(group for group in GROUPS if not any(size % group for size in (inputs, *group_sizes)))
+
+
+def _fitted(
+    name: str, held: dict[str, MixedTensor], place: Held, bits: int, group: int, dtype: np.dtype
+) -> list[np.ndarray]:
+    """Returns the three arrays of a layer that holds several of ours.
 
     Raises:
       ConvertError: ``dtype`` does not hold the scales or biases.
     """
-    codes, scales, biases = (
-        np.concatenate(part, axis=1) for part in zip(*(_affine(tensor, bits, group) for tensor in tensors))
-    )
-    for what, values in ("scales", scales), ("biases", biases):
-        if np.any(values.astype(dtype).astype(np.float32) != values):
-            raise ConvertError(
-                f"{name} has {what} that {dtype} cannot hold exactly: quantize with --for mlx, or export "
-                "with --dtype float32"
-            )
-    weight = np.ascontiguousarray(pack_rows(codes, bits).T)
-    return weight, *(np.ascontiguousarray(values.T.astype(dtype)) for values in (scales, biases))
+    parts = [_affine(tensor, bits, group) for tensor in held.values()]
+    for ours, (_, *values) in zip(held, parts):
+        for what, value in zip(("scales", "biases"), values):
+            if np.any(value.astype(dtype).astype(np.float32) != value):
+                raise ConvertError(
+                    f"{name} ({ours}) has {what} that {dtype} cannot hold exactly: quantize with --for mlx, "
+                    "or export with --dtype float32"
+                )
+    weight, scales, biases = (np.ascontiguousarray(place.join([v.T for v in leaf])) for leaf in zip(*parts))
+    return [weight, scales.astype(dtype), biases.astype(dtype)]
 
 
-def _affine(tensor: MixedTensor, bits: int, group: int) -> Part:
-    """Returns the same weights in codes of ``bits`` bits and groups of ``group``, exact in float32."""
+def _affine(tensor: MixedTensor, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the same weights in codes of ``bits`` bits and groups of ``group``, exact in float32.
+
+    Returns:
+      The words ``uint32[K * bits / 32, N]``, and scales and biases ``float32[K / group, N]``.
+    """
     codes, zeros, scales = stored_parts(tensor)
     shift = (bits - tensor.bits()).astype(np.uint32)
     inputs = np.arange(len(codes)) // tensor.group_size  # our group of each input channel
-    codes = codes << shift[inputs][:, None]
+    words = pack_rows(codes << shift[inputs][:, None], bits)
     of = inputs[::group]  # and of each group of the format
-    return codes, (scales / np.exp2(shift.astype(np.float32))[:, None])[of], -(scales * zeros)[of]
+    return words, (scales / np.exp2(shift.astype(np.float32))[:, None])[of], -(scales * zeros)[of]

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 from slim_jax.calibrate.offload import Batches, OnDisk
-from slim_jax.method.hessian import Observation, cross_gram, gram, spread
+from slim_jax.method.hessian import Observation, cross_gram, gram, low_discrepancy
 from slim_jax.model.block import stages
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import embed
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
     residual: Batches | None = None
     reference: "Inputs | None" = None
 
-    def lost(self, batch: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    def upstream_errors(self, batch: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
         """Pairs (reference, here) of a batch's ``x`` and of its residual stream, if it has one; none without
         a reference pass."""
         if self.reference is None:
@@ -62,8 +62,12 @@ class Inputs(NamedTuple):
         return (*found, (self.reference.residual[batch], self.residual[batch]))
 
 
-LOST = ("input_error", "residual_error")
-"""Fields of an `Observation` that the pairs of :meth:`Inputs.lost` give, in order."""
+ERRORS = ("input_error", "residual_error")
+"""Fields of an `Observation` that the pairs of :meth:`Inputs.upstream_errors` give, in order."""
+
+Solve = Callable[[tuple[str, ...], Inputs], Mapping[str, Any]]
+"""``solve(names, inputs)`` returns new weights of layers that share an input, dense or packed, by the names
+of the block's parameters (``"attn.q.weight"``). Weights that it leaves out stay as they are."""
 
 
 def sample_positions(tokens: int, stride: int) -> np.ndarray:
@@ -73,7 +77,7 @@ def sample_positions(tokens: int, stride: int) -> np.ndarray:
     window, including the very first, where attention piles up.
     """
     size = len(range(0, tokens, stride))
-    return ((np.arange(size) + spread(size)) * (tokens / size)).astype(np.int32)
+    return ((np.arange(size) + low_discrepancy(size)) * (tokens / size)).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames=("stride", "placement"))
@@ -81,20 +85,20 @@ def _observe(
     x: Float[Array, "b t k"],
     seen: Bool[Array, "b t"] | None,
     weights: Float[Array, "b t"] | None,
-    lost: tuple[tuple[jax.Array, jax.Array], ...],
+    pairs: tuple[tuple[jax.Array, jax.Array], ...],
     *,
     stride: int,
     placement: Placement,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
     """Statistics of each chip's ``seen`` tokens: Gram matrix ``[devices, K, K]``, sample, number, total
-    importance, and for each pair ``(full, here)`` in ``lost`` the product of the inputs with ``full - here``.
+    importance, and for each of the ``pairs (full, here)`` the product of the inputs with ``full - here``.
 
     The size of the sample does not depend on ``seen``: few tokens are repeated in it, and it is zeros if
     there are none.
     """
 
     def own(_: Any, inputs: tuple[Any, Any, Any, Any]):
-        x, seen, weights, lost = inputs
+        x, seen, weights, pairs = inputs
         tokens = x.reshape(-1, x.shape[-1])
         positions: Any = sample_positions(len(tokens), stride)
         count = jnp.int32(len(tokens))
@@ -106,7 +110,7 @@ def _observe(
             evenly = positions / np.float32(len(mask)) * count
             positions = ordered[jnp.minimum(evenly.astype(jnp.int32), jnp.maximum(count - 1, 0))]
         sample, weight = tokens[positions].astype(jnp.float32), count.astype(jnp.float32)
-        apart = [_apart(full, here).astype(tokens.dtype) for full, here in lost]
+        apart = [_apart(full, here).astype(tokens.dtype) for full, here in pairs]
         if weights is not None:
             flat = weights.reshape(-1) if seen is None else jnp.where(mask, weights.reshape(-1), 0)
             weight, root = jnp.sum(flat), jnp.sqrt(flat)[:, None].astype(tokens.dtype)
@@ -114,7 +118,7 @@ def _observe(
         crossed = tuple(cross_gram(tokens, difference)[None] for difference in apart)
         return gram(tokens)[None], sample, count[None], weight[None], crossed
 
-    return placement.over_samples(own)((), (x, seen, weights, lost))
+    return placement.over_samples(own)((), (x, seen, weights, pairs))
 
 
 def _apart(full: Float[Array, "b t n"], here: Float[Array, "b t n"]) -> Float[Array, "tokens n"]:
@@ -136,33 +140,26 @@ def observe(inputs: Inputs, stride: int, placement: Placement = ONE_DEVICE) -> O
     Token importance is normalized: the Gram matrix counts as many tokens as there were.
     """
     total, samples, tokens, weight, row = None, [], 0, 0.0, 0
-    lost: dict[str, jax.Array] = {}
+    errors: dict[str, jax.Array] = {}
     for i, x in enumerate(inputs.x):
         rows = None if inputs.weights is None else placement.samples(inputs.weights[row : row + len(x)])
         seen = None if inputs.seen is None else inputs.seen[i]
         parts, sample, counts, weights, crossed = _observe(
-            x, seen, rows, inputs.lost(i), stride=stride, placement=placement
+            x, seen, rows, inputs.upstream_errors(i), stride=stride, placement=placement
         )
         tokens += int(np.sum(placement.fetch(counts)))
         weight += float(np.sum(placement.fetch(weights), dtype=np.float64))
         row += len(x)
         total = _add_in_order(total, placement.rows(parts))
-        for name, cross in zip(LOST, crossed):
-            lost[name] = _add_in_order(lost.get(name), placement.rows(cross))
+        for name, cross in zip(ERRORS, crossed):
+            errors[name] = _add_in_order(errors.get(name), placement.rows(cross))
         samples.append(placement.whole(sample))
     assert total is not None
     if inputs.weights is not None and weight > 0:
-        total, lost = jax.tree.map(lambda a: a * np.float32(tokens / weight), (total, lost))
-    input_error, residual_error = (
-        None if cross is None else placement.whole(cross) for cross in map(lost.get, LOST)
-    )
-    return Observation(
-        placement.whole(total),
-        jnp.concatenate(samples),
-        tokens,
-        input_error=input_error,
-        residual_error=residual_error,
-    )
+        total, errors = jax.tree.map(lambda a: a * np.float32(tokens / weight), (total, errors))
+    total, errors = jax.tree.map(placement.whole, (total, errors))
+    input_error, residual_error = map(errors.get, ERRORS)
+    return Observation(total, jnp.concatenate(samples), tokens, 0, input_error, residual_error)
 
 
 @partial(jax.jit, static_argnames=("run", "reads", "rounded", "placement"))
@@ -233,17 +230,38 @@ class Activations:
         """Returns a copy with other batches."""
         return dataclasses.replace(self, batches=self.keep(batches))
 
-    def through(self, index: int, params: Params) -> "Passing":
-        """Returns a passage through block ``index``, whose parameters are dense. If the caller changes
-        weights in ``params`` between two stages, the later stages use the changed ones."""
-        return Passing(self, index, params)
+    def through(self, index: int, params: Params, solve: Solve | None = None) -> "Activations":
+        """Returns the activations after block ``index``.
 
-    def behind(self, index: int, params: Params) -> "Activations":
-        """Returns the activations after block ``index``, whose weights may be dense or packed."""
-        passing = self.through(index, {name: dense_weight(value) for name, value in params.items()})
-        for _ in passing:
-            pass
-        return passing.after
+        Args:
+          index: the block's index.
+          params: its parameters; weights may be dense or packed.
+          solve: called with every group of layers that share an input; the pass continues with the weights
+            that it returns.
+        """
+        return self.alongside(None, index, params, solve)[0]
+
+    def alongside(
+        self, reference: "Activations | None", index: int, params: Params, solve: Solve | None = None
+    ) -> "tuple[Activations, Activations | None]":
+        """Returns the activations, and those of the reference pass if there is one, after block ``index``.
+
+        Both passes go through the block stage by stage, so that ``solve`` sees, next to the inputs of layers,
+        those of the reference pass, which keeps the given weights. Experts get no reference: routers that
+        read different inputs send tokens to different experts.
+        """
+        own = _Pass(self, index, params)
+        other = None if reference is None else _Pass(reference, index, params)
+        for stage in own.stages:
+            for each in (own, other):
+                if each is not None:
+                    each.run(stage)
+            if stage.layers and solve is not None:
+                inputs = own.inputs(stage)
+                if other is not None and inputs.seen is None:
+                    inputs = inputs._replace(reference=other.inputs(stage))
+                own.replace(solve(stage.layers, inputs))
+        return own.after, None if other is None else other.after
 
     def keep(self, arrays: Iterable[jax.Array]) -> Batches:
         """Stores the arrays, in memory or offloaded."""
@@ -257,36 +275,36 @@ class Activations:
         return make_part(self.config.block(index), name, computed)
 
 
-class Passing:
-    """Passage through a block; iterating over it yields, stage by stage, linear layers and their inputs.
-
-    Attributes:
-      after: the activations after the block, once the iteration has ended.
-    """
-
-    after: Activations
+class _Pass:
+    """A pass through one block, stage by stage."""
 
     def __init__(self, before: Activations, index: int, params: Params) -> None:
-        self.before, self.index, self.params = before, index, params
+        self.before, self.index, self.params = before, index, dict[str, Any]()
+        self.replace(params)
+        self.stream: dict[str, Batches] = {"h": before.batches}
+        whole = stages(before.config.block(index))
+        self.stages = [stage for outer in whole for stage in outer.inside or (outer,)]
+        self.layer_inputs = {stage.input for stage in self.stages if stage.layers}
 
-    def __iter__(self) -> Iterator[tuple[tuple[str, ...], Inputs]]:
-        stream: dict[str, Batches] = {"h": self.before.batches}
-        whole = stages(self.before.config.block(self.index))
-        every = [stage for outer in whole for stage in outer.inside or (outer,)]
-        inputs = {stage.input for stage in every if stage.layers}
-        for stage in every:
-            if stage.run is not None:
-                self._pass(stage, stream, inputs)
-            if stage.layers:
-                residual = stream["h"] if stage.adds else None
-                yield stage.layers, Inputs(stream[stage.input], _seen(stage, stream), residual=residual)
-        self.after = dataclasses.replace(self.before, batches=stream["h"])
+    def replace(self, params: Mapping[str, Any]) -> None:
+        """Replaces parameters, which the stages from here on use; packed ones are dequantized."""
+        self.params |= {name: dense_weight(value) for name, value in params.items()}
 
-    def _pass(self, stage: Stage, stream: dict[str, Batches], inputs: set[str]) -> None:
-        """Runs a stage on all batches. Its outputs overwrite fields of the same name that this passage made.
+    @property
+    def after(self) -> Activations:
+        """The activations after the block, once all its stages have run."""
+        return dataclasses.replace(self.before, batches=self.stream["h"])
 
-        ``inputs`` are the fields that linear layers read.
-        """
+    def inputs(self, stage: Stage) -> Inputs:
+        """Returns the inputs of a stage's linear layers, once the stage has run."""
+        residual = self.stream["h"] if stage.adds else None
+        return Inputs(self.stream[stage.input], _seen(stage, self.stream), residual=residual)
+
+    def run(self, stage: Stage) -> None:
+        """Runs a stage on all batches. Its outputs overwrite fields of the same name that this pass made."""
+        if stage.run is None:
+            return
+        stream = self.stream
         before, part = self.before, self.before.part(self.index, stage.part, self.params)
         expert = None if stage.expert is None else jnp.int32(stage.expert)
         held = [stream.get("routes" if name == "route" else name) for name in stage.reads]
@@ -302,7 +320,7 @@ class Passing:
                 given,
                 run=stage.run,
                 reads=stage.reads,
-                rounded=tuple(name in inputs for name in stage.gives),
+                rounded=tuple(name in self.layer_inputs for name in stage.gives),
                 placement=before.placement,
             )
             for name, array in zip(stage.gives, found):

@@ -1,7 +1,6 @@
 """Calibration windows of a resumable run: drawn once, and kept in its folder until it is finished."""
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slim_jax.store.files import write_arrays
+from slim_jax.store.files import json_digest, write_arrays
 from slim_jax.store.manifest import is_checkpoint, read_manifest
 
 KEPT = "drafts/calibration.npz"
@@ -43,20 +42,21 @@ class Windows(NamedTuple):
         cls, given: np.ndarray | Draw, allocation: Mapping[str, list[int]] | None, path: Path, resume: bool
     ) -> "Windows":
         """Returns the windows of a run that writes to ``path``; draws them only if none are kept there."""
-        recipe = _digest(given.recipe) if isinstance(given, Draw) else None
-        beside = {"recipe": recipe, "allocation": None if allocation is None else _digest(allocation)}
+        recipe = json_digest(given.recipe) if isinstance(given, Draw) else None
+        asked = {"recipe": recipe, "allocation": None if allocation is None else json_digest(allocation)}
         if not isinstance(given, Draw):
             tokens = np.asarray(given)
         else:
             found = read_manifest(path, complete=False) if resume and is_checkpoint(path) else None
             before = ((found and found.quantization) or {}).get("calibration") or {}
-            same = beside.items() <= before.items()
+            same = asked.items() <= before.items()
             if found is not None and found.complete and same:
                 return cls(None, before)
             kept = _read(path / KEPT) if same else None
             tokens = kept if kept is not None else np.asarray(given.make())
         shape = dict(zip(("samples", "length"), tokens.shape))
-        return cls(tokens, {**shape, "sha256": _sha256(tokens), **beside})
+        digest = hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()
+        return cls(tokens, {**shape, "sha256": digest, **asked})
 
     def keep(self, path: Path) -> None:
         """Writes the windows to the run's folder, if they were drawn."""
@@ -70,11 +70,3 @@ def _read(file: Path) -> np.ndarray | None:
             return saved["tokens"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # the caller draws them again
         return None
-
-
-def _sha256(tokens: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,22 +1,28 @@
-"""Drives "slim-plus" over one block: held-out samples, epochs, early stopping, the best parameters kept."""
+"""Method "slim-plus" over one block: trains its quantized layers to reproduce the full-precision block."""
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor
 from pallas_kernels.layout import zero_bits
+from slim_jax.calibrate.events import LearningEpoch, OnEvent, warn_of_notices
+from slim_jax.calibrate.fit import History, OnStep, default_optimizer, fit, gradient_step, split_samples
 from slim_jax.config import Settings
 from slim_jax.method.learnable import (
+    BlockLoss,
     Layer,
     Learned,
     Samples,
-    SlimPlus,
     clip_start,
     pack_learned,
     solved_start,
@@ -26,210 +32,168 @@ from slim_jax.model.params import Params, as_computed
 from slim_jax.placement import ONE_DEVICE, Placement
 from slim_jax.report import LearningReport
 
-HELD_OUT = 8
-"""One in this many samples is a validation sample and is not trained on."""
-
-PATIENCE = 2
-"""Epochs without a better validation loss after which a block is done."""
-
-OnEpoch = Callable[[int, int, float], None]
-"""Called after every epoch with its number, the total number, and the validation loss."""
-
-
-def held_out(samples: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the validation samples and of the training samples.
-
-    With fewer than two batches none are held out: both are all samples.
-    """
-    every = np.arange(samples)
-    if samples < 2 * batch:
-        return every, every
-    validation = np.arange(0, samples, HELD_OUT)
-    return validation, np.setdiff1d(every, validation)
-
 
 @functools.cache
-def default_optimizer(config: Settings, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW without weight decay, with rates that fall along a cosine to a twentieth over ``steps``.
+def learning_optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+    """Returns the default optimizer, with a rate of its own for each kind of learned parameter.
 
-    For clipping, the rate is constant, as in the paper's code. ``learning_rate`` is that of clipping
+    For clipping, the rates are constant, as in the paper's code. ``learning_rate`` is that of clipping
     parameters (0.01 of it for a clipping offset); codes, logarithms of scales and zero points learn at 0.8,
-    0.6 and 0.5 of it (docs/tried.md). Equal arguments give the same object, so that steps compiled with it
-    are reused.
+    0.6 and 0.5 of it (docs/tried.md).
     """
-    rate = config.learning_rate
+    falling = None if settings.clips else steps
 
-    def adam(part: float) -> optax.GradientTransformation:
-        falling = optax.cosine_decay_schedule(part * rate, steps, alpha=0.05)
-        return optax.adamw(part * rate if config.clips else falling, weight_decay=0.0)
-
-    def rates(learned: Learned) -> dict[str, dict[str, str]]:
+    def kinds(learned: Learned) -> dict[str, dict[str, str]]:
         return {layer: {name: name for name in leaves} for layer, leaves in learned.items()}
 
     parts = {"up": 1.0, "down": 1.0, "offset": 0.01, "code": 0.8, "log_scale": 0.6, "zero": 0.5}
-    return optax.partition({name: adam(part) for name, part in parts.items()}, rates)
+    rates = {name: part * settings.learning_rate for name, part in parts.items()}
+    return optax.partition({name: default_optimizer(rate, falling) for name, rate in rates.items()}, kinds)
 
 
-def best_of_epochs(
+def start(
+    weights: Mapping[str, Any], packed: Mapping[str, MixedTensor], settings: Settings, placement: Placement
+) -> tuple[Learned, dict[str, Layer]]:
+    """Initial learned parameters of layers, and their fixed values.
+
+    Args:
+      weights: the layers' dense weights, ``[K, N]`` each, by name.
+      packed: the solved weights.
+      settings: the quantization's settings.
+      placement: the chips that hold the result.
+    """
+    learned: Learned = {}
+    layers: dict[str, Layer] = {}
+    for name, tensor in packed.items():
+        w = placement.whole(weights[name]).astype(jnp.float32)
+        missing = tensor.groups * tensor.group_size - w.shape[0]
+        w = jnp.pad(w, ((0, missing), (0, 0))).reshape(tensor.groups, tensor.group_size, -1)
+        bits = placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
+        if settings.clips:
+            zeros = zero_bits(tensor.widths)
+            learned[name], layers[name] = clip_start(w, bits, zero_bits=zeros, scale_dtype=tensor.scale.dtype)
+        else:
+            learned[name], layers[name] = solved_start(tensor, w, bits)
+    return placement.tree((learned, layers))
+
+
+def packed_result(
     learned: Learned,
-    epochs: int,
-    epoch: Callable[[Learned], Learned],
-    judge: Callable[[Learned], float],
-    on_epoch: OnEpoch | None = None,
-) -> tuple[Learned, LearningReport]:
-    """Runs epochs; returns the parameters with the lowest validation loss, and a report.
+    layers: Mapping[str, Layer],
+    packed: Mapping[str, MixedTensor],
+    history: History,
+    settings: Settings,
+) -> tuple[dict[str, MixedTensor], LearningReport]:
+    """Packs the learned weights; returns them and a report.
 
-    Args:
-      learned: the initial parameters; ``epoch`` may donate them.
-      epochs: the largest number of epochs.
-      epoch: trains on all training samples once.
-      judge: returns the validation loss.
-      on_epoch: called after every epoch.
+    If training did not lower the validation loss, the weights are the given ones, or for clipping those that
+    the initial clipping parameters give.
     """
-    best, best_epoch, losses, note = jax.tree.map(jnp.copy, learned), 0, [judge(learned)], ""
-    if not math.isfinite(losses[0]):
-        return best, LearningReport([], 0, f"the loss of the start values is {losses[0]}; they are kept")
-    for number in range(1, epochs + 1):
-        learned = epoch(learned)
-        loss = judge(learned)
-        if not math.isfinite(loss):
-            note = f"the loss became {loss} in epoch {number}; epoch {best_epoch} is kept"
-            break
-        losses.append(loss)
-        if on_epoch is not None:
-            on_epoch(number, epochs, loss)
-        if loss < losses[best_epoch]:
-            best, best_epoch = jax.tree.map(jnp.copy, learned), number
-        if number - best_epoch >= PATIENCE:
-            break
-    if best_epoch == 0 and not note:
-        note = "training did not lower the loss on validation samples; the block is unchanged"
-    return best, LearningReport(losses, best_epoch, note)
+    report = LearningReport([loss for _, loss in history.losses], history.best, history.note)
+    if history.best == 0 and not settings.clips:
+        return dict(packed), report
+    return {name: pack_learned(learned[name], layers[name], packed[name]) for name in packed}, report
 
 
-def start_of(
-    tensor: MixedTensor, w: jax.Array, learn: str, placement: Placement = ONE_DEVICE
-) -> tuple[dict[str, jax.Array], Layer]:
-    """Initial learned parameters of a layer, and its fixed values; ``w [K, N]`` is its dense weight."""
-    missing = tensor.groups * tensor.group_size - w.shape[0]
-    w = jnp.pad(w.astype(jnp.float32), ((0, missing), (0, 0))).reshape(tensor.groups, tensor.group_size, -1)
-    bits = placement.whole(tensor.bits()).astype(jnp.float32)[:, None, None]
-    if learn.startswith("clip"):
-        return clip_start(w, bits, zero_bits=zero_bits(tensor.widths), scale_dtype=tensor.scale.dtype)
-    return solved_start(tensor, w, bits, rounding=learn == "rounding")
+def epoch_event(on_event: OnEvent, epochs: int) -> OnStep:
+    """Returns a function that tells ``on_event`` of every epoch of `slim_jax.calibrate.fit.fit`."""
+    return lambda epoch, _, loss: on_event(LearningEpoch(epoch, epochs, math.nan if loss is None else loss))
 
 
-class BlockLearner:
-    """Trains quantized blocks of one model.
+@partial(jax.jit, static_argnames=("loss", "optimizer", "placement"), donate_argnames=("learned", "state"))
+def train_epoch(
+    learned: Learned,
+    state: Any,
+    layers: Mapping[str, Layer],
+    rest: Params,
+    samples: Samples,
+    order: Int[Array, "steps batch"],
+    optimizer: optax.GradientTransformation,
+    loss: BlockLoss,
+    placement: Placement = ONE_DEVICE,
+) -> tuple[Learned, Any, Float[Array, " steps"]]:
+    """Trains on the rows ``order`` of the samples; returns parameters, state and every step's loss."""
+
+    def step(carry: tuple[Learned, Any], rows: jax.Array):
+        batch = placement.split_batch(jax.tree.map(lambda a: a[rows], samples))
+        learned, state, value = gradient_step(loss, optimizer, *carry, layers, rest, batch)
+        return (learned, state), value
+
+    (learned, state), losses = lax.scan(step, (learned, state), order)
+    return learned, state, losses
+
+
+@partial(jax.jit, static_argnames=("loss", "placement"))
+def mean_loss(
+    learned: Learned,
+    layers: Mapping[str, Layer],
+    rest: Params,
+    samples: Samples,
+    order: Int[Array, "steps batch"],
+    loss: BlockLoss,
+    placement: Placement = ONE_DEVICE,
+) -> Float[Array, ""]:
+    """Mean loss over the rows ``order`` of the samples."""
+
+    def step(total: jax.Array, rows: jax.Array):
+        batch = placement.split_batch(jax.tree.map(lambda a: a[rows], samples))
+        return total + loss(learned, layers, rest, batch), None
+
+    return lax.scan(step, jnp.zeros(()), order)[0] / order.shape[0]
+
+
+def learn_block(
+    config: DecoderConfig,
+    settings: Settings,
+    dense: Params,
+    packed: Mapping[str, MixedTensor],
+    samples: Samples,
+    seed: int,
+    optimizer: optax.GradientTransformation | None = None,
+    placement: Placement = ONE_DEVICE,
+    on_event: OnEvent = warn_of_notices,
+) -> tuple[dict[str, MixedTensor], LearningReport]:
+    """Trains one block; returns its packed weights and a report, see :func:`packed_result`.
 
     Args:
-      decoder: the model's config.
-      config: the quantization's settings.
-      samples: number of calibration samples.
-      optimizer: any gradient transformation; :func:`default_optimizer` if None.
+      config: the block's config.
+      settings: the quantization's settings.
+      dense: the block's full-precision parameters.
+      packed: its quantized layers, by name (``"attn.q"``).
+      samples: the block's inputs and target outputs.
+      seed: seed of the order of samples.
+      optimizer: any gradient transformation; :func:`learning_optimizer` if None.
       placement: the chips that split the samples of a batch, if their number divides its size.
+      on_event: told of every epoch.
     """
+    count, rng = len(samples.x), np.random.default_rng(seed)
+    size = min(settings.batch_size, count)
+    validation, training = split_samples(count, size)
+    steps = len(training) // size
+    optimizer = optimizer or learning_optimizer(settings, settings.epochs * steps)
+    learned, layers = start({name: dense[f"{name}.weight"] for name in packed}, packed, settings, placement)
+    rest = rest_of(dense, packed, placement)
+    samples, options = placement.tree(samples), (BlockLoss(config, settings.augmented), placement)
+    evaluated = jnp.asarray(validation.reshape(-1, math.gcd(len(validation), size)))
+    orders = [rng.permutation(training)[: steps * size].reshape(-1, size) for _ in range(settings.epochs)]
+    best, history = fit(
+        learned,
+        lambda learned, state, order: train_epoch(
+            learned, state, layers, rest, samples, jnp.asarray(order), optimizer, *options
+        ),
+        lambda learned: float(mean_loss(learned, layers, rest, samples, evaluated, *options)),
+        orders,
+        placement.tree(optimizer.init(learned)),
+        on_step=epoch_event(on_event, settings.epochs),
+    )
+    result, report = packed_result(placement.tree(best), layers, packed, history, settings)
+    return {name: placement.tensor(tensor) for name, tensor in result.items()}, report
 
-    def __init__(
-        self,
-        decoder: DecoderConfig,
-        config: Settings,
-        samples: int,
-        optimizer: optax.GradientTransformation | None = None,
-        placement: Placement = ONE_DEVICE,
-    ) -> None:
-        self.config, self.placement = config, placement
-        self.batch = min(config.batch_size, samples)
-        self.validation, self.training = held_out(samples, self.batch)
-        steps = config.epochs * (len(self.training) // self.batch)
-        chosen = optimizer or default_optimizer(config, steps)
-        sharding = placement.of_samples()
-        self.kinds = [SlimPlus(block, chosen, config.augmented, sharding) for block in decoder.blocks()]
 
-    def improve(
-        self,
-        index: int,
-        dense: Params,
-        packed: Mapping[str, MixedTensor],
-        samples: Samples,
-        on_epoch: OnEpoch | None = None,
-    ) -> tuple[dict[str, MixedTensor], LearningReport]:
-        """Trains one block; returns its packed weights, and a report.
-
-        If training does not lower the validation loss, the weights are the given ones, or for clipping those
-        that the initial clipping parameters give.
-
-        Args:
-          index: the block's index; also seeds the order of samples.
-          dense: the block's full-precision parameters.
-          packed: its quantized layers, by name (``"attn.q"``).
-          samples: the block's inputs and target outputs.
-          on_epoch: called after every epoch.
-        """
-        plus = self.kinds[index]
-        learned, layers, rest = self.start(dense, packed)
-        samples, judge_order = self.placement.tree(samples), self._judge_order()
-        state = self.placement.tree(plus.optimizer.init(learned))
-        rng = np.random.default_rng(index)
-
-        def epoch(learned: Learned) -> Learned:
-            nonlocal state
-            order = rng.permutation(self.training)
-            order = order[: len(order) // self.batch * self.batch].reshape(-1, self.batch)
-            learned, state, _ = plus.epoch(learned, state, layers, rest, samples, jnp.asarray(order))
-            return learned
-
-        def judge(learned: Learned) -> float:
-            return float(plus.evaluate(learned, layers, rest, samples, judge_order))
-
-        best, report = best_of_epochs(learned, self.config.epochs, epoch, judge, on_epoch)
-        if report.kept_epoch == 0 and not self.config.clips:
-            return dict(packed), report
-        best = self.placement.tree(best)
-        result = {name: pack_learned(best[name], layers[name], packed[name]) for name in packed}
-        return {name: self.placement.tensor(tensor) for name, tensor in result.items()}, report
-
-    def better(
-        self,
-        index: int,
-        dense: Params,
-        learned: dict[str, MixedTensor],
-        rounded: dict[str, MixedTensor],
-        samples: Samples,
-        report: LearningReport,
-    ) -> tuple[dict[str, MixedTensor], LearningReport]:
-        """Returns ``rounded``, which GPTQ rounded to the ``learned`` grids, if its validation loss is lower,
-        otherwise ``learned``; and the report with the outcome."""
-        parameters, layers, rest = self.start(dense, rounded, "grid")  # codes as they are
-        loss = float(self.kinds[index].evaluate(parameters, layers, rest, samples, self._judge_order()))
-        if not report.losses:
-            return learned, report
-        losses = [*report.losses, loss]
-        if loss < report.losses[report.kept_epoch]:
-            return rounded, LearningReport(losses, len(losses) - 1, report.note)
-        note = f"GPTQ did not lower the loss ({loss:.4g}); weights are rounded to nearest"
-        return learned, LearningReport(losses, report.kept_epoch, f"{report.note}; {note}".strip("; "))
-
-    def start(
-        self, dense: Params, packed: Mapping[str, MixedTensor], learn: str | None = None
-    ) -> tuple[Learned, dict[str, Layer], dict[str, jax.Array]]:
-        """Initial learned parameters of a block, fixed values of its layers, and its other parameters.
-
-        ``learn`` is the config's if None.
-        """
-        learn = learn or self.config.learn
-        learned: Learned = {}
-        layers: dict[str, Layer] = {}
-        for name, tensor in packed.items():
-            w = self.placement.whole(dense[f"{name}.weight"])
-            learned[name], layers[name] = start_of(tensor, w, learn, self.placement)
-        rest = {
-            name: self.placement.whole(as_computed(name, value))
-            for name, value in dense.items()
-            if name.removesuffix(".weight") not in packed
-        }
-        return *self.placement.tree((learned, layers)), rest
-
-    def _judge_order(self) -> jax.Array:
-        batch = math.gcd(len(self.validation), self.batch)
-        return jnp.asarray(self.validation.reshape(-1, batch))
+def rest_of(dense: Params, packed: Mapping[str, Any], placement: Placement = ONE_DEVICE) -> dict[str, Any]:
+    """Parameters of a block that are not learned, in the dtypes of calibration."""
+    return {
+        name: placement.whole(as_computed(name, value))
+        for name, value in dense.items()
+        if name.removesuffix(".weight") not in packed
+    }

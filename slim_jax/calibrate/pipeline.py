@@ -1,14 +1,14 @@
 """Quantizes a model block by block.
 
 The calibration tokens run through the model once. Apart from their activations, only one block's weights
-are in memory: the source is read, and the result handed on, block by block. Each jitted step compiles once
-per kind of block.
+are in memory: the source is read, and the result handed to a sink, block by block. Each jitted step compiles
+once per kind of block.
 """
 
 import contextlib
+import math
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +16,23 @@ import optax
 from jax.sharding import Mesh
 
 from slim_jax.calibrate.drawn_windows import Draw, Windows
-from slim_jax.calibrate.embeddings import sizes
-from slim_jax.calibrate.fine_tuning import OnStep, tune
-from slim_jax.calibrate.learning import OnEpoch
+from slim_jax.calibrate.events import BlockDone, Notice, OnEvent, warn_of_notices
+from slim_jax.calibrate.fine_tuning import fine_tune
 from slim_jax.calibrate.quantizer import BlockQuantizer
-from slim_jax.calibrate.sensitivity import OnSweep
+from slim_jax.calibrate.sensitivity import Sensitivity, allocate_bits
 from slim_jax.config import Settings, SlimConfig
 from slim_jax.method.fine_tune import apply
 from slim_jax.method.sba import Allocation
 from slim_jax.model.block import linear_names
+from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.params import make_decoder
+from slim_jax.model.params import Params, block_params, make_decoder, outer_params
 from slim_jax.placement import Placement
-from slim_jax.report import BlockReport, Report
+from slim_jax.report import BlockReport, LayerReport, Report, TuningReport
 from slim_jax.rules import check_rules
 from slim_jax.store.checkpoint import CheckpointSource
+from slim_jax.store.checkpoint_sink import CheckpointSink
 from slim_jax.store.source import DecoderSource, FiniteSource, Source
-from slim_jax.store.writer import CheckpointWriter
-
-OnBlock = Callable[[BlockReport], None]
 
 
 def check_dense(source: Source) -> None:
@@ -71,10 +69,122 @@ def _check(source: Source, tokens: np.ndarray, config: Settings, devices: int) -
     return tokens
 
 
-def _parts(tokens: np.ndarray, config: Settings, devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples that layers are solved on, and samples for fine-tuning; all for both if none are reserved."""
-    own = config.samples_to_tune(len(tokens), devices)
-    return (tokens[:-own], tokens[-own:]) if own else (tokens, tokens)
+class MemorySink:
+    """Keeps the model that a run writes in memory; has the methods of a `CheckpointSink`.
+
+    Args:
+      config: the decoder's config.
+
+    Attributes:
+      blocks: parameters of the blocks written so far.
+      outer: parameters outside the blocks.
+      reports: reports of the blocks.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.config = config
+        self.blocks: list[Params] = []
+        self.outer: Params = {}
+        self.reports: list[BlockReport] = []
+        self._reports: Sequence[LayerReport] = ()
+        self._tuning: TuningReport | None = None
+
+    @property
+    def all_written(self) -> bool:
+        """True if all parameters are written."""
+        return bool(self.outer)
+
+    def draft(self, name: str) -> Path | None:
+        """Returns None: nothing is kept of an unfinished run."""
+        return None
+
+    def write_block(self, params: Params, report: BlockReport) -> None:
+        """Adds the next block."""
+        self.blocks.append(params)
+        self.reports.append(report)
+
+    def read(self, index: int | None) -> Params:
+        """Returns the parameters of a block, or those outside the blocks for None."""
+        return self.outer if index is None else self.blocks[index]
+
+    def write_outer(self, params: Params, reports: Sequence[LayerReport]) -> None:
+        """Takes the parameters outside the blocks, and the reports of embedding and LM head."""
+        self.outer, self._reports = params, reports
+
+    def write_tuned(self, outer: Params, block: Callable[[int], Params], report: TuningReport) -> None:
+        """Replaces all parameters by the fine-tuned ``outer`` and ``block(index)``."""
+        self.outer, self._tuning = outer, report
+        self.blocks = [block(index) for index in range(len(self.blocks))]
+
+    def finish(self) -> Report:
+        """Returns the report of the run."""
+        shapes = [outer_params(self.config), *map(block_params, self.config.blocks())]
+        buffers = len(self.blocks) if self.config.global_layers else 0
+        count = sum(math.prod(shape.shape) for part in shapes for shape in part.values()) - buffers
+        size = sum(value.nbytes for part in (self.outer, *self.blocks) for value in part.values())
+        return Report(self.reports, list(self._reports), count, size, self._tuning)
+
+
+Sink = MemorySink | CheckpointSink
+
+
+def run(
+    source: FiniteSource,
+    tokens: np.ndarray,
+    settings: Settings,
+    sink: Sink,
+    allocation: Allocation | None,
+    optimizer: optax.GradientTransformation | None,
+    placement: Placement,
+    offload: Path | None,
+    on_event: OnEvent,
+) -> Report:
+    """Quantizes a model into a sink; continues after the blocks that the sink has already.
+
+    Arguments that are not listed here are those of :func:`quantize`.
+
+    Args:
+      source: the full-precision model.
+      tokens: calibration text that fits the model, ``int[samples, length]``.
+      settings: how to quantize.
+      sink: takes the result.
+      placement: the chips that split the work.
+      offload: a folder for activations; None keeps them in memory.
+    """
+    own = settings.samples_to_tune(len(tokens), placement.devices)  # none: both use all samples
+    solving, tuning = (tokens[:-own], tokens[-own:]) if own else (tokens, tokens)
+    reference = None
+    if not sink.all_written:
+        found = None if allocation is None else Sensitivity(allocation, {})
+        if found is None:
+            file = sink.draft("sweep.npz")
+            found = allocate_bits(source, solving, settings, offload, placement, file, on_event)
+        given = allocation is not None
+        quantizer = BlockQuantizer(source, solving, settings, found, given, optimizer, offload, placement)
+        _quantize_into(quantizer, sink, on_event)
+        reference = None if own else quantizer.reference
+        del quantizer
+    if settings.tune:
+        layers, offset = source.config.num_layers, source.config.norm_offset
+        outer, blocks = sink.read(None), list(map(sink.read, range(layers)))
+        file = sink.draft("tuning.npz")
+        learned, report = fine_tune(
+            source, tuning, settings, outer, blocks, placement, reference, offload, file, on_event
+        )
+        tuned = apply(outer, learned.outer, offset)
+        sink.write_tuned(tuned, lambda i: apply(blocks[i], learned.of(i), offset), report)
+    return sink.finish()
+
+
+def _quantize_into(quantizer: BlockQuantizer, sink: Sink, on_event: OnEvent) -> None:
+    """Quantizes all blocks that the sink does not have, then embedding and LM head."""
+    for index in range(quantizer.source.config.num_layers):
+        if index < len(sink.blocks):
+            quantizer.skip(index, sink.read(index))
+        else:
+            sink.write_block(*quantizer.quantize(index, on_event))
+        on_event(BlockDone(sink.reports[index]))
+    sink.write_outer(*quantizer.quantize_embeddings())
 
 
 def quantize(
@@ -85,10 +195,7 @@ def quantize(
     allocation: Allocation | None = None,
     optimizer: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
-    on_block: OnBlock | None = None,
-    on_epoch: OnEpoch | None = None,
-    on_step: OnStep | None = None,
-    on_sweep: OnSweep | None = None,
+    on_event: OnEvent = warn_of_notices,
 ) -> tuple[Decoder, Report]:
     """Quantizes the linear layers of a model's blocks, then embedding and LM head.
 
@@ -100,13 +207,11 @@ def quantize(
         `SlimConfig.tune_samples`.
       config: how to quantize.
       allocation: bit widths of every group; None searches for them.
-      optimizer: for "slim-plus"; `slim_jax.calibrate.learning.default_optimizer` if None.
+      optimizer: for "slim-plus"; `slim_jax.calibrate.learning.learning_optimizer` if None.
       mesh: the chips that split the work, of one process or several (then every process makes this call);
         its axes are flattened. The number of chips must divide that of the samples.
-      on_block: called with every finished block's report.
-      on_epoch: for "slim-plus": called after every epoch with its number, the total number, and the loss.
-      on_sweep: called after every block of the gradient sweep with the number of blocks done, and of all.
-      on_step: for fine-tuning: called after every step with its number, the total number, and the loss.
+      on_event: called with every event, a record of `slim_jax.calibrate.events`; by default notices become
+        warnings.
 
     Returns:
       The decoder with packed weights, and a report.
@@ -116,30 +221,10 @@ def quantize(
         activation or a layer's error is not finite.
     """
     source = FiniteSource(DecoderSource(model) if isinstance(model, Decoder) else model)
-    placement, config = Placement(mesh), config.resolved()
-    tokens = _check(source, tokens, config, placement.devices)
-    solving, tuning_on = _parts(tokens, config, placement.devices)
-    quantizer = BlockQuantizer(source, solving, config, allocation, optimizer, None, placement, on_sweep)
-    blocks, reports = [], []
-    for index in range(source.config.num_layers):
-        params, report = quantizer.quantize(index, on_epoch)
-        blocks.append(params)
-        reports.append(report)
-        if on_block is not None:
-            on_block(report)
-    outer, ends = quantizer.ends()
-    tuning = None
-    if config.tune:
-        reference = quantizer.reference if tuning_on is solving else None
-        del quantizer
-        learned, tuning = tune(
-            source, tuning_on, config, outer, blocks, placement, reference, on_step=on_step
-        )
-        offset = source.config.norm_offset
-        outer = apply(outer, learned.outer, offset)
-        blocks = [apply(block, learned.of(i), offset) for i, block in enumerate(blocks)]
-    whole = Report(reports, ends, *sizes(source.config, outer, blocks), tuning)
-    return make_decoder(source.config, outer, blocks, placement.mesh), whole
+    placement, settings, sink = Placement(mesh), config.resolved(), MemorySink(source.config)
+    tokens = _check(source, tokens, settings, placement.devices)
+    report = run(source, tokens, settings, sink, allocation, optimizer, placement, None, on_event)
+    return make_decoder(source.config, sink.outer, sink.blocks, placement.mesh), report
 
 
 def quantize_to_checkpoint(
@@ -153,11 +238,7 @@ def quantize_to_checkpoint(
     optimizer: optax.GradientTransformation | None = None,
     offload: bool = False,
     mesh: Mesh | None = None,
-    on_block: OnBlock | None = None,
-    on_epoch: OnEpoch | None = None,
-    on_step: OnStep | None = None,
-    on_sweep: OnSweep | None = None,
-    on_notice: Callable[[str], None] = warnings.warn,
+    on_event: OnEvent = warn_of_notices,
 ) -> Report:
     """Quantizes a model that is larger than memory: every block is on disk before the next one starts.
 
@@ -172,68 +253,25 @@ def quantize_to_checkpoint(
         is bit-identical to that of an uninterrupted run.
       offload: if True, the calibration activations are kept in files in the checkpoint's folder and not in
         memory ("slim-plus" still has those of one block in memory).
-      on_notice: called with a message for each part of an interrupted run that is damaged and made again.
 
     Raises:
       ValueError: as for :func:`quantize`; or ``path`` holds something else, a run with other settings, or
         one that another process is writing.
     """
-    source, placement, config = FiniteSource(source), Placement(mesh), config.resolved()
-    windows = Windows.of(tokens, allocation, path, resume)
-    if windows.tokens is not None:
-        _check(source, windows.tokens, config, placement.devices)
-    settings = {**config.to_json(), "calibration": windows.fingerprint}
-    with (
-        CheckpointWriter(
-            *(path, source.config, source.origin, settings),
-            resume=resume,
-            drafts=config.tune,
-            placement=placement,
-            notify=on_notice,
-        ) as writer,
-        _scratch(path if offload and not writer.complete else None) as folder,
-    ):
-        if windows.tokens is None or writer.complete:
-            return writer.report()
+    source, placement, settings = FiniteSource(source), Placement(mesh), config.resolved()
+    with CheckpointSink(path, placement, lambda message: on_event(Notice(message))) as sink:
+        windows = Windows.of(tokens, allocation, path, resume)
+        if windows.tokens is not None:
+            _check(source, windows.tokens, settings, placement.devices)
+        asked = {**settings.to_json(), "calibration": windows.fingerprint}
+        sink.begin(source.config, source.origin, asked, resume=resume, drafts=settings.tune)
+        if windows.tokens is None or sink.complete:
+            return sink.report()
         windows.keep(path)
-        solving, tuning_on = _parts(windows.tokens, config, placement.devices)
-        reference = None
-        if not writer.all_written:
-            swept = path / "drafts/sweep.npz"
-            quantizer = BlockQuantizer(
-                source, solving, config, allocation, optimizer, folder, placement, on_sweep, swept
+        with _scratch(path if offload else None) as folder:
+            return run(
+                source, windows.tokens, settings, sink, allocation, optimizer, placement, folder, on_event
             )
-            _write_all(quantizer, writer, on_block, on_epoch)
-            reference = quantizer.reference if tuning_on is solving else None
-            del quantizer
-        if config.tune:
-            outer, blocks = writer.read_outer(), list(map(writer.read_block, range(source.config.num_layers)))
-            file = path / "drafts/tuning.npz"
-            learned, tuning = tune(
-                source, tuning_on, config, outer, blocks, placement, reference, folder, file, on_step
-            )
-            offset = source.config.norm_offset
-            tuned = apply(outer, learned.outer, offset)
-            writer.write_tuned(tuned, lambda i: apply(blocks[i], learned.of(i), offset), tuning)
-        writer.finish()
-        return writer.report()
-
-
-def _write_all(
-    quantizer: BlockQuantizer, writer: CheckpointWriter, on_block: OnBlock | None, on_epoch: OnEpoch | None
-) -> None:
-    """Writes all blocks, then embedding and LM head, except blocks that an earlier run has written."""
-    for index in range(quantizer.source.config.num_layers):
-        if index < len(writer.blocks):
-            report = writer.blocks[index].report
-            assert report is not None
-            quantizer.skip(index, writer.read_block(index))
-        else:
-            params, report = quantizer.quantize(index, on_epoch)
-            writer.write_block(params, report)
-        if on_block is not None:
-            on_block(report)
-    writer.write_outer(*quantizer.ends())
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ so that ``sum_t w_t |(W - W_hat)^T x_t|^2 / 2`` is about the increase of ``L`` w
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import vary_like
-from slim_jax.calibrate.activations import Activations, observe, sample_batches
+from slim_jax.calibrate.activations import Activations, Inputs, observe, sample_batches
+from slim_jax.calibrate.events import OnEvent, SweepStep, warn_of_notices
 from slim_jax.calibrate.offload import Batches
-from slim_jax.config import Settings
-from slim_jax.method.budget import LayerCosts, expected_rise, spend
+from slim_jax.config import LAYER, Settings
+from slim_jax.method.budget import LayerCosts, predicted_increase, spend, spend_on_units
 from slim_jax.method.layer import LayerSolvers
 from slim_jax.method.sba import Allocation
 from slim_jax.model.block import Block, linear_groups, linear_names, sequence_positions
@@ -45,47 +46,53 @@ LIMIT = 30.0
 """Largest token importance, in multiples of the mean: in the first block of a small model a single token had
 18,000 times the mean, and would have determined the Hessian alone."""
 
-OnSweep = Callable[[int, int], None]
-"""Called after every block, from the last to the first, with the number of blocks done, and of all."""
-
 BUDGET_TOKENS, BUDGET_LENGTH = 4096, 256
 """Number of calibration tokens that the costs of bit widths are summed over, and the largest number from one
 sample: the samples are evenly spread, and truncated so that there can be more of them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Guide:
-    """Result of a gradient sweep.
+class Sensitivity(NamedTuple):
+    """Bit widths that minimize the predicted loss increase of the model.
 
     Attributes:
-      weights: token importance at layers that share an input, by block and a name such as ``"attn.o"``:
-        ``float32[samples, length]``, mean 1. Experts of a block share theirs.
-      allocation: widths of all groups of the model, if they were to be chosen.
-      rises: predicted loss increase of each layer at these widths, in nats per token.
+      allocation: widths of all groups of the layers that share the model's budget of bits.
+      rises: predicted loss increase of each of these layers at its widths, in nats per token.
     """
 
-    weights: Mapping[tuple[int, str], np.ndarray]
-    allocation: Allocation | None = None
-    rises: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    allocation: Allocation
+    rises: dict[str, float]
 
-    def of(self, index: int, names: tuple[str, ...]) -> np.ndarray:
-        """Returns the token importance at layers of block ``index`` that share an input."""
-        return self.weights[index, _group(names[0])]
 
-    def save(self, file: Path) -> None:
-        """Writes the guide to a file; see `slim_jax.store.files.write_arrays`."""
-        told = json.dumps({"allocation": self.allocation, "rises": dict(self.rises)})
-        arrays = {f"{index} {group}": weight for (index, group), weight in self.weights.items()}
-        write_arrays(file, {"told": np.asarray(told), **arrays})
+def allocate_bits(
+    source: Source,
+    tokens: np.ndarray,
+    settings: Settings,
+    offload: Path | None = None,
+    placement: Placement = ONE_DEVICE,
+    file: Path | None = None,
+    on_event: OnEvent = warn_of_notices,
+) -> Sensitivity:
+    """Returns the widths of all layers that share the model's budget; sweeps only if there is a choice.
 
-    @classmethod
-    def load(cls, file: Path) -> "Guide":
-        """Reads what :meth:`save` wrote."""
+    Args:
+      source: the full-precision model.
+      tokens: ``int[samples, length]``.
+      settings: the quantization's settings.
+      offload: a folder for activations; None keeps them in memory.
+      placement: the chips that split the samples.
+      file: where the result of a sweep is kept, for a run that resumes this one; None keeps nothing.
+      on_event: told of every block of the sweep.
+    """
+    allocation = without_choice(source.config, settings)
+    if allocation is not None:
+        return Sensitivity(allocation, {})
+    if file is not None and file.exists():  # left by the interrupted run
         with np.load(file) as saved:
-            told = json.loads(str(saved["told"]))
-            keys = {key: key.split(" ") for key in saved.files if key != "told"}
-            weights = {(int(index), group): saved[key] for key, (index, group) in keys.items()}
-        return cls(weights, told["allocation"], told["rises"])
+            return Sensitivity(**json.loads(str(saved["sensitivity"])))
+    found = Sweep(source, tokens, settings, offload, placement).run(on_event)
+    if file is not None:
+        write_arrays(file, {"sensitivity": np.asarray(json.dumps(found._asdict()))})
+    return found
 
 
 def _kind(name: str) -> str:
@@ -100,31 +107,31 @@ def _group(name: str) -> str:
 
 
 @jax.custom_vjp
-def _tap(y: Float[Array, "b t n"], weight: Float[Array, "b t"]) -> Float[Array, "b t n"]:
+def _measured(y: Float[Array, "b t n"], weight: Float[Array, "b t"]) -> Float[Array, "b t n"]:
     """Returns ``y``; the "gradient" with respect to ``weight`` is the token importance."""
     return y
 
 
-def _tap_forward(y: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+def _measured_forward(y: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
     return y, None
 
 
-def _tap_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _measured_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     return gradient, jnp.mean(gradient * gradient, axis=-1)
 
 
-_tap.defvjp(_tap_forward, _tap_backward)
+_measured.defvjp(_measured_forward, _measured_backward)
 
 
-class _Tapped(Linear):
-    """Linear layer whose output passes through `_tap`, which measures token importance."""
+class _Measured(Linear):
+    """Linear layer whose output passes through `_measured`, which measures token importance."""
 
     def __init__(self, linear: Linear, token_weight: jax.Array) -> None:
         self.weight, self.bias, self.mesh = linear.weight, linear.bias, linear.mesh
         self.token_weight = nnx.Variable(token_weight)
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
-        return _tap(super().__call__(x), self.token_weight[...])
+        return _measured(super().__call__(x), self.token_weight[...])
 
 
 def _with_shifts(block: Block, weights: Mapping[str, jax.Array]) -> Block:
@@ -133,7 +140,7 @@ def _with_shifts(block: Block, weights: Mapping[str, jax.Array]) -> Block:
         block.moe.by_turns = False  # token importance is by position, so tokens must stay in place
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(part_of(block, owner), leaf, _Tapped(part_of(block, name), weight))
+        setattr(part_of(block, owner), leaf, _Measured(part_of(block, name), weight))
     return block
 
 
@@ -192,12 +199,10 @@ class Sweep:
 
     Args:
       source: the full-precision model.
-      tokens: ``int[samples, length]``.
+      tokens: ``int[samples, length]``; some of them are used, see :func:`some_samples`.
       config: the quantization's settings.
       offload: a folder for activations; None keeps them in memory.
       placement: the chips that split the samples.
-      prices: if True, the costs of bit widths are computed too, and widths chosen; otherwise only token
-        importance.
     """
 
     def __init__(
@@ -207,34 +212,25 @@ class Sweep:
         config: Settings,
         offload: Path | None = None,
         placement: Placement = ONE_DEVICE,
-        *,
-        prices: bool = True,
     ) -> None:
-        if not config.guide:  # only sums over tokens are needed: some of the samples suffice
-            tokens = some_samples(tokens, placement.devices)
-        self.source, self.tokens, self.config, self.placement = source, tokens, config, placement
-        self.prices = prices
-        self.start = Activations.of(source, tokens, offload, placement)
+        self.source, self.config, self.placement = source, config, placement
+        self.tokens = some_samples(tokens, placement.devices)
+        self.start = Activations.of(source, self.tokens, offload, placement)
         self.solvers = LayerSolvers(config, None, placement=placement)
         self.names = [tuple(itertools.chain(*linear_groups(block))) for block in source.config.blocks()]
-        self.weights: dict[tuple[int, str], np.ndarray] = {}
         self.costs: dict[str, LayerCosts] = {}
 
-    def run(self, on_sweep: OnSweep | None = None) -> Guide:
-        """Runs the sweep, and spends the bit budget if widths are to be chosen; see :data:`OnSweep`."""
+    def run(self, on_event: OnEvent = warn_of_notices) -> Sensitivity:
+        """Runs the sweep and spends the bit budget."""
         inputs = self._inputs()
         gradients = self._loss_gradients(inputs.pop())
-        for index in reversed(range(self.source.config.num_layers)):
+        total = self.source.config.num_layers
+        for index in reversed(range(total)):
             h = inputs.pop()
-            scales = self._weigh(index, h, gradients)
-            if self.prices:
-                self._cost(index, h, scales)
-            if on_sweep is not None:
-                on_sweep(self.source.config.num_layers - index, self.source.config.num_layers)
-        if not self.costs:
-            return Guide(self.weights)
+            self._cost(index, h, *self._importance(index, h, gradients))
+            on_event(SweepStep(total - index, total))
         names = [name for name in linear_names(self.source.config) if name in self.costs]
-        return Guide(self.weights, *spend_all({name: self.costs[name] for name in names}, self.config))
+        return Sensitivity(*spend_all({name: self.costs[name] for name in names}, self.config))
 
     def _inputs(self) -> list[Batches]:
         """Inputs of every block in bfloat16, followed by the output of the last block."""
@@ -253,8 +249,15 @@ class Sweep:
             _loss_gradient(decoder, h, batch, placement=self.placement) for h, batch in zip(outputs, rows)
         )
 
-    def _weigh(self, index: int, inputs: Batches, gradients: Batches) -> dict[str, float]:
-        """Propagates the gradients back through a block; returns every layer's mean (limited) importance."""
+    def _importance(
+        self, index: int, inputs: Batches, gradients: Batches
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Propagates the gradients back through a block.
+
+        Returns:
+          The token importance ``float32[samples, length]``, of mean 1, for each input of layers, by a name
+          such as ``"attn.o"`` (experts share theirs), and every layer's mean (limited) importance.
+        """
         block = self.start.part(index, "", self.source.block(index))
         found: dict[str, list[np.ndarray]] = {name: [] for name in self.names[index]}
         for i, h in enumerate(inputs):
@@ -268,24 +271,25 @@ class Sweep:
         for name, parts in found.items():
             weight, scales[name] = limited(np.concatenate(parts))
             kinds[_kind(name)] = kinds.get(_kind(name), 0.0) + scales[name] * weight
+        importance: dict[str, Any] = {}
         for kind, weight in kinds.items():
-            profile = limited(weight)[0]
-            key = index, _group(kind)
-            shared = sum(_group(other) == key[1] for other in kinds)
-            self.weights[key] = self.weights.get(key, np.float32(0)) + np.float32(1 / shared) * profile
-        return scales
+            group = _group(kind)
+            share = np.float32(1 / sum(_group(other) == group for other in kinds))
+            importance[group] = importance.get(group, np.float32(0)) + share * limited(weight)[0]
+        return importance, scales
 
-    def _cost(self, index: int, inputs: Batches, scales: Mapping[str, float]) -> None:
+    def _cost(
+        self, index: int, inputs: Batches, importance: Mapping[str, np.ndarray], scales: Mapping[str, float]
+    ) -> None:
         """Computes the cost of every width of every group of the block's layers."""
-        before = self.start.with_batches(h.astype(jnp.float32) for h in inputs)
         params = self.source.block(index)
-        guide = Guide(self.weights)
-        for names, seen in before.through(index, params):
+
+        def cost(names: tuple[str, ...], seen: Inputs) -> dict[str, Any]:
             layers = {f"blocks.{index}.{name}": name for name in names}
             by_solver = [(s, some) for s, some in self.solvers.of(list(layers)) if s.config.over_model]
             if not by_solver:
-                continue
-            weighted = seen._replace(weights=guide.of(index, names))
+                return {}
+            weighted = seen._replace(weights=importance[_group(names[0])])
             observation = observe(weighted, 1 << 30, self.placement)
             share = observation.tokens / self.tokens.size
             for solver, some in by_solver:
@@ -294,12 +298,23 @@ class Sweep:
                     rise = 0.25 * scales[layers[full]] * share * error.astype(np.float64)
                     group = solver.config.group_size * weights[full].shape[1]
                     self.costs[full] = LayerCosts(rise, group)
+            return {}
+
+        before = self.start.with_batches(h.astype(jnp.float32) for h in inputs)
+        before.through(index, params, cost)
+
+
+def _unit(name: str) -> str:
+    """Returns the name of what engines load as one: layers of a block that share an input, all experts'."""
+    blocks, index, layer = name.split(".", 2)
+    return f"{blocks}.{index}.{_group(layer)}"
 
 
 def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Allocation, dict[str, float]]:
     """Allocates the widths of every group; returns them and the predicted loss increase of each layer.
 
-    Layers share one bit budget, except those whose bits a rule sets: each of these has its own.
+    Layers share one bit budget, except those whose bits a rule sets: each of these has its own. For ``unit``
+    see `SlimConfig`.
     """
     budgets: dict[str, list[str]] = {"": []}
     for name in costs:
@@ -315,9 +330,13 @@ def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Alloca
             assert own is not None
             size = layer.weights * len(layer.rise)
             budget, weights = budget + Fraction(own.mean_width) * size, weights + size
-        spent = spend(layers, widths, float(budget / weights))
+        mean = float(budget / weights)
+        if config.unit == LAYER:
+            spent = spend_on_units(layers, {name: _unit(name) for name in names}, widths, mean)
+        else:
+            spent = spend(layers, widths, mean)
         allocation |= spent
-        rises |= expected_rise(layers, widths, spent)
+        rises |= predicted_increase(layers, widths, spent)
     return {name: allocation[name] for name in costs}, {name: rises[name] for name in costs}
 
 

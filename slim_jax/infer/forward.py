@@ -6,6 +6,7 @@ unrolled, because XLA copies each slice of a weight that it scans over. On NVIDI
 unrolled too, because XLA would copy each layer's words.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,12 +17,12 @@ from jax import lax
 
 from pallas_kernels import MixedTensor, Prepared, chips
 from slim_jax.model.block import Block
-from slim_jax.model.cache import KeyValues, Rows, State
+from slim_jax.model.cache import KeyValues, Recurrent, State
 from slim_jax.model.decoder import Decoder
 
 Through = Callable[..., tuple[Any, ...]]
-"""Function of a block, the residual stream, keys and values, and the layer's index if these are of all
-layers."""
+"""Function of a block, the residual stream, keys and values (or a `Recurrent`), and the layer's index if they
+are of all layers."""
 
 
 def stackable(blocks: Sequence[Block]) -> bool:
@@ -111,10 +112,14 @@ def forward(
     start = state.length
     slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
 
-    def through(block: Block, h: jax.Array, k: Rows, v: Rows, layer: jax.Array | None = None):
-        h, cache = block(h, positions, KeyValues(k, v, slots, start, layer))
-        assert cache is not None
-        return h, cache.keys, cache.values
+    def through(block: Block, h: jax.Array, seen: Any, layer: jax.Array | None = None):
+        cache: Any
+        if isinstance(seen, Recurrent):
+            h, cache = block(h, positions, dataclasses.replace(seen, layer=layer))
+            return h, dataclasses.replace(cache, layer=None)
+        keys, values = seen
+        h, cache = block(h, positions, KeyValues(keys, values, slots, start, layer))
+        return h, (cache.keys, cache.values)
 
     h, kv = outer.embed_tokens(tokens, positions), []
     for blocks, seen in zip(runs, state.kv, strict=True):
@@ -125,9 +130,9 @@ def forward(
 
 def _one_by_one(through: Through, blocks: list[Block], h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
     after = []
-    for block, (k, v) in zip(blocks, kv, strict=True):
-        h, *seen = through(block, h, k, v)
-        after.append(tuple(seen))
+    for block, seen in zip(blocks, kv, strict=True):
+        h, seen = through(block, h, seen)
+        after.append(seen)
     return h, after
 
 
@@ -135,15 +140,15 @@ def _scanned(through: Through, blocks: Any, h: jax.Array, kv: Any) -> tuple[jax.
     whole, cut = _split_stack(blocks)
 
     def layer(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, h, k, v = carry
+        i, h, seen = carry
         one = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
         block = _one_of_stack(whole, jax.tree.map(one, cut), i)
-        return i + 1, *through(block, h, k, v, i)
+        return i + 1, *through(block, h, seen, i)
 
     # Not a scan, which would need an array of layer indices besides its own counter.
     count = jax.tree.leaves(kv)[0].shape[0]
-    _, h, *kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, *kv))
-    return h, tuple(kv)
+    _, h, kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, kv))
+    return h, kv
 
 
 def is_prepared(value: Any) -> bool:

@@ -101,7 +101,8 @@ class Generator:
         if mesh is not None:
             mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
             parts = cut(model, mesh.size, mesh.devices.tolist(), consume=consume)
-        linears = [m for b in model.blocks for _, m in nnx.iter_modules(b.attn) if isinstance(m, Linear)]
+        layers = [getattr(block.mixer, name) for block in model.blocks for name in "qkvo"]
+        linears = [m for layer in layers for _, m in nnx.iter_modules(layer) if isinstance(m, Linear)]
         dtype = cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears])
         runs = parts[0].runs()
         made = [ready(part, consume=consume) for part in parts]
@@ -233,7 +234,7 @@ class Generator:
         scaling = dataclasses.replace(config.rope_scaling, short_factors=config.rope_scaling.long_factors)
         outer, runs = jax.tree.unflatten(self._structure.tree, self._leaves)
         for block in itertools.chain(*(run if isinstance(run, list) else [run] for run in runs)):
-            block.attn.config = dataclasses.replace(block.attn.config, rope_scaling=scaling)
+            block.mixer.config = dataclasses.replace(block.mixer.config, rope_scaling=scaling)
         return self._structure._replace(tree=jax.tree.structure((outer, runs)))
 
     def _first_tokens(self, samples: int, key: jax.Array) -> np.ndarray:

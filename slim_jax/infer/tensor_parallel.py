@@ -45,7 +45,9 @@ class Cuts:
         """Chooses to split everything that divides evenly."""
         config, (_, blocks) = model.config, split_params(model)
         kinds = config.blocks()
-        heads = all(kind.num_kv_heads % count == 0 for kind in kinds) and _divide(blocks, "o", count)
+        # Linear attention is replicated, and with it the attention of the other blocks.
+        whole = all(kind.mixer == "attention" and kind.num_kv_heads % count == 0 for kind in kinds)
+        heads = whole and _divide(blocks, "o", count)
         # Experts are summed over devices after mixing, which would add a bias once per device.
         biased = any(kind.num_experts and kind.mlp_bias for kind in kinds)
         channels = not biased and _divide(blocks, "down", count)
@@ -53,7 +55,8 @@ class Cuts:
 
     def config(self, config: DecoderConfig) -> DecoderConfig:
         """Returns the config of one part."""
-        names = ["num_heads", "num_kv_heads"] * self.heads + ["intermediate_size"] * self.channels
+        names = ["num_heads", "num_kv_heads"] * self.heads
+        names += ["intermediate_size", "shared_expert_size"] * self.channels
         kinds = tuple(
             tuple((name, value // self.count if name in names else value) for name, value in kind)
             for kind in config.kinds
@@ -67,11 +70,14 @@ class Cuts:
         """Splits a parameter into parts, one per device."""
         *_, layer, leaf = ("", *name.split("."))
         over = (HEADS if self.heads else {}) | (CHANNELS if self.channels else {})
+        across: Over
         if self.vocabulary and (name == "embed" or layer == "head"):
             # A packed table and an LM head are stored as the weight of a product.
-            across: Over = "k" if name == "embed" and not isinstance(value, MixedTensor) else "n"
+            across = "k" if name == "embed" and not isinstance(value, MixedTensor) else "n"
         elif layer in over and not (leaf == "bias" and over[layer] == "k"):
             across = over[layer]
+        elif self.heads and leaf == "sinks":
+            across = "n"
         else:
             return [value] * self.count
         if isinstance(value, MixedTensor):
@@ -122,11 +128,13 @@ def _part(config: DecoderConfig, cuts: Cuts, params: Sequence[Params]) -> Decode
     part.axis = AXIS if cuts.vocabulary else None
     for block in part.blocks:
         if cuts.heads:
-            block.attn.o.axis = AXIS
+            block.mixer.o.axis = AXIS
         if cuts.channels and block.mlp is not None:
             block.mlp.down.axis = AXIS
         if cuts.channels and block.moe is not None:
             block.moe.axis = AXIS
+            if block.moe.shared is not None:
+                block.moe.shared.down.axis = AXIS
     return part
 
 

@@ -110,7 +110,7 @@ def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) 
       ValueError: ``bits`` is below the smallest width, or a cost is not finite.
     """
     if broken := [name for name, layer in layers.items() if not np.all(np.isfinite(layer.rise))]:
-        raise ValueError(f"the expected rise of the loss by {', '.join(broken)} is not finite")
+        raise ValueError(f"the predicted loss increase of {', '.join(broken)} is not finite")
     widths = tuple(sorted(widths))
     if bits < widths[0]:
         raise ValueError(f"bits is {bits}, expected at least {widths[0]}, the smallest width")
@@ -118,10 +118,10 @@ def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) 
     sizes = [layer.weights for layer in layers.values()]
     budget = bits * sum(layer.weights * len(layer.rise) for layer in layers.values())
 
-    def cheapest(price: float) -> list[int]:
-        """Index on each layer's curve where its cost plus ``price`` times its bits is least."""
+    def cheapest(bit_weight: float) -> list[int]:
+        """Index on each layer's curve where its cost plus ``bit_weight`` times its bits is least."""
         return [
-            int(np.argmin(curve.costs + price * size * curve.totals))
+            int(np.argmin(curve.costs + bit_weight * size * curve.totals))
             for curve, size in zip(curves.values(), sizes)
         ]
 
@@ -139,7 +139,32 @@ def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) 
     return {name: curve.bits(int(curve.totals[i])) for (name, curve), i in zip(curves.items(), chosen)}
 
 
-def expected_rise(
+def spend_on_units(
+    layers: Mapping[str, LayerCosts], units: Mapping[str, str], widths: Sequence[int], bits: float
+) -> Allocation:
+    """Returns what :func:`spend` does, with one width for all groups of the layers of a unit.
+
+    Args:
+      layers: costs by layer.
+      units: each layer's unit.
+      widths: widths to choose from.
+      bits: the largest mean width.
+
+    Raises:
+      ValueError: see :func:`spend`.
+    """
+    joined: dict[str, LayerCosts] = {}
+    for name, layer in layers.items():
+        rise, weights = layer.rise.sum(axis=0, keepdims=True), layer.weights * len(layer.rise)
+        if units[name] in joined:
+            other = joined[units[name]]
+            rise, weights = rise + other.rise, weights + other.weights
+        joined[units[name]] = LayerCosts(rise, weights)
+    spent = spend(joined, widths, bits)
+    return {name: spent[units[name]] * len(layer.rise) for name, layer in layers.items()}
+
+
+def predicted_increase(
     layers: Mapping[str, LayerCosts], widths: Sequence[int], allocation: Allocation
 ) -> dict[str, float]:
     """Predicted loss increase of each layer at its allocated widths, in nats per token."""
@@ -156,11 +181,11 @@ def _fill(chosen: list[int], curves: list[_Curve], sizes: list[int], left: float
     def gain(layer: int) -> tuple[float, int]:
         """Best gain per bit among a layer's steps that the ``left`` bits cover, and the index it leads to."""
         curve, at = curves[layer], chosen[layer]
-        price = sizes[layer] * (curve.totals[at + 1 :] - curve.totals[at])
-        payable = int(np.searchsorted(price, left, side="right"))
-        if not payable:
+        bits = sizes[layer] * (curve.totals[at + 1 :] - curve.totals[at])
+        covered = int(np.searchsorted(bits, left, side="right"))
+        if not covered:
             return 0.0, at
-        ratios = (curve.costs[at] - curve.costs[at + 1 : at + 1 + payable]) / price[:payable]
+        ratios = (curve.costs[at] - curve.costs[at + 1 : at + 1 + covered]) / bits[:covered]
         best = int(np.argmax(ratios))
         return float(ratios[best]), at + 1 + best
 

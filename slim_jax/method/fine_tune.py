@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -32,9 +31,8 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import COMPUTE_DTYPE
 from slim_jax.model.params import Params, as_computed, make_block, make_outer
-from slim_jax.placement import ONE_DEVICE, Placement
 
-Run = tuple[int, int]
+Segment = tuple[int, int]
 """A scan segment, consecutive blocks of one kind and packing: the index of its first block, and the index
 after its last."""
 
@@ -47,7 +45,7 @@ class Learned(NamedTuple):
       outer: for the parameters outside the blocks.
     """
 
-    blocks: dict[Run, dict[str, jax.Array]]
+    blocks: dict[Segment, dict[str, jax.Array]]
     outer: dict[str, jax.Array]
 
     def of(self, index: int) -> dict[str, jax.Array]:
@@ -65,7 +63,7 @@ class Fixed(NamedTuple):
       full: those of the full-precision model, of which only the LM head is used.
     """
 
-    blocks: dict[Run, dict[str, Any]]
+    blocks: dict[Segment, dict[str, Any]]
     outer: Params
     full: Params
 
@@ -125,7 +123,7 @@ def apply(params: Params, factors: Mapping[str, jax.Array], norm_offset: float) 
     return {name: value(name, given) for name, given in params.items()}
 
 
-def stacked(config: DecoderConfig, blocks: Sequence[Params]) -> dict[Run, dict[str, Any]]:
+def stacked(config: DecoderConfig, blocks: Sequence[Params]) -> dict[Segment, dict[str, Any]]:
     """Stacks the parameters of each scan segment's blocks on a leading axis."""
 
     def join(values: list[Any]) -> Any:
@@ -168,21 +166,17 @@ def no_change(params: Params, *, inside: bool) -> dict[str, jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuner:
-    """Steps of one model's fine-tuning; hashable, so that each step compiles once.
+class TuningLoss:
+    """Divergence of the packed model's next-token distribution from the full-precision model's; hashable.
 
     Attributes:
       config: the decoder's config.
-      optimizer: any gradient transformation.
-      placement: the chips that split a batch's samples, if the number of chips divides that of samples.
     """
 
     config: DecoderConfig
-    optimizer: optax.GradientTransformation
-    placement: Placement = ONE_DEVICE
 
-    def loss(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
-        """Divergence of the packed model's next-token distribution from the dense one's, mean over tokens."""
+    def __call__(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
+        """Returns the loss of a batch, a mean over its tokens."""
         outer = make_outer(self.config, apply(fixed.outer, learned.outer, self.config.norm_offset))
         positions = sequence_positions(batch.tokens)
 
@@ -191,33 +185,12 @@ class Tuner:
 
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         h = outer.embed_tokens(batch.tokens, positions)
-        for run in sorted(fixed.blocks):
-            of_kind = partial(through, self.config.block(run[0]))
-            layers = fixed.blocks[run], learned.blocks[run]
+        for segment in sorted(fixed.blocks):
+            of_kind = partial(through, self.config.block(segment[0]))
+            layers = fixed.blocks[segment], learned.blocks[segment]
             h, _ = lax.scan(jax.checkpoint(of_kind, policy=keep, prevent_cse=False), h, layers)
         full = make_outer(self.config, fixed.full)
         return _divergence(outer, full, outer.head_input(h), batch.target) / batch.tokens.size
-
-    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-    def step(
-        self, learned: Learned, state: Any, fixed: Fixed, batch: Batch
-    ) -> tuple[Learned, Any, Float[Array, ""]]:
-        """Takes one step; returns the parameters and optimizer state after it and the loss before it."""
-        loss, gradient = jax.value_and_grad(self.loss)(learned, fixed, self._cut(batch))
-        updates, state = self.optimizer.update(gradient, state, learned)
-        changed = self.placement.gathered((optax.apply_updates(learned, updates), state))
-        return *changed, loss
-
-    @partial(jax.jit, static_argnums=0)
-    def evaluate(self, learned: Learned, fixed: Fixed, batch: Batch) -> Float[Array, ""]:
-        """Returns the loss of a batch."""
-        return self.loss(learned, fixed, self._cut(batch))
-
-    def _cut(self, batch: Batch) -> Batch:
-        sharding = self.placement.of_samples()
-        if sharding is None or len(batch.tokens) % sharding.num_devices:
-            return batch
-        return lax.with_sharding_constraint(batch, sharding)
 
 
 def _divergence(

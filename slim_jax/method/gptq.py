@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import scales
 from slim_jax.method.scale_search import FITS, Grid
 from slim_jax.method.scale_search import scale_dtype as default_scale_dtype
-from slim_jax.placement import ONE_DEVICE, Placement, in_panels
+from slim_jax.placement import ONE_DEVICE, Placement
 
 
 class Solution(NamedTuple):
@@ -68,7 +68,6 @@ def solve(
     zero_bits: int,
     sqc: str,
     feedback: bool = True,
-    grids: Grid | None = None,
     scale_dtype: jnp.dtype | None = None,
     placement: Placement = ONE_DEVICE,
 ) -> Solution:
@@ -87,52 +86,30 @@ def solve(
       zero_bits: bits of a stored zero point.
       sqc: a name of `slim_jax.method.scale_search.FITS`.
       feedback: if False, weights are rounded to nearest and errors are not fed forward.
-      grids: the grids to round to, ``[G, N]``; fitted if None.
       scale_dtype: dtype of the stored scales; `slim_jax.method.scale_search.scale_dtype` if None.
       placement: the chips that split the output channels.
     """
 
     dtype = default_scale_dtype(sqc) if scale_dtype is None else scale_dtype
 
-    def own(whole: tuple[jax.Array, jax.Array], channels: tuple[jax.Array, jax.Array, Grid | None]):
-        def panel(part: tuple[jax.Array, jax.Array, Grid | None]) -> Solution:
-            (u, importance), (w, bits, grids) = whole, part
-            return _solve(w, u, importance, bits, grids, group_size, zero_bits, sqc, feedback, dtype)
+    def panel(whole: tuple[jax.Array, jax.Array], channels: tuple[jax.Array, jax.Array]) -> Solution:
+        (u, importance), (w, bits) = whole, channels
 
-        return in_panels(panel, channels)
-
-    return placement.over_channels(own, w.shape[1])((u, importance), (w, bits, grids))
-
-
-def _solve(
-    w: jax.Array,
-    u: jax.Array,
-    importance: jax.Array,
-    bits: jax.Array,
-    grids: Grid | None,
-    group_size: int,
-    zero_bits: int,
-    sqc: str,
-    feedback: bool,
-    dtype: jnp.dtype,
-) -> Solution:
-    k, n = w.shape
-
-    def group(w: jax.Array, at: tuple[jax.Array, Grid | None]):
-        index, grid = at
-        start = index * group_size
-        block = lax.dynamic_slice_in_dim(w, start, group_size)
-        rows = lax.dynamic_slice_in_dim(u, start, group_size)
-        if grid is None:
+        def group(w: jax.Array, index: jax.Array):
+            start = index * group_size
+            block = lax.dynamic_slice_in_dim(w, start, group_size)
+            rows = lax.dynamic_slice_in_dim(u, start, group_size)
             weight = lax.dynamic_slice_in_dim(importance, start, group_size)
             grid = FITS[sqc](block, weight, bits[index], zero_bits, dtype)
-        if feedback:
-            diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
-            codes, errors = _round_group(block, diagonal_block, grid)
-            w = w - rows.T @ errors
-        else:
-            codes = grid.code(block)
-        return w, (codes.astype(jnp.uint8), scales.stored(grid.scale, dtype), grid.zero)
+            if feedback:
+                diagonal_block = lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
+                codes, errors = _round_group(block, diagonal_block, grid)
+                w = w - rows.T @ errors
+            else:
+                codes = grid.code(block)
+            return w, (codes.astype(jnp.uint8), scales.stored(grid.scale, dtype), grid.zero)
 
-    _, (codes, scale, zero) = lax.scan(group, w, (jnp.arange(k // group_size), grids))
-    return Solution(codes.reshape(k, n), scale, zero)
+        _, (codes, scale, zero) = lax.scan(group, w, jnp.arange(w.shape[0] // group_size))
+        return Solution(codes.reshape(w.shape), scale, zero)
+
+    return placement.over_panels(panel, (u, importance), (w, bits))

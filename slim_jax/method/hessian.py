@@ -4,6 +4,8 @@ For ``y = x @ W`` the error ``|x @ (W - W_hat)|^2`` averaged over tokens has, in
 channel, the Hessian ``H = (2 / T) X^T X [K, K]``. Layers that read the same input share it.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -124,7 +126,7 @@ def importance_only(
     return Importance(jnp.pad(importance, flat), jnp.pad(1.0 - dead, flat))
 
 
-def spread(count: int) -> np.ndarray:
+def low_discrepancy(count: int) -> np.ndarray:
     """Low-discrepancy sequence (golden ratio) of ``count`` numbers in [0, 1), evenly spread over any interval
     of indices."""
     return np.modf((np.arange(count) + 1) * (np.sqrt(5.0) - 1) / 2)[0]
@@ -166,7 +168,7 @@ class Observation(NamedTuple):
         channels = len(self.gram)
         share = channels / (channels + self.tokens)
         gram = self.gram + (channels / prior.tokens) * prior.gram
-        own = jnp.asarray(spread(len(self.sample)) >= share)
+        own = jnp.asarray(low_discrepancy(len(self.sample)) >= share)
         sample = jnp.where(own[:, None], self.sample, prior.sample)
         return Observation(gram, sample, self.tokens, channels)
 
@@ -202,3 +204,32 @@ def corrected(
     missing = input_error @ w
     missing = missing if residual_error is None else missing + residual_error
     return w + share * (u.T @ (u @ missing))
+
+
+@jax.jit
+def squared_errors(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Squared error of a layer's outputs, its squared outputs, and their largest ratio in one output channel.
+
+    The first two are ``tr(dW^T H dW)`` and ``tr(W^T H W)`` with ``dW = W - W_hat``, ``[K, N]``, however
+    ``W_hat`` was found.
+    """
+    delta = w - w_hat
+    error, total = jnp.sum(delta * (h @ delta), axis=0), jnp.sum(w * (h @ w), axis=0)
+    ratio = jnp.where(total > 0, error / jnp.where(total > 0, total, 1.0), 0.0)
+    return jnp.sum(error), jnp.sum(total), jnp.max(ratio)
+
+
+def output_errors(name: str, sums: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Squared error of a layer's outputs over the squared outputs, and the worst output channel's ratio.
+
+    ``sums`` are the results of :func:`squared_errors` for parts of the layer's output channels. If the
+    outputs are 0, the first is the error itself.
+
+    Raises:
+      ValueError: it is NaN or infinite.
+    """
+    errors, totals, worst = zip(*sums)
+    relative = sum(errors) / sum(totals) if sum(totals) else sum(errors)
+    if not math.isfinite(relative):
+        raise ValueError(f"{name} cannot be quantized: the error of its outputs is {relative}")
+    return relative, max(worst)

@@ -1,6 +1,5 @@
 """Quantizes the layers that share an input: statistics, bit search, one stacked solve, packing."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import MixedTensor, pack
+from pallas_kernels import MixedTensor, pack, side_by_side
 from pallas_kernels.layout import zero_bits
 from slim_jax.config import Settings
 from slim_jax.method.budget import group_errors
@@ -20,13 +19,15 @@ from slim_jax.method.hessian import (
     Statistics,
     corrected,
     importance_only,
+    output_errors,
+    squared_errors,
     statistics,
 )
 from slim_jax.method.refine import refine
 from slim_jax.method.sba import Allocation, allocate, output_divergence, scores
-from slim_jax.method.scale_search import Grid, bytes_hold, scale_dtype, stored_grids
+from slim_jax.method.scale_search import bytes_hold, scale_dtype
 from slim_jax.model.linear import product_dtype
-from slim_jax.placement import ONE_DEVICE, Placement
+from slim_jax.placement import ONE_DEVICE, PANEL, Placement
 from slim_jax.report import LayerReport
 
 Found = TypeVar("Found", Statistics, Importance)
@@ -34,30 +35,8 @@ Found = TypeVar("Found", Statistics, Importance)
 DAMPING_TRIES = 4
 """Number of dampings that are tried, each ten times the one before, before a Hessian is given up."""
 
-
-@jax.jit
-def squares(w: jax.Array, w_hat: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Squared error of a layer's outputs, its squared outputs, and their largest ratio in one output channel.
-
-    The first two are ``tr(dW^T H dW)`` and ``tr(W^T H W)`` with ``dW = W - W_hat``, ``[K, N]``, however
-    ``W_hat`` was found.
-    """
-    delta = w - w_hat
-    error, total = jnp.sum(delta * (h @ delta), axis=0), jnp.sum(w * (h @ w), axis=0)
-    ratio = jnp.where(total > 0, error / jnp.where(total > 0, total, 1.0), 0.0)
-    return jnp.sum(error), jnp.sum(total), jnp.max(ratio)
-
-
-def relative_error(name: str, error: float, total: float) -> float:
-    """Squared error of a layer's outputs over the squared outputs; the error itself if these are 0.
-
-    Raises:
-      ValueError: it is NaN or infinite.
-    """
-    relative = error / total if total else error
-    if not math.isfinite(relative):
-        raise ValueError(f"{name} cannot be quantized: the error of its outputs is {relative}")
-    return relative
+CHUNK = 64 * PANEL
+"""Output channels of a wide weight that are solved at once: tokens of the vocabulary."""
 
 
 class LayerSolver:
@@ -79,7 +58,12 @@ class LayerSolver:
     ) -> None:
         self.config, self.bits, self.placement = config, bits, placement
         self.widths = widths or config.widths
-        self.zero_bits = zero_bits(self.widths)
+        self.zero_bits = zero_bits(self.widths)  # as stored; fits may have fewer
+        self._options: dict[str, Any] = {
+            "group_size": config.group_size,
+            "zero_bits": config.fitted_zero_bits(self.widths),
+            "placement": placement,
+        }
 
     def errors(self, weights: Mapping[str, Any], observation: Observation) -> dict[str, np.ndarray]:
         """Errors ``float32[G, W]`` of each of the layers; see `slim_jax.method.budget.group_errors`.
@@ -97,58 +81,85 @@ class LayerSolver:
                 padded,
                 found.importance,
                 widths=self.config.widths,
-                group_size=self.config.group_size,
-                zero_bits=self.zero_bits,
                 sqc=sqc,
                 scale_dtype=self.scale_dtype(padded, *self.config.widths),
-                placement=self.placement,
+                **self._options,
             )
             errors[name] = self.placement.fetch(by_width)
         return errors
 
     def solve(
-        self,
-        names: list[str],
-        weights: Sequence[jax.Array | np.ndarray],
-        observation: Observation,
-        like: list[MixedTensor] | None = None,
-    ) -> Iterator[tuple[MixedTensor, LayerReport]]:
+        self, names: list[str], weights: Sequence[jax.Array | np.ndarray], observation: Observation
+    ) -> list[tuple[MixedTensor, LayerReport]]:
         """Quantizes the layers that share an input, in one stacked solve.
 
         Args:
           names: the layers' names, for the allocation and the report.
           weights: ``[K, N]`` each.
           observation: the observation of the shared input.
-          like: packed weights whose bits and grids are reused, so that only codes are solved for.
+
+        Returns:
+          The packed weight and the report of each layer.
 
         Raises:
           ValueError: the Hessian is not positive definite, the given bits do not fit, or a layer's inputs or
             error are not finite.
         """
-        config, k = self.config, weights[0].shape[0]
         found, damping = self.statistics(observation, names)
+        solved = []
+        for name, (tensor, mixed, sums) in zip(names, self._solved(names, weights, observation, found)):
+            errors, borrowed = output_errors(name, [sums]), observation.share_borrowed
+            report = LayerReport.of(name, tensor, errors, mixed, damping, borrowed)
+            solved.append((self.placement.tensor(tensor), report))
+        return solved
+
+    def solve_wide(
+        self, name: str, weight: Callable[[slice], Any], channels: int, observation: Observation
+    ) -> tuple[MixedTensor, LayerReport]:
+        """Quantizes one layer with many output channels, :data:`CHUNK` of them at a time.
+
+        Args:
+          name: the layer's name.
+          weight: returns some columns of the weight, ``[K, n]``.
+          channels: number of all columns, ``N``.
+          observation: the observation of the layer's input.
+
+        Raises:
+          ValueError: as for :meth:`solve`.
+        """
+        found, damping = self.statistics(observation, [name])
+        chunks = [slice(start, min(start + CHUNK, channels)) for start in range(0, channels, CHUNK)]
+        solved = [next(self._solved([name], [weight(chunk)], observation, found)) for chunk in chunks]
+        tensors, _, sums = zip(*solved)
+        tensor = self.placement.tensor(side_by_side(tensors))
+        return tensor, LayerReport.of(name, tensor, output_errors(name, sums), None, damping)
+
+    def _solved(
+        self,
+        names: list[str],
+        weights: Sequence[jax.Array | np.ndarray],
+        observation: Observation,
+        found: Statistics,
+    ) -> Iterator[tuple[MixedTensor, int | None, list[float]]]:
+        """Yields each layer's packed weight, the ``p`` of its bit search, and its :func:`squared_errors`."""
+        config, k = self.config, weights[0].shape[0]
         padding = _rows_up_to(found, weights[0])
         placed = [self.placement.channels(w).astype(jnp.float32) for w in weights]
         padded = [jnp.pad(w, padding) * found.alive[:, None] for w in placed]
         if config.method != "rtn":
             padded = self.corrected(padded, found, observation)
         x = jnp.pad(self.placement.whole(observation.sample), ((0, 0), (0, padding[0][1])))
-        if like is None:
-            chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
-        else:
-            chosen = [(tensor.bits(), None) for tensor in like]
-        solutions = self._solutions(padded, found, [bits for bits, _ in chosen], like)
+        chosen = [self._allocate(name, w, x, found) for name, w in zip(names, padded)]
+        solutions = self._solutions(padded, found, [bits for bits, _ in chosen])
         if config.criterion != "paper" and any(mixed for _, mixed in chosen):
             uniform = [np.full_like(bits, int(config.bits)) for bits, _ in chosen]
             plain = self._solutions(padded, found, uniform)
             for i, (w, (_, mixed)) in enumerate(zip(padded, chosen)):
-                if mixed and not _pays(*self.placement.tree((w, x, solutions[i], plain[i]))):
+                if mixed and not _mixing_helps(*self.placement.tree((w, x, solutions[i], plain[i]))):
                     solutions[i], chosen[i] = plain[i], (uniform[i], 0)
-        for name, w, (bits, mixed), solution in zip(names, padded, chosen, solutions):
-            tensor = self._pack(solution, bits, k)
-            error, total, worst = map(float, squares(w, _weight(solution), found.h))
-            errors, borrowed = (relative_error(name, error, total), worst), observation.share_borrowed
-            yield tensor, LayerReport.of(name, tensor, errors, mixed, damping, borrowed)
+        for w, (bits, mixed), solution in zip(padded, chosen, solutions):
+            sums = [float(value) for value in squared_errors(w, _weight(solution), found.h)]
+            yield self._pack(solution, bits, k), mixed, sums
 
     def scale_dtype(self, w: jax.Array, *widths: Any) -> jnp.dtype:
         """Returns the dtype of a padded weight's scales: uint8 if `bytes_hold` them at all ``widths``.
@@ -173,11 +184,8 @@ class LayerSolver:
         of a fit of ``K`` unknowns to ``T`` tokens is chance. If the observation has no input error or
         ``asymmetric`` is 0, these are ``weights``.
         """
-        input_error, residual_error, asymmetric = (
-            observation.input_error,
-            observation.residual_error,
-            self.config.asymmetric,
-        )
+        input_error, residual_error = observation.input_error, observation.residual_error
+        asymmetric = self.config.asymmetric
         if input_error is None or not asymmetric:
             return weights
         missing, unit = weights[0].shape[0] - len(input_error), np.float32(2 / observation.tokens)
@@ -216,28 +224,14 @@ class LayerSolver:
         )
 
     def _solutions(
-        self,
-        weights: list[jax.Array],
-        found: Statistics,
-        bits: list[np.ndarray],
-        like: list[MixedTensor] | None = None,
+        self, weights: list[jax.Array], found: Statistics, bits: list[np.ndarray]
     ) -> list[Solution]:
-        """Solves every layer for its bits, on the grids of ``like`` if given, else on fitted ones.
-
-        Layers whose scales have the same stored dtype are solved together.
-        """
-        if like is None:
-            dtypes = [self.scale_dtype(w, b) for w, b in zip(weights, bits)]
-        else:
-            dtypes = [tensor.scale.dtype for tensor in like]
+        """Solves every layer for its bits; layers whose scales have the same stored dtype together."""
+        dtypes = [self.scale_dtype(w, b) for w, b in zip(weights, bits)]
         solutions: dict[int, Solution] = {}
         for dtype in dict.fromkeys(dtypes):
             own = [i for i, other in enumerate(dtypes) if other == dtype]
-            grids = None
-            if like is not None:
-                each = [stored_grids(like[i]) for i in own]
-                grids = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *each)
-            stacked = self._stacked([weights[i] for i in own], found, [bits[i] for i in own], dtype, grids)
+            stacked = self._stacked([weights[i] for i in own], found, [bits[i] for i in own], dtype)
             solutions |= dict(zip(own, stacked))
         return [solutions[i] for i in range(len(weights))]
 
@@ -247,9 +241,8 @@ class LayerSolver:
         found: Statistics,
         bits: list[np.ndarray],
         scale_dtype: jnp.dtype,
-        grids: Grid | None,
     ) -> list[Solution]:
-        """Solves all layers in one stacked solve, on ``grids`` if given, else on fitted ones."""
+        """Solves all layers in one stacked solve."""
         config = self.config
         widths = [np.repeat(b[:, None].astype(np.float32), w.shape[1], axis=1) for b, w in zip(bits, weights)]
         w = self.placement.channels(jnp.concatenate(weights, axis=1))
@@ -259,28 +252,15 @@ class LayerSolver:
             found.u,
             found.importance,
             width,
-            group_size=config.group_size,
-            zero_bits=self.zero_bits,
             sqc=config.sqc,
             feedback=config.method != "rtn",
-            grids=grids,
             scale_dtype=scale_dtype,
-            placement=self.placement,
+            **self._options,
         )
         if config.refine and config.method != "rtn":
-            solution = refine(
-                w,
-                found.damped,
-                solution,
-                width,
-                group_size=config.group_size,
-                zero_bits=self.zero_bits,
-                sweeps=config.refine,
-                grids=grids is None,
-                placement=self.placement,
-            )
-        ends = np.cumsum([w.shape[1] for w in weights]).tolist()
-        return [solution.part(slice(end - w.shape[1], end)) for w, end in zip(weights, ends)]
+            solution = refine(w, found.damped, solution, width, passes=config.refine, **self._options)
+        stops = np.cumsum([w.shape[1] for w in weights]).tolist()
+        return [solution.part(slice(stop - w.shape[1], stop)) for w, stop in zip(weights, stops)]
 
     def _allocate(
         self, name: str, w: jax.Array, x: jax.Array, found: Statistics
@@ -302,12 +282,10 @@ class LayerSolver:
             x,
             found.importance,
             bits=mean,
-            group_size=config.group_size,
-            zero_bits=self.zero_bits,
             sqc="minmax" if config.criterion == "paper" else config.sqc,
             criterion=config.criterion,
             scale_dtype=None if config.criterion == "paper" else self.scale_dtype(w, mean - 1, mean + 1),
-            placement=self.placement,
+            **self._options,
         )
         candidates = np.asarray(score)
         if not np.all(np.isfinite(candidates)):
@@ -321,7 +299,7 @@ class LayerSolver:
     def _pack(self, solution: Solution, bits: np.ndarray, k: int) -> MixedTensor:
         zero_unit = np.exp2(bits - self.zero_bits)[:, None]
         code, scale, zero = map(self.placement.fetch, solution)
-        tensor = pack(
+        return pack(
             code[:k],
             scale,
             np.rint(zero / zero_unit).astype(np.uint8),
@@ -330,7 +308,6 @@ class LayerSolver:
             widths=self.widths,
             dtype=product_dtype(),
         )
-        return self.placement.tensor(tensor)
 
 
 class LayerSolvers:
@@ -373,7 +350,7 @@ class LayerSolvers:
         return self._solvers[config]
 
 
-def _pays(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> bool:
+def _mixing_helps(w: jax.Array, x: jax.Array, mixed: Solution, uniform: Solution) -> bool:
     """True if the solved mixed widths diverge less than the solved uniform widths.
 
     The search scores weights that are rounded to nearest. Error feedback gains most where all groups

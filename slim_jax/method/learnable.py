@@ -1,15 +1,11 @@
 """Method "slim-plus": trains a block's quantization by gradient descent until the block's output matches.
 
-Bit widths stay as SBA chose them. ``learn`` names the learned parameters. The paper's SliM-LLM+ is
+Bit widths stay as SBA chose them. ``learn`` names the learned parameters:
 
-* "clip": how far the range of each group and channel is clipped; weights are rounded to nearest on the
-  grid that results.
-
-The others are not in the paper; the last is the default:
-
-* "clip-gptq": as "clip", and at the end GPTQ rounds to that grid;
-* "grid": the scale and zero point of each group and channel; the solver's codes stay;
-* "rounding": the scale, zero point and codes, each starting from the solver's.
+* "clip", the paper's SliM-LLM+: how far the range of each group and channel is clipped; weights are rounded
+  to nearest on the grid that results;
+* "rounding", the default, which is not in the paper: the scale, zero point and codes, each starting from the
+  solver's.
 
 Rounding passes gradients straight through (the derivative of ``round`` is taken as 1). The loss is computed
 on the values that will be stored: scales in eight bits, or in bfloat16 if the solver's were, and zero points
@@ -19,20 +15,18 @@ on the grid of their codes.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import MixedTensor, pack, scales
 from pallas_kernels.layout import zero_bits
-from slim_jax.method.hessian import spread
+from slim_jax.method.hessian import low_discrepancy
 from slim_jax.method.scale_search import Grid, stored_grids
 from slim_jax.model.block import sequence_positions
 from slim_jax.model.config import DecoderConfig
@@ -49,30 +43,35 @@ Learned = dict[str, dict[str, jax.Array]]
 """Learned parameters of each layer, by its name in the block: see the functions that end in ``_start``."""
 
 
+class ClipRange(NamedTuple):
+    """Values that "clip" clips: the full-precision weight ``[G, g, N]``, and the ends of its range
+    ``[G, 1, N]``."""
+
+    weight: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
 @partial(
     jax.tree_util.register_dataclass,
     meta_fields=["zero_bits", "scale_dtype"],
-    data_fields=["weight", "low", "high", "bits"],
+    data_fields=["bits", "clip"],
 )
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """Values of a layer that training does not change; ``K`` is padded to whole groups, ``[G, g, N]``.
 
     Attributes:
-      weight: the full-precision weight for "clip", otherwise the solver's codes.
-      low: ``[G, 1, N]``, lower end of the range that "clip" clips.
-      high: ``[G, 1, N]``, its upper end.
       bits: ``[G, 1, 1]``, width of every group.
       zero_bits: bits of a stored zero point, static.
       scale_dtype: dtype of the stored scales, static.
+      clip: for "clip"; None where codes are learned.
     """
 
-    weight: jax.Array
-    low: jax.Array
-    high: jax.Array
     bits: jax.Array
     zero_bits: int
     scale_dtype: jnp.dtype
+    clip: ClipRange | None = None
 
 
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
@@ -94,19 +93,20 @@ def stored_grid(scale: jax.Array, zero: jax.Array, layer: Layer) -> Grid:
 
 def quantized(learned: Mapping[str, jax.Array], layer: Layer) -> tuple[jax.Array, Grid]:
     """Codes ``[G, g, N]``, integers as float32, and the grid ``[G, 1, N]``, both differentiable."""
-    if "up" in learned:
+    if layer.clip is not None:
+        weight, low, high = layer.clip
         offset = jnp.where(layer.bits == 1, learned["offset"], 0.0)
-        high = jax.nn.sigmoid(learned["up"]) * layer.high + offset
-        low = jax.nn.sigmoid(learned["down"]) * layer.low + offset
+        high = jax.nn.sigmoid(learned["up"]) * high + offset
+        low = jax.nn.sigmoid(learned["down"]) * low + offset
         scale = (high - low) / (jnp.exp2(layer.bits) - 1)
         zero = -low / scale
         # As in the paper's code, weights of 0 stay 0; the two values of a 1-bit group may lie anywhere.
         zero = jnp.where(layer.bits == 1, zero, straight_through(zero, jnp.round(zero)))
         grid = stored_grid(scale, zero, layer)
-        code = layer.weight / grid.scale + grid.zero
+        code = weight / grid.scale + grid.zero
     else:
         grid = stored_grid(jnp.exp(learned["log_scale"]), learned["zero"], layer)
-        code = learned.get("code", layer.weight)
+        code = learned["code"]
     code = jnp.clip(code, 0.0, grid.levels)
     return straight_through(code, jnp.round(code)), grid
 
@@ -127,7 +127,7 @@ def clip_start(
     high = jnp.where(low == high, low + 1.0, high)
     gamma = jnp.full_like(low, CLIP_START)
     learned = {"up": gamma, "down": gamma, "offset": jnp.zeros_like(low)}
-    return learned, Layer(w, low, high, bits, zero_bits, scale_dtype)
+    return learned, Layer(bits, zero_bits, scale_dtype, ClipRange(w, low, high))
 
 
 def undecided(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -139,15 +139,13 @@ def undecided(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
     """
     if dtype != jnp.uint8:
         return scale
-    shares = jnp.asarray(spread(scale.size).reshape(scale.shape), jnp.float32)
+    shares = jnp.asarray(low_discrepancy(scale.size).reshape(scale.shape), jnp.float32)
     return scales.within(scales.encoded(scale), shares)
 
 
-@partial(jax.jit, static_argnames="rounding")
-def solved_start(
-    tensor: MixedTensor, w: jax.Array, bits: jax.Array, *, rounding: bool
-) -> tuple[dict[str, jax.Array], Layer]:
-    """Initial scales and zero points and, for ``rounding``, codes, all as the solver chose them.
+@jax.jit
+def solved_start(tensor: MixedTensor, w: jax.Array, bits: jax.Array) -> tuple[dict[str, jax.Array], Layer]:
+    """Initial scales, zero points and codes, all as the solver chose them.
 
     A code starts at the weight's own place on the grid, but within ``MARGIN`` of the solver's code, so that
     it rounds to the solver's code and the weights closest to a rounding border cross it first.
@@ -156,11 +154,11 @@ def solved_start(
     codes = jnp.pad(tensor.codes().astype(jnp.float32), ((0, groups * g - tensor.shape[0]), (0, 0)))
     code = codes.reshape(groups, g, n)
     scale, zero, _ = (value[:, None] for value in stored_grids(tensor))
-    learned = {"log_scale": jnp.log(undecided(scale, tensor.scale.dtype)), "zero": zero}
-    if rounding:
-        learned["code"] = code + jnp.clip(w / scale + zero - code, -MARGIN, MARGIN)
-    empty = jnp.zeros((groups, 1, n))
-    return learned, Layer(code, empty, empty, bits, zero_bits(tensor.widths), tensor.scale.dtype)
+    return {
+        "log_scale": jnp.log(undecided(scale, tensor.scale.dtype)),
+        "zero": zero,
+        "code": code + jnp.clip(w / scale + zero - code, -MARGIN, MARGIN),
+    }, Layer(bits, zero_bits(tensor.widths), tensor.scale.dtype)
 
 
 def dense_weights(learned: Learned, layers: Mapping[str, Layer]) -> dict[str, jax.Array]:
@@ -207,26 +205,22 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
-class SlimPlus:
-    """Training of one block; hashable, so that each of its steps compiles once per model.
+class BlockLoss:
+    """Mean squared difference of a quantized block's output from its targets; hashable.
 
     Attributes:
       config: the decoder's config.
-      optimizer: any gradient transformation; its state starts anew for every block.
       augmented: weight of the paper's augmented term, whose target is the full-precision block's output
         for the quantized block's own inputs.
-      sharding: sharding of a batch's samples over the chips, used if their number divides the batch.
     """
 
     config: DecoderConfig
-    optimizer: optax.GradientTransformation
     augmented: float = 1.0
-    sharding: NamedSharding | None = None
 
-    def loss(
+    def __call__(
         self, learned: Learned, layers: Mapping[str, Layer], rest: Params, batch: Samples
     ) -> Float[Array, ""]:
-        """Mean squared difference of the block's output from its targets."""
+        """Returns the loss of a batch; ``rest`` are the block's parameters that are not learned."""
         params = dict(rest)
         shapes = block_params(self.config)
         for layer, w in dense_weights(learned, layers).items():
@@ -238,48 +232,3 @@ class SlimPlus:
         if self.augmented and batch.y_here is not None:
             loss += self.augmented * jnp.mean((y - batch.y_here) ** 2)
         return loss
-
-    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-    def epoch(
-        self,
-        learned: Learned,
-        state: Any,
-        layers: Mapping[str, Layer],
-        rest: Params,
-        samples: Samples,
-        order: Int[Array, "steps batch"],
-    ) -> tuple[Learned, Any, Float[Array, " steps"]]:
-        """Trains on the samples once, in the given order; returns parameters, state and every step's loss."""
-
-        def step(carry: tuple[Learned, Any], rows: jax.Array):
-            learned, state = carry
-            batch = self._batch(samples, rows)
-            loss, gradient = jax.value_and_grad(self.loss)(learned, layers, rest, batch)
-            updates, state = self.optimizer.update(gradient, state, learned)
-            return (optax.apply_updates(learned, updates), state), loss
-
-        (learned, state), losses = lax.scan(step, (learned, state), order)
-        return learned, state, losses
-
-    @partial(jax.jit, static_argnums=0)
-    def evaluate(
-        self,
-        learned: Learned,
-        layers: Mapping[str, Layer],
-        rest: Params,
-        samples: Samples,
-        order: Int[Array, "steps batch"],
-    ) -> Float[Array, ""]:
-        """Mean loss over the rows of ``order``."""
-
-        def step(total: jax.Array, rows: jax.Array):
-            batch = self._batch(samples, rows)
-            return total + self.loss(learned, layers, rest, batch), None
-
-        return lax.scan(step, jnp.zeros(()), order)[0] / order.shape[0]
-
-    def _batch(self, samples: Samples, rows: jax.Array) -> Samples:
-        batch = jax.tree.map(lambda a: a[rows], samples)
-        if self.sharding is None or len(rows) % self.sharding.num_devices:
-            return batch
-        return lax.with_sharding_constraint(batch, self.sharding)

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import scales
 from slim_jax.method.gptq import Solution
-from slim_jax.placement import ONE_DEVICE, Placement, in_panels
+from slim_jax.placement import ONE_DEVICE, Placement
 
 
-@partial(jax.jit, static_argnames=("group_size", "zero_bits", "sweeps", "grids", "placement"))
+@partial(jax.jit, static_argnames=("group_size", "zero_bits", "passes", "placement"))
 def refine(
     w: Float[Array, "k n"],
     h: Float[Array, "k k"],
@@ -28,8 +28,7 @@ def refine(
     *,
     group_size: int,
     zero_bits: int,
-    sweeps: int,
-    grids: bool = True,
+    passes: int,
     placement: Placement = ONE_DEVICE,
 ) -> Solution:
     """Returns a solution with the same bits and a squared error ``tr(D^T H D)`` that is no larger.
@@ -42,18 +41,14 @@ def refine(
       bits: bit width of every group and output channel.
       group_size: channels per group.
       zero_bits: bits of a stored zero point.
-      sweeps: number of passes over all groups.
-      grids: if False, only codes change, not scales and zero points.
+      passes: number of passes over all groups.
       placement: the chips that split the output channels.
     """
 
-    def own(h: jax.Array, channels: tuple[jax.Array, Solution, jax.Array]):
-        def panel(part: tuple[jax.Array, Solution, jax.Array]) -> Solution:
-            return _refine(h, *part, group_size, zero_bits, sweeps, grids)
+    def panel(h: jax.Array, channels: tuple[jax.Array, Solution, jax.Array]) -> Solution:
+        return _refine(h, *channels, group_size, zero_bits, passes)
 
-        return in_panels(panel, channels)
-
-    return placement.over_channels(own, w.shape[1])(h, (w, solution, bits))
+    return placement.over_panels(panel, h, (w, solution, bits))
 
 
 def _refine(
@@ -63,8 +58,7 @@ def _refine(
     bits: jax.Array,
     group_size: int,
     zero_bits: int,
-    sweeps: int,
-    grids: bool,
+    passes: int,
 ) -> Solution:
     step, levels, dtype = jnp.exp2(bits - zero_bits), jnp.exp2(bits) - 1, solution.scale.dtype
 
@@ -77,20 +71,19 @@ def _refine(
         scale, zero = all_scales[index], zeros[index]
         before = scale[None] * (code - zero[None])
         slope = lax.dynamic_slice_in_dim(gradient, start, group_size)
-        if grids:
-            scale, slope = _better_scale(own, slope, code - zero[None], scale, dtype)
-            zero, slope = _better_zero(own, slope, scale, zero, step[index], zero_bits)
+        scale, slope = _better_scale(own, slope, code - zero[None], scale, dtype)
+        zero, slope = _better_zero(own, slope, scale, zero, step[index], zero_bits)
         code = _better_codes(own, slope, code, scale, levels[index])
         gradient = gradient + rows.T @ (scale[None] * (code - zero[None]) - before)
         codes = lax.dynamic_update_slice_in_dim(codes, code, start, axis=0)
         return (gradient, codes, all_scales.at[index].set(scale), zeros.at[index].set(zero)), None
 
-    def sweep(_: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
+    def one_pass(_: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
         return lax.scan(group, state, jnp.arange(bits.shape[0]))[0]
 
     start = solution.code.astype(jnp.float32), scales.decoded(solution.scale), solution.zero
     state = (h @ (solution.weight() - w), *start)
-    _, codes, scale, zeros = lax.fori_loop(0, sweeps, sweep, state)
+    _, codes, scale, zeros = lax.fori_loop(0, passes, one_pass, state)
     return Solution(codes.astype(jnp.uint8), scales.stored(scale, dtype), zeros)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from slim_jax.method.scale_search import FITS
 from slim_jax.method.scale_search import scale_dtype as default_scale_dtype
-from slim_jax.placement import ONE_DEVICE, Placement, in_panels
+from slim_jax.placement import ONE_DEVICE, Placement
 
 Allocation = dict[str, list[int]]
 """Bit width of every group, by the layer's name (``"blocks.3.attn.q"``)."""
@@ -54,7 +54,7 @@ def quantized_at(
     """
     dtype = default_scale_dtype(sqc) if scale_dtype is None else scale_dtype
 
-    def own(whole: tuple[jax.Array, jax.Array], w: jax.Array) -> jax.Array:
+    def panel(whole: tuple[jax.Array, jax.Array], w: jax.Array) -> jax.Array:
         importance, bits = whole
 
         def group(block: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -66,9 +66,7 @@ def quantized_at(
         blocks = w.reshape(-1, group_size, w.shape[1]), importance.reshape(-1, group_size)
         return lax.map(group, blocks).reshape(w.shape)
 
-    return placement.over_channels(lambda whole, w: in_panels(partial(own, whole), w), w.shape[1])(
-        (importance, jnp.float32(bits)), w
-    )
+    return placement.over_panels(panel, (importance, jnp.float32(bits)), w)
 
 
 def weighted_errors(

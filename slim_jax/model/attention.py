@@ -11,6 +11,7 @@ The scores of all queries with all keys are in memory at once only where they ar
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ def attention(
     scale: float,
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
 ) -> Float[Array, "b t hd"]:
     """Returns ``softmax(scale * q k^T) v`` over the keys at or before each query's position.
 
@@ -52,6 +54,7 @@ def attention(
       scale: factor of the scores.
       window: number of positions that a query sees, its own included; all by default.
       softcap: scores ``s`` become ``softcap * tanh(s / softcap)``.
+      sinks: for each head, the score of one more key, whose value is 0.
     """
     on_cpu = chips.of_target().platform == "cpu"
     b, t, h, d = q.shape
@@ -63,19 +66,23 @@ def attention(
     def by_head(q: jax.Array) -> jax.Array:
         return q.reshape(b, q.shape[1], k.shape[1], -1, d).transpose(0, 2, 3, 1, 4)  # [b, kv, h / kv, t, d]
 
+    each = None if sinks is None else sinks.reshape(k.shape[1], -1, 1, 1)
+
     def by_token(y: jax.Array) -> jax.Array:
         return y.transpose(0, 3, 1, 2, 4).reshape(b, -1, h * d)
 
     if on_cpu and t > 1:
         attend = jax.checkpoint(attend) if many else attend
-        return by_token(_head_by_head(attend, by_head(q), k, v, visible, positions, key_positions))
+        return by_token(_head_by_head(attend, by_head(q), k, v, each, visible, positions, key_positions))
 
     def at_once(q: jax.Array, positions: jax.Array) -> jax.Array:
         mask = visible(positions, key_positions)
-        # JAX's function has no soft cap, and needs another order of axes, for which XLA would transpose the
-        # whole cache for one token.
-        if softcap is not None or t == 1:
-            return by_token(attend(by_head(q), k, v, mask[:, None, None]))
+        # JAX's function has no soft cap and no sinks, and needs another order of axes, for which XLA would
+        # transpose the whole cache for one token.
+        if softcap is not None or t == 1 or each is not None:
+            return by_token(
+                attend(by_head(q), k, v, None if each is None else each[None], mask[:, None, None])
+            )
         keys, values = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
         y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None], scale=scale)
         return y.reshape(b, -1, h * d)
@@ -96,6 +103,7 @@ def attend_cached(
     scale: float,
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
     one_device: bool = False,
 ) -> tuple[Float[Array, "b t hd"], KeyValues]:
     """Returns :func:`attention` over a cache that the tokens of ``q``, ``k`` and ``v`` join, and the cache.
@@ -110,6 +118,7 @@ def attend_cached(
       scale: see :func:`attention`.
       window: see :func:`attention`.
       softcap: see :func:`attention`.
+      sinks: see :func:`attention`.
       one_device: if True, all arrays are on one device, and kernels may be used where the target has them.
     """
 
@@ -119,10 +128,13 @@ def attend_cached(
         cache = cache.write(k.swapaxes(1, 2), v.swapaxes(1, 2), one_device=one_device)
         keys, values = cache.read()
         places = positions, cache.positions
-        return attention(q, keys, values, *places, scale=scale, window=window, softcap=softcap), cache
+        y = attention(q, keys, values, *places, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return y, cache
 
     one_device = one_device and not meshes.spread(q, cache).several
-    if not one_device or q.shape[1] > 1 or cache.layer is not None or isinstance(cache.keys, Int8Rows):
+    if not one_device or q.shape[1] > 1 or cache.layer is not None or sinks is not None:
+        return by_xla(q, k, v, cache)
+    if isinstance(cache.keys, Int8Rows):
         return by_xla(q, k, v, cache)
     from pallas_kernels.gpu import attention as attend  # this import takes a second: not on CPUs
 
@@ -159,13 +171,17 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    sinks: jax.Array | None,
     mask: jax.Array,
     *,
     scale: float,
     softcap: float | None,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Attends from queries ``[..., r, t, d]`` to their head's keys ``[..., s, d]``, products in ``dtype``."""
+    """Attends from queries ``[..., r, t, d]`` to their head's keys ``[..., s, d]``, products in ``dtype``.
+
+    ``sinks`` are ``[..., r, 1, 1]``.
+    """
 
     def product(terms: str, *operands: jax.Array) -> jax.Array:
         return jnp.einsum(terms, *(a.astype(dtype) for a in operands), preferred_element_type=jnp.float32)
@@ -174,9 +190,12 @@ def _attend(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    y = product("...rts,...sd->...rtd", weights, v)
-    return y / jnp.sum(weights, axis=-1, keepdims=True)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - highest)
+    return product("...rts,...sd->...rtd", weights, v) / total
 
 
 def _by_turns(
@@ -201,6 +220,7 @@ def _head_by_head(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    sinks: jax.Array | None,
     visible: Callable[[jax.Array, jax.Array], jax.Array],
     positions: jax.Array,
     key_positions: jax.Array,
@@ -214,13 +234,14 @@ def _head_by_head(
     def sample(one: tuple[jax.Array, ...]) -> jax.Array:
         *heads, positions, key_positions = one
 
-        def run_of(q: jax.Array, k: jax.Array, v: jax.Array, run: slice, seen: slice) -> jax.Array:
+        def run_of(one: tuple[Any, ...], run: slice, seen: slice) -> jax.Array:
             mask = visible(positions[None, run], key_positions[None, seen])
-            return attend(q[:, run], k[seen], v[seen], mask)
+            q, k, v, sinks = one
+            return attend(q[:, run], k[seen], v[seen], sinks, mask)
 
-        def head(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            return jnp.concatenate([run_of(*one, *run) for run in runs], axis=1)
+        def head(one: tuple[Any, ...]) -> jax.Array:
+            return jnp.concatenate([run_of(one, *run) for run in runs], axis=1)
 
-        return lax.map(head, tuple(heads))
+        return lax.map(head, (*heads, sinks))
 
     return lax.map(sample, (q, k, v, positions, key_positions))

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import InputNorm, Prepared
 from slim_jax.model.attention import attend_cached, attention
-from slim_jax.model.cache import KeyValues
+from slim_jax.model.cache import Cache, KeyValues
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear, outputs, plus_output
+from slim_jax.model.linear_attention import GatedDelta
 from slim_jax.model.mlp import MLP, Later, MoE
 from slim_jax.model.rotary import Rotation, frequencies
 from slim_jax.model.stage import Stage, Stream, part_of, passed
@@ -71,12 +72,14 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
         d, heads = config.hidden_size, config.num_heads * config.head_dim
         kv = config.num_kv_heads * config.head_dim
-        self.q = Linear(d, heads, bias=config.qkv_bias, rngs=rngs)
+        queries = 2 * heads if config.output_gate else heads
+        self.q = Linear(d, queries, bias=config.qkv_bias, rngs=rngs)
         self.k = Linear(d, kv, bias=config.qkv_bias, rngs=rngs)
         self.v = Linear(d, kv, bias=config.qkv_bias, rngs=rngs)
         self.o = Linear(heads, d, bias=config.o_bias, rngs=rngs)
         self.q_norm = Norm(config.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config) if config.qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros(config.num_heads)) if config.attn_sinks else None
         self.local = Buffer(is_local(config, index)) if config.global_layers else None
         self.config = config
 
@@ -91,34 +94,39 @@ class Attention(nnx.Module):
         Each token of ``x`` sees itself, the tokens before it, and those of the cache, which all of them join.
         Without ``positions``, rows are whole sequences.
         """
-        config = self.config
+        config, gate = self.config, None
         positions = sequence_positions(x) if positions is None else positions
         batch, time, _ = x.shape
         q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in outputs(x, self.q, self.k, self.v))
+        if config.output_gate:
+            q, gate = q[:, :, ::2], q[:, :, 1::2].reshape(batch, time, -1)
         rotation = self._rotation(positions) if config.positions == "rotary" else None
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None and (cache is None or self.q_norm is not None):  # else attend_cached rotates
+        whole = cache is not None and self.q_norm is None and config.rotary_dim is None
+        if rotation is not None and not whole:  # else attend_cached rotates
             q, k, rotation = rotation(q, positions), rotation(k, positions), None
         window: int | jax.Array | None = config.sliding_window
         if self.local is not None and window is not None:
             window = jnp.where(self.local[...] > 0, window, jnp.iinfo(jnp.int32).max)
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        softcap = config.attn_softcap
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
+        how: Any = {"scale": scale, "window": window, "softcap": config.attn_softcap, "sinks": sinks}
         if cache is None:
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            y = attention(q, k, v, positions, positions, scale=scale, window=window, softcap=softcap)
-            return y, None
-        # Prepared weights lie on one device.
-        alone = isinstance(self.q, Linear) and isinstance(self.q.weight.get_value(), Prepared)
-        how = {"scale": scale, "window": window, "softcap": softcap, "one_device": alone}
-        return attend_cached(q, k, v, positions, cache, rotation=rotation, **how)
+            y = attention(q, k, v, positions, positions, **how)
+        else:
+            # Prepared weights lie on one device.
+            alone = isinstance(self.q, Linear) and isinstance(self.q.weight.get_value(), Prepared)
+            y, cache = attend_cached(q, k, v, positions, cache, rotation=rotation, one_device=alone, **how)
+        return (y if gate is None else y * jax.nn.sigmoid(gate)), cache
 
     def _rotation(self, positions: jax.Array) -> Rotation:
         config, scaling = self.config, self.config.rope_scaling
-        frequency = frequencies(config.head_dim, config.rope_theta, scaling, jnp.max(positions) + 1)
+        size = config.rotary_dim or config.head_dim
+        frequency = frequencies(size, config.rope_theta, scaling, jnp.max(positions) + 1)
         if config.sliding_window is not None and config.local_rope_theta is not None:
-            local = frequencies(config.head_dim, config.local_rope_theta)
+            local = frequencies(size, config.local_rope_theta)
             frequency = local if self.local is None else jnp.where(self.local[...] > 0, local, frequency)
         return Rotation(frequency, 1.0 if scaling is None else scaling.attention_factor)
 
@@ -128,11 +136,13 @@ def is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
 
 
 class Block(nnx.Module):
-    """One transformer block, with an ``mlp`` or, in its place, a ``moe``."""
+    """One transformer block, with ``attn`` or ``linear_attn``, and with ``mlp`` or ``moe``."""
 
     def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
         self.attn_norm: Norm | Unchanged = Norm(config.hidden_size, config)
-        self.attn = Attention(config, index, rngs=rngs)
+        linear = config.mixer == "gated_delta"
+        self.attn = None if linear else Attention(config, index, rngs=rngs)
+        self.linear_attn = GatedDelta(config, rngs=rngs) if linear else None
         self.attn_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
         self.mlp_norm: Norm | Unchanged = Norm(config.hidden_size, config)
         self.mlp = None if config.num_experts else MLP(config, rngs=rngs)
@@ -145,23 +155,30 @@ class Block(nnx.Module):
         self,
         h: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
-        cache: KeyValues | None = None,
-    ) -> tuple[Float[Array, "b t d"], KeyValues | None]:
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """Returns the output of the block, and the cache extended by the tokens of ``h``.
 
         Args:
           h: the residual stream.
           positions: position of each token; -1 for padding.
-          cache: keys and values of the tokens before; None where these are the first.
+          cache: state of the tokens before; None where these are the first.
         """
         stream: Stream = {"h": h, "positions": positions, "cache": cache}
         for stage in stages(self.config):
             stream = passed(stage, part_of(self, stage.part), stream)
         return stream["h"], stream["cache"]
 
+    @property
+    def mixer(self) -> Attention | GatedDelta:
+        """The part through which tokens see each other."""
+        mixer = self.attn if self.linear_attn is None else self.linear_attn
+        assert mixer is not None
+        return mixer
+
     def after_attn(self, h: Float[Array, "b t d"], x: Float[Array, "b t hd"]) -> Float[Array, "b t d"]:
         """Returns the residual stream after attention; ``x`` is the input of ``o``."""
-        h = _plus(h, partial(plus_output, x=x, layer=self.attn.o), self.attn_out_norm)
+        h = _plus(h, partial(plus_output, x=x, layer=self.mixer.o), self.attn_out_norm)
         return h if self.pre_norm else self.attn_norm(h)
 
     def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t i"] | Later) -> Float[Array, "b t d"]:
@@ -181,7 +198,7 @@ def _attn_input(block: Block, h: jax.Array) -> tuple[jax.Array]:
     return (block.attn_norm(h) if block.pre_norm else h,)
 
 
-def _attend(attn: Attention, x: jax.Array, positions: jax.Array | None, cache: KeyValues | None):
+def _attend(attn: Attention | GatedDelta, x: jax.Array, positions: jax.Array | None, cache: Any):
     return attn.attend(x, positions, cache)
 
 
@@ -202,16 +219,22 @@ def _route(moe: MoE, x: jax.Array) -> tuple[jax.Array]:
     return (moe.route(x),)
 
 
-def _mix(moe: MoE, x: jax.Array, routes: jax.Array) -> tuple[jax.Array]:
-    return (moe.mix(x, routes),)
+def _mix(moe: MoE, x: jax.Array, routes: jax.Array, y: jax.Array | None) -> tuple[jax.Array]:
+    mixed = moe.mix(x, routes)
+    return (mixed if y is None else y + mixed,)
 
 
-def _first_part(expert: MLP, hidden: jax.Array, route: jax.Array) -> tuple[jax.Array]:
-    return (route[..., None] * expert.down(hidden),)
+def _shared_hidden(mlp: MLP, x: jax.Array) -> tuple[jax.Array]:
+    return (mlp.hidden(x),)
 
 
-def _next_part(expert: MLP, hidden: jax.Array, route: jax.Array, y: jax.Array) -> tuple[jax.Array]:
-    return (y + route[..., None] * expert.down(hidden),)
+def _shared_output(moe: MoE, x: jax.Array, hidden: jax.Array) -> tuple[jax.Array]:
+    return (moe.shared_output(x, hidden),)
+
+
+def _plus_expert(expert: MLP, hidden: jax.Array, route: jax.Array, y: jax.Array | None) -> tuple[jax.Array]:
+    part = route[..., None] * expert.down(hidden)
+    return (part if y is None else y + part,)
 
 
 def _mixed_output(block: Block, h: jax.Array, y: jax.Array) -> tuple[jax.Array]:
@@ -223,13 +246,15 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
     """Returns the stages of a block, in order of data flow. To add a kind of block, write its stages here.
 
     In the stream, ``h`` is the residual stream, and ``x`` and ``hidden`` are inputs of linear layers. In a
-    mixture, ``routes`` are the experts' weights and ``y`` is the sum of the experts' outputs.
+    mixture, ``routes`` are the experts' weights and ``y`` is the sum of the experts' outputs, to which an
+    expert that all tokens pass through comes first.
     """
     adds = not config.output_norms
     reads, gives = ("x", "positions", "cache"), ("x", "cache")
+    attn, entry = ("attn", "qkv") if config.mixer == "attention" else ("linear_attn", "qkvz")
     attention = (
-        Stage(_attn_input, ("h",), ("x",), layers=("attn.q", "attn.k", "attn.v")),
-        Stage(_attend, reads, gives, part="attn", layers=("attn.o",), adds=adds),
+        Stage(_attn_input, ("h",), ("x",), layers=tuple(f"{attn}.{name}" for name in entry)),
+        Stage(_attend, reads, gives, part=attn, layers=(f"{attn}.o",), adds=adds),
     )
     into_mlp = Stage(_mlp_input, ("h", "x"), ("h", "x"))
     if not config.num_experts:
@@ -240,11 +265,21 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
             Stage(_output, ("h", "hidden"), ("h",)),
         )
     experts = tuple(stage for i in range(config.num_experts) for stage in _expert(i, config))
+    shared: tuple[Stage, ...] = ()
+    part = "moe.shared"
+    if config.shared_expert_size:
+        into_mlp = dataclasses.replace(into_mlp, layers=_entry(part, config))
+        down, hidden = (f"{part}.down",), "hidden"
+        shared = (
+            Stage(_shared_hidden, ("x",), (hidden,), part=part, layers=down, input=hidden),
+            Stage(_shared_output, ("x", hidden), ("y",), part="moe"),
+        )
     return (
         *attention,
         into_mlp,
+        *shared,
         Stage(_route, ("x",), ("routes",), part="moe"),
-        Stage(_mix, ("x", "routes"), ("y",), part="moe", inside=experts),
+        Stage(_mix, ("x", "routes", "y"), ("y",), part="moe", inside=experts),
         Stage(_mixed_output, ("h", "y"), ("h",)),
     )
 
@@ -256,12 +291,11 @@ def _entry(mlp: str, config: DecoderConfig) -> tuple[str, ...]:
 def _expert(index: int, config: DecoderConfig) -> tuple[Stage, ...]:
     """Returns the stages of one expert, whose layers see the tokens that are routed to it."""
     name = f"moe.experts.{index}"
-    reads, add = (("hidden", "route"), _first_part) if index == 0 else (("hidden", "route", "y"), _next_part)
     down, hidden = (f"{name}.down",), "hidden"
     return (
         Stage(None, (), (), layers=_entry(name, config), expert=index),
         Stage(_hidden, ("x",), (hidden,), part=name, layers=down, input=hidden, expert=index),
-        Stage(add, reads, ("y",), part=name, expert=index),
+        Stage(_plus_expert, (hidden, "route", "y"), ("y",), part=name, expert=index),
     )
 
 

@@ -1,6 +1,7 @@
-"""State of a batch: keys and values of the tokens it has read, of one layer and of all layers."""
+"""State of a batch: what each layer keeps of the tokens it has read, and that of all layers."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -119,6 +120,57 @@ class KeyValues:
         return k, v
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recurrent:
+    """State of linear attention (`slim_jax.model.linear_attention`), whose size no number of tokens changes.
+
+    Attributes:
+      state: ``float32[B, linear_value_heads, linear_key_dim, linear_value_dim]``, or ``[L, B, ...]`` for all
+        layers.
+      before: ``float32[B, conv_size - 1, features]``, inputs of the convolution from the last tokens, or
+        ``[L, B, ...]``.
+      layer: ``int32[]``, index of this layer; None if there is only one.
+    """
+
+    state: jax.Array
+    before: jax.Array
+    layer: jax.Array | None = None
+
+    @staticmethod
+    def sizes(kind: DecoderConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shapes of ``state`` and ``before`` of one sequence."""
+        heads, key, value = kind.linear_value_heads, kind.linear_key_dim, kind.linear_value_dim
+        features = 2 * kind.linear_key_heads * key + heads * value
+        return (heads, key, value), (kind.conv_size - 1, features)
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the layer's arrays."""
+        if self.layer is None:
+            return self.state, self.before
+        one = partial(
+            lax.dynamic_index_in_dim, index=self.layer, keepdims=False, allow_negative_indices=False
+        )
+        return one(self.state), one(self.before)
+
+    def write(self, state: jax.Array, before: jax.Array) -> "Recurrent":
+        """Returns the cache with the layer's arrays replaced."""
+        if self.layer is None:
+            return Recurrent(state, before)
+        put = partial(lax.dynamic_update_index_in_dim, index=self.layer, axis=0, allow_negative_indices=False)
+        return Recurrent(put(self.state, state), put(self.before, before), self.layer)
+
+
+Cache = KeyValues | Recurrent
+
+
+def state_bytes(kind: DecoderConfig) -> int:
+    """Returns the bytes that a block keeps of a sequence of any length; 0 for attention."""
+    if kind.mixer == "attention":
+        return 0
+    return 4 * sum(map(math.prod, Recurrent.sizes(kind)))
+
+
 class Run(NamedTuple):
     """A scan segment: adjacent blocks that are alike.
 
@@ -140,7 +192,8 @@ class State:
 
     Attributes:
       kv: keys and values of every scan segment, each ``[L, B, num_kv_heads, S, head_dim]`` if its blocks are
-        scanned over; else one such pair without ``L`` per block, each of which is updated in place.
+        scanned over; else one such pair without ``L`` per block, each of which is updated in place. Blocks
+        of linear attention have a :class:`Recurrent` in place of a pair.
       positions: ``int32[B, S]``, position of the token in each slot, -1 in slots without a token.
       length: ``int32[]``, number of slots in use.
     """
@@ -165,32 +218,45 @@ class State:
         values are :class:`Int8Rows`.
         """
 
-        def zeros(kind: DecoderConfig, *leading: int) -> Rows:
+        def recurrent(kind: DecoderConfig, *leading: int) -> Recurrent:
+            device = None if mesh is None else NamedSharding(mesh, P())
+            shapes = ((*leading, batch, *size) for size in Recurrent.sizes(kind))
+            return Recurrent(*(jnp.zeros(shape, device=device) for shape in shapes))
+
+        def rows(kind: DecoderConfig, *leading: int) -> Rows:
             device = None
             if mesh is not None:
                 cut = mesh.axis_names if kind.num_kv_heads % mesh.size == 0 else None
                 device = NamedSharding(mesh, P(*[None] * (len(leading) + 1), cut))
-            rows = (*leading, batch, kind.num_kv_heads, size)
-            codes = jnp.zeros((*rows, kind.head_dim), dtype, device=device)
+            shape = (*leading, batch, kind.num_kv_heads, size)
+            codes = jnp.zeros((*shape, kind.head_dim), dtype, device=device)
             if codes.dtype != jnp.int8:
                 return codes
-            return Int8Rows(codes, jnp.zeros((*rows, 1), jnp.float32, device=device))
+            return Int8Rows(codes, jnp.zeros((*shape, 1), jnp.float32, device=device))
+
+        def empty(kind: DecoderConfig, *leading: int) -> Any:
+            if kind.mixer == "gated_delta":
+                return recurrent(kind, *leading)
+            return rows(kind, *leading), rows(kind, *leading)
 
         kv: list[Any] = []  # Buffers are separate, because each is donated.
         for kind, blocks, stacked in runs:
-            if stacked:
-                kv.append((zeros(kind, blocks), zeros(kind, blocks)))
-            else:
-                kv.append([(zeros(kind), zeros(kind)) for _ in range(blocks)])
+            kv.append(empty(kind, blocks) if stacked else [empty(kind) for _ in range(blocks)])
         return cls(kv, jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def grown(self, size: int) -> "State":
         """Returns the state with room for ``size`` tokens, whether its blocks are scanned over or not."""
         more = size - self.positions.shape[-1]
 
-        def pad(x: jax.Array) -> jax.Array:
+        def of_fixed_size(value: Any) -> bool:
+            return isinstance(value, Recurrent)
+
+        def pad(x: Any) -> Any:
+            if of_fixed_size(x):
+                return x
             return jnp.pad(x, [(0, more if axis == x.ndim - 2 else 0) for axis in range(x.ndim)])
 
         leading = ((0, 0),) * (self.positions.ndim - 1)
         positions = jnp.pad(self.positions, (*leading, (0, more)), constant_values=-1)
-        return State(jax.tree.map(pad, self.kv), positions, self.length)
+        kv = jax.tree.map(pad, self.kv, is_leaf=of_fixed_size)
+        return State(kv, positions, self.length)

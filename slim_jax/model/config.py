@@ -14,11 +14,16 @@ OF_BLOCKS = (
     *("intermediate_size", "num_heads", "num_kv_heads", "head_dim", "gated", "activation", "qk_norm"),
     *("qkv_bias", "o_bias", "mlp_bias", "query_pre_attn_scalar", "attn_softcap", "output_norms"),
     *("positions", "rope_theta", "rope_scaling", "local_rope_theta", "sliding_window"),
-    *("num_experts", "experts_per_token", "norm_topk"),
+    *("num_experts", "experts_per_token", "norm_topk", "shared_expert_size", "shared_expert_gate"),
+    *("router_bias", "glu_limit", "attn_sinks", "output_gate", "rotary_dim", "mixer"),
 )
 """Fields that may differ between kinds of blocks."""
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "head_dim", "max_positions")
+LINEAR_SIZES = (
+    *("linear_key_heads", "linear_value_heads", "linear_key_dim", "linear_value_dim", "conv_size"),
+)
+"""Sizes of linear attention, which count only in blocks whose mixer it is."""
 MOST, MOST_EXPERTS = 1 << 28, 1 << 18
 """Limits that no real model reaches: a damaged config is refused before arrays of such sizes are made."""
 
@@ -36,17 +41,31 @@ class DecoderConfig:
       qk_norm: if True, each head's queries and keys are normalized before the rotation.
       query_pre_attn_scalar: attention scores are divided by its square root; by default ``head_dim``.
       attn_softcap: scores ``s`` become ``cap * tanh(s / cap)``; ``logit_softcap`` does the same to logits.
+      attn_sinks: if True, the softmax of each head's scores counts one more, which is a parameter, and whose
+        value is 0.
       global_layers: indices of blocks that see all positions in a model with a sliding window.
       embed_scale: factor of the token embeddings, rounded to their dtype.
       num_experts: 0 for one dense MLP; else ``intermediate_size`` is that of one expert.
       norm_topk: if True, the weights of the ``experts_per_token`` experts of a token are normalized to sum to
         1.
+      shared_expert_size: ``intermediate_size`` of an expert that all tokens pass through; 0 for none.
+      shared_expert_gate: if True, that expert's output is multiplied by the sigmoid of a gate.
+      router_bias: if True, the router's outputs have a bias.
+      glu_limit: if given, an MLP's gate is limited to at most this before the activation, and up to this and
+        its negative before 1 is added.
+      output_gate: if True, attention's output is multiplied by the sigmoid of a gate, which the layer of the
+        queries gives too: for each head its query, then its gate.
+      rotary_dim: number of a head's features, the first ones, that rotary positions rotate; by default all.
+      mixer: how a block's tokens see each other: by attention, or by linear attention with the gated delta
+        rule (`slim_jax.model.linear_attention`), whose sizes are the ``linear_*`` fields and ``conv_size``,
+        the tokens that its convolution sees.
       kinds: kinds of blocks, where not all blocks have this config; see :meth:`block`.
       block_kinds: every block's kind, an index into ``kinds``.
 
     Raises:
       ValueError: a size is not positive or beyond all models, ``head_dim`` is odd with rotary positions, the
-        number of heads is not a multiple of that of key-value heads, ``global_layers`` are given without a
+        number of heads is not a multiple of that of key-value heads (or of linear attention's key heads),
+        ``rotary_dim`` is odd or larger than ``head_dim``, ``global_layers`` are given without a
         sliding window, there are fewer experts than a token needs, or kinds of blocks do not match the number
         of blocks or change a field that belongs to the whole decoder.
     """
@@ -72,7 +91,7 @@ class DecoderConfig:
     local_rope_theta: float | None = None
     position_offset: int = 0
     gated: bool = True
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu"] = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -83,6 +102,19 @@ class DecoderConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     norm_topk: bool = True
+    shared_expert_size: int = 0
+    shared_expert_gate: bool = False
+    router_bias: bool = False
+    glu_limit: float | None = None
+    attn_sinks: bool = False
+    output_gate: bool = False
+    rotary_dim: int | None = None
+    mixer: Literal["attention", "gated_delta"] = "attention"
+    linear_key_heads: int = 0
+    linear_value_heads: int = 0
+    linear_key_dim: int = 0
+    linear_value_dim: int = 0
+    conv_size: int = 0
     sliding_window: int | None = None
     global_layers: tuple[int, ...] = ()
     tied_head: bool = True
@@ -97,6 +129,10 @@ class DecoderConfig:
         self._check_sizes()
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number for rotary positions")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise ValueError(
+                f"rotary_dim is {self.rotary_dim}, expected an even number up to head_dim = {self.head_dim}"
+            )
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}"
@@ -108,7 +144,20 @@ class DecoderConfig:
                 f"experts_per_token is {self.experts_per_token}, expected 1 to num_experts = "
                 f"{self.num_experts}"
             )
+        self._check_linear()
         self._check_kinds()
+
+    def _check_linear(self) -> None:
+        if self.mixer == "attention":
+            return
+        for name in LINEAR_SIZES:
+            if not 0 < getattr(self, name) < MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number below {MOST}")
+        if self.linear_value_heads % self.linear_key_heads:
+            raise ValueError(
+                f"linear_value_heads is {self.linear_value_heads}, expected a multiple of linear_key_heads = "
+                f"{self.linear_key_heads}"
+            )
 
     def _check_sizes(self) -> None:
         for name in SIZES:

@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
 
@@ -36,12 +37,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nnx.Module):
     """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where the family has no gate."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        d, inner = config.hidden_size, config.intermediate_size
+    def __init__(self, config: DecoderConfig, *, size: int = 0, rngs: nnx.Rngs) -> None:
+        d, inner = config.hidden_size, size or config.intermediate_size
         self.gate = Linear(d, inner, bias=config.mlp_bias, rngs=rngs) if config.gated else None
         self.up = Linear(d, inner, bias=config.mlp_bias, rngs=rngs)
         self.down = Linear(inner, d, bias=config.mlp_bias, rngs=rngs)
-        self.activation = config.activation
+        self.activation, self.limit = config.activation, config.glu_limit
 
     def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... inner"]:
         """Returns the input of ``down``."""
@@ -49,12 +50,14 @@ class MLP(nnx.Module):
         if self.gate is None:
             return activate(self.up(x))
         gate, up = outputs(x, self.gate, self.up)
+        if self.limit is not None:
+            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit) + 1
         return activate(gate) * up
 
     def later(self, x: Float[Array, "... d"]) -> "Later | None":
         """Returns :meth:`hidden`, to be computed together with ``down``; None if no back end does that."""
         gate, down = prepared_alone(self.gate), prepared_alone(self.down)
-        if gate is None or down is None or self.up.bias is not None:
+        if gate is None or down is None or self.up.bias is not None or self.limit is not None:
             return None
         run = few_launches(x, gate, down, self.activation)
         return None if run is None else Later(self, x, run)
@@ -84,6 +87,8 @@ class MoE(nnx.Module):
     ``experts_per_token`` experts, and padding adds less than one chunk per expert.
 
     Attributes:
+      shared: an expert that all tokens pass through; None if there is none.
+      shared_gate: gives the gate of that expert's output; None if it has none.
       by_turns: if False, there are no chunks: every expert that any token chose processes all tokens, each in
         its place.
       stacked: all experts merged, with packed weights on a leading axis, or prepared from all blocks of a
@@ -93,9 +98,12 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.router = Linear(config.hidden_size, config.num_experts, bias=False, rngs=rngs)
+        self.router = Linear(config.hidden_size, config.num_experts, bias=config.router_bias, rngs=rngs)
         self.experts = nnx.List([MLP(config, rngs=rngs) for _ in range(config.num_experts)])
         self.top_k, self.norm_topk = config.experts_per_token, config.norm_topk
+        size, gated = config.shared_expert_size, config.shared_expert_gate
+        self.shared = MLP(config, size=size, rngs=rngs) if size else None
+        self.shared_gate = Linear(config.hidden_size, 1, bias=False, rngs=rngs) if gated else None
         self.by_turns = True
         self.stacked: MLP | None = nnx.data(None)
         self.axis: str | None = None
@@ -108,6 +116,12 @@ class MoE(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         one_hot = jax.nn.one_hot(chosen, probabilities.shape[-1])  # [b, t, k, e]
         return jnp.sum(weights[..., None] * one_hot, axis=-2)
+
+    def shared_output(self, x: Float[Array, "b t d"], hidden: Float[Array, "b t i"]) -> Float[Array, "b t d"]:
+        """Returns the output of the shared expert; ``hidden`` is the input of its last layer."""
+        assert self.shared is not None
+        y = self.shared.down(hidden)
+        return y if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * y
 
     def mix(self, x: Float[Array, "b t d"], routes: Float[Array, "b t e"]) -> Float[Array, "b t d"]:
         """Returns the sum of the experts' outputs, weighted by :meth:`route`."""

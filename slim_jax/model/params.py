@@ -161,9 +161,16 @@ def split_params(decoder: Decoder) -> tuple[dict[str, Any], list[dict[str, Any]]
     return outer, [_flat(block) for block in decoder.blocks]
 
 
+EXACT = (
+    *("moe.router.weight", "moe.shared_gate.weight"),
+    *("linear_attn.decay.weight", "linear_attn.beta.weight"),
+)
+"""Matrices of few outputs on which much depends: routers and gates."""
+
+
 def is_rounded(name: str, rank: int) -> bool:
-    """True if a dense parameter is rounded to bfloat16: every matrix except a router's."""
-    return rank == 2 and name != "moe.router.weight"
+    """True if a dense parameter is rounded to bfloat16: every matrix except those in :data:`EXACT`."""
+    return rank == 2 and name not in EXACT
 
 
 def as_computed(name: str, value: Any) -> jax.Array:
@@ -182,7 +189,7 @@ def computed(params: Params) -> dict[str, Any]:
 def as_stored(name: str, value: Any) -> Any:
     """Returns a dense parameter as it is stored next to packed ones: matrices in bfloat16, others unchanged.
 
-    Those others, norms, biases and routers, are in float32 or narrower.
+    Those others, norms, biases, convolutions, routers and gates, are in float32 or narrower.
     """
     return jnp.asarray(value, COMPUTE_DTYPE) if is_rounded(name, value.ndim) else value
 

@@ -1,6 +1,7 @@
 """Rotary position embeddings, and their extensions beyond the trained context."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -15,10 +16,13 @@ class RopeScaling:
     longer than ``original_max_positions / low_freq_factor``, keeps those whose wavelength is shorter than
     ``original_max_positions / high_freq_factor`` and blends between. "longrope" divides each by its own entry
     of ``short_factors``, or of ``long_factors`` in a pass that reaches beyond ``original_max_positions``
-    tokens, and multiplies queries and keys by ``attention_factor``.
+    tokens, and multiplies queries and keys by ``attention_factor``. "yarn" (arXiv:2309.00071) keeps those
+    that turn more than ``beta_fast`` times within ``original_max_positions``, divides those that turn less
+    than ``beta_slow`` times and blends between, from one whole pair of features to another if ``truncate``;
+    it multiplies too.
     """
 
-    kind: Literal["linear", "llama3", "longrope"]
+    kind: Literal["linear", "llama3", "longrope", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -26,6 +30,9 @@ class RopeScaling:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
 
 def frequencies(
@@ -48,17 +55,37 @@ def frequencies(
     if scaling.kind == "longrope":
         short, long = jnp.asarray(scaling.short_factors), jnp.asarray(scaling.long_factors)
         return frequency / jnp.where(tokens > scaling.original_max_positions, long, short)
+    if scaling.kind == "yarn":
+        keep = _kept_by_yarn(head_dim, theta, scaling)
+        return frequency * (keep + (1 - keep) / scaling.factor)
     turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
     return frequency * (keep + (1 - keep) / scaling.factor)
 
 
+def _kept_by_yarn(head_dim: int, theta: float, scaling: RopeScaling) -> Float[Array, " half"]:
+    """Returns how far each frequency stays as it is, 0 to 1."""
+
+    def pair(turns: float) -> float:
+        """Returns the pair of features, in fractions, that turns so often within the trained context."""
+        wavelength = scaling.original_max_positions / (2 * math.pi * turns)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001)
+    return 1 - jnp.clip(ramp, 0.0, 1.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rotation:
     """Rotary position embedding by angles of ``frequency`` radians per position, times ``factor``.
 
-    Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints.
+    Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints, ``d`` being twice the number of
+    frequencies; features of a head from ``d`` on are not rotated.
     """
 
     frequency: Float[Array, " half"]
@@ -67,8 +94,9 @@ class Rotation:
     def __call__(self, x: Float[Array, "b t h d"], positions: Int[Array, "b t"]) -> Float[Array, "b t h d"]:
         """Rotates queries or keys."""
         cos, sin = self._of(positions[:, :, None, None])
-        x1, x2 = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+        half = self.frequency.shape[-1]
+        x1, x2, rest = jnp.split(x, [half, 2 * half], axis=-1)
+        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
     def by_feature(self, positions: Int[Array, " b"]) -> Float[Array, "b 2 d"]:
         """Returns the rotation as two factors per feature: of the feature itself, and of its partner.

@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from pallas_kernels import MixedTensor
-from slim_jax.calibrate.learning import OnEpoch, best_of_epochs, default_optimizer, held_out, start_of
+from slim_jax.calibrate.events import OnEvent
+from slim_jax.calibrate.fit import fit, gradient_step, split_samples
+from slim_jax.calibrate.learning import epoch_event, learning_optimizer, packed_result, start
 from slim_jax.config import Settings
-from slim_jax.method.learnable import Layer, Learned, dense_weights, pack_learned
+from slim_jax.method.learnable import Layer, Learned, dense_weights
 from slim_jax.modules.capture import Forward, layers_of
 from slim_jax.modules.products import product_of
+from slim_jax.placement import ONE_DEVICE
 from slim_jax.report import LearningReport
 
 
@@ -27,66 +29,61 @@ def improve(
     packed: Mapping[str, MixedTensor],
     batches: Sequence[Any],
     run: Forward,
-    config: Settings,
-    on_epoch: OnEpoch | None = None,
+    settings: Settings,
+    on_event: OnEvent,
 ) -> tuple[dict[str, MixedTensor], LearningReport]:
     """Trains the packed layers of a module; returns their packed weights and a report.
 
-    If training does not lower the validation loss, the weights are the given ones, or for clipping those that
-    the initial clipping parameters give. Every batch is one step. If there are two or more, every eighth,
-    beginning with the first, is a validation batch.
+    For a training that does not lower the validation loss see `slim_jax.calibrate.learning.packed_result`.
+    Every batch is one step. If there are two or more, every eighth, beginning with the first, is a validation
+    batch.
 
     Args:
       module: the module in full precision; every call of it begins with the state that it has here.
       packed: its quantized layers, by path.
       batches: trees of arrays.
       run: ``run(module, batch)``, which JAX can trace and differentiate.
-      config: the quantization's settings.
-      on_epoch: called after every epoch.
+      settings: the quantization's settings.
+      on_event: told of every epoch.
 
     Raises:
       ValueError: the module cannot be traced, or outputs no floating-point array.
     """
-    given, learned, layers = layers_of(module), Learned(), dict[str, Layer]()
-    for path, tensor in packed.items():
-        w = product_of(given[path]).matrix(jnp.asarray(given[path].kernel[...]))
-        learned[path], layers[path] = start_of(tensor, w, config.learn)
-    validation, training = held_out(len(batches), 1)
+    given = {path: layer for path, layer in layers_of(module).items() if path in packed}
+    dense = {p: product_of(layer).matrix(jnp.asarray(layer.kernel[...])) for p, layer in given.items()}
+    learned, layers = start(dense, packed, settings, ONE_DEVICE)
+    validation, training = split_samples(len(batches), 1)
     graph, weights = nnx.split(module)
     targets = [_floats(run(nnx.merge(graph, weights), batch)) for batch in batches]
     if not targets[0]:
         raise ValueError("the module gives no floating-point array, expected one for slim-plus to learn from")
-    optimizer = default_optimizer(config, config.epochs * len(training))
+    optimizer = learning_optimizer(settings, settings.epochs * len(training))
 
     def loss(learned: Learned, layers: dict[str, Layer], weights: Any, batch: Any, target: list[jax.Array]):
         found = _floats(run(_with_weights(nnx.merge(graph, weights), dense_weights(learned, layers)), batch))
         return sum(_difference(*pair) for pair in zip(found, target, strict=True))
 
     @jax.jit
-    def step(learned: Learned, state: Any, *rest: Any) -> tuple[Learned, Any]:
-        updates, state = optimizer.update(jax.grad(loss)(learned, *rest), state, learned)
-        return optax.apply_updates(learned, updates), state
+    def step(learned: Learned, state: Any, *rest: Any) -> tuple[Learned, Any, jax.Array]:
+        return gradient_step(loss, optimizer, learned, state, *rest)
 
-    state, rng, evaluate = optimizer.init(learned), np.random.default_rng(0), jax.jit(loss)
+    def epoch(learned: Learned, state: Any, order: np.ndarray) -> tuple[Learned, Any, None]:
+        for i in order:
+            learned, state, _ = step(learned, state, *fixed, batches[i], targets[i])
+        return learned, state, None
 
-    def epoch(learned: Learned) -> Learned:
-        nonlocal state
-        for i in rng.permutation(training):
-            learned, state = step(learned, state, layers, weights, batches[i], targets[i])
-        return learned
+    def validation_loss(learned: Learned) -> float:
+        return float(np.mean([evaluate(learned, *fixed, batches[i], targets[i]) for i in validation]))
 
-    def judge(learned: Learned) -> float:
-        losses = [evaluate(learned, layers, weights, batches[i], targets[i]) for i in validation]
-        return float(np.mean(losses))
-
+    fixed, evaluate, rng = (layers, weights), jax.jit(loss), np.random.default_rng(0)
+    orders = [rng.permutation(training) for _ in range(settings.epochs)]
+    told = epoch_event(on_event, settings.epochs)
     try:
-        best, report = best_of_epochs(learned, config.epochs, epoch, judge, on_epoch)
+        best, history = fit(learned, epoch, validation_loss, orders, optimizer.init(learned), on_step=told)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"slim-plus needs a module that JAX can trace, but this one: {reason}") from error
-    if report.kept_epoch == 0 and not config.clips:
-        return dict(packed), report
-    return {path: pack_learned(best[path], layers[path], packed[path]) for path in packed}, report
+    return packed_result(best, layers, packed, history, settings)
 
 
 def _floats(outputs: Any) -> list[jax.Array]:

@@ -10,7 +10,6 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,17 +21,19 @@ from jax import lax
 
 from pallas_kernels import MixedTensor, mixed_matmul
 from slim_jax.calibrate.activations import Inputs, observe
-from slim_jax.calibrate.learning import OnEpoch
+from slim_jax.calibrate.events import OnEvent, warn_of_notices
 from slim_jax.config import Settings, SlimConfig
 from slim_jax.method.layer import LayerSolvers
 from slim_jax.model.linear import Packed
 from slim_jax.modules.capture import KINDS, MULTIPLIES, Forward, find_stages, layers_of, shared_inputs, watch
 from slim_jax.modules.learning import improve
-from slim_jax.modules.module_checkpoint import Finished, Kept, digest_of
 from slim_jax.modules.products import Layer, product_of
 from slim_jax.report import LayerReport, LearningReport
 from slim_jax.rules import check_rules
 from slim_jax.store.source import check_finite
+
+Finished = dict[str, tuple[MixedTensor, LayerReport]]
+"""Packed weight and report of each layer, by its path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,7 @@ def quantize_module(
     *,
     select: Sequence[str] | None = None,
     forward: Forward | None = None,
-    resume: str | Path | None = None,
-    on_epoch: OnEpoch | None = None,
+    on_event: OnEvent = warn_of_notices,
 ) -> tuple[Any, ModuleReport]:
     """Quantizes the `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv` and `nnx.Einsum` layers of a module.
 
@@ -120,10 +120,7 @@ def quantize_module(
         Rules match the layers' paths.
       select: patterns such as ``"blocks.*.mlp.*"`` (`fnmatch`) of the paths to quantize; all by default.
       forward: ``forward(module, batch)``; by default ``module(batch)``.
-      resume: a folder that keeps the layers of every finished stage. The same call continues after the last
-        of them, with the same result; "slim-plus" starts anew. If None, nothing is kept.
-      on_epoch: called after every epoch of "slim-plus" with its number, the total number, and the validation
-        loss.
+      on_event: called with every event, such as a `LearningEpoch` of "slim-plus".
 
     Returns:
       A copy with packed layers, and a report.
@@ -131,8 +128,7 @@ def quantize_module(
     Raises:
       ValueError: there are no batches; no layer is selected; a rule applies to none; a selected layer is
         called inside a transformation such as jit or scan, where its inputs have no values; a kernel or an
-        input of a layer is not finite; ``resume`` holds something else, or a run with other settings, weights
-        or batches; or the method is "slim-plus" and JAX cannot trace the module.
+        input of a layer is not finite; or the method is "slim-plus" and JAX cannot trace the module.
     """
     config = _for_module(config)
     full, module, batches = module, nnx.clone(module), list(batches)
@@ -140,21 +136,15 @@ def quantize_module(
         raise ValueError("there are no batches, expected at least one to calibrate on")
     run = forward or (lambda module, batch: module(batch))
     chosen, skipped, unmatched = _choose(module, select, config)
-    kept = None if resume is None else Kept(Path(resume), _settings(module, chosen, batches, config))
     check_finite({f"{path}.kernel": layer.kernel[...] for path, layer in chosen.items()})
     calls = watch(chosen, partial(run, module, batches[0]))
     skipped |= {path: "it is not called" for path in chosen if path not in calls}
     finished: Finished = {}
     stages = find_stages(chosen, partial(run, module, batches[0])) if config.sequential else [list(calls)]
-    for stage, paths in enumerate(stages):
-        own = {path: chosen[path] for path in paths}
-        found = None if kept is None else kept.read(stage)
-        if found is None:
-            found = {}
-            for same, x in shared_inputs(module, own, batches, run, calls):
-                found |= _quantize_layers({path: own[path] for path in same}, x, config)
-            if kept is not None:
-                kept.write(stage, found)
+    for paths in stages:
+        own, found = {path: chosen[path] for path in paths}, Finished()
+        for same, x in shared_inputs(module, own, batches, run, calls):
+            found |= _quantize_layers({path: own[path] for path in same}, x, config)
         for path, (tensor, _) in found.items():
             _put(module, own[path], tensor)
         finished |= found
@@ -163,16 +153,14 @@ def quantize_module(
     if config.method != "slim-plus":
         return module, ModuleReport(reports, skipped, unmatched)
     solved = {path: tensor for path, (tensor, _) in finished.items()}
-    tensors, learning = improve(full, solved, batches, run, config, on_epoch)
+    tensors, learning = improve(full, solved, batches, run, config, on_event)
     return _packed(full, tensors), ModuleReport(reports, skipped, unmatched, learning)
 
 
 def _for_module(config: SlimConfig) -> Settings:
     """Resolves the settings for a module; raises an error for settings that need a decoder."""
-    if config.guide or not float(config.bits).is_integer():
-        raise ValueError("guide and fractional bits need a decoder's loss, expected neither for a module")
-    if config.method == "slim-plus" and config.learn == "clip-gptq":
-        raise ValueError("learn is 'clip-gptq', expected rounding, grid or clip for a module")
+    if not float(config.bits).is_integer():
+        raise ValueError(f"bits is {config.bits}, expected a whole number: more needs a decoder's loss")
     return config.resolved(decoder=False)
 
 
@@ -228,16 +216,6 @@ def _refusal(layer: Layer) -> str | None:
         if layer.batch_axis or tuple(axes) != tuple(range(-len(axes), 0)):
             return f"it multiplies the axes {axes}, expected the last ones, in order"
     return None
-
-
-def _settings(module: Any, chosen: dict[str, Layer], batches: list[Any], config: Settings) -> dict[str, Any]:
-    """Values that a resumed run must share with the run before."""
-    return {
-        "settings": config.to_json(),
-        "layers": list(chosen),
-        "weights": digest_of([nnx.state(module, nnx.Not(nnx.RngState))]),
-        "batches": digest_of(batches),
-    }
 
 
 def _quantize_layers(layers: dict[str, Layer], x: list[jax.Array], config: Settings) -> Finished:

@@ -14,8 +14,7 @@ The manifest is rewritten as a whole after every block, so a folder whose manife
 ``"complete": false`` is a run that can be resumed.
 """
 
-import hashlib
-import json
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,9 @@ from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params
 from slim_jax.placement import Placement
 from slim_jax.report import Report
+from slim_jax.store.checkpoint_sink import CheckpointSink
 from slim_jax.store.entries import load_params
+from slim_jax.store.files import json_digest
 from slim_jax.store.hub import find
 from slim_jax.store.manifest import CheckpointError as CheckpointError
 from slim_jax.store.manifest import Entry, stored_params, summary
@@ -35,7 +36,6 @@ from slim_jax.store.manifest import is_checkpoint as is_checkpoint
 from slim_jax.store.manifest import read_manifest as read_manifest
 from slim_jax.store.shards import Shards
 from slim_jax.store.source import SAMPLED, DecoderSource, FiniteSource, Source, read_decoder
-from slim_jax.store.writer import CheckpointWriter
 
 
 class CheckpointSource:
@@ -61,11 +61,14 @@ class CheckpointSource:
         self.path, self._dtype, self.placement = find(path), dtype, Placement(mesh)
         self.manifest = read_manifest(self.path)
         self.config = self.manifest.decoder
-        digest = hashlib.sha256(json.dumps(self.manifest.to_json(), sort_keys=True).encode())
-        fingerprint = SAMPLED + digest.hexdigest()
-        self.origin = {"kind": "checkpoint", "path": str(self.path.absolute()), "fingerprint": fingerprint}
         files = self.manifest.files
         self._shards = None if files is None else Shards(self.path, files)
+
+    @functools.cached_property
+    def origin(self) -> dict[str, Any]:
+        """See `Source`."""
+        fingerprint = SAMPLED + json_digest(self.manifest.to_json())
+        return {"kind": "checkpoint", "path": str(self.path.absolute()), "fingerprint": fingerprint}
 
     @property
     def packed(self) -> list[str]:
@@ -105,7 +108,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns:
       ``parameters``, ``bytes`` of all arrays, ``packed_bytes`` and ``bits_per_weight`` of the packed
       layers of the blocks (None if there are none) and ``quantization``; a row per packed layer, in
-      ``layers`` for the blocks and in ``ends`` for embedding and LM head: ``name``, ``shape``,
+      ``layers`` for the blocks and in ``embeddings`` for embedding and LM head: ``name``, ``shape``,
       ``group_size``, ``bits`` (groups of each width), ``bits_per_weight``, ``error``, ``mixed``, ``rise``;
       and in ``skipped``, if some layers are packed, the names of the blocks' linear layers that are not.
 
@@ -138,10 +141,11 @@ def _save(
     source: Source, path: str | Path, report: Report | None, on_block: Callable[[int, int], None] | None
 ) -> None:
     total = source.config.num_layers
-    with CheckpointWriter(Path(path), source.config, source.origin, None) as writer:
-        writer.write_outer(source.outer(), () if report is None else report.ends)
+    with CheckpointSink(Path(path)) as sink:
+        sink.begin(source.config, source.origin, None)
+        sink.write_outer(source.outer(), () if report is None else report.embeddings)
         for index in range(total):
-            writer.write_block(source.block(index), None if report is None else report.blocks[index])
+            sink.write_block(source.block(index), None if report is None else report.blocks[index])
             if on_block is not None:
                 on_block(index + 1, total)
-        writer.finish()
+        sink.finish()

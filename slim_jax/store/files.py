@@ -1,6 +1,7 @@
 """Atomic file writes (a reader sees the old file or the new one), and folders locked by their one writer."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -154,6 +155,11 @@ def write_json(file: Path, value: Any) -> None:
         return
     with replacing(file, "w") as target:
         json.dump(value, target, indent=1, allow_nan=False)
+
+
+def json_digest(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:

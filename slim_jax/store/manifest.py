@@ -83,15 +83,15 @@ class Entry:
             if min(shape, default=0) < 0 or math.prod(shape) >= 1 << 63 or not _is_stored(dtype):
                 raise ValueError(f"{name} is {dtype[:80]}{list(shape)}, expected an array")
         for name in self.packed:
-            if lost := [leaf for leaf in LEAVES if f"{name}.{leaf}" not in self.arrays]:
-                raise ValueError(f"{name} is packed, expected {name}.{lost[0]} among the arrays")
+            if missing := [leaf for leaf in LEAVES if f"{name}.{leaf}" not in self.arrays]:
+                raise ValueError(f"{name} is packed, expected {name}.{missing[0]} among the arrays")
         for path in map(PurePosixPath, (*self.files, *filter(None, [self.folder]))):
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"{path} is not in the checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
-class Ends:
+class OuterReport:
     """Reports of embedding and LM head."""
 
     layers: list[LayerReport]
@@ -101,7 +101,7 @@ class Ends:
 class Outer(Entry):
     """Entry of the parameters outside the blocks."""
 
-    report: Ends | None = None
+    report: OuterReport | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,8 +198,8 @@ class Manifest:
     def __post_init__(self) -> None:
         layers, done = self.decoder.num_layers, len(self.blocks)
         if done > layers or len(self.tuned) > done or (self.complete and (done < layers or not self.outer)):
-            lost = "" if self.outer else ", and nothing outside of them"
-            raise ValueError(f"it lists {done} blocks of {layers}{lost}")
+            missing = "" if self.outer else ", and nothing outside of them"
+            raise ValueError(f"it lists {done} blocks of {layers}{missing}")
         for prefix, entry in self.entries:
             values = sum(math.prod(shape) for shape, _ in entry.arrays.values())
             if not values or len(entry.arrays) <= (self.decoder.num_experts if prefix else 0):
@@ -311,7 +311,7 @@ def listed(arrays: dict[str, Any]) -> dict[str, Stored]:
 def summary(manifest: Manifest) -> dict[str, Any]:
     """Returns what `slim_jax.inspect` does, for a manifest that need not be complete."""
     buffers = block_buffers(manifest.decoder, 0)
-    layers, ends = list[dict[str, Any]](), list[dict[str, Any]]()
+    layers, embeddings = list[dict[str, Any]](), list[dict[str, Any]]()
     total_bytes = parameters = 0
     for prefix, entry in manifest.entries:
         sizes = {name: array_bytes(*array) for name, array in entry.arrays.items()}
@@ -320,7 +320,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         for name, static in entry.packed.items():
             stored = sum(sizes.pop(f"{name}.{leaf}") for leaf in LEAVES)
             full = prefix + name.removesuffix(".weight")
-            (layers if prefix else ends).append(_row(full, static, stored, reports.get(full)))
+            (layers if prefix else embeddings).append(_row(full, static, stored, reports.get(full)))
             parameters += math.prod(static.shape)
         parameters += sum(math.prod(entry.arrays[name][0]) for name in sizes if name not in buffers)
     weights = sum(math.prod(row["shape"]) for row in layers)
@@ -335,7 +335,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "packed_bytes": stored,
         "bits_per_weight": 8 * stored / weights if weights else None,
         "layers": layers,
-        "ends": ends,
+        "embeddings": embeddings,
         "skipped": _skipped(manifest) if layers else [],
     }
 

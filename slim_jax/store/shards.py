@@ -58,7 +58,7 @@ class Shards:
         self._places: dict[str, Path] = {}
         for path in self._digests:
             if path.parent != folder:
-                raise CheckpointError(f"{folder / MANIFEST} names {path}, expected a file beside it")
+                raise CheckpointError(f"{folder / MANIFEST} names {path}, expected a file in that folder")
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing, though {MANIFEST} lists it")
             try:

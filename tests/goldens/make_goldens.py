@@ -5,7 +5,7 @@
 NAMEs select cases; the default is all. Each file holds ``config`` (config.json as bytes), ``tokens [B, T]``,
 ``logits [B, T, vocab]``, ``hidden [layers + 1, B, T, hidden]`` (the input of the first block, then each
 block's output) and ``weight:NAME`` for every tensor of a saved checkpoint. All values are float32. Created
-with torch 2.13.0, transformers 5.23.0.
+with torch 2.13.0, transformers 5.23.0 and (those of Qwen3-Next, Qwen 3.5 and gpt-oss) 5.24.0.
 """
 
 import json
@@ -21,6 +21,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -33,10 +35,16 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -84,6 +92,36 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 2.5, 4.0],
     "original_max_position_embeddings": 16,
 }
+
+DELTA = {
+    **{key: value for key, value in GQA.items() if key != "rope_theta"},
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25},
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "max_position_embeddings": 128,
+}
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
+# Of the eight pairs of features, the first is kept, the last three are divided, the others blended.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
+}
+TIMES = {"qwen3_5": 80}  # more than a chunk of linear attention
 
 # With head_dim 8 and theta 100, wavelengths lie below, between and above the two limits of LLAMA3.
 CASES = {
@@ -178,6 +216,32 @@ CASES = {
             "moe_intermediate_size": 24,
         },
     ),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        {**DELTA, **EXPERTS, "intermediate_size": 40, "mlp_only_layers": [0]},
+    ),
+    "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig, {**DELTA, "tie_word_embeddings": True}),
+    "qwen3_5_moe": (
+        Qwen3_5MoeForCausalLM,
+        Qwen3_5MoeTextConfig,
+        {k: v for k, v in {**DELTA, **EXPERTS}.items() if k != "intermediate_size"},
+    ),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {
+            **{key: value for key, value in GQA.items() if key != "rope_theta"},
+            **PADDED,
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 7,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN,
+        },
+    ),
     "smollm3": (
         SmolLM3ForCausalLM,
         SmolLM3Config,
@@ -199,9 +263,11 @@ def randomize(model: torch.nn.Module) -> None:
     They are rounded to bfloat16, which tests in float32 can represent, and which halves the files.
     """
     generator = torch.Generator().manual_seed(SEED)
-    mean = 0 if "gemma" in model.config.model_type else 1  # Gemma adds 1 to the scales of its norms
+    kind = model.config.model_type
+    centered = any(name in kind for name in ("gemma", "qwen3_next", "qwen3_5"))  # 1 is added to norms' scales
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
+        mean = 0 if centered and "linear_attn.norm" not in name else 1
         if "norm" in name:
             parameter.data = (mean + 0.3 * noise) if name.endswith("weight") else 0.3 * noise
         elif name.endswith("bias"):
@@ -245,7 +311,7 @@ def main() -> None:
         model = model_class._from_config(config_class(**fields), attn_implementation="eager").eval()
         randomize(model)
         generator = torch.Generator().manual_seed(SEED + 1)
-        tokens = torch.randint(3, fields["vocab_size"], (BATCH, TIME), generator=generator)
+        tokens = torch.randint(3, fields["vocab_size"], (BATCH, TIMES.get(name, TIME)), generator=generator)
         logits, hidden = run(model, tokens)
         config = {**model.config.to_dict(), "architectures": [model_class.__name__]}
         np.savez_compressed(
