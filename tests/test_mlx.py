@@ -11,13 +11,14 @@ from command_line import QUANTIZE, said, write_model, write_text
 from command_line import refused as refused_command
 from golden_models import decoder_of, load_golden, relative_error, run, write_hf
 from safetensors.numpy import load_file
-from test_gptq_format import quantized, uniform
+from test_gptq_format import quantized as with_wide_scales
+from test_gptq_format import uniform
 
 from convert import ConvertError, load_source
 from convert.cli import run as run_command
 from convert.writers.formats import write
 from convert.writers.mlx import export_mlx
-from pallas_kernels import pack
+from pallas_kernels import MixedTensor, pack, scales
 
 mx = pytest.importorskip("mlx.core", reason="MLX has no wheel for this platform")
 from mlx.utils import tree_flatten  # noqa: E402
@@ -30,6 +31,16 @@ NAMES = [
 ]  # fmt: skip
 
 
+def quantized(name: str, bits: int, **changes: Any) -> Any:
+    """A random model whose scales have 8 bits, as solvers choose them."""
+    source = with_wide_scales(name, bits, **changes)
+    for params in (*source.blocks, source.outer()):
+        for key, value in params.items():
+            if isinstance(value, MixedTensor):
+                params[key] = dataclasses.replace(value, scale=scales.encoded(value.scales()))
+    return source
+
+
 def random(widths: list[int], k: int, n: int, group_size: int, zero: float | None = None) -> Any:
     """A packed weight ``[k, n]`` with these widths in turn; zero points of six bits at most, or ``zero``."""
     rng = np.random.default_rng(k + n)
@@ -40,7 +51,7 @@ def random(widths: list[int], k: int, n: int, group_size: int, zero: float | Non
     zeros = rng.integers(0, 1 << min(stored, 6), (len(bits), n)) << (stored - min(stored, 6))
     if zero is not None:
         zeros = np.full((len(bits), n), zero * np.exp2(stored - bits)[:, None])
-    scale = np.exp2(rng.uniform(-12, 2, (len(bits), n))).astype(np.float32)
+    scale = rng.integers(0, 256, (len(bits), n)).astype(np.uint8)
     return pack(codes, scale, zeros.astype(np.uint8), bits, group_size=group_size)
 
 
@@ -97,7 +108,7 @@ def test_seven_bits_are_written_as_eight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mlx_lm_computes_our_logits(tmp_path: Path, name: str) -> None:
-    """With stored types cast to float32; the next tokens that it chooses are ours."""
+    """Stored types are cast to float32; the next tokens that it chooses are ours."""
     source = quantized(name, 3, scale=0.1)
     model, _ = load_model(export_mlx(source, tmp_path / "out"))
     packed = [path for path, _ in tree_flatten(model.parameters()) if path.endswith(".scales")]
@@ -114,7 +125,8 @@ def test_mlx_lm_computes_our_logits(tmp_path: Path, name: str) -> None:
 
 def test_experts_are_stacked(tmp_path: Path) -> None:
     source = quantized("qwen3_moe", 2)
-    source.blocks[0]["moe.experts.1.up.weight"] = uniform(np.zeros((64, 96)), np.random.default_rng(0), 3)
+    up = source.blocks[0]["moe.experts.1.up.weight"]
+    source.blocks[0]["moe.experts.1.up.weight"] = random([3], *up.shape, 32)
     config, arrays = written(source, tmp_path / "out")
     path = "model.layers.0.mlp.switch_mlp.up_proj"
     assert config["quantization"][path] == {"bits": 3, "group_size": 32}
@@ -127,13 +139,12 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
 
 def wide_zero_points(source: Any) -> str:
     source.blocks[1]["mlp.up.weight"] = random([8], 64, 8, 64, zero=171)
-    return "model.layers.1.mlp.up_proj has biases that float16 cannot hold exactly: quantize with --for mlx"
+    return r"up_proj \(mlp.up.weight\) has biases that float16 cannot hold exactly: quantize with --for mlx"
 
 
 def wide_scales(source: Any) -> str:
-    weight = uniform(np.zeros((64, 8)), np.random.default_rng(0), 4, scale=1e-9, dtype=np.float32)
-    source.blocks[1]["mlp.up.weight"] = weight
-    return "mlp.up_proj has scales that float16 cannot hold exactly: .* or export with --dtype float32"
+    source.blocks[1]["mlp.up.weight"] = uniform(np.zeros((64, 8)), np.random.default_rng(0), 4, scale=1e-9)
+    return r"mlp.up_proj \(mlp.up.weight\) has scales that float16 cannot hold exactly: .* or export with --dtype float32"
 
 
 def odd_inputs(source: Any) -> str:
@@ -148,12 +159,7 @@ def not_quantized(source: Any) -> str:
     return "the model has no packed layers, expected a quantized one for mlx"
 
 
-def unknown(source: Any) -> str:
-    source.config = dataclasses.replace(source.config, family="opt", norm="layer")
-    return "mlx-lm does not know opt, expected one of mistral, "
-
-
-@pytest.mark.parametrize("change", [wide_zero_points, odd_inputs, not_quantized])
+@pytest.mark.parametrize("change", [wide_zero_points, wide_scales, odd_inputs, not_quantized])
 def test_what_has_no_place_in_the_format_is_refused(tmp_path: Path, change: Any) -> None:
     refused(quantized("llama_untied", 4), tmp_path, change)
 
