@@ -14,16 +14,20 @@ from safetensors.numpy import load_file
 from test_gptq_format import quantized as with_wide_scales
 from test_gptq_format import uniform
 
+import slim_jax
 from convert import ConvertError, load_source
 from convert.cli import run as run_command
 from convert.writers.formats import write
 from convert.writers.mlx import export_mlx
 from pallas_kernels import MixedTensor, pack, scales
+from slim_jax import SlimConfig
 
 mx = pytest.importorskip("mlx.core", reason="MLX has no wheel for this platform")
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import generate, load  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
+
+TEXT = "The capital of France is a city on the river"
 
 NAMES = [
     "llama_biases", "llama_gqa_tied", "llama_rope_llama3", "mistral_window", "mixtral", "qwen2_bias",
@@ -144,7 +148,7 @@ def wide_zero_points(source: Any) -> str:
 
 def wide_scales(source: Any) -> str:
     source.blocks[1]["mlp.up.weight"] = uniform(np.zeros((64, 8)), np.random.default_rng(0), 4, scale=1e-9)
-    return r"mlp.up_proj \(mlp.up.weight\) has scales that float16 cannot hold exactly: .* or export with --dtype float32"
+    return r"\(mlp.up.weight\) has scales that float16 cannot hold exactly: .* export with --dtype float32"
 
 
 def odd_inputs(source: Any) -> str:
@@ -176,7 +180,7 @@ def test_engines_families(tmp_path: Path) -> None:
     refused(quantized("opt_pre_norm", 4), tmp_path, lambda _: "mlx-lm does not know opt, expected one of")
     gemma = quantized("gemma3", 4)
     gemma.config = dataclasses.replace(gemma.config, global_layers=(0,), sliding_window=8)
-    refused(gemma, tmp_path, lambda _: r"blocks \(0,\) have no window, expected every 1th for mlx")
+    refused(gemma, tmp_path, lambda _: r"blocks \(0,\) have no window, expected a regular pattern for mlx")
 
 
 def test_windows_that_mlx_lm_ignores_are_told(tmp_path: Path) -> None:
@@ -232,6 +236,26 @@ def test_mlx_lm_goes_on_as_we_do(room: Path) -> None:
     chosen = logits[0, -len(found) :]
     assert len(found) == 16
     assert np.all(chosen.max(-1) - chosen[np.arange(16), found] < 1e-2 * np.abs(logits).max())
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    source = load_source("smollm2")
+    tokens = np.asarray(source.tokenizer(TEXT)["input_ids"], np.int32)
+    settings = SlimConfig(bits=4, group_size=64, method="rtn", unit="layer")
+    packed, _ = slim_jax.quantize(source, np.resize(tokens, (2, 64)), settings)
+    slim_jax.save(packed, tmp_path / "q")
+    out = export_mlx(load_source(tmp_path / "q"), tmp_path / "out", tokenizer=source.tokenizer)
+    model, tokenizer = load(str(out))
+    assert tokenizer.encode(TEXT) == tokens.tolist()
+    model.set_dtype(mx.float32)
+    found = tokens[None]
+    for _ in range(16):
+        logits = np.asarray(model(mx.array(found)))
+        found = np.concatenate([found, logits[:, -1:].argmax(-1)], axis=1)
+    _, expected = run(packed, found[:, :-1])
+    assert relative_error(logits, expected) < 1e-2
+    np.testing.assert_array_equal(expected[0, len(tokens) - 1 :].argmax(-1), found[0, len(tokens) :])
 
 
 def test_models_that_mlx_lm_does_not_know_are_refused_before_work(

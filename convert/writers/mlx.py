@@ -47,6 +47,7 @@ MODEL_TYPES = (*WINDOWED, "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", "ge
 """Values of ``model_type`` that mlx-lm knows, of those that we write."""
 
 _EXPERT = re.compile(r"(.*)\.experts\.\d+\.(\w+)\.weight")
+_STACK = ".switch_mlp."
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -105,7 +106,7 @@ def engine_config(model: DecoderConfig, form: HFFormat) -> dict[str, Any]:
         globals_ = model.global_layers if model.sliding_window else tuple(range(model.num_layers))
         period = globals_[0] + 1 if globals_ else model.num_layers + 1
         if globals_ != tuple(range(period - 1, model.num_layers, period)):
-            raise ConvertError(f"blocks {globals_} have no window, expected every {period}th for mlx")
+            raise ConvertError(f"blocks {globals_} have no window, expected a regular pattern for mlx")
         config |= {"sliding_window_pattern": period, "sliding_window": model.sliding_window or 1}
     elif kind in WINDOWED:
         config["layer_types"] = layer_types(model)
@@ -155,7 +156,7 @@ def _tensors(
     """Yields the format's tensors; experts' are stacked. Adds what is packed to ``layers``."""
     for name, same in itertools.groupby(held_tensors(source, form), lambda item: _stack(item[0])):
         found = [(held, place) for _, held, place in same]
-        stack = np.stack if len(found) > 1 or _EXPERT.fullmatch(name) else (lambda arrays: arrays[0])
+        stack = np.stack if _STACK in name else (lambda arrays: arrays[0])
         packed = [isinstance(value, MixedTensor) for held, _ in found for value in held.values()]
         if not any(packed):
             yield name, stack([cast_tensor(name, held, place, dtype) for held, place in found])
@@ -176,7 +177,7 @@ def _stack(name: str) -> str:
     expert = _EXPERT.fullmatch(name)
     if expert is None:
         return name
-    return f"{expert[1]}.switch_mlp.{_MIXTRAL.get(expert[2], expert[2])}.weight"
+    return f"{expert[1]}{_STACK}{_MIXTRAL.get(expert[2], expert[2])}.weight"
 
 
 def _shared(name: str, tensors: list[MixedTensor]) -> tuple[int, int]:
@@ -203,7 +204,9 @@ def _fitted(
     parts = [_affine(tensor, bits, group) for tensor in held.values()]
     for ours, (_, *values) in zip(held, parts):
         for what, value in zip(("scales", "biases"), values):
-            if np.any(value.astype(dtype).astype(np.float32) != value):
+            with np.errstate(over="ignore"):
+                stored = value.astype(dtype).astype(np.float32)
+            if np.any(stored != value):
                 raise ConvertError(
                     f"{name} ({ours}) has {what} that {dtype} cannot hold exactly: quantize with --for mlx, "
                     "or export with --dtype float32"
