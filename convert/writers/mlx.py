@@ -41,7 +41,8 @@ GROUPS = (128, 64, 32)
 DTYPES = ("float16", "bfloat16", "float32")
 
 WINDOWED = ("mistral", "gemma3_text", "smollm3")
-"""Values of ``model_type`` whose attention windows mlx-lm keeps; in the others it ignores them."""
+"""Values of ``model_type`` whose attention windows mlx-lm keeps; Mistral's and SmolLM3's where not all blocks
+have one. In all others it ignores them."""
 
 MODEL_TYPES = (*WINDOWED, "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi3")
 """Values of ``model_type`` that mlx-lm knows, of those that we write."""
@@ -108,9 +109,15 @@ def engine_config(model: DecoderConfig, form: HFFormat) -> dict[str, Any]:
         if globals_ != tuple(range(period - 1, model.num_layers, period)):
             raise ConvertError(f"blocks {globals_} have no window, expected a regular pattern for mlx")
         config |= {"sliding_window_pattern": period, "sliding_window": model.sliding_window or 1}
-    elif kind in WINDOWED:
+    elif _keeps_windows(kind, model):
         config["layer_types"] = layer_types(model)
+    else:
+        config.pop("layer_types", None)  # mlx-lm asks for a block without a window
     return config
+
+
+def _keeps_windows(kind: str, model: DecoderConfig) -> bool:
+    return kind in WINDOWED and (kind == "gemma3_text" or bool(model.global_layers))
 
 
 def forecast_bytes(model: DecoderConfig, settings: Settings) -> int:
@@ -127,7 +134,7 @@ def forecast_bytes(model: DecoderConfig, settings: Settings) -> int:
             full = f"blocks.{index}.{name}"
             own = settings.of_layer(full.removesuffix(".weight")) if name in layers else None
             total += _bytes(full, shape.shape, None if own is None else (own.bits, own.group_size))
-    ends = (settings.embedding_bits, settings.embedding_group_size) if settings.packs_ends else None
+    ends = (settings.embedding_bits, settings.embedding_group_size) if settings.packs_embeddings else None
     for name, shape in outer_params(model).items():
         sizes = shape.shape[::-1] if name == "embed" else shape.shape
         total += _bytes(name, sizes, ends if name in ("embed", "head.weight") else None)
@@ -145,7 +152,7 @@ def _bytes(name: str, shape: tuple[int, ...], packed: tuple[float, int] | None) 
 def window_note(model: DecoderConfig) -> str:
     """Says that mlx-lm ignores the model's attention window, if it does."""
     kind = by_name(model.family).hf.write_config(model)["model_type"]
-    if model.sliding_window is None or kind in WINDOWED:
+    if model.sliding_window is None or _keeps_windows(kind, model):
         return ""
     return f"; mlx-lm ignores the attention window of {model.sliding_window} tokens"
 
