@@ -70,8 +70,9 @@ def fit() -> Iterator[Record]:
 
     own = written(parts(()), SAMPLES)
     for name, config in models().items():
+        # `plan` times the machine once; a busy one then seems slow.
         speed = max(rate(config) for _ in range(3))
-        record: Record = {"name": name}  # `plan` times the machine once; a busy one then seems slow
+        record: Record = {"name": name}
         for preset, texts in (("fast", 0), ("good", own)):
             settings = SlimConfig.preset(preset, bits=2.125, group_size=64)
             plan = make_plan(config, settings, "h100", written=texts)

@@ -109,7 +109,6 @@ class MLP:
         norm = InputNorm(jnp.asarray(rng.uniform(0.01, 0.02, self.k), jnp.float32), 1e-5)
         w, last = joined.join([gate, up], feeds=self.group_size).behind(norm), joined.join([down])
         plan = gated.plan(self.rows, x.dtype, w, last, self.activation)
-        assert plan is not None, self
         run = jax.jit(lambda *a: gated.mlp(*a, activation=self.activation, plan=plan, interpret=interpret))
         found = np.asarray(run(x, w, last, residual), np.float64)
         first, second, third = (

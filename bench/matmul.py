@@ -29,7 +29,7 @@ from bench.results import Record, Results
 from bench.timing import Product, copies, kernel_times, prepare, rates, take_turns
 from convert.errors import first_line
 from pallas_kernels import chips, mixed_matmul
-from slim_jax.model.linear import product_dtype
+from pallas_kernels.chips import product_dtype
 
 PRODUCTS = ("packed", "xla", "bf16", "f32", "int4")
 

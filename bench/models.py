@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels import MixedTensor, pack, scales
+from pallas_kernels.chips import product_dtype
 from slim_jax.config import SlimConfig
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_params, make_decoder, outer_params
 from slim_jax.store.source import Source
 

@@ -4,7 +4,7 @@ How each back end computes the product is up to `pallas_kernels.backends`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import meshes
-from pallas_kernels.backends import IMPLEMENTATIONS, PLATFORM, given, plus, tried
+from pallas_kernels.backend import plus, taken
+from pallas_kernels.backends import BACKENDS, first_that_can, given, tried
 from pallas_kernels.layout import MixedTensor, vary_like
 from pallas_kernels.prepared import Prepared
 from pallas_kernels.xla import product as xla
@@ -64,8 +65,9 @@ def mixed_matmul(
     rows = math.prod(x.shape[:-1])
     names = given(implementation)
     tries = names or tried(rows)
-    if config is not None and (len(tries) != 1 or tries[0] not in PLATFORM):
-        raise ValueError(f"config is for one of {list(PLATFORM)}, implementation is {implementation!r}")
+    own = [name for name, backend in BACKENDS.items() if backend.platform is not None]
+    if config is not None and (len(tries) != 1 or tries[0] not in own):
+        raise ValueError(f"config is for one of {own}, implementation is {implementation!r}")
     spread = meshes.spread(x, w, residual)
     if spread.explicit:
         y = meshes.per_device(_on_one, (names, config), spread.mesh, x, w, residual)
@@ -87,7 +89,7 @@ def _on_one(
     rows = math.prod(x.shape[:-1])
     tries = names or tried(rows)
     if len(tries) > 1 and meshes.spread(x, w, residual).auto:  # XLA can partition only its own products
-        names = tries = tuple(name for name in tries if name not in PLATFORM) or tries
+        names = tries = tuple(name for name in tries if BACKENDS[name].platform is None) or tries
     if isinstance(w, Prepared) and tries[0] not in ("xla", w.implementation):
         x = x if w.norm is None else w.norm(x)
         parts = [_on_one(names, config, x, one, None) for one in w.weights()]
@@ -98,11 +100,6 @@ def _on_one(
         added = vary_like(residual.reshape(rows, w.shape[1]).astype(jnp.float32), (x, w))
     y = _matmul(names, config, x.reshape(rows, w.shape[0]), w, added)
     return y.reshape(*x.shape[:-1], w.shape[1])
-
-
-def taken(x: jax.Array) -> jax.Array:
-    """``x`` in a dtype that every back end accepts: float32, unless it is bfloat16."""
-    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
 def _check(
@@ -116,7 +113,7 @@ def _check(
         raise ValueError(f"x is {x.dtype}, expected a floating type")
     if stacked:
         raise ValueError(
-            f"w.words has shape {w.words.shape}, expected [rows, {n}]: scan over stacked weights"
+            f"the weight of shape {w.shape} is stacked, expected a single one: scan over stacked weights"
         )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}, expected {(n,)} for a weight of shape {w.shape}")
@@ -141,30 +138,16 @@ def _matmul(
     """
     tries = names or tried(x.shape[0])
     if tries == ("xla",) and not xla.is_decode(x.shape[0]):
-        return _first_that_can(tries, config, x, w, residual)
-    product = jax.custom_batching.custom_vmap(partial(_first_that_can, tries, config))
+        return first_that_can(_kernels(tries, config), x, w, residual)  # type: ignore[no-any-return]
+    product = jax.custom_batching.custom_vmap(partial(first_that_can, _kernels(tries, config)))
     product.def_vmap(partial(_batched, names, config))
     return product(x, w, residual)  # type: ignore[no-any-return]
 
 
-def _first_that_can(
-    names: tuple[str, ...],
-    config: Any,
-    x: jax.Array,
-    w: MixedTensor | Prepared,
-    residual: jax.Array | None,
-) -> jax.Array:
-    name, rest = names[0], names[1:]
-    run = IMPLEMENTATIONS[name] if config is None else partial(IMPLEMENTATIONS[name], config=config)
-    if not rest:
-        return run(x, w, residual)
-    try:
-        if name not in PLATFORM:
-            return run(x, w, residual)
-        kernel = {PLATFORM[name]: run}
-        return lax.platform_dependent(x, w, residual, default=partial(_first_that_can, rest, None), **kernel)
-    except NotImplementedError:
-        return _first_that_can(rest, None, x, w, residual)
+def _kernels(names: tuple[str, ...], config: Any) -> list[tuple[str | None, Callable[..., jax.Array]]]:
+    """Platform and product of each back end."""
+    own = {} if config is None else {"config": config}
+    return [(BACKENDS[name].platform, partial(BACKENDS[name].matmul, **own)) for name in names]
 
 
 def _batched(

@@ -1,75 +1,20 @@
-"""The back ends of a product, and the choice among them by name, by the target's platform and by rows.
+"""The back ends, and the choice among them by name, by the target's platform and by rows."""
 
-Each back end is a function ``(x[M, K], w, residual) -> float32[M, N]``, which raises ``NotImplementedError``
-for products that it does not support.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import jax
+from jax import lax
 
-from pallas_kernels import chips
-from pallas_kernels.layout import MixedTensor
-from pallas_kernels.prepared import Prepared
-from pallas_kernels.xla import product as xla
+from pallas_kernels import chips, meshes
+from pallas_kernels.backend import Backend
+from pallas_kernels.gpu.backend import BACKEND as GPU
+from pallas_kernels.tpu.backend import BACKEND as TPU
+from pallas_kernels.xla.backend import BACKEND as XLA
 
-Kernel = Callable[..., jax.Array]
-
-
-@contextmanager
-def importing(name: str) -> Iterator[None]:
-    """Context for importing a kernel that the installed JAX may not support.
-
-    Raises:
-      NotImplementedError: the import fails.
-    """
-    try:
-        yield
-    except (ImportError, AttributeError) as error:
-        raise NotImplementedError(f"{name} does not import with jax {jax.__version__}: {error}") from error
-
-
-def _xla(x: jax.Array, w: MixedTensor | Prepared, residual: jax.Array | None = None) -> jax.Array:
-    return plus(residual, xla.mixed_matmul(x, w))
-
-
-def _mosaic_tpu(x: jax.Array, w: Any, residual: jax.Array | None = None, **config: Any) -> jax.Array:
-    with importing("mosaic_tpu"):
-        from pallas_kernels.tpu.decode import mixed_matmul  # takes a second; CPUs do not need it
-
-    return plus(residual, mixed_matmul(x, w, **config))
-
-
-def _mosaic_gpu(x: jax.Array, w: Any, residual: jax.Array | None = None, **config: Any) -> jax.Array:
-    with importing("mosaic_gpu"):
-        from pallas_kernels.gpu.kernel import mixed_matmul
-
-    return mixed_matmul(x, w, residual=residual, **config)
-
-
-def plus(residual: jax.Array | None, y: jax.Array) -> jax.Array:
-    """``y``, plus ``residual`` if there is one."""
-    return y if residual is None else residual + y
-
-
-IMPLEMENTATIONS: dict[str, Kernel] = {
-    "xla": _xla,
-    "mosaic_gpu": _mosaic_gpu,
-    "mosaic_tpu": _mosaic_tpu,
-}
-
-PLATFORM = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
-"""Platform of each implementation that does not run everywhere."""
-
-BY_PLATFORM = {"tpu": ("mosaic_tpu", "xla"), "cuda": ("mosaic_gpu", "xla")}
-"""Implementations to try, in order, for a target (:func:`pallas_kernels.chips.of_target`) of each platform;
-XLA on all others."""
-
-MOST_ROWS = {"cuda": 128}
-"""Rows of ``x`` above which a platform uses XLA's product with the dequantized weight instead; measured on an
-H200 (docs/devices.md)."""
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (XLA, GPU, TPU)}
 
 _chosen = jax.make_user_context(None)  # part of jit's cache key
 
@@ -83,20 +28,18 @@ def use_implementation(*names: str) -> AbstractContextManager[None]:
     return _chosen(names_for(names))
 
 
-def first_tried(rows: Any) -> str:
-    """Name of the implementation that a product with ``rows`` rows of ``x`` tries first, in this context."""
-    return names_for(None, rows)[0]
-
-
 def tried(rows: Any) -> tuple[str, ...]:
     """Implementations that the target tries, in order, for ``rows`` rows of ``x`` if none is named.
 
-    A symbolic number of rows (`jax.export.symbolic_shape`) is left to XLA.
+    Those for the target's platform come first, then XLA. A symbolic number of rows
+    (`jax.export.symbolic_shape`) is left to XLA.
     """
     platform = chips.of_target().platform
-    if not isinstance(rows, int) or rows > MOST_ROWS.get(platform, rows):
-        return ("xla",)
-    return BY_PLATFORM.get(platform, ("xla",))
+
+    def own(backend: Backend) -> bool:
+        return backend.platform == platform and isinstance(rows, int) and rows <= (backend.most_rows or rows)
+
+    return (*(name for name, backend in BACKENDS.items() if own(backend)), XLA.name)
 
 
 def names_for(implementation: str | Sequence[str] | None, rows: Any = 1) -> tuple[str, ...]:
@@ -113,8 +56,47 @@ def given(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if implementation is None:
         return _chosen.value  # type: ignore[no-any-return]
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    if not names or not set(names) <= set(IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation is {implementation!r}, expected one or more of {list(IMPLEMENTATIONS)}"
-        )
+    if not names or not set(names) <= set(BACKENDS):
+        raise ValueError(f"implementation is {implementation!r}, expected one or more of {list(BACKENDS)}")
     return names
+
+
+def by_kernel(
+    operation: str,
+    otherwise: Callable[..., Any],
+    *operands: Any,
+    implementation: str | Sequence[str] | None = None,
+    **static: Any,
+) -> Any:
+    """Computes an operation by the kernel of the preferred back end, or else by ``otherwise(*operands)``.
+
+    Args:
+      operation: the field of :class:`~pallas_kernels.backend.Backend` that holds the kernel.
+      otherwise: computes the same where that back end has no kernel, or none for these operands: on another
+        platform, of another shape, or over several devices.
+      operands: arrays, or trees of them.
+      implementation: as for :func:`mixed_matmul`; only the first is tried.
+      static: arguments of the kernel alone.
+    """
+    backend = BACKENDS[names_for(implementation)[0]]
+    kernel = getattr(backend, operation)
+    if kernel is None or meshes.spread(operands).several:
+        return otherwise(*operands)
+    return first_that_can([(backend.platform, partial(kernel, **static)), (None, otherwise)], *operands)
+
+
+def first_that_can(kernels: Sequence[tuple[str | None, Callable[..., Any]]], *operands: Any) -> Any:
+    """Runs the first kernel that supports the operands, on its platform; on others, those that follow.
+
+    ``kernels`` are pairs of a platform, None for all, and a function that may raise ``NotImplementedError``.
+    """
+    (platform, run), *rest = kernels
+    if not rest:
+        return run(*operands)
+    otherwise = partial(first_that_can, rest)
+    try:
+        if platform is None:
+            return run(*operands)
+        return lax.platform_dependent(*operands, default=otherwise, **{platform: run})
+    except NotImplementedError:
+        return otherwise(*operands)

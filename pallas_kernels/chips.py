@@ -15,6 +15,7 @@ import re
 from contextlib import AbstractContextManager
 
 import jax
+import jax.numpy as jnp
 
 GIB, MIB, KIB = 2**30, 2**20, 2**10
 
@@ -224,3 +225,11 @@ def of_target() -> Device:
     if chosen is None or isinstance(chosen, str):
         chosen = jax.local_devices(backend=chosen)[0]
     return describe(chosen)
+
+
+def product_dtype() -> jnp.dtype:
+    """Returns the dtype of products with packed weights: float32 on CPUs, else bfloat16.
+
+    Matrix units take bfloat16. A model that was just quantized and one that is loaded use the same dtype.
+    """
+    return jnp.dtype(jnp.float32 if of_target().platform == "cpu" else jnp.bfloat16)

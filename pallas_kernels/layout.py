@@ -29,6 +29,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pallas_kernels import scales
@@ -71,7 +72,7 @@ def result_type(shape: tuple[int, ...], like: Any) -> Any:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scale", "zero", "order", "segments"],
-    meta_fields=["shape", "group_size", "widths", "dtype"],
+    meta_fields=["shape", "group_size", "widths", "dtype", "mesh"],
 )
 @dataclasses.dataclass(frozen=True)
 class MixedTensor:
@@ -98,6 +99,8 @@ class MixedTensor:
       group_size: input channels per group, a multiple of 32, static.
       widths: the bit widths that may occur, ascending, static.
       dtype: dtype of products and of the result of :meth:`dequantize`, static.
+      mesh: the mesh over which the output channels are split, static, for :func:`~pallas_kernels.matmul`: in
+        traced code the arrays themselves do not tell. None on one device.
     """
 
     words: jax.Array
@@ -109,6 +112,7 @@ class MixedTensor:
     group_size: int
     widths: tuple[int, ...]
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
+    mesh: Mesh | None = None
 
     @property
     def ndim(self) -> int:
@@ -155,11 +159,6 @@ class MixedTensor:
         """``8 * nbytes`` over the number of weights (of all layers, if leaves are stacked)."""
         layers = math.prod(self.words.shape[:-2])
         return 8.0 * self.nbytes / (layers * self.shape[0] * self.shape[1])
-
-    @property
-    def mean_width(self) -> float:
-        """Bits per code, averaged over the groups; static, unlike the number of groups of each width."""
-        return WORD_BITS * self.words.shape[-2] / (self.groups * self.group_size)
 
     def scales(self) -> jax.Array:
         """Scales ``float32[G, N]`` in storage order."""

@@ -2,13 +2,9 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-
-from pallas_kernels import chips
-from pallas_kernels.backends import importing, names_for
+from pallas_kernels.backends import BACKENDS, names_for
 from pallas_kernels.layout import MixedTensor, stack
 from pallas_kernels.prepared import Prepared, stack_consumed
-from pallas_kernels.xla.prepared import joinable, prepare_stack
 
 
 def prepare(
@@ -30,16 +26,12 @@ def prepare(
       consume: if True, words, scales and zero codes of ``w`` are deleted as they are copied, so that memory
         never holds all layers twice; not for traced code.
     """
-    name, alone = names_for(implementation)[0], isinstance(w, MixedTensor)
+    alone = isinstance(w, MixedTensor)
     layers: Sequence[MixedTensor] = [w] if isinstance(w, MixedTensor) else w
-    if name == "xla" and _on_cpu():
-        return prepare_stack([[one] for one in layers], consume=consume)
-    if name == "mosaic_tpu":
-        found = _layers_on_tpu([[one] for one in layers], not alone, consume)
-        if found is not None:
-            return found
-    if name == "mosaic_gpu" and alone and (joined := _joined_on_gpu(layers)) is not None:
-        return joined
+    backend = BACKENDS[names_for(implementation)[0]]
+    found = backend.prepare([[one] for one in layers], stacked=not alone, feeds=0, consume=consume)
+    if found is not None:
+        return found
     if isinstance(w, MixedTensor):
         return w
     return stack_consumed(layers) if consume else stack(layers)
@@ -57,7 +49,8 @@ def prepare_joined(
     Args:
       layers: the weights of each layer; layers differ only as in :func:`prepare`.
       feeds: group size of the one product that reads all the results, such as an MLP's last, if it divides
-        every ``N``: a back end may then fuse the two products (`pallas_kernels.mlp`). 0 for none.
+        every ``N``: a back end may then fuse the two products (`pallas_kernels.backend.Backend.mlp`). 0 for
+        none.
       implementation: as for :func:`mixed_matmul`.
       consume: as for :func:`prepare`.
 
@@ -65,38 +58,5 @@ def prepare_joined(
       Prepared weights as from :func:`prepare`, or None if the back end gains nothing or the weights do not
       fit together.
     """
-    name = names_for(implementation)[0]
-    if name == "mosaic_gpu" and len(layers) == 1:
-        return _joined_on_gpu(layers[0], feeds)
-    if name == "mosaic_tpu":
-        return _layers_on_tpu(layers, len(layers) > 1, consume)
-    if name != "xla" or not _on_cpu() or not joinable(layers[0]):
-        return None
-    return prepare_stack(layers, consume=consume)
-
-
-def _on_cpu() -> bool:
-    """True if the target multiplies packed words in loops; elsewhere XLA dequantizes."""
-    return chips.of_target().platform == "cpu"
-
-
-def _layers_on_tpu(layers: Sequence[Sequence[MixedTensor]], stacked: bool, consume: bool) -> Prepared | None:
-    try:
-        with importing("mosaic_tpu"):
-            from pallas_kernels.tpu import config
-            from pallas_kernels.tpu.layers import joinable, prepare
-    except NotImplementedError:
-        return None
-    supported = layers[0][0].group_size in config.GROUP_SIZES and joinable(layers[0])
-    return prepare(layers, stacked=stacked, consume=consume) if supported else None
-
-
-def _joined_on_gpu(weights: Sequence[MixedTensor], feeds: int = 0) -> Prepared | None:
-    try:
-        with importing("mosaic_gpu"):
-            import pallas_kernels.gpu.kernel  # noqa: F401
-            from pallas_kernels.gpu import config, joined
-        config.check_supported(chips.of_target(), jnp.dtype(jnp.bfloat16), 1, weights[0].group_size, None)
-    except NotImplementedError:
-        return None
-    return joined.join(weights, feeds=feeds) if joined.joinable(weights) else None
+    backend = BACKENDS[names_for(implementation)[0]]
+    return backend.prepare(layers, stacked=len(layers) > 1, feeds=feeds, consume=consume)

@@ -7,6 +7,7 @@ weights are not saved to files. Back ends add fields of their own: `pallas_kerne
 `pallas_kernels.gpu.joined`, `pallas_kernels.tpu.layers`.
 """
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -23,14 +24,19 @@ from jax.typing import DTypeLike
 from pallas_kernels.layout import MixedTensor, exported, stack
 
 
+def static() -> Any:
+    """A field of a record that is part of a compiled program, not an array."""
+    return dataclasses.field(metadata={"static": True})
+
+
 @exported
-@partial(jax.tree_util.register_dataclass, data_fields=["scale"], meta_fields=["eps"])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputNorm:
     """RMSNorm before a product: ``x * rsqrt(mean(x**2) + eps) * scale``, with ``scale`` ``float32[K]``."""
 
     scale: jax.Array
-    eps: float
+    eps: float = static()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes every row of ``x``, in float32."""
@@ -39,38 +45,47 @@ class InputNorm:
         return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """Packed weights ``[K, N_i]`` that read the same input, side by side, or a stack of ``L`` layers of them.
+class Prepared(abc.ABC):
+    """Packed weights ``[K, N_i]`` that read the same input, prepared as one weight; maybe of several layers.
 
-    Output channels are divided into tiles of ``T``; within a tile, all that a group needs is adjacent in
-    memory. ``L`` is 1 if nothing is stacked.
+    Each back end has a record of its own, a pytree, which defines :meth:`weights` and may define more.
 
     Attributes:
-      words: ``uint32[R, T]``: the tiles of each weight of each layer, one below the other, and padding.
-      scale: ``[L * tiles * G, T]``, in the dtype of the weights' scales and in the order of the tiles.
-      zero: ``uint8[L * tiles * G, T]``, one zero code per byte.
-      first_rows: ``int32[L, weights, 2]``: a weight's first row in ``words``, and rows in each of its tiles.
-      tensors: the weights, stacked on an axis ``L``, without words and scales.
-      layer: index of the layer to multiply with; None if there is only one.
+      implementation: name of the back end that the weights are prepared for.
+      tensors: the weights, stacked on a leading axis, without the arrays that the record holds itself.
       rows: rows of words of each weight, in the layer with the most; static.
-      stacked: True if layers are stacked; static.
+      layer: index of the layer to multiply with; None if there is only one, or none has been chosen.
+      stacked: True if a layer must be chosen; static.
+      norm: the norm that the product applies to its input first, if any.
     """
 
     implementation: ClassVar[str]
-    """Name of the back end that the weights are prepared for."""
-
-    words: jax.Array
-    scale: jax.Array
-    zero: jax.Array
-    first_rows: jax.Array
     tensors: tuple[MixedTensor, ...]
-    layer: jax.Array | None
     rows: tuple[int, ...]
+    layer: jax.Array | None
     stacked: bool
+    norm: InputNorm | None = None
 
-    ARRAYS: ClassVar[list[str]] = ["words", "scale", "zero", "first_rows", "tensors", "layer"]
-    STATIC: ClassVar[list[str]] = ["rows", "stacked"]
+    @abc.abstractmethod
+    def weights(self) -> list[MixedTensor]:
+        """The packed weights; for a stack, those of the chosen layer."""
+
+    def columns(self, index: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+        """``dequantize(dtype)[:, index]`` as ``[*index.shape, K]``, of one weight."""
+        (weight,) = self.weights()
+        return weight.columns(index, dtype)
+
+    def behind(self, norm: InputNorm) -> Self | None:
+        """The weights with ``norm`` as part of the product, or None if the back end gains nothing from it."""
+        return None
+
+    def at(self, layer: jax.Array) -> Self:
+        """One layer of the stack; nothing is sliced, products read the layer's part in place."""
+        return dataclasses.replace(self, layer=layer)  # type: ignore[type-var]
+
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
+        """The dense weights ``[K, N]``, side by side."""
+        return jnp.concatenate([w.dequantize(dtype) for w in self.weights()], axis=1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,25 +103,45 @@ class Prepared:
         return self.tensors[0].dtype
 
     @property
+    def groups(self) -> int:
+        """Number of groups of each weight."""
+        return self.tensors[0].groups
+
+    @property
+    def group_size(self) -> int:
+        """Input channels in a group."""
+        return self.tensors[0].group_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles(Prepared):
+    """Weights whose output channels are divided into tiles of ``T``, or a stack of ``L`` layers of them.
+
+    Within a tile, all that a group needs is adjacent in memory. ``L`` is 1 if nothing is stacked.
+
+    Attributes:
+      words: ``uint32[R, T]``: the tiles of each weight of each layer, one below the other, and padding.
+      scale: ``[L * tiles * G, T]``, in the dtype of the weights' scales and in the order of the tiles.
+      zero: ``uint8[L * tiles * G, T]``, one zero code per byte.
+      first_rows: ``int32[L, weights, 2]``: a weight's first row in ``words``, and rows in each of its tiles.
+      tensors, layer, rows, stacked: see `Prepared`; ``tensors`` lack words and scales.
+    """
+
+    words: jax.Array
+    scale: jax.Array
+    zero: jax.Array
+    first_rows: jax.Array
+    tensors: tuple[MixedTensor, ...]
+    layer: jax.Array | None
+    rows: tuple[int, ...] = static()
+    stacked: bool = static()
+
+    @property
     def tiles(self) -> tuple[int, ...]:
         """Number of tiles of each weight."""
         return tuple(n // self.words.shape[1] for n in self.sizes)
 
-    @property
-    def norm(self) -> InputNorm | None:
-        """The norm that the product applies to its input first, if any."""
-        return None
-
-    def behind(self, norm: InputNorm) -> Self | None:
-        """The weights with ``norm`` as part of the product, or None if the back end gains nothing from it."""
-        return None
-
-    def at(self, layer: jax.Array) -> Self:
-        """One layer of the stack; nothing is sliced, products read the layer's part in place."""
-        return dataclasses.replace(self, layer=layer)
-
     def weights(self) -> list[MixedTensor]:
-        """The packed weights; for a stack, those of the chosen layer."""
         layer = jnp.int32(0) if self.layer is None else self.layer
         one = partial(lax.dynamic_index_in_dim, index=layer, keepdims=False)
         width = self.words.shape[1]
@@ -122,12 +157,8 @@ class Prepared:
             first_tile = first_tile + n
         return found
 
-    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
-        """The dense weights ``[K, N]``, side by side."""
-        return jnp.concatenate([w.dequantize(dtype) for w in self.weights()], axis=1)
-
     def columns(self, index: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        """``dequantize(dtype)[:, index]`` as ``[*index.shape, K]``, of one weight that is not stacked."""
+        """See `Prepared`; of a weight that is not stacked."""
         (rest,), (rows,), width = self.tensors, self.rows, self.words.shape[1]
         flat = index.reshape(-1)
         tile, column = flat // width, flat % width
@@ -204,7 +235,7 @@ def stack_consumed(layers: Sequence[MixedTensor]) -> MixedTensor:
 def side_by_side(
     layers: Sequence[Sequence[MixedTensor]], width: int, *, consume: bool = False
 ) -> dict[str, Any]:
-    """The fields of :class:`Prepared` for layers that differ only in values and rows of words.
+    """The fields of :class:`Tiles` for layers that differ only in values and rows of words.
 
     Args:
       layers: the weights of each layer, which read the same input.

@@ -84,7 +84,7 @@ def sharded_matmul(
     cut, own = (None, n) if n % devices else (model_axes, n // devices)
 
     def local(x: jax.Array, w: MixedTensor) -> jax.Array:
-        return mixed_matmul(x, dataclasses.replace(w, shape=(k, own)))
+        return mixed_matmul(x, dataclasses.replace(w, shape=(k, own), mesh=None))
 
     leaves, structure = jax.tree.flatten(w)
     specs = jax.tree.unflatten(structure, [P(None, cut) if leaf.ndim == 2 else P() for leaf in leaves])

@@ -12,7 +12,7 @@ not depend on how many other channels are computed with it, and so not on how ma
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -88,6 +88,13 @@ class Placement:
         if self.mesh is None:
             return w
         return jax.tree.map(self.channels, w)
+
+    def told(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns parameters, split by :meth:`channels`, whose packed weights know the mesh they lie over."""
+        return {
+            name: dataclasses.replace(value, mesh=self.mesh) if isinstance(value, MixedTensor) else value
+            for name, value in params.items()
+        }
 
     def fetch(self, value: jax.Array) -> np.ndarray:
         """Returns the whole array in this process's memory."""

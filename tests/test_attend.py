@@ -1,5 +1,6 @@
 """The GPU's decode attention kernel (one new token) in the interpreter, and the model's choice of it."""
 
+import dataclasses
 import importlib.util
 import sys
 from functools import partial
@@ -15,7 +16,6 @@ from jax.experimental import pallas
 from bench.fused import Attention
 from pallas_kernels import chips
 from pallas_kernels.gpu import attention
-from slim_jax.model.attention import attend_cached
 from slim_jax.model.cache import Int8Rows, KeyValues
 from slim_jax.model.rotary import Rotation, frequencies
 
@@ -83,8 +83,14 @@ def test_without_what_the_kernel_stands_on(left, monkeypatch, kernel):
     monkeypatch.setattr(attention, "triton", SimpleNamespace(**dict.fromkeys(left)) if left else again.triton)
     assert not attention.supported(chips.describe("h100"), 16, jnp.dtype("float32"))
     q, k, cache = jnp.ones((2, 1, 4, 16)), jnp.ones((2, 1, 2, 16)), random_cache(np.random.default_rng(0))
-    attend_cached(q, k, k, jnp.full((2, 1), 66), cache, rotation=None, scale=0.25, one_device=True)
+    attend(q, k, k, jnp.full((2, 1), 66), cache)
     assert kernel == []
+
+
+def attend(q, k, v, positions, cache, *, one_device=True, rotation=None, window=None, softcap=None):
+    cache = dataclasses.replace(cache, one_device=one_device)
+    how = {"rotation": rotation, "window": window, "softcap": softcap}
+    return cache.attend(q, k, v, positions, scale=0.25, **how)
 
 
 def random_cache(rng, dtype="float32") -> KeyValues:
@@ -123,13 +129,12 @@ def test_the_model_gives_the_same_by_one_device(kernel, how):
     q = jnp.asarray(rng.normal(size=(2, 1, 4, 16)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, 1, 2, 16)), jnp.float32) for _ in range(2))
     positions, cache = jnp.full((2, 1), 66), random_cache(rng)
-    how = {"rotation": None} | how
-    run = partial(attend_cached, q, k, v, positions, cache, scale=0.25, **how)
+    run = partial(attend, q, k, v, positions, cache, **how)
     (found, after), (wanted, plain) = run(one_device=True), run(one_device=False)
     assert len(kernel) == 1
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     for own, other in zip(jax.tree.leaves(after), jax.tree.leaves(plain)):
-        np.testing.assert_allclose(own, other, atol=1e-6 if how["rotation"] else 0)
+        np.testing.assert_allclose(own, other, atol=1e-6 if "rotation" in how else 0)
 
 
 def test_what_the_kernel_does_not_know_xla_takes(kernel):
@@ -138,7 +143,6 @@ def test_what_the_kernel_does_not_know_xla_takes(kernel):
     positions = jnp.asarray([[65, 66]] * 2)
     several, one = random_cache(rng), random_cache(rng)
     int8 = KeyValues(Int8Rows.of(one.keys), Int8Rows.of(one.values), one.positions, one.start)
-    run = partial(attend_cached, rotation=None, scale=0.25, one_device=True)
-    run(q, k, k, positions, several)
-    run(q[:, :1], k[:, :1], k[:, :1], positions[:, 1:], int8)
+    attend(q, k, k, positions, several)
+    attend(q[:, :1], k[:, :1], k[:, :1], positions[:, 1:], int8)
     assert kernel == []

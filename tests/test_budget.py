@@ -150,7 +150,7 @@ def test_token_weights_are_squared_differences_of_the_loss(model, monkeypatch):
 
     class Moved(Linear):
         def __init__(self, linear, by) -> None:
-            self.weight, self.bias, self.mesh, self.by = linear.weight, linear.bias, linear.mesh, by
+            self.weight, self.bias, self.by = linear.weight, linear.bias, by
 
         def __call__(self, x):
             return super().__call__(x) + self.by

@@ -72,7 +72,7 @@ def made(monkeypatch, exact):
 
 def test_cases_share_a_reference(monkeypatch, exact, made):
     right = lambda x, w, residual: jnp.asarray(exact.y)[: x.shape[0]]  # noqa: E731
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "xla", right)
+    monkeypatch.setitem(backends.BACKENDS, "xla", dataclasses.replace(backends.XLA, matmul=right))
     assert [(r["m"], r["ok"]) for r in check.check(SMALL, implementation="xla")] == [(9, True), (17, True)]
     assert made == [17]
 
@@ -87,9 +87,8 @@ def test_cases_share_a_reference(monkeypatch, exact, made):
     ],
 )
 def test_wrong_values_fail(monkeypatch, tmp_path, exact, made, wrong, reason):
-    monkeypatch.setitem(
-        backends.IMPLEMENTATIONS, "xla", lambda x, w, residual: wrong(jnp.asarray(exact.y[: x.shape[0]]))
-    )
+    product = lambda x, w, residual: wrong(jnp.asarray(exact.y[: x.shape[0]]))  # noqa: E731
+    monkeypatch.setitem(backends.BACKENDS, "xla", dataclasses.replace(backends.XLA, matmul=product))
     (record,) = check.check(SMALL[:1], implementation="xla")
     assert record["ok"] is False
     assert reason in record["reason"]

@@ -98,7 +98,7 @@ def test_a_checkpoint_loads_over_several_devices(alone, mesh):
     model, spread = checkpoint.load(alone), checkpoint.load(alone, mesh=mesh)
     words = split_params(spread)[1][0]["mlp.down.weight"].words
     assert len({shard.index for shard in words.addressable_shards}) == 8
-    assert spread.blocks[0].mlp.down.mesh.size == 8
+    assert spread.blocks[0].mlp.down.weight.get_value().mesh.size == 8
     tokens = TOKENS.reshape(-1)[:128]
     assert perplexity(spread, tokens, 32).perplexity == pytest.approx(
         perplexity(model, tokens, 32).perplexity, rel=1e-5

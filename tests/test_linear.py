@@ -1,7 +1,7 @@
 """The dtype of products, and products of one row in bfloat16."""
 
 import dataclasses
-from types import SimpleNamespace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import MixedTensor
+from pallas_kernels import MixedTensor, chips, matmul
 from pallas_kernels.chips import Device
 from slim_jax import SlimConfig, quantize
-from slim_jax.model import linear
+from slim_jax.calibrate import embeddings
+from slim_jax.method import layer
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.linear import dense_product, unembed
 from slim_jax.model.params import split_params
-from slim_jax.store import checkpoint
+from slim_jax.store import checkpoint, manifest
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -39,9 +39,13 @@ CONFIG = DecoderConfig(
 def test_a_model_in_memory_equals_the_same_model_loaded(platform, expected, tmp_path, monkeypatch):
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 40, (2, 8))
-    # Patch only this module: kernels for other back ends would not run here.
     target = Device(name="a target", platform=platform)
-    monkeypatch.setattr(linear, "chips", SimpleNamespace(of_target=lambda: target))
+    with chips.target(target):
+        dtype = chips.product_dtype()
+    assert dtype == expected
+    # Patch only where weights are made: kernels for other back ends would not run here.
+    for module in (layer, embeddings, manifest):
+        monkeypatch.setattr(module, "product_dtype", lambda: dtype)
     memory, _ = quantize(model, tokens, SlimConfig(bits=2, group_size=32, method="rtn"))
     checkpoint.save(memory, tmp_path / "model")
     loaded = checkpoint.load(tmp_path / "model")
@@ -64,13 +68,16 @@ def bfloat16(*shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16)
 
 
+transposed = partial(matmul, transposed=True)
+
+
 @pytest.mark.parametrize("k", [5, 8, 67])
 @pytest.mark.parametrize("batch", [(), (1,), (1, 1), (3,)])
 def test_products_with_bfloat16(k, batch):
     x, w = jax.random.normal(jax.random.key(1), (*batch, k)), bfloat16(k, 12)
     expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
     tolerance = 1e-5 if np.prod(batch) == 1 else 2e-2  # one row is not rounded, several are
-    for found in (dense_product(x, w), unembed(x, w.T)):
+    for found in (matmul(x, w), transposed(x, w.T)):
         assert found.dtype == jnp.float32
         assert found.shape == (*batch, 12)
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=5 * tolerance)
@@ -78,7 +85,7 @@ def test_products_with_bfloat16(k, batch):
 
 def test_one_row_has_the_gradients_of_many():
     x, w = jax.random.normal(jax.random.key(1), (1, 20)), bfloat16(20, 12)
-    for product, weight in ((dense_product, w), (unembed, w.T)):
+    for product, weight in ((matmul, w), (transposed, w.T)):
         loss = lambda x, weight, product=product: jnp.sum(jnp.sin(product(x, weight)))  # noqa: E731
         one = jax.grad(loss, (0, 1))(x, weight)
         two = jax.grad(loss, (0, 1))(jnp.concatenate([x, jnp.zeros_like(x)]), weight)
@@ -99,6 +106,6 @@ def test_one_row_has_the_gradients_of_many():
 def test_which_products_are_left_to_xla(rows, dtype, target, left_to_xla):
     """The compilation target decides, not this machine."""
     x, w = jnp.ones((rows, 16)), jnp.ones((16, 24), dtype)
-    for product, weight in ((dense_product, w), (unembed, w.T)):
+    for product, weight in ((matmul, w), (transposed, w.T)):
         program = jax.jit(product).trace(x, weight).lower(lowering_platforms=(target,)).as_text()
         assert ("dot_general" in program) == left_to_xla

@@ -104,7 +104,7 @@ def cases():
         seen.add(config["architectures"][0])
 
 
-@pytest.mark.parametrize(("name", "target"), cases())
+@pytest.mark.parametrize(("name", "target"), list(cases()))
 def test_a_decode_step_lowers(name, target, tmp_path):
     text = decode_step(first_of_each_kind(config_of(name, tmp_path)), target)
     kernel = {"cpu": "stablehlo", "h100": "mosaic_gpu"}.get(target, "tpu_custom_call")

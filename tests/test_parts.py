@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_generate import PROMPTS, packed, tiny
 
 from pallas_kernels import MixedTensor, pack
@@ -133,8 +135,8 @@ def _table(model: Decoder) -> MixedTensor:
 
 
 def test_a_model_over_a_mesh_is_refused():
-    model = tiny()
-    model.mesh = mesh_of(2)
+    model, over = tiny(), NamedSharding(mesh_of(2), P())
+    model.embed.set_value(jax.device_put(model.embed[...], over))
     with pytest.raises(ValueError, match="the model lies over a mesh already"):
         Generator(model, mesh=mesh_of(2))
 

@@ -12,13 +12,12 @@ import pytest
 from test_generate import VARIANTS, packed, tiny
 from test_parts import WIDER, mesh_of
 
-from pallas_kernels import chips
+from pallas_kernels import attention, chips
+from pallas_kernels.xla import attention as module
 from slim_jax.infer import decode_loop
 from slim_jax.infer.forward import forward
 from slim_jax.infer.generate import PROMPT_CHUNK, Generator
 from slim_jax.infer.sampling import Choice, Sampling
-from slim_jax.model import attention as module
-from slim_jax.model.attention import attention
 from slim_jax.model.decoder import Decoder
 
 generation = importlib.import_module("slim_jax.infer.generate")

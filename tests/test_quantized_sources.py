@@ -13,6 +13,7 @@ from golden_models import HERE, Golden, load_golden, write_hf
 from safetensors.numpy import save_file
 from test_gptq_format import quantized
 from test_hf import changed, refused, same_parameters
+from test_towers import one_line
 
 from convert import load_source
 from convert.readers import decoders
@@ -90,9 +91,9 @@ def test_fp8_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert same_parameters(source, with_weights(golden, tmp_path / "plain", expected))
     assert source.origin["quantized"] == "FP8, a scale per 16 x 16 weights"
     note = "the source is quantized already (FP8, a scale per 16 x 16 weights)"
-    assert note in said(capsys, "plan", tmp_path / "fp8").replace("\n", " ")
+    assert note in one_line(said(capsys, "plan", tmp_path / "fp8"))
     checkpoint.save_source(source, tmp_path / "out")
-    assert note in said(capsys, "inspect", tmp_path / "out").replace("\n", " ")
+    assert note in one_line(said(capsys, "inspect", tmp_path / "out"))
     assert note in report_page("model", read_manifest(tmp_path / "out"))
     assert load_source(tmp_path / "fp8", "bfloat16").block(0)["attn.q.weight"].dtype == ml_dtypes.bfloat16
 

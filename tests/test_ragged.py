@@ -1,5 +1,6 @@
 """``mixed_ragged_dot`` compared with float64 NumPy, expert by expert, and on every back end."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -15,6 +16,7 @@ from test_layout import dequantize
 from pallas_kernels import backends, mixed_ragged_dot
 from pallas_kernels.layout import stack
 from pallas_kernels.ragged import rows_of_turn
+from pallas_kernels.xla import product as xla
 
 K, N, G = 128, 64, 32
 
@@ -96,9 +98,9 @@ def test_only_turns_with_rows_are_taken(monkeypatch):
 
     def product(x, w, residual):
         jax.debug.callback(lambda: taken.append(len(x)))
-        return backends.xla.mixed_matmul(x, w)
+        return xla.mixed_matmul(x, w)
 
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "xla", product)
+    monkeypatch.setitem(backends.BACKENDS, "xla", dataclasses.replace(backends.XLA, matmul=product))
     w, _ = experts(64)
     sizes = jnp.zeros(64, jnp.int32).at[jnp.asarray([5, 60])].set(jnp.asarray([8, 4]))
     mixed_ragged_dot(random_x(12, K), w, sizes, rows=4, implementation="xla").block_until_ready()
@@ -117,7 +119,7 @@ def test_kernels(name, monkeypatch):
     def product(x, w, residual):
         return mixed_matmul(x, w, interpret=interpret)
 
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, name, product)
+    monkeypatch.setitem(backends.BACKENDS, name, dataclasses.replace(backends.XLA, name=name, matmul=product))
     bits = [[1, 3], [2, 2], [3, 3]]
     made = [random_weight(256, 128, 128, bits[i], seed=i, widths=(1, 2, 3)) for i in range(3)]
     w, sizes = stack([w for w, _ in made]), [5, 0, 6]

@@ -68,9 +68,9 @@ def test_blocks_that_stay_apart_go_one_by_one(monkeypatch):
         model = test_step.packed_model()
         norm = model.blocks[0].attn.q.bias
 
-        def watched(block):
+        def watched(block, stages_of):
             seen.append([one.attn.q.weight.get_value().words.is_deleted() for one in model.blocks])
-            return prepared_block(block)
+            return prepared_block(block, stages_of)
 
         monkeypatch.setattr(module, "_with_weights_prepared", watched)
         module.ready(model, consume=True)

@@ -1,5 +1,7 @@
 """Packed weights sharded over several devices: eight virtual CPUs, see conftest."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from matmul_cases import random_weight, random_x, slow
 from test_layout import dequantize
 
-from pallas_kernels import mixed_matmul, mixed_ragged_dot, part, sharded_matmul, stack_parts
+from pallas_kernels import matmul, mixed_matmul, mixed_ragged_dot, part, sharded_matmul, stack_parts
 from pallas_kernels.layout import stack
 
 
@@ -45,6 +47,8 @@ def test_product_with_channels_cut_over_a_mesh(n):
     y = jax.jit(sharded_matmul, static_argnums=2)(x, w, mesh)
     np.testing.assert_allclose(y, np.asarray(x) @ dense, rtol=1e-4, atol=1e-4)
     assert y.sharding.is_fully_replicated == (n == 27)
+    over = dataclasses.replace(w, mesh=mesh)
+    np.testing.assert_array_equal(jax.jit(matmul)(x, over), y)
     gradient = jax.grad(lambda x: (sharded_matmul(x, w, mesh) ** 2).sum())(x)
     np.testing.assert_allclose(gradient, 2 * (np.asarray(x) @ dense) @ dense.T, rtol=1e-3, atol=1e-3)
 

@@ -11,10 +11,10 @@ from flax import nnx
 from pallas_kernels import chips, pack, scales
 from pallas_kernels.gpu.joined import Joined
 from slim_jax.infer.decode_loop import Tokens, write
-from slim_jax.infer.fuse import ready
+from slim_jax.infer.fuse import Unchanged, ready
 from slim_jax.infer.generate import Generator
 from slim_jax.infer.sampling import Sampling
-from slim_jax.model.block import Unchanged, linear_groups
+from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import make_decoder, split_params
@@ -106,9 +106,10 @@ def test_an_nvidia_gpu_scans_over_no_packed_blocks():
 def test_an_nvidia_gpu_multiplies_what_reads_one_input_in_one_launch():
     with chips.target("h100"):
         _, (blocks,), _ = ready(packed_model())
-    for block in blocks:
-        layers = block.attn.q, block.attn.o, block.mlp.gate, block.mlp.down
-        found = [layer.weight.get_value() for layer in layers]
+    for fused in blocks:
+        block, merged = fused.block, fused.weights
+        own = [layer.weight.get_value() for layer in (block.attn.o, block.mlp.down)]
+        found = [merged["attn.q"], own[0], merged["mlp.gate"], own[1]]
         assert all(isinstance(w, Joined) for w in found)
         assert [len(w.sizes) for w in found] == [3, 1, 2, 1]
         assert [layer.weight.get_value() for layer in (block.attn.k, block.mlp.up)] == [None, None]

@@ -188,7 +188,9 @@ def test_one_jitted_function_takes_each_implementation(monkeypatch):
         return kernel
 
     for name, value in (("one", 1.0), ("two", 2.0)):
-        monkeypatch.setitem(backends.IMPLEMENTATIONS, name, fake(value))
+        monkeypatch.setitem(
+            backends.BACKENDS, name, dataclasses.replace(backends.XLA, name=name, matmul=fake(value))
+        )
     product = jax.jit(lambda x: mixed_matmul(x, w))
     for name, value in (("one", 1.0), ("two", 2.0), ("one", 1.0)):
         with backends.use_implementation(name):

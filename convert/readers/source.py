@@ -292,4 +292,4 @@ def count_left_out(names: Iterable[str], kinds: Mapping[str, str]) -> tuple[list
             rest.append(name)
         else:
             counts[kind] = counts.get(kind, 0) + 1
-    return rest, counts
+    return rest, dict(sorted(counts.items()))

@@ -50,8 +50,8 @@ class Plan:
     exit: Config
 
 
-def plan(m: int, dtype: jnp.dtype, w: Joined, down: Joined, activation: str) -> Plan | None:
-    """Plan of ``down(act(gate(x)) * up(x))`` for ``m`` rows of x, or None if the kernel cannot compute it.
+def plan(m: int, dtype: jnp.dtype, w: Joined, down: Joined, activation: str) -> Plan:
+    """Plan of ``down(act(gate(x)) * up(x))`` for ``m`` rows of x.
 
     Args:
       m: rows of x.
@@ -61,20 +61,21 @@ def plan(m: int, dtype: jnp.dtype, w: Joined, down: Joined, activation: str) -> 
       activation: name of the activation.
 
     Raises:
-      NotImplementedError: the kernel does not support the target.
+      NotImplementedError: the kernel does not support the target, the rows, the weights or the activation.
     """
+    refused = NotImplementedError(f"mosaic_gpu has no kernel for {m} rows of this MLP with {activation}")
     groups = down.groups
     fits = len(w.sizes) == 2 and w.sizes[0] == w.sizes[1] == groups * w.feeds and w.feeds == down.group_size
     if not fits or not 0 < m <= ROW_TILE or activation not in ACTIVATIONS:
-        return None
+        raise refused
     entry, exit_ = (kernel.configured(m, dtype, one, None) for one in (w, down))
     if entry.block_m != ROW_TILE or exit_.block_m != ROW_TILE:
-        return None
+        raise refused
     entry = dataclasses.replace(entry, block_n=COLUMNS)
     kept = 2 * math.prod(_shares(entry)) * 4  # in addition to what a product needs
     limit = chips.of_target().scratch_bytes
     if limit is not None and shared_bytes(entry, w.group_size) + kept > limit:
-        return None
+        raise refused
     return Plan(entry, exit_)
 
 
@@ -112,7 +113,7 @@ def mlp(
     hidden = _hidden(x, w, down, activation, plan, interpret)
     inside = residual is not None and kernel.takes_residual(m, plan.exit)
     bias = residual[0] if residual is not None and inside else None
-    y = kernel.multiply(hidden, m, down, kernel.arrays(down), bias, plan.exit, interpret)[:m]
+    y = kernel.multiply(hidden, m, down, bias, plan.exit, interpret)[:m]
     return y if residual is None or inside else residual + y
 
 
@@ -136,7 +137,7 @@ def _hidden(x, w: Joined, down: Joined, activation: str, plan: Plan, interpret: 
         kernel_name="mixed_mlp",
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
-        *kernel.references(operands, w, kernel.arrays(w)),
+        *kernel.references(operands, w),
         *(down.places, down.zero_steps, jnp.asarray(1 / powers(down))),
     )
     return Operands(x, constant, sums, None, parts)
@@ -146,7 +147,7 @@ def _body(  # type: ignore[no-untyped-def]
     *refs, w: Joined, groups: int, g: int, padded: int, config: Config, activation: str, interpret: bool
 ) -> None:
     """Computes one block's columns of gate and of up, over all groups, and writes down's input from them."""
-    inputs, (places, zero_steps, factors, *out) = References(*refs[:11]), refs[11:]
+    inputs, (places, zero_steps, factors, *out) = References.of(refs)
     block, blocks = lax.axis_index("n"), groups * g // COLUMNS
     group, part = lax.div(block, g // COLUMNS), lax.rem(block, g // COLUMNS)
     layout = _few_rows()

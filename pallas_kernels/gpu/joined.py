@@ -8,16 +8,14 @@ sums of x and the kernel.
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import MixedTensor, exported
-from pallas_kernels.planes import WORD_BITS
-from pallas_kernels.prepared import InputNorm, Prepared, fit_together, side_by_side
+from pallas_kernels.prepared import InputNorm, Tiles, fit_together, side_by_side, static
 
 DEPTH = 16
 """Rows of a tensor-core instruction's right operand: channels per instruction, or groups in a chunk."""
@@ -26,13 +24,9 @@ LEAST_TILE = 32
 
 
 @exported
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[*Prepared.ARRAYS, "segments", "orders", "places", "zero_steps", "input_norm"],
-    meta_fields=[*Prepared.STATIC, "widths", "feeds"],
-)
-@dataclasses.dataclass(frozen=True)
-class Joined(Prepared):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joined(Tiles):
     """Weights side by side for one launch; the columns of a block belong to one of them.
 
     Scales and zero codes have extra rows at the end, after those of all groups, to fill a chunk of 16 groups.
@@ -42,7 +36,6 @@ class Joined(Prepared):
       orders: ``int32[weights, G]``, the ``order`` of each weight.
       places: ``int32[weights, G]``, the inverse: the position in storage order of each group of channels.
       zero_steps: ``float32[weights, G]``, the value of a unit of a group's zero code, in storage order.
-      input_norm: the norm that is applied to the input first, if any.
       widths: widths that occur in any of the weights, ascending; static.
       feeds: group size of the product that reads the results (:mod:`pallas_kernels.gpu.gated`): output
         channels are stored in the order in which it reads them (:func:`channels_of_slots`); 0 to keep their
@@ -55,16 +48,12 @@ class Joined(Prepared):
     orders: jax.Array
     places: jax.Array
     zero_steps: jax.Array
-    input_norm: InputNorm | None
-    widths: tuple[int, ...]
-    feeds: int
-
-    @property
-    def norm(self) -> InputNorm | None:
-        return self.input_norm
+    norm: InputNorm | None = None
+    widths: tuple[int, ...] = static()
+    feeds: int = static()
 
     def behind(self, norm: InputNorm) -> "Joined":
-        return dataclasses.replace(self, input_norm=norm)
+        return dataclasses.replace(self, norm=norm)
 
     def weights(self) -> list[MixedTensor]:
         found = super().weights()
@@ -79,22 +68,6 @@ class Joined(Prepared):
             return y
         by_slot = y.reshape(len(y), -1, self.feeds // DEPTH, DEPTH // 2, 2)
         return by_slot.transpose(0, 1, 4, 2, 3).reshape(y.shape)
-
-    @property
-    def groups(self) -> int:
-        """Number of groups of each weight."""
-        return self.tensors[0].groups
-
-    @property
-    def group_size(self) -> int:
-        """Input channels in a group."""
-        return self.tensors[0].group_size
-
-    @property
-    def mean_width(self) -> float:
-        """Bits of a code, averaged over the groups of all weights."""
-        bits = sum(rows * n for rows, n in zip(self.rows, self.sizes)) * WORD_BITS
-        return bits / (self.groups * self.group_size * sum(self.sizes))
 
 
 def joinable(weights: Sequence[MixedTensor]) -> bool:
@@ -121,8 +94,20 @@ def _with_columns(w: MixedTensor, of_group: np.ndarray) -> MixedTensor:
     return dataclasses.replace(w, **{name: getattr(w, name)[:, index] for name in ("words", "scale", "zero")})
 
 
+@jax.jit
+def alone(w: MixedTensor) -> Joined:
+    """Returns any weight as a joined one, with columns of zeros up to a multiple of :data:`LEAST_TILE`."""
+    missing = -w.shape[1] % LEAST_TILE
+    if missing:
+        wider: dict[str, Any] = {
+            name: jnp.pad(getattr(w, name), ((0, 0), (0, missing))) for name in ("words", "scale", "zero")
+        }
+        w = dataclasses.replace(w, **wider, shape=(w.shape[0], w.shape[1] + missing))
+    return join([w])
+
+
 def join(weights: Sequence[MixedTensor], *, feeds: int = 0) -> Joined:
-    """Joins weights that are :func:`joinable` into one product.
+    """Joins weights that are :func:`joinable`, or a single one, into one product.
 
     ``feeds`` is as in :class:`Joined`, and a divisor of every ``N``.
     """
@@ -140,7 +125,6 @@ def join(weights: Sequence[MixedTensor], *, feeds: int = 0) -> Joined:
         orders=orders,
         places=jnp.argsort(orders, axis=1).astype(jnp.int32),
         zero_steps=jnp.stack([w.zero_steps() for w in weights]),
-        input_norm=None,
         widths=widths,
         feeds=feeds,
     )

@@ -52,13 +52,12 @@ from pallas_kernels.gpu.config import NAME as NAME
 from pallas_kernels.gpu.config import Config as Config
 from pallas_kernels.gpu.config import check_supported, fitted
 from pallas_kernels.gpu.config import heuristic as heuristic
-from pallas_kernels.gpu.joined import Joined
-from pallas_kernels.gpu.operands import ROW_TILE, WORD_ROWS, Operands, activations, halves
+from pallas_kernels.gpu.joined import Joined, alone
+from pallas_kernels.gpu.operands import ROW_TILE, Operands, activations
 from pallas_kernels.gpu.tile import References, Tile
-from pallas_kernels.layout import MixedTensor, result_type, zero_bits
+from pallas_kernels.layout import MixedTensor, result_type
 
 MAGIC = 0x43004300  # two bfloat16 of 128
-COLUMN_MULTIPLE = 8  # rows of scales then start at multiples of 16 bytes
 
 
 def mixed_matmul(
@@ -76,7 +75,7 @@ def mixed_matmul(
 
     Args:
       x: bfloat16 or float32 ``[M, K]``.
-      w: the packed weight ``[K, N]``, or several side by side.
+      w: the packed weight ``[K, N]``, which is prepared here on every call, or several side by side.
       bias: ``[N]``, added in float32.
       residual: ``[M, N]``, added in float32; by the kernel if M is 1.
       config: if None, the :func:`heuristic` for the target, reduced to fit the target's shared memory.
@@ -90,34 +89,26 @@ def mixed_matmul(
         :func:`~pallas_kernels.gpu.config.check_supported`.
     """
     (m, _), n = x.shape, w.shape[1]
-    config = configured(m, x.dtype, w, config)
+    weight = alone(w) if isinstance(w, MixedTensor) else w
+    config = configured(m, x.dtype, weight, config)
     if residual is not None and not takes_residual(m, config):
         return residual + mixed_matmul(x, w, bias=bias, config=config, interpret=interpret)
     if residual is not None:
         bias = residual[0] if bias is None else residual[0] + bias
-    if isinstance(w, Joined):
-        return w.in_order(_product(x, w, arrays(w), bias, config, interpret)[:m])
-    # The last tile overlaps its left neighbour, so N need not be a multiple of the tile. A weight narrower
-    # than a tile, or whose N is not a multiple of 8, is copied on every call: correct and rare, but slow.
-    columns = max(config.block_n, -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
-    half = halves(w.groups)[1][0] + WORD_ROWS  # at least as many rows as the zero points' product reads
-    least = {"words": 0, "scale": half, "zero": half if zero_bits(w.widths) == 8 else WORD_ROWS}
-    padded = [_padded(getattr(w, name), rows, columns) for name, rows in least.items()]
     if bias is not None:
-        bias = jnp.pad(bias, (0, columns - n))
-    return _product(x, w, padded, bias, config, interpret)[:m, :n]
+        bias = jnp.pad(bias, (0, weight.shape[1] - n))
+    return weight.in_order(_product(x, weight, bias, config, interpret)[:m, :n])
 
 
-def configured(m: int, dtype: jnp.dtype, w: MixedTensor | Joined, config: Config | None) -> Config:
+def configured(m: int, dtype: jnp.dtype, w: Joined, config: Config | None) -> Config:
     """Configuration of a product of ``m`` rows of x; raises as :func:`mixed_matmul`."""
     device = chips.of_target()
     if config is None and m:
         config = fitted(heuristic(device.name, m, *w.shape), device, w.group_size)
     check_supported(device, dtype, m, w.group_size, config)
     assert config is not None
-    if isinstance(w, Joined):  # a block has columns of one tile
-        config = dataclasses.replace(config, block_n=math.gcd(config.block_n, w.words.shape[1]))
-    return config
+    # A block has columns of one tile.
+    return dataclasses.replace(config, block_n=math.gcd(config.block_n, w.words.shape[1]))
 
 
 def takes_residual(m: int, config: Config) -> bool:
@@ -125,49 +116,29 @@ def takes_residual(m: int, config: Config) -> bool:
     return m == 1 and config.block_m == ROW_TILE
 
 
-def arrays(w: Joined) -> list[jax.Array]:
-    """Words, scales and zero codes, the last in pairs of groups."""
-    return [w.words, w.scale, _pairs(w.zero)]
-
-
 def _pairs(a: jax.Array) -> jax.Array:
     """``[G, n]`` as ``[G / 2, 2, n]``, in pairs of consecutive groups."""
     return a.reshape(-1, 2, a.shape[1])
 
 
-def _padded(a: jax.Array, rows: int, columns: int) -> jax.Array:
-    return jnp.pad(a, ((0, max(0, rows - a.shape[0])), (0, columns - a.shape[1])))
-
-
 @partial(jax.jit, static_argnames=("config", "interpret"))  # traced once for all layers of a shape
-def _product(
-    x: jax.Array,
-    w: MixedTensor | Joined,
-    padded: list[jax.Array],
-    bias: jax.Array | None,
-    config: Config,
-    interpret: bool,
-) -> jax.Array:
-    """``float32[rows, n]``: whole tiles of rows, or one row; columns as in ``padded``.
-
-    ``padded`` has the words, scales and zero codes.
-    """
+def _product(x: jax.Array, w: Joined, bias: jax.Array | None, config: Config, interpret: bool) -> jax.Array:
+    """``float32[rows, N]``: whole tiles of rows, or one row."""
     rows = -(-x.shape[0] // config.block_m) * config.block_m
     operands = activations(x, w, rows, config.block_m, config.split_k)
-    return multiply(operands, x.shape[0], w, padded, bias, config, interpret)
+    return multiply(operands, x.shape[0], w, bias, config, interpret)
 
 
 def multiply(
     operands: Operands,
     m: int,
-    w: MixedTensor | Joined,
-    padded: list[jax.Array],
+    w: Joined,
     bias: jax.Array | None,
     config: Config,
     interpret: bool,
 ) -> jax.Array:
     """:func:`_product` of ``m`` rows of x that are prepared."""
-    n = w.shape[1] if isinstance(w, Joined) else padded[0].shape[1]
+    n = w.shape[1]
     rows = -(-m // config.block_m) * config.block_m
     # For one row of x only one row is written: slicing it out would be a launch before the next kernel.
     out_rows = 1 if m == 1 and config.block_m == ROW_TILE else rows
@@ -180,26 +151,33 @@ def multiply(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     inside = [] if bias is None else [bias.astype(jnp.float32)]
-    return kernel(*references(operands, w, padded), *inside)
+    return kernel(*references(operands, w), *inside)
 
 
-def references(operands: Operands, w: MixedTensor | Joined, padded: list[jax.Array]) -> References:
+def references(operands: Operands, w: Joined) -> References:
     """The kernel's inputs."""
     # The magic number comes from memory because as a literal it would be loaded again before every mask.
     magic = jnp.full((1,), MAGIC, jnp.int32)
-    # The first rows of a weight that is not prepared are never read, nor squares without a norm.
-    first_rows, pairs = (w.first_rows[0], _pairs(w.scale)) if isinstance(w, Joined) else (magic, magic)
-    squares = magic if operands.squares is None else operands.squares
-    ready = operands.x, operands.constant, operands.sums, squares
-    words, scale, zero_codes = padded
-    return References(magic, w.segments, first_rows, words, scale, zero_codes, pairs, *ready)
+    return References(
+        magic=magic,
+        segments=w.segments,
+        first_rows=w.first_rows[0],
+        words=w.words,
+        scale=w.scale,
+        zero_pairs=_pairs(w.zero),
+        scale_pairs=_pairs(w.scale),
+        x=operands.x,
+        constant=operands.constant,
+        sums=operands.sums,
+        squares=magic if operands.squares is None else operands.squares,  # not read without a norm
+    )
 
 
 def _body(  # type: ignore[no-untyped-def]
-    *refs, w: MixedTensor | Joined, config: Config, n: int, sum_parts: int, interpret: bool
+    *refs, w: Joined, config: Config, n: int, sum_parts: int, interpret: bool
 ) -> None:
     """Computes one block's tile of y, over all groups."""
-    tile = Tile(References(*refs[:11]), w, config, n, interpret, sum_parts)
+    inputs, (*bias, out) = References.of(refs)
+    tile = Tile(inputs, w, config, n, interpret, sum_parts)
     acc = tile.subtract_zeros(tile.add_segments(tile.nothing()))
-    *bias, out = refs[11:]
     tile.store(acc, out, bias[0] if bias else None)

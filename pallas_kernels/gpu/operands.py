@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gpu.joined import DEPTH, Joined, channels_of_slots
-from pallas_kernels.layout import MixedTensor
 from pallas_kernels.planes import WORD_BITS
 
 OFFSET = 128.0  # added to every code
@@ -60,16 +59,15 @@ def fields(n: int, shift: int, group_size: int, place: np.ndarray) -> list[Field
     return found
 
 
-def padded_groups(w: MixedTensor | Joined, split: int) -> int:
+def padded_groups(w: Joined, split: int) -> int:
     """``P``, the number of groups of x for a weight.
 
-    It counts all groups, those that K-slices read past the end and, for joined weights, whole chunks.
+    It counts all groups and those that K-slices read past the end, in whole chunks.
     """
-    groups = w.groups + split - 1
-    return groups if isinstance(w, MixedTensor) else -(-groups // (DEPTH * split)) * DEPTH * split
+    return -(-(w.groups + split - 1) // (DEPTH * split)) * DEPTH * split
 
 
-def powers(w: MixedTensor | Joined) -> np.ndarray:
+def powers(w: Joined) -> np.ndarray:
     """Powers of two by which a group's channels are divided, in storage order, ``float32[g]``."""
     return np.repeat(2.0 ** places(w.widths, w.group_size), DEPTH).astype(np.float32)
 
@@ -94,7 +92,7 @@ class Operands(NamedTuple):
     parts: int = 1
 
 
-def activations(x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, split: int) -> Operands:
+def activations(x: jax.Array, w: Joined, rows: int, block: int, split: int) -> Operands:
     """Prepares x and its sums for the kernel, for ``rows / block`` blocks of rows.
 
     A block's groups follow each other in the storage order of every weight (of which there are ``W``),
@@ -105,10 +103,7 @@ def activations(x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, sp
     """
     (m, k), groups, g = x.shape, w.groups, w.group_size
     padded = padded_groups(w, split)
-    if isinstance(w, MixedTensor):
-        orders, zero_steps, shape = w.order[None], w.zero_steps()[None], (1, 1, padded)
-    else:  # in chunks from the start, so that no sum has to be moved
-        orders, zero_steps, shape = w.orders, w.zero_steps, (len(w.sizes), padded // DEPTH, DEPTH)
+    shape = (len(w.sizes), padded // DEPTH, DEPTH)  # in chunks from the start, so that no sum has to be moved
 
     def by_group(a: jax.Array) -> jax.Array:  # [rows, *shape, ...] -> [B, W * P * block, ...]
         a = jnp.moveaxis(a.reshape(-1, block, *a.shape[1:]), 1, 4)
@@ -119,51 +114,19 @@ def activations(x: jax.Array, w: MixedTensor | Joined, rows: int, block: int, sp
 
     channel = channels_of_slots(g).reshape(1, 1, 1, g)
     power = jnp.asarray(powers(w)).reshape(1, 1, 1, g)
-    place = of_groups(orders) * g + channel
+    place = of_groups(w.orders) * g + channel
 
     def in_order(a: jax.Array) -> jax.Array:
         a = jnp.pad(a, ((0, rows - m), (0, groups * g - k)))
         return a.at[:, place].get(mode="promise_in_bounds")
 
-    norm, given = None if isinstance(w, MixedTensor) else w.norm, x
+    norm, given = w.norm, x
     x = in_order((x if norm is None else x * norm.scale[None]).astype(jnp.bfloat16))
     x = x / power.astype(jnp.bfloat16)[None]
     # Factors are powers of two, so they may be applied before the sums; then a launch only computes sums.
     wide = x.astype(jnp.float32)
-    sums = (wide * (-power * of_groups(zero_steps))[None]).sum(-1)
-    if isinstance(w, MixedTensor):
-        sums = chunked(sums[:, 0, 0, :groups], split)
+    sums = (wide * (-power * of_groups(w.zero_steps))[None]).sum(-1)
     sums = sums.reshape(-1, ROW_TILE, sums[0].size // DEPTH, DEPTH).swapaxes(1, 2)
     sums = sums.reshape(len(sums), -1, DEPTH)
     squares = None if norm is None else by_group(jnp.square(in_order(given.astype(jnp.float32))).sum(-1))
     return Operands(by_group(x).reshape(-1, g), by_group((wide * -OFFSET).sum(-1)), sums, squares)
-
-
-def halves(groups: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First group and number of groups of the two halves, whose 4-bit zero codes share bytes."""
-    first = -(-groups // 2)
-    return (0, first), (first, groups - first)
-
-
-def last_start(count: int) -> int:
-    """Start of the last 8 groups in a half of ``count`` groups."""
-    return max(count, WORD_ROWS) - WORD_ROWS
-
-
-def chunked(sums: jax.Array, split: int) -> jax.Array:
-    """Sums ``float32[M, G]`` as ``float32[M, C * 16]`` for zero codes of 4 bits, whose bytes have two groups.
-
-    A chunk is 8 groups of each half; ``C`` is a multiple of ``split``. The last chunks start 8 groups before
-    the end of a half; groups that they share with an earlier chunk, or that the half does not have, are zero.
-    """
-    groups = sums.shape[1]
-    chunks = -(-groups // (2 * WORD_ROWS * split)) * split
-    regular = np.arange(chunks)[:, None] * WORD_ROWS
-    position, valid = [], []
-    for begin, count in halves(groups):
-        at = np.minimum(regular, last_start(count)) + np.arange(WORD_ROWS)
-        valid.append((at >= regular) & (at < count))
-        position.append(np.minimum(begin + at, groups - 1))
-    # As with words, rows 2 i and 2 i + 1 of the right operand are the halves of word i.
-    index, keep = (np.stack(pair, -1).reshape(-1) for pair in (position, valid))
-    return jnp.where(jnp.asarray(keep)[None], sums[:, index], 0)

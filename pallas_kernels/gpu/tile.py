@@ -1,6 +1,6 @@
 """One block of threads of the GPU kernel: its tile of ``y``, over all groups; see `kernel.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,17 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import scales
 from pallas_kernels.gpu.config import Config
 from pallas_kernels.gpu.joined import DEPTH, Joined
-from pallas_kernels.gpu.operands import (
-    ROW_TILE,
-    WORD_ROWS,
-    fields,
-    halves,
-    last_start,
-    padded_groups,
-    places,
-)
+from pallas_kernels.gpu.operands import ROW_TILE, WORD_ROWS, fields, padded_groups, places
 from pallas_kernels.gpu.registers import Warps
-from pallas_kernels.layout import MixedTensor, zero_bits
 from pallas_kernels.planes import WORD_BITS, pieces
 
 
@@ -53,12 +44,18 @@ class References(NamedTuple):
     first_rows: Any
     words: Any
     scale: Any
-    zero_code: Any
+    zero_pairs: Any
     scale_pairs: Any
     x: Any
     constant: Any
     sums: Any
     squares: Any
+
+    @classmethod
+    def of(cls, refs: Sequence[Any]) -> tuple["References", Sequence[Any]]:
+        """Names a kernel's first references; returns the others too."""
+        count = len(cls._fields)
+        return cls(*refs[:count]), refs[count:]
 
 
 class Tile:
@@ -71,7 +68,7 @@ class Tile:
     def __init__(
         self,
         refs: References,
-        w: MixedTensor | Joined,
+        w: Joined,
         config: Config,
         n: int,
         interpret: bool,
@@ -85,17 +82,13 @@ class Tile:
         block = lax.axis_index("n") if block is None else block
         column = lax.min(block * config.block_n, n - config.block_n)
         self.out_columns = pl.ds(column, config.block_n)
-        self.place = self._place(w, block) if isinstance(w, Joined) else self._only_place()
-        self.weights = len(w.sizes) if isinstance(w, Joined) else 1
+        self.place = self._place(w, block)
+        self.weights = len(w.sizes)
         self.padded = padded_groups(w, config.split_k)
         self.tile_count = config.block_m // ROW_TILE
         self.row_block = lax.axis_index("m")
         self.row_tiles = [self.row_block * self.tile_count + r for r in range(self.tile_count)]
         self.magic = refs.magic[0].astype(jnp.uint32)
-
-    def _only_place(self) -> Place:
-        segments = self.refs.segments
-        return Place(self.out_columns, 0, 0, 0, lambda i: segments[i])
 
     def _place(self, w: Joined, block: Any) -> Place:
         """Location of the block's weight, found by the block's tile, which belongs to one weight."""
@@ -255,10 +248,8 @@ class Tile:
     def subtract_zeros(self, acc: list[jax.Array]) -> list[jax.Array]:
         """``acc - (sums of x) @ (scale * zero)``, 16 groups per K-slice at a time."""
         warps, sums = self.warps, self.refs.sums
-        own = sums.shape[1] // (self.weights * warps.rows)
-        first = self.place.weight * own
-        # Chunks of joined weights past their last group contribute nothing.
-        times = own if isinstance(self.w, MixedTensor) else -(-self.w.groups // warps.rows)
+        first = self.place.weight * (sums.shape[1] // (self.weights * warps.rows))
+        times = -(-self.w.groups // warps.rows)  # chunks past the last group contribute nothing
 
         def some(t, acc):
             products = warps.own(lambda share: self._scaled_zeros(t * self.config.split_k + share))
@@ -279,42 +270,16 @@ class Tile:
 
     def _scaled_zeros(self, chunk):  # type: ignore[no-untyped-def]
         """``scale * zero`` of a chunk of 16 groups: of 8 groups, and of the 8 that are paired with them."""
-        load = self._pairs if isinstance(self.w, Joined) else self._halves
-        layout = self.warps.words(self.config.block_n)
-        products = []
-        for which in range(2):
-            refs, upper = load(chunk, which)
-            codes, scale = (plgpu.load(ref, layout=layout, optimized=False) for ref in refs)
-            codes = codes.astype(jnp.int32)
-            if upper is not None:
-                codes = codes >> 4 if upper else codes & 15
-            products.append(scales.decoded(scale) * codes.astype(jnp.float32))
-        return products
-
-    def _pairs(self, chunk, which):  # type: ignore[no-untyped-def]
-        """References to the zero codes and scales of every second group of the chunk, from ``which`` on.
-
-        The second result is None: every zero code has a byte of its own.
-        """
-        refs, place = self.refs, self.place
+        refs, place, layout = self.refs, self.place, self.warps.words(self.config.block_n)
         pair = lax.div(place.position, 2) + chunk * WORD_ROWS
         rows = pl.ds(lax.min(pair, refs.scale_pairs.shape[0] - WORD_ROWS), WORD_ROWS)
-        return [ref.at[rows, which, place.columns] for ref in (refs.zero_code, refs.scale_pairs)], None
-
-    def _halves(self, chunk, which):  # type: ignore[no-untyped-def]
-        """References to the zero codes and scales of 8 groups of one half, and the half of a byte.
-
-        True is the upper half of bytes; None says that every zero code has a byte of its own.
-        """
-        refs, w, columns = self.refs, self.w, self.place.columns
-        in_bytes = zero_bits(w.widths) == 8
-        begin, count = halves(w.groups)[which]
-        start = lax.min(chunk * WORD_ROWS, last_start(count))
-        rows = begin * in_bytes + start, begin + start
-        found = [
-            ref.at[pl.ds(row, WORD_ROWS), columns] for ref, row in zip((refs.zero_code, refs.scale), rows)
-        ]
-        return found, None if in_bytes else bool(which)
+        products = []
+        for which in range(2):
+            both = (ref.at[rows, which, place.columns] for ref in (refs.zero_pairs, refs.scale_pairs))
+            codes, scale = (plgpu.load(ref, layout=layout, optimized=False) for ref in both)
+            codes = codes.astype(jnp.int32).astype(jnp.float32)
+            products.append(scales.decoded(scale) * codes)
+        return products
 
     def norm_factor(self, r: int, eps: float, layout: Any) -> jax.Array:
         """The norm's factors for the rows of the ``r``-th tile, ``float32[16]``.
@@ -340,7 +305,7 @@ class Tile:
         stored = Warps(1, self.interpret).stored(self.config.block_n)
 
         def write(r, y):
-            if isinstance(self.w, Joined) and self.w.norm is not None:
+            if self.w.norm is not None:
                 factor = self.norm_factor(r, self.w.norm.eps, None if one_row else stored.reduce(1))
                 y = y * lax.broadcast_in_dim(factor, y.shape, [] if one_row else [0])
             if bias is not None:

@@ -12,8 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import meshes
 from pallas_kernels.layout import MixedTensor, exported, stack, zero_bits
-from pallas_kernels.planes import WORD_BITS
-from pallas_kernels.prepared import Prepared, consumed, fit_together, one_by_one
+from pallas_kernels.prepared import Prepared, consumed, fit_together, one_by_one, static
 from pallas_kernels.tpu.config import LANES, SUBLANES
 from pallas_kernels.tpu.gather import MOST, columns_of
 
@@ -22,11 +21,7 @@ REGISTER_ROWS = 32
 
 
 @exported
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[*Prepared.ARRAYS, "segments", "orders"],
-    meta_fields=[*Prepared.STATIC, "widths"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layers(Prepared):
     """A weight of ``L`` layers, or several that read the same input, packed and padded to whole registers.
@@ -36,28 +31,24 @@ class Layers(Prepared):
         weight, one below the other.
       scale: ``[L, rows, n]``, weights side by side; rows at the end fill registers.
       zero: ``uint8[L, rows, n]``, arranged like the scales.
-      first_rows: empty.
       segments: ``int32[L, weights * len(widths)]``, the number of groups of each width in each weight.
       orders: ``int32[L, weights * G]``, the ``order`` of each weight.
+      tensors, layer, rows, stacked: see `Prepared`; ``tensors`` lack words, scales and zeros.
       widths: widths that occur in any of the weights, ascending; static.
     """
 
     implementation: ClassVar[str] = "mosaic_tpu"
 
+    words: jax.Array
+    scale: jax.Array
+    zero: jax.Array
     segments: jax.Array
     orders: jax.Array
-    widths: tuple[int, ...]
-
-    @property
-    def group_size(self) -> int:
-        """Input channels in a group."""
-        return self.tensors[0].group_size
-
-    @property
-    def mean_width(self) -> float:
-        """Bits of a code, averaged over the groups of all weights."""
-        bits = sum(rows * n for rows, n in zip(self.rows, self.sizes)) * WORD_BITS
-        return bits / (self.tensors[0].groups * self.group_size * sum(self.sizes))
+    tensors: tuple[MixedTensor, ...]
+    layer: jax.Array | None
+    rows: tuple[int, ...] = static()
+    stacked: bool = static()
+    widths: tuple[int, ...] = static()
 
     def weights(self) -> list[MixedTensor]:
         layer = jnp.int32(0) if self.layer is None else self.layer
@@ -113,11 +104,9 @@ def prepare(layers: Sequence[Sequence[MixedTensor]], *, stacked: bool, consume: 
         rows = [max(w.words.shape[0] for w in same) for same in zip(*layers)]
 
         def alone(layer: Sequence[MixedTensor]) -> Layers:
-            found = prepare([[w.with_rows(most) for w, most in zip(layer, rows)]], stacked=stacked)
-            return dataclasses.replace(found, first_rows=found.first_rows[None])
+            return prepare([[w.with_rows(most) for w, most in zip(layer, rows)]], stacked=stacked)
 
-        whole = one_by_one(consumed(layers, alone), len(layers))
-        return dataclasses.replace(whole, first_rows=jnp.zeros((0,), jnp.int32))
+        return one_by_one(consumed(layers, alone), len(layers))
     weights = [stack(same) for same in zip(*layers)]
     words = [padded(w.words, SUBLANES, LANES) for w in weights]
     if len(words) > 1:
@@ -129,7 +118,6 @@ def prepare(layers: Sequence[Sequence[MixedTensor]], *, stacked: bool, consume: 
         words=_joined(words, axis=1),
         scale=_joined([_filled(w.scale) for w in weights], axis=2),
         zero=_joined([_filled(w.zero) for w in weights], axis=2),
-        first_rows=jnp.zeros((0,), jnp.int32),
         tensors=tuple(
             dataclasses.replace(w, words=w.words[:, :0], scale=w.scale[..., :0], zero=w.zero[..., :0])
             for w in weights

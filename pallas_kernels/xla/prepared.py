@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels.layout import MixedTensor, exported, zero_step
 from pallas_kernels.planes import WORD_BITS, plane_widths, shifted_planes
-from pallas_kernels.prepared import Prepared, fit_together, side_by_side
+from pallas_kernels.prepared import Tiles, fit_together, side_by_side, static
 
 TILE = 4096
 """Most columns of a tile: the sums that a step updates stay in the nearest cache."""
@@ -21,13 +21,9 @@ LEAST_TILE = 32
 
 
 @exported
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[*Prepared.ARRAYS, "steps", "factors", "counts"],
-    meta_fields=[*Prepared.STATIC, "planes"],
-)
-@dataclasses.dataclass(frozen=True)
-class Steps(Prepared):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps(Tiles):
     """Prepared weights with a table of steps; a step is one plane of one group in one tile.
 
     Attributes:
@@ -44,7 +40,7 @@ class Steps(Prepared):
     steps: jax.Array
     factors: jax.Array
     counts: jax.Array
-    planes: tuple[int, ...]
+    planes: tuple[int, ...] = static()
 
 
 def joinable(weights: Sequence[MixedTensor]) -> bool:

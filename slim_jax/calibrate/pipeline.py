@@ -224,7 +224,8 @@ def quantize(
     placement, settings, sink = Placement(mesh), config.resolved(), MemorySink(source.config)
     tokens = _check(source, tokens, settings, placement.devices)
     report = run(source, tokens, settings, sink, allocation, optimizer, placement, None, on_event)
-    return make_decoder(source.config, sink.outer, sink.blocks, placement.mesh), report
+    blocks = list(map(placement.told, sink.blocks))
+    return make_decoder(source.config, placement.told(sink.outer), blocks), report
 
 
 def quantize_to_checkpoint(

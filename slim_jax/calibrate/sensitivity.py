@@ -127,7 +127,7 @@ class _Measured(Linear):
     """Linear layer whose output passes through `_measured`, which measures token importance."""
 
     def __init__(self, linear: Linear, token_weight: jax.Array) -> None:
-        self.weight, self.bias, self.mesh = linear.weight, linear.bias, linear.mesh
+        self.weight, self.bias = linear.weight, linear.bias
         self.token_weight = nnx.Variable(token_weight)
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:

@@ -8,14 +8,14 @@ unrolled too, because XLA would copy each layer's words.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import MixedTensor, Prepared, chips
+from pallas_kernels import MixedTensor, chips
+from slim_jax.infer.fused import FusedBlock, is_prepared
 from slim_jax.model.block import Block
 from slim_jax.model.cache import KeyValues, Recurrent, State
 from slim_jax.model.decoder import Decoder
@@ -112,7 +112,7 @@ def forward(
     start = state.length
     slots = lax.dynamic_update_slice_in_dim(state.positions, positions, start, axis=1)
 
-    def through(block: Block, h: jax.Array, seen: Any, layer: jax.Array | None = None):
+    def through(block: Block | FusedBlock, h: jax.Array, seen: Any, layer: jax.Array | None = None):
         cache: Any
         if isinstance(seen, Recurrent):
             h, cache = block(h, positions, dataclasses.replace(seen, layer=layer))
@@ -128,7 +128,7 @@ def forward(
     return outer.logits(h[:, -1]), State(kv, slots, start + tokens.shape[1])
 
 
-def _one_by_one(through: Through, blocks: list[Block], h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
+def _one_by_one(through: Through, blocks: list[Any], h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
     after = []
     for block, seen in zip(blocks, kv, strict=True):
         h, seen = through(block, h, seen)
@@ -137,37 +137,18 @@ def _one_by_one(through: Through, blocks: list[Block], h: jax.Array, kv: Any) ->
 
 
 def _scanned(through: Through, blocks: Any, h: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
-    whole, cut = _split_stack(blocks)
-
     def layer(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, h, seen = carry
-        one = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
-        block = _one_of_stack(whole, jax.tree.map(one, cut), i)
+
+        def own(leaf: Any) -> Any:
+            if is_prepared(leaf):  # stays whole: products read the layer's part in place
+                return leaf.at(i)
+            return lax.dynamic_index_in_dim(leaf, i, keepdims=False, allow_negative_indices=False)
+
+        block = jax.tree.map(own, blocks, is_leaf=is_prepared)
         return i + 1, *through(block, h, seen, i)
 
     # Not a scan, which would need an array of layer indices besides its own counter.
     count = jax.tree.leaves(kv)[0].shape[0]
     _, h, kv = lax.while_loop(lambda carry: carry[0] < count, layer, (jnp.int32(0), h, kv))
     return h, kv
-
-
-def is_prepared(value: Any) -> bool:
-    """True if the value is a prepared weight."""
-    return isinstance(value, Prepared)
-
-
-def _split_stack(blocks: Block) -> tuple[Any, Any]:
-    """Splits stacked blocks into prepared weights, which stay whole, and the rest, which a scan slices."""
-    whole = jax.tree.map(lambda leaf: leaf if is_prepared(leaf) else None, blocks, is_leaf=is_prepared)
-    cut = jax.tree.map(lambda leaf: None if is_prepared(leaf) else leaf, blocks, is_leaf=is_prepared)
-    return whole, cut
-
-
-def _one_of_stack(whole: Any, cut: Any, layer: jax.Array) -> Block:
-    """Returns one layer's block from the two results of :func:`_split_stack`."""
-    return jax.tree.map(
-        lambda leaf, prepared: leaf if prepared is None else prepared.at(layer),
-        cut,
-        whole,
-        is_leaf=lambda value: value is None or is_prepared(value),
-    )

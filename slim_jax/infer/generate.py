@@ -22,12 +22,15 @@ from jaxtyping import Int32
 
 from slim_jax.infer.decode_loop import CHUNK, Structure, Tokens, next_logits, read, write, write_text
 from slim_jax.infer.fuse import ready
+from slim_jax.infer.fused import FusedBlock
 from slim_jax.infer.sampling import Choice, Sampling
-from slim_jax.infer.tensor_parallel import AXIS, cut, on_devices, on_each
+from slim_jax.infer.tensor_parallel import AXIS, cut, mesh_of, on_devices, placed, stages_for
+from slim_jax.model.block import stages
 from slim_jax.model.cache import Run, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
+from slim_jax.model.stage import Stage
 
 # Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then multiples of it, rarer when long.
 LENGTH_STEP = 128
@@ -97,15 +100,17 @@ class Generator:
             raise ValueError(f"cache_dtype is {jnp.dtype(cache_dtype)}, expected one of {known}")
         self.config: DecoderConfig = model.config
         self._prompt_chunk = prompt_chunk
-        parts = [model]
-        if mesh is not None:
-            mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
-            parts = cut(model, mesh.size, mesh.devices.tolist(), consume=consume)
+        stages_of: Callable[[DecoderConfig], tuple[Stage, ...]] = stages
+        parts, over = [model], mesh_of(model)
         layers = [getattr(block.mixer, name) for block in model.blocks for name in "qkvo"]
         linears = [m for layer in layers for _, m in nnx.iter_modules(layer) if isinstance(m, Linear)]
         dtype = cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears])
+        if mesh is not None:
+            mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))
+            stages_of = stages_for(model, mesh.size)
+            parts = cut(model, mesh.size, mesh.devices.tolist(), consume=consume)
         runs = parts[0].runs()
-        made = [ready(part, consume=consume) for part in parts]
+        made = [ready(part, consume=consume, stages_of=stages_of) for part in parts]
         _, _, self.stacked = made[0]
         weights = (
             made[0][:2] if mesh is None else on_devices([one[:2] for one in made], mesh, consume=consume)
@@ -114,9 +119,8 @@ class Generator:
             State.empty,
             [Run(run[0].config, len(run), whole) for run, whole in zip(runs, self.stacked)],
             dtype=dtype,
-            mesh=linears[0].mesh,
         )
-        self._empty = empty if mesh is None else partial(on_each, empty, mesh)
+        self._empty = placed(empty, mesh, over)
         # Flat, since flattening hundreds of variables in Python at every token would take noticeable time.
         self._leaves, tree = jax.tree.flatten(weights)
         self._structure = Structure(tree, mesh)
@@ -234,7 +238,8 @@ class Generator:
         scaling = dataclasses.replace(config.rope_scaling, short_factors=config.rope_scaling.long_factors)
         outer, runs = jax.tree.unflatten(self._structure.tree, self._leaves)
         for block in itertools.chain(*(run if isinstance(run, list) else [run] for run in runs)):
-            block.mixer.config = dataclasses.replace(block.mixer.config, rope_scaling=scaling)
+            mixer = (block.block if isinstance(block, FusedBlock) else block).mixer
+            mixer.config = dataclasses.replace(mixer.config, rope_scaling=scaling)
         return self._structure._replace(tree=jax.tree.structure((outer, runs)))
 
     def _first_tokens(self, samples: int, key: jax.Array) -> np.ndarray:

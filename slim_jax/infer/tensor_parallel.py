@@ -8,23 +8,31 @@ is `slim_jax.load(path, mesh=…)`, which splits every product by itself.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels import MixedTensor, stack_parts
+from pallas_kernels import MixedTensor, matmul, stack_parts
 from pallas_kernels.prepared import delete
+from slim_jax.model.block import stages
+from slim_jax.model.cache import Recurrent, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
+from slim_jax.model.linear import Linear, look_up
 from slim_jax.model.params import Params, make_decoder, split_params
+from slim_jax.model.stage import Stage
 
 Over = Literal["n", "k"]
 
 AXIS = "parts"
 """Axis of the mesh that the parts are on."""
+
 
 HEADS: dict[str, Over] = {"q": "n", "k": "n", "v": "n", "o": "k"}
 CHANNELS: dict[str, Over] = {"gate": "n", "up": "n", "down": "k"}
@@ -92,6 +100,53 @@ def _divide(blocks: Sequence[Params], layer: str, count: int) -> bool:
     return all(w.shape[0] % (count * unit) == 0 for w, unit in zip(weights, units))
 
 
+def _sum(block: Any, y: jax.Array) -> tuple[jax.Array]:
+    return (lax.psum(y, AXIS),)
+
+
+def _summed_stages(config: DecoderConfig) -> tuple[Stage, ...]:
+    """Returns the stages of a block whose channels are split: a mixture's outputs are summed, too."""
+    total = Stage(_sum, ("y",), ("y",))
+    return tuple(one for stage in stages(config) for one in ((stage, total) if stage.inside else (stage,)))
+
+
+def stages_for(model: Decoder, count: int) -> Callable[[DecoderConfig], tuple[Stage, ...]]:
+    """Returns a function of a block's config to the stages that run its part of ``count``."""
+    return _summed_stages if Cuts.of(model, count).channels else stages
+
+
+class Summed(Linear):
+    """A linear layer whose input channels are split: the devices' products are summed."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
+        return self.plus_bias(lax.psum(matmul(x, self.weight.get_value()), AXIS))
+
+
+class SplitVocabulary(Decoder):
+    """A decoder's part in which the vocabulary of embedding and LM head is split."""
+
+    def rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
+        own = tokens - lax.axis_index(AXIS) * self.config.vocab_size
+        inside = (own >= 0) & (own < self.config.vocab_size)
+        rows = look_up(self.embed.get_value(), jnp.clip(own, 0, self.config.vocab_size - 1))
+        return lax.psum(jnp.where(inside[..., None], rows, 0), AXIS)
+
+    def head_output(self, x: Float[Array, "... e"]) -> Float[Array, "... vocab"]:
+        return lax.all_gather(super().head_output(x), AXIS, axis=x.ndim - 1, tiled=True)
+
+
+def mesh_of(model: Decoder) -> Mesh | None:
+    """Returns the mesh over which a model was loaded; None if it is on one device."""
+    for leaf in jax.tree.leaves(model):
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh  # type: ignore[return-value]
+    return None
+
+
 def cut(
     model: Decoder, count: int, devices: Sequence[jax.Device] | None = None, *, consume: bool = False
 ) -> list[Decoder]:
@@ -106,7 +161,7 @@ def cut(
     Raises:
       ValueError: the model is already split over a mesh.
     """
-    if model.mesh is not None:
+    if mesh_of(model) is not None:
         raise ValueError("the model lies over a mesh already, expected one that was loaded without")
     cuts, (outer, blocks) = Cuts.of(model, count), split_params(model)
     config = cuts.config(model.config)
@@ -124,17 +179,13 @@ def cut(
 
 
 def _part(config: DecoderConfig, cuts: Cuts, params: Sequence[Params]) -> Decoder:
-    part = make_decoder(config, params[0], params[1:])
-    part.axis = AXIS if cuts.vocabulary else None
+    kind = SplitVocabulary if cuts.vocabulary else Decoder
+    part = make_decoder(config, params[0], params[1:], kind)
     for block in part.blocks:
         if cuts.heads:
-            block.mixer.o.axis = AXIS
+            block.mixer.o = Summed(block.mixer.o)
         if cuts.channels and block.mlp is not None:
-            block.mlp.down.axis = AXIS
-        if cuts.channels and block.moe is not None:
-            block.moe.axis = AXIS
-            if block.moe.shared is not None:
-                block.moe.shared.down.axis = AXIS
+            block.mlp.down = Summed(block.mlp.down)
     return part
 
 
@@ -154,10 +205,39 @@ def on_devices(trees: Sequence[Any], mesh: Mesh, *, consume: bool = False) -> An
     return jax.tree.map(one, *trees)
 
 
-def on_each(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+def placed(
+    empty: Callable[[int, int], State], parts: Mesh | None, over: Mesh | None
+) -> Callable[[int, int], State]:
+    """Returns ``empty(batch, size)``, which makes a state, for the devices that will use it.
+
+    Args:
+      empty: makes the state on one device.
+      parts: the mesh whose devices each have a part of the model; None if there are no parts.
+      over: the mesh over which the model was loaded, see :func:`mesh_of`.
+    """
+    if parts is not None:
+        return partial(_on_each, empty, parts)
+    return empty if over is None else partial(_by_heads, empty, over)
+
+
+def _on_each(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     """Runs ``make(*args)`` on every device, and lays out the results as :func:`on_devices` does."""
 
     def local() -> Any:
         return jax.tree.map(lambda leaf: leaf[None], make(*args))
 
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=P(AXIS), check_vma=False))()
+
+
+def _by_heads(empty: Callable[[int, int], State], mesh: Mesh, batch: int, size: int) -> State:
+    """Returns an empty state whose heads are split over a mesh if the number of its devices divides them."""
+    make = partial(empty, batch, size)
+
+    def place(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, Recurrent) or leaf.ndim < 4 or leaf.shape[-3] % mesh.size:
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, P(*[None] * (leaf.ndim - 3), mesh.axis_names))
+
+    shapes = jax.eval_shape(make)
+    places = jax.tree.map(place, shapes, is_leaf=lambda value: isinstance(value, Recurrent))
+    return jax.jit(make, out_shardings=places)()

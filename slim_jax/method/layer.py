@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import MixedTensor, pack, side_by_side
+from pallas_kernels.chips import product_dtype
 from pallas_kernels.layout import zero_bits
 from slim_jax.config import Settings
 from slim_jax.method.budget import group_errors
@@ -26,7 +27,6 @@ from slim_jax.method.hessian import (
 from slim_jax.method.refine import refine
 from slim_jax.method.sba import Allocation, allocate, output_divergence, scores
 from slim_jax.method.scale_search import bytes_hold, scale_dtype
-from slim_jax.model.linear import product_dtype
 from slim_jax.placement import ONE_DEVICE, PANEL, Placement
 from slim_jax.report import LayerReport
 

@@ -7,8 +7,7 @@ of one kind (whether attention is local) is data: a :class:`Buffer` among the pa
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -16,13 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import InputNorm, Prepared
-from slim_jax.model.attention import attend_cached, attention
+from pallas_kernels import attention
 from slim_jax.model.cache import Cache, KeyValues
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import Linear, outputs, plus_output
+from slim_jax.model.linear import Linear
 from slim_jax.model.linear_attention import GatedDelta
-from slim_jax.model.mlp import MLP, Later, MoE
+from slim_jax.model.mlp import MLP, MoE
 from slim_jax.model.rotary import Rotation, frequencies
 from slim_jax.model.stage import Stage, Stream, part_of, passed
 
@@ -48,19 +46,6 @@ class Norm(nnx.Module):
         if self.bias is None:
             return y
         return y + self.bias[...].astype(jnp.float32).reshape(along_last)
-
-    def before_product(self) -> InputNorm | None:
-        """Returns the norm as a prepared product applies it; None for LayerNorm, which no product applies."""
-        if self.bias is not None:
-            return None
-        return InputNorm(self.scale[...].astype(jnp.float32) + self.offset, self.eps)
-
-
-class Unchanged(nnx.Module):
-    """The identity, in place of a norm that a prepared product applies."""
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return x
 
 
 class Attention(nnx.Module):
@@ -97,14 +82,14 @@ class Attention(nnx.Module):
         config, gate = self.config, None
         positions = sequence_positions(x) if positions is None else positions
         batch, time, _ = x.shape
-        q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in outputs(x, self.q, self.k, self.v))
+        q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         if config.output_gate:
             q, gate = q[:, :, ::2], q[:, :, 1::2].reshape(batch, time, -1)
         rotation = self._rotation(positions) if config.positions == "rotary" else None
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         whole = cache is not None and self.q_norm is None and config.rotary_dim is None
-        if rotation is not None and not whole:  # else attend_cached rotates
+        if rotation is not None and not whole:  # else the cache rotates
             q, k, rotation = rotation(q, positions), rotation(k, positions), None
         window: int | jax.Array | None = config.sliding_window
         if self.local is not None and window is not None:
@@ -113,12 +98,9 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
         how: Any = {"scale": scale, "window": window, "softcap": config.attn_softcap, "sinks": sinks}
         if cache is None:
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            y = attention(q, k, v, positions, positions, **how)
+            y = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, positions, **how)
         else:
-            # Prepared weights lie on one device.
-            alone = isinstance(self.q, Linear) and isinstance(self.q.weight.get_value(), Prepared)
-            y, cache = attend_cached(q, k, v, positions, cache, rotation=rotation, one_device=alone, **how)
+            y, cache = cache.attend(q, k, v, positions, rotation=rotation, **how)
         return (y if gate is None else y * jax.nn.sigmoid(gate)), cache
 
     def _rotation(self, positions: jax.Array) -> Rotation:
@@ -139,12 +121,12 @@ class Block(nnx.Module):
     """One transformer block, with ``attn`` or ``linear_attn``, and with ``mlp`` or ``moe``."""
 
     def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
-        self.attn_norm: Norm | Unchanged = Norm(config.hidden_size, config)
+        self.attn_norm = Norm(config.hidden_size, config)
         linear = config.mixer == "gated_delta"
         self.attn = None if linear else Attention(config, index, rngs=rngs)
         self.linear_attn = GatedDelta(config, rngs=rngs) if linear else None
         self.attn_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
-        self.mlp_norm: Norm | Unchanged = Norm(config.hidden_size, config)
+        self.mlp_norm = Norm(config.hidden_size, config)
         self.mlp = None if config.num_experts else MLP(config, rngs=rngs)
         self.moe = MoE(config, rngs=rngs) if config.num_experts else None
         self.mlp_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
@@ -176,22 +158,21 @@ class Block(nnx.Module):
         assert mixer is not None
         return mixer
 
-    def after_attn(self, h: Float[Array, "b t d"], x: Float[Array, "b t hd"]) -> Float[Array, "b t d"]:
-        """Returns the residual stream after attention; ``x`` is the input of ``o``."""
-        h = _plus(h, partial(plus_output, x=x, layer=self.mixer.o), self.attn_out_norm)
-        return h if self.pre_norm else self.attn_norm(h)
+    def into_mlp(self, h: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
+        """Returns the residual stream after attention and the MLP's input; ``h`` is attention's sum."""
+        if self.pre_norm:
+            return h, self.mlp_norm(h)
+        h = self.attn_norm(h)
+        return h, h
 
-    def after_mlp(self, h: Float[Array, "b t d"], x: Float[Array, "b t i"] | Later) -> Float[Array, "b t d"]:
-        """Returns the residual stream after the block; ``x`` is the input of ``down``, or a mixture's sum."""
-        down = self.mlp.down if self.mlp is not None else lambda y: y
-        give = x.plus_output if isinstance(x, Later) else partial(plus_output, x=x, layer=down)
-        h = _plus(h, give, self.mlp_out_norm)
-        return h if self.pre_norm else self.mlp_norm(h)
+    def after_mlp(self, h: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"]]:
+        """Returns the residual stream after the block; ``h`` is the MLP's sum."""
+        return (h if self.pre_norm else self.mlp_norm(h),)
 
 
-def _plus(h: jax.Array, give: Callable[[jax.Array | None], jax.Array], norm: Any) -> jax.Array:
-    """Adds the output of a layer, after a norm if there is one, to the residual stream."""
-    return give(h) if norm is None else h + norm(give(None))
+def plus(h: jax.Array, y: jax.Array, norm: Norm | None) -> jax.Array:
+    """Adds ``y``, after a norm if there is one, to the residual stream."""
+    return h + (y if norm is None else norm(y))
 
 
 def _attn_input(block: Block, h: jax.Array) -> tuple[jax.Array]:
@@ -203,16 +184,16 @@ def _attend(attn: Attention | GatedDelta, x: jax.Array, positions: jax.Array | N
 
 
 def _mlp_input(block: Block, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    h = block.after_attn(h, x)
-    return h, block.mlp_norm(h) if block.pre_norm else h
+    return block.into_mlp(plus(h, block.mixer.o(x), block.attn_out_norm))
 
 
-def _hidden(mlp: MLP, x: jax.Array) -> tuple[jax.Array | Later]:
-    return (mlp.later(x) or mlp.hidden(x),)
+def _hidden(mlp: MLP, x: jax.Array) -> tuple[jax.Array]:
+    return (mlp.hidden(x),)
 
 
-def _output(block: Block, h: jax.Array, hidden: jax.Array | Later) -> tuple[jax.Array]:
-    return (block.after_mlp(h, hidden),)
+def _output(block: Block, h: jax.Array, hidden: jax.Array) -> tuple[jax.Array]:
+    assert block.mlp is not None
+    return block.after_mlp(plus(h, block.mlp.down(hidden), block.mlp_out_norm))
 
 
 def _route(moe: MoE, x: jax.Array) -> tuple[jax.Array]:
@@ -238,7 +219,7 @@ def _plus_expert(expert: MLP, hidden: jax.Array, route: jax.Array, y: jax.Array 
 
 
 def _mixed_output(block: Block, h: jax.Array, y: jax.Array) -> tuple[jax.Array]:
-    return (block.after_mlp(h, y),)
+    return block.after_mlp(plus(h, y, block.mlp_out_norm))
 
 
 @cache

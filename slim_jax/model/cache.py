@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels import chips
+from pallas_kernels import attention, by_kernel
 from slim_jax.model.config import DecoderConfig
+from slim_jax.model.rotary import Rotation
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +60,7 @@ class KeyValues:
         in empty slots.
       start: ``int32[]``, the slot of the next token.
       layer: ``int32[]``, index of this layer; None if there is only one.
+      one_device: if True, all arrays are on one device, and kernels may be used where the target has them.
     """
 
     keys: Rows
@@ -67,15 +68,13 @@ class KeyValues:
     positions: jax.Array
     start: jax.Array
     layer: jax.Array | None = None
+    one_device: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def write(self, k: jax.Array, v: jax.Array, *, one_device: bool = False) -> "KeyValues":
+    def write(self, k: jax.Array, v: jax.Array) -> "KeyValues":
         """Returns the cache with the next tokens' rows, ``[B, num_kv_heads, T, head_dim]``, written.
 
-        Nothing else is written. ``one_device``: if True, all arrays are on one device, and a kernel may
-        write.
+        Nothing else is written.
         """
-        if one_device and self._by_kernel(k):
-            return self._with_slot(k, v)
 
         def put(a: jax.Array, new: jax.Array) -> jax.Array:
             new = new.astype(a.dtype)
@@ -88,26 +87,59 @@ class KeyValues:
             encoded = Int8Rows.of(new) if isinstance(all_rows, Int8Rows) else new
             return jax.tree.map(put, all_rows, encoded)
 
-        return dataclasses.replace(self, keys=put_rows(self.keys, k), values=put_rows(self.values, v))
+        def by_xla(keys: Rows, values: Rows, k: jax.Array, v: jax.Array, *at: jax.Array):
+            return put_rows(keys, k), put_rows(values, v)
 
-    def _by_kernel(self, k: jax.Array) -> bool:
-        """True if a TPU has a kernel for these tokens."""
-        if self.layer is None or k.shape[2] > 1 or chips.of_target().platform != "tpu":
-            return False
-        return isinstance(self.keys, jax.Array) and self.keys.dtype in (jnp.bfloat16, jnp.float32)
-
-    def _with_slot(self, k: jax.Array, v: jax.Array) -> "KeyValues":
-        """Returns :meth:`write` of one token, by the kernel."""
-        from pallas_kernels.tpu.cache_write import write_slot  # this import takes a second: not on CPUs
-
-        def by_xla(keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, *at: jax.Array):
-            after = self.write(k, v)
-            return after.keys, after.values
-
-        keys, values = lax.platform_dependent(
-            *(self.keys, self.values, k, v, self.layer, self.start), tpu=write_slot, default=by_xla
-        )
+        rows = self.keys, self.values, k, v
+        if self._by_kernel and self.layer is not None and k.shape[2] == 1:
+            keys, values = by_kernel("write_token", by_xla, *rows, self.layer, self.start)
+        else:
+            keys, values = by_xla(*rows)
         return dataclasses.replace(self, keys=keys, values=values)
+
+    @property
+    def _by_kernel(self) -> bool:
+        """True if a kernel may read and write the arrays, where there is one."""
+        return self.one_device and not isinstance(self.keys, Int8Rows)
+
+    def attend(
+        self,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b t kv d"],
+        v: Float[Array, "b t kv d"],
+        positions: Int[Array, "b t"],
+        *,
+        rotation: Rotation | None,
+        scale: float,
+        window: int | jax.Array | None,
+        softcap: float | None,
+        sinks: Float[Array, " h"] | None = None,
+    ) -> tuple[Float[Array, "b t hd"], "KeyValues"]:
+        """Returns attention over the cache, which the tokens of ``q``, ``k`` and ``v`` join, and the cache.
+
+        ``rotation`` is the rotation still to be applied to queries and keys, None if none is left; for the
+        other arguments see :func:`pallas_kernels.attention`.
+        """
+
+        def by_xla(q: jax.Array, k: jax.Array, v: jax.Array, keys: Rows, values: Rows, *at: Any):
+            if rotation is not None:
+                q, k = rotation(q, positions), rotation(k, positions)
+            cache = dataclasses.replace(self, keys=keys, values=values)
+            cache = cache.write(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            places = positions, cache.positions
+            how: Any = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+            y = attention(q, *cache.read(), *places, **how)
+            return y, cache.keys, cache.values
+
+        operands = q, k, v, self.keys, self.values
+        if self._by_kernel and self.layer is None and q.shape[1] == 1 and sinks is None:
+            factors = None if rotation is None else rotation.by_feature(positions[:, 0])
+            seen = jnp.int32(jnp.iinfo(jnp.int32).max if window is None else window)
+            at = factors, positions[:, 0], self.positions, self.start, seen
+            y, keys, values = by_kernel("attend", by_xla, *operands, *at, scale=scale, softcap=softcap)
+        else:
+            y, keys, values = by_xla(*operands)
+        return y, dataclasses.replace(self, keys=keys, values=values)
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """Returns the layer's keys and values, ``[B, num_kv_heads, S, head_dim]``."""
@@ -210,29 +242,21 @@ class State:
         size: int,
         *,
         dtype: jax.typing.DTypeLike = jnp.float32,
-        mesh: Mesh | None = None,
     ) -> "State":
         """Returns a state without tokens and with room for ``size``.
 
-        Heads are split over a mesh if the number of its devices divides them. If ``dtype`` is int8, keys and
-        values are :class:`Int8Rows`.
+        If ``dtype`` is int8, keys and values are :class:`Int8Rows`.
         """
 
         def recurrent(kind: DecoderConfig, *leading: int) -> Recurrent:
-            device = None if mesh is None else NamedSharding(mesh, P())
-            shapes = ((*leading, batch, *size) for size in Recurrent.sizes(kind))
-            return Recurrent(*(jnp.zeros(shape, device=device) for shape in shapes))
+            return Recurrent(*(jnp.zeros((*leading, batch, *size)) for size in Recurrent.sizes(kind)))
 
         def rows(kind: DecoderConfig, *leading: int) -> Rows:
-            device = None
-            if mesh is not None:
-                cut = mesh.axis_names if kind.num_kv_heads % mesh.size == 0 else None
-                device = NamedSharding(mesh, P(*[None] * (len(leading) + 1), cut))
             shape = (*leading, batch, kind.num_kv_heads, size)
-            codes = jnp.zeros((*shape, kind.head_dim), dtype, device=device)
+            codes = jnp.zeros((*shape, kind.head_dim), dtype)
             if codes.dtype != jnp.int8:
                 return codes
-            return Int8Rows(codes, jnp.zeros((*shape, 1), jnp.float32, device=device))
+            return Int8Rows(codes, jnp.zeros((*shape, 1), jnp.float32))
 
         def empty(kind: DecoderConfig, *leading: int) -> Any:
             if kind.mixer == "gated_delta":

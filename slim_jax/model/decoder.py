@@ -9,11 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import MixedTensor, Prepared
 from slim_jax.model.block import Block, Norm, sequence_positions
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear, look_up, unembed
@@ -25,9 +22,6 @@ class Decoder(nnx.Module):
     Attributes:
       embed: the embedding table: dense, an `nnx.Param` ``[vocab, d]``; packed, ``[d, vocab]``, so that one
         weight serves the look-up and, where the head is tied, the product.
-      mesh: mesh over which the vocabulary of a packed table is split; None on one device.
-      axis: mesh axis over which the vocabulary of the embedding and LM head is split, in a program that runs
-        on each device with its own part (`slim_jax.infer.tensor_parallel`).
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
@@ -36,8 +30,6 @@ class Decoder(nnx.Module):
         self.embed: nnx.Variable[Any] = nnx.Param(
             jax.random.normal(rngs.params(), (config.vocab_size, embed_size)) * 0.02
         )
-        self.mesh: Mesh | None = None
-        self.axis: str | None = None
         learned, rows = config.positions == "learned", config.max_positions + config.position_offset
         self.embed_positions = (
             nnx.Param(jax.random.normal(rngs.params(), (rows, d)) * 0.02) if learned else None
@@ -56,13 +48,17 @@ class Decoder(nnx.Module):
         """
         return [list(run) for _, run in itertools.groupby(self.blocks, jax.tree.structure)]
 
+    def rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
+        """Returns the tokens' rows of the embedding table."""
+        return look_up(self.embed.get_value(), tokens)
+
     def embed_tokens(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Returns the residual stream that enters the first block."""
         table = self.embed.get_value()
-        h = look_up(table, tokens, self.axis)
+        h = self.rows(tokens)
         if self.config.embed_scale != 1:
             # The dtype before packing is unknown; models that round the factor have bfloat16.
-            dtype = jnp.bfloat16 if isinstance(table, MixedTensor | Prepared) else table.dtype
+            dtype = table.dtype if isinstance(table, jax.Array) else jnp.bfloat16
             h = h * jnp.asarray(self.config.embed_scale, dtype).astype(jnp.float32)
         if self.project_in is not None:
             h = self.project_in(h)
@@ -83,9 +79,7 @@ class Decoder(nnx.Module):
 
     def head_output(self, x: Float[Array, "... e"]) -> Float[Array, "... vocab"]:
         """Returns logits, from the input of the LM head."""
-        logits = unembed(x, self.embed.get_value(), self.mesh) if self.head is None else self.head(x)
-        if self.axis is not None:
-            logits = lax.all_gather(logits, self.axis, axis=logits.ndim - 1, tiled=True)
+        logits = unembed(x, self.embed.get_value()) if self.head is None else self.head(x)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

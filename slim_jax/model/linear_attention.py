@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.layout import vary_like
 from slim_jax.model.cache import Recurrent
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import Linear, outputs
+from slim_jax.model.linear import Linear
 
 CHUNK = 64
 """Tokens that are processed at once."""
@@ -94,7 +94,7 @@ class GatedDelta(nnx.Module):
           cache: state of the tokens before; None where these are the first.
         """
         config, (batch, time, _) = self.config, x.shape
-        q, k, v, z = outputs(x, self.q, self.k, self.v, self.z)
+        q, k, v, z = self.q(x), self.k(x), self.v(x), self.z(x)
         mixed, beta = jnp.concatenate([q, k, v], axis=-1), jax.nn.sigmoid(self.beta(x))
         rate = -jnp.exp(self.log_decay[...].astype(jnp.float32)).reshape(1, 1, -1)
         g = rate * jax.nn.softplus(self.decay(x))

@@ -1,29 +1,18 @@
 """The MLP of a block, and mixtures of experts, each an MLP for the tokens that are routed to it.
 
-Experts are separate modules, as they are calibrated and stored. For generation, packed experts are merged
-into one (`slim_jax.infer.fuse`): the compiled program then does not grow with their number, and a token
-passes only through its own experts.
+Experts are separate modules, as they are calibrated and stored.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels import Prepared
-from pallas_kernels.mlp import few_launches
-from pallas_kernels.ragged import by_turns, rows_of_turn
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import Linear, outputs, plus_output, prepared_alone
-
-FEW_TOKENS = 8
-"""Number of tokens up to which a chunk of stacked experts has no more rows than an expert has on average."""
+from slim_jax.model.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -32,6 +21,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
+
+
+LEAST_ROWS = 32
+"""Minimum tokens of a chunk: with fewer, unpacking an expert's weights would dominate."""
+
+
+def chunk_rows(rows: int, experts: int) -> int:
+    """Returns the tokens that an expert processes at once, of ``rows`` (token, expert) pairs.
+
+    It is the least power of two above half an equal share, but at least :data:`LEAST_ROWS`.
+    """
+    return max(LEAST_ROWS, 1 << (rows // experts // 2).bit_length())
 
 
 class MLP(nnx.Module):
@@ -49,35 +50,10 @@ class MLP(nnx.Module):
         activate = ACTIVATIONS[self.activation]
         if self.gate is None:
             return activate(self.up(x))
-        gate, up = outputs(x, self.gate, self.up)
+        gate, up = self.gate(x), self.up(x)
         if self.limit is not None:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit) + 1
         return activate(gate) * up
-
-    def later(self, x: Float[Array, "... d"]) -> "Later | None":
-        """Returns :meth:`hidden`, to be computed together with ``down``; None if no back end does that."""
-        gate, down = prepared_alone(self.gate), prepared_alone(self.down)
-        if gate is None or down is None or self.up.bias is not None or self.limit is not None:
-            return None
-        run = few_launches(x, gate, down, self.activation)
-        return None if run is None else Later(self, x, run)
-
-
-@dataclasses.dataclass(frozen=True)
-class Later:
-    """Input of an MLP's last product, not yet computed: ``run`` computes it from ``x``, and the product."""
-
-    mlp: MLP
-    x: jax.Array
-    run: Callable[[jax.Array, jax.Array | None], jax.Array]
-
-    def plus_output(self, h: jax.Array | None) -> jax.Array:
-        """Returns the MLP's output, added to ``h`` if that is given."""
-
-        def by_xla(x: jax.Array, h: jax.Array | None) -> jax.Array:
-            return plus_output(h, self.mlp.hidden(x), self.mlp.down)
-
-        return lax.platform_dependent(self.x, h, cuda=self.run, default=by_xla)
 
 
 class MoE(nnx.Module):
@@ -91,10 +67,6 @@ class MoE(nnx.Module):
       shared_gate: gives the gate of that expert's output; None if it has none.
       by_turns: if False, there are no chunks: every expert that any token chose processes all tokens, each in
         its place.
-      stacked: all experts merged, with packed weights on a leading axis, or prepared from all blocks of a
-        scan segment; ``experts`` is empty then.
-      axis: mesh axis over which the experts' hidden channels are split, in a program that runs on each device
-        with its own part.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
@@ -105,8 +77,6 @@ class MoE(nnx.Module):
         self.shared = MLP(config, size=size, rngs=rngs) if size else None
         self.shared_gate = Linear(config.hidden_size, 1, bias=False, rngs=rngs) if gated else None
         self.by_turns = True
-        self.stacked: MLP | None = nnx.data(None)
-        self.axis: str | None = None
 
     def route(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
         """Returns the weight of every expert for every token, 0 for experts that the token does not use."""
@@ -125,10 +95,6 @@ class MoE(nnx.Module):
 
     def mix(self, x: Float[Array, "b t d"], routes: Float[Array, "b t e"]) -> Float[Array, "b t d"]:
         """Returns the sum of the experts' outputs, weighted by :meth:`route`."""
-        y = self._mix(x, routes) if self.stacked is None else self._mix_stacked(self.stacked, x, routes)
-        return y if self.axis is None else lax.psum(y, self.axis)
-
-    def _mix(self, x: jax.Array, routes: jax.Array) -> jax.Array:
         count = x.shape[0] * x.shape[1]
         at_once = self._at_once(count)
         y = jnp.zeros_like(x)
@@ -150,26 +116,9 @@ class MoE(nnx.Module):
             y, _ = jax.lax.scan(add, y, order[:, i].reshape(-1, at_once))
         return y.reshape(x.shape)
 
-    def _mix_stacked(self, experts: MLP, x: jax.Array, routes: jax.Array) -> jax.Array:
-        """Computes :meth:`mix` in chunks of (token, expert) pairs, sorted by expert."""
-        rows, (count, number) = x.reshape(-1, x.shape[-1]), (x.shape[0] * x.shape[1], routes.shape[-1])
-        weights, chosen = lax.top_k(routes.reshape(count, number), self.top_k)
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        token, sizes = order // self.top_k, jnp.bincount(chosen.reshape(-1), length=number)
-
-        def product(some: jax.Array, index: jax.Array) -> jax.Array:
-            expert = _one_of(experts, index, number)
-            return expert.down(expert.hidden(some))
-
-        # An expert has at most ``count`` tokens.
-        fair = max(1, len(order) // number) if count <= FEW_TOKENS else rows_of_turn(len(order), number)
-        y = by_turns(product, x.shape[-1], min(fair, count), rows[token], sizes)
-        y = y * weights.reshape(-1)[order][:, None]
-        return jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
-
     def _at_once(self, tokens: int) -> int:
         """Returns the tokens that an expert processes per chunk: half of an equal share, within limits."""
-        return min(tokens, rows_of_turn(tokens * self.top_k, len(self.experts)))
+        return min(tokens, chunk_rows(tokens * self.top_k, len(self.experts)))
 
 
 def _add_if_chosen(
@@ -182,14 +131,3 @@ def _add_if_chosen(
         return y + part if rows is None else y.at[rows].add(part, mode="drop")
 
     return jax.lax.cond(jnp.any(weight > 0), add, lambda y: y, y)
-
-
-def _one_of(stacked: MLP, index: jax.Array, number: int) -> MLP:
-    """Returns one of ``number`` stacked experts."""
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Prepared):
-            return lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-        return leaf.at(index if leaf.layer is None else leaf.layer * number + index)
-
-    return jax.tree.map(one, stacked, is_leaf=lambda value: isinstance(value, Prepared))

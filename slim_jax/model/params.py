@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from pallas_kernels import MixedTensor
 from slim_jax.model.block import Block, Buffer, is_local
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.linear import COMPUTE_DTYPE, Linear, Packed
+from slim_jax.model.linear import COMPUTE_DTYPE, Packed
 from slim_jax.model.stage import part_of
 
 Params = Mapping[str, Any]
@@ -108,21 +107,16 @@ def make_part(config: DecoderConfig, name: str, params: Params) -> nnx.Module:
 
 
 def make_decoder(
-    config: DecoderConfig, outer: Params, blocks: Sequence[Params], mesh: Mesh | None = None
+    config: DecoderConfig, outer: Params, blocks: Sequence[Params], kind: type[Decoder] = Decoder
 ) -> Decoder:
-    """Makes a decoder from the parameters outside its blocks and those of each block.
-
-    ``mesh`` is the mesh over which the parameters' output channels are split; None on one device.
+    """Makes a decoder, of a class ``kind``, from the parameters outside its blocks and those of each block.
 
     Raises:
       ValueError: names or shapes do not match the config; the message lists all that do not.
     """
-    decoder = _abstract(config, Decoder)
+    decoder = _abstract(config, kind)
     named = {f"blocks.{i}.{name}": value for i, block in enumerate(blocks) for name, value in block.items()}
     _fill(decoder, {**outer, **named})
-    for _, module in nnx.iter_modules(decoder):
-        if isinstance(module, Linear | Decoder):
-            module.mesh = mesh
     return decoder
 
 

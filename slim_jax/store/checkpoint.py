@@ -45,7 +45,7 @@ class CheckpointSource:
       path: the checkpoint's folder, of Orbax or of safetensors files, or a name on the hub: ``owner/model``
         or ``owner/model@revision``.
       dtype: dtype of dense parameters and of products with packed ones; by default dense parameters are as
-        stored, products as `slim_jax.model.linear.product_dtype` says.
+        stored, products as `pallas_kernels.chips.product_dtype` says.
       mesh: the chips that the output channels of every weight are split over; JAX's default device if None.
 
     Attributes:

@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import MixedTensor
+from pallas_kernels.chips import product_dtype
 from slim_jax.model.block import linear_names
 from slim_jax.model.config import DecoderConfig
-from slim_jax.model.linear import product_dtype
 from slim_jax.model.params import Params, block_buffers
 from slim_jax.report import BlockReport, LayerReport, TuningReport
 from slim_jax.rules import Rule

@@ -14,6 +14,7 @@ from pallas_kernels import MixedTensor
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.params import Params, computed, make_decoder, split_params
+from slim_jax.placement import Placement
 
 SAMPLED = "sampled:"
 """Prefix of fingerprints that depend on the weights themselves; earlier ones depended on their sizes."""
@@ -113,9 +114,13 @@ def read_decoder(source: Source, mesh: Mesh | None = None, *, rounded: bool = Fa
       mesh: the chips that packed weights are split over, if they are.
       rounded: if True, dense matrices are converted to bfloat16, half the memory of float32.
     """
-    prepared = computed if rounded else dict
+    placement = Placement(mesh)
+
+    def prepared(params: Params) -> dict[str, Any]:
+        return placement.told(computed(params) if rounded else params)
+
     blocks = [prepared(source.block(index)) for index in range(source.config.num_layers)]
-    return make_decoder(source.config, prepared(source.outer()), blocks, mesh)
+    return make_decoder(source.config, prepared(source.outer()), blocks)
 
 
 def _some_rows(value: jax.Array) -> np.ndarray:

@@ -2,13 +2,11 @@
 
 On accelerators several tokens use `jax.nn.dot_product_attention`. On CPUs that function writes all scores of
 all heads to memory several times; the code here keeps them in cache by processing one key-value head at a
-time, which is three to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded). On NVIDIA
-GPUs one new token against the cache is one launch (`pallas_kernels.gpu.attention`).
+time, which is three to five times faster (2 x86-64 cores, 512 tokens prefilled or 64 rows decoded).
 
 The scores of all queries with all keys are in memory at once only where they are few (:data:`SCORES`).
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,9 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import chips, meshes
-from slim_jax.model.cache import Int8Rows, KeyValues
-from slim_jax.model.rotary import Rotation
+from pallas_kernels import chips
 
 QUERIES = 128
 """Queries that a CPU scores at once; keys after the last of them are never read."""
@@ -90,74 +86,6 @@ def attention(
     if not many:
         return at_once(q, positions)
     return _by_turns(at_once, q, positions, max(1, SCORES // (b * h * k.shape[2])))
-
-
-def attend_cached(
-    q: Float[Array, "b t h d"],
-    k: Float[Array, "b t kv d"],
-    v: Float[Array, "b t kv d"],
-    positions: Int[Array, "b t"],
-    cache: KeyValues,
-    *,
-    rotation: Rotation | None,
-    scale: float,
-    window: int | Int[Array, ""] | None = None,
-    softcap: float | None = None,
-    sinks: Float[Array, " h"] | None = None,
-    one_device: bool = False,
-) -> tuple[Float[Array, "b t hd"], KeyValues]:
-    """Returns :func:`attention` over a cache that the tokens of ``q``, ``k`` and ``v`` join, and the cache.
-
-    Args:
-      q: queries.
-      k: keys of the same tokens.
-      v: values of the same tokens.
-      positions: positions of the tokens; -1 for padding.
-      cache: keys and values of the tokens before.
-      rotation: rotation still to be applied to queries and keys; None if none is left.
-      scale: see :func:`attention`.
-      window: see :func:`attention`.
-      softcap: see :func:`attention`.
-      sinks: see :func:`attention`.
-      one_device: if True, all arrays are on one device, and kernels may be used where the target has them.
-    """
-
-    def by_xla(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
-        if rotation is not None:
-            q, k = rotation(q, positions), rotation(k, positions)
-        cache = cache.write(k.swapaxes(1, 2), v.swapaxes(1, 2), one_device=one_device)
-        keys, values = cache.read()
-        places = positions, cache.positions
-        y = attention(q, keys, values, *places, scale=scale, window=window, softcap=softcap, sinks=sinks)
-        return y, cache
-
-    one_device = one_device and not meshes.spread(q, cache).several
-    if not one_device or q.shape[1] > 1 or cache.layer is not None or sinks is not None:
-        return by_xla(q, k, v, cache)
-    if isinstance(cache.keys, Int8Rows):
-        return by_xla(q, k, v, cache)
-    from pallas_kernels.gpu import attention as attend  # this import takes a second: not on CPUs
-
-    device, (batch, heads, slots, width) = chips.of_target(), cache.keys.shape
-    if not attend.supported(device, width, cache.keys.dtype):
-        return by_xla(q, k, v, cache)
-
-    def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
-        assert isinstance(cache.keys, jax.Array)
-        assert isinstance(cache.values, jax.Array)
-        # One product gave all three, which XLA recognizes if they are concatenated as they were split.
-        token = jnp.concatenate([a.reshape(batch, 1, -1) for a in (q, k, v)], axis=2)
-        y, keys, values = attend.attend(
-            token[:, 0],
-            None if rotation is None else rotation.by_feature(positions[:, 0]),
-            *(cache.keys, cache.values, positions[:, 0], cache.positions, cache.start),
-            jnp.int32(jnp.iinfo(jnp.int32).max if window is None else window),
-            scores=attend.Scores(scale, softcap),
-            parts=attend.parts_of(device, batch * heads, slots),
-        )
-        return y[:, None], dataclasses.replace(cache, keys=keys, values=values)
-
-    return lax.platform_dependent(q, k, v, cache, cuda=by_kernel, default=by_xla)
 
 
 def _visible(positions: jax.Array, key_positions: jax.Array, window: int | jax.Array | None) -> jax.Array:
