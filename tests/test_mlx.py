@@ -183,7 +183,9 @@ def test_partly_packed_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_engines_families(tmp_path: Path) -> None:
-    refused(quantized("opt_pre_norm", 4), tmp_path, lambda _: "mlx-lm does not know opt, expected one of")
+    refused(
+        quantized("opt_pre_norm", 4), tmp_path, lambda _: "opt is not exported for mlx-lm, expected one of"
+    )
     gemma = quantized("gemma3", 4, layers=None)
     gemma.config = dataclasses.replace(gemma.config, global_layers=(0,), sliding_window=8)
     refused(gemma, tmp_path, lambda _: r"blocks \(0,\) have no window, expected a regular pattern for mlx")
@@ -264,12 +266,12 @@ def test_smollm2(tmp_path: Path) -> None:
     np.testing.assert_array_equal(expected[0, len(tokens) - 1 :].argmax(-1), found[0, len(tokens) :])
 
 
-def test_models_that_mlx_lm_does_not_know_are_refused_before_work(
+def test_models_that_are_not_exported_are_refused_before_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_hf(load_golden("opt_pre_norm"), tmp_path / "hf")
     line = refused_command(
         capsys, "quantize", tmp_path / "hf", tmp_path / "q", "--for", "mlx", "--samples", 4
     )
-    assert "mlx-lm does not know opt, expected one of" in line
+    assert "opt is not exported for mlx-lm, expected one of" in line
     assert not (tmp_path / "q").exists()

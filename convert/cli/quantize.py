@@ -288,7 +288,7 @@ def _announce_mlx(source: "Source", config: "SlimConfig") -> None:
     """Prints how large the model will be in MLX's format.
 
     Raises:
-      ValueError: the format cannot store such a model, or mlx-lm does not know it.
+      ValueError: the format cannot store such a model, or it is not exported.
     """
     from convert.writers.mlx import forecast_bytes, window_note
 

@@ -45,7 +45,7 @@ WINDOWED = ("mistral", "gemma3_text", "smollm3")
 have one. In all others it ignores them."""
 
 MODEL_TYPES = (*WINDOWED, "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi3")
-"""Values of ``model_type`` that mlx-lm knows, of those that we write."""
+"""Values of ``model_type`` that are written: mlx-lm knows them, by the same names of tensors."""
 
 _EXPERT = re.compile(r"(.*)\.experts\.\d+\.(\w+)\.weight")
 _STACK = ".switch_mlp."
@@ -75,7 +75,7 @@ def export_mlx(
 
     Raises:
       CheckpointError: the directory is not empty, or another process writes to it.
-      ConvertError: mlx-lm does not know the architecture, the format cannot store this model, or the
+      ConvertError: the architecture is not exported, the format cannot store this model, or the
         directory cannot be written.
     """
     out, cast = Path(out_dir), parse_dtype(dtype or DTYPES[0], DTYPES)
@@ -97,12 +97,12 @@ def engine_config(model: DecoderConfig, form: HFFormat) -> dict[str, Any]:
     """Returns config.json with the fields that mlx-lm asks for besides transformers'.
 
     Raises:
-      ConvertError: mlx-lm does not know the architecture or cannot express its attention windows.
+      ConvertError: the architecture is not exported, or mlx-lm cannot express its attention windows.
     """
     config = form.write_config(model)
     kind = config["model_type"]
     if kind not in MODEL_TYPES:
-        raise ConvertError(f"mlx-lm does not know {kind}, expected one of {', '.join(MODEL_TYPES)}")
+        raise ConvertError(f"{kind} is not exported for mlx-lm, expected one of {', '.join(MODEL_TYPES)}")
     if kind == "gemma3_text":
         globals_ = model.global_layers if model.sliding_window else tuple(range(model.num_layers))
         period = globals_[0] + 1 if globals_ else model.num_layers + 1
@@ -124,7 +124,7 @@ def forecast_bytes(model: DecoderConfig, settings: Settings) -> int:
     """Returns about how many bytes a model takes that is quantized with these settings and then exported.
 
     Raises:
-      ConvertError: mlx-lm does not know the architecture, or the format cannot store a layer of that shape.
+      ConvertError: the architecture is not exported, or the format cannot store a layer of that shape.
     """
     engine_config(model, by_name(model.family).hf)
     total = 0.0
