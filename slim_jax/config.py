@@ -15,6 +15,14 @@ CRITERIA = ("model", "kl", "error", "paper")
 WIDE = 3.5
 """Mean width up to which codes of more than 4 bits do not pay: with them, all zero points take 8 bits."""
 
+LAYER = "layer"
+UNITS = ("group", LAYER)
+ENGINE_WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Widths that a layer of one width may have: no engine's format has others."""
+
+SHORT_ZERO_BITS = 6
+"""Bits of a zero point where a layer has one width: times a scale's 5 significant bits, it fits float16."""
+
 CLIP = "clip"
 LEARN = (CLIP, "rounding")
 
@@ -46,6 +54,10 @@ class SlimConfig:
       method: "slim" allocates bits by salience, where that pays, and solves by GPTQ; "slim-plus" then also
         learns, block by block; "gptq" gives every group ``bits``; "rtn" rounds to nearest, and no calibration
         influences the rounding.
+      unit: what has one width: "group"; or "layer" for engines that know no groups of different widths. All
+        groups of the layers that share an input, such as q, k and v or gate and up, which engines load as
+        one, then have one of :data:`ENGINE_WIDTHS`, and zero points at most 6 bits, so that float16 holds
+        their products with scales.
       sqc: search for scales and zero points, a name in `slim_jax.method.scale_search.FITS`. "paper" also
         repeats the choices of the authors' code in the allocation and the order of work. By default "search"
         for "slim" and "slim-plus", and "minmax" for the two baselines.
@@ -101,6 +113,7 @@ class SlimConfig:
     bits: float = 2
     group_size: int = 128
     method: str = "slim"
+    unit: str = "group"
     sqc: str | None = None
     criterion: str | None = None
     sequential: bool | None = None
@@ -150,7 +163,7 @@ class SlimConfig:
             "damping": 0.1 if searches else 0.01,
             "refine": 2 if searches else 0,
             "learning_rate": 1e-2 if self.learn == CLIP else 5e-3,
-            "embedding_bits": default_embedding_bits(self.bits, sqc),
+            "embedding_bits": default_embedding_bits(self.bits, sqc, self.unit),
             "tune": mixed and sqc != "paper",
             "tune_rate": 2e-3 * 4.0 ** (2 - max(2, int(self.bits))),
             **given,
@@ -215,6 +228,7 @@ class Settings(SlimConfig):
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
+        _one_of("unit", self.unit, UNITS)
         _one_of("sqc", self.sqc, SQC)
         _one_of("criterion", self.criterion, CRITERIA)
         _one_of("learn", self.learn, LEARN)
@@ -239,6 +253,10 @@ class Settings(SlimConfig):
 
     def _check_bits(self) -> None:
         low, high = (1, 7) if self.over_model else (2, 7) if self.mixed else (1, 8)
+        if self.unit == LAYER:
+            if self.mixed and not self.over_model:
+                raise ValueError(f"criterion is {self.criterion!r}, expected 'model' where unit is 'layer'")
+            low, high = 2, 6 if self.mixed else 8
         if not (self.over_model or isinstance(self.bits, int)):
             raise ValueError(f"bits is {self.bits}, expected a whole number unless criterion is 'model'")
         if not low <= self.bits <= high:
@@ -293,9 +311,14 @@ class Settings(SlimConfig):
             lowest, highest = math.floor(self.bits), math.ceil(self.bits) + 2
             if self.bits == lowest:
                 return (lowest,)
-            return tuple(range(lowest, min(highest, 4 if self.bits <= WIDE else 8) + 1))
+            widths = range(lowest, min(highest, 4 if self.bits <= WIDE else 8) + 1)
+            return tuple(width for width in widths if self.unit != LAYER or width in ENGINE_WIDTHS)
         bits = int(self.bits)
         return (bits - 1, bits, bits + 1) if self.mixed else (bits,)
+
+    def fitted_zero_bits(self, widths: tuple[int, ...]) -> int:
+        """Returns the bits of a fitted zero point, in a tensor of these widths; it may store more."""
+        return min(zero_bits(widths), SHORT_ZERO_BITS) if self.unit == LAYER else zero_bits(widths)
 
     @property
     def mean_width(self) -> float:
@@ -343,12 +366,16 @@ class Settings(SlimConfig):
         return values | {"rules_resolved": changed}
 
 
-def default_embedding_bits(bits: float, sqc: str | None) -> int:
+def default_embedding_bits(bits: float, sqc: str | None, unit: str = UNITS[0]) -> int:
     """Default width of the embedding and LM head: two bits more than the blocks have, 4 to 8.
 
     It is 16, which packs neither, where ``sqc`` is "paper". The cost in quality is in `docs/quality.md`.
+    Where ``unit`` is "layer" it is the next width that engines have.
     """
-    return 16 if sqc == "paper" else min(max(round(bits), 2) + 2, 8)
+    if sqc == "paper":
+        return 16
+    wanted = min(max(round(bits), 2) + 2, 8)
+    return min(width for width in ENGINE_WIDTHS if width >= wanted) if unit == LAYER else wanted
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

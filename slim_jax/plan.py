@@ -11,7 +11,7 @@ from typing import Any
 from pallas_kernels.chips import DEVICES as KNOWN
 from pallas_kernels.layout import abstract_tensor, group_count
 from slim_jax import memory
-from slim_jax.config import LENGTH, SAMPLES, Settings, SlimConfig
+from slim_jax.config import LAYER, LENGTH, SAMPLES, Settings, SlimConfig
 from slim_jax.model.block import linear_groups, linear_names
 from slim_jax.model.cache import state_bytes
 from slim_jax.model.config import DecoderConfig
@@ -251,7 +251,8 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
         return make_plan(config, given, next(iter(DEVICES)), samples=0).packed_bytes
 
     smallest = 0
-    for whole in range(6, 0, -1):
+    highest, lowest = (5, 2) if settings.unit == LAYER else (6, 1)
+    for whole in range(highest, lowest - 1, -1):
         uniform = dataclasses.replace(settings, bits=whole)
         smallest = stored(uniform)
         if smallest > size:
@@ -262,7 +263,9 @@ def for_size(config: DecoderConfig, settings: SlimConfig, size: int) -> SlimConf
             return uniform
         thousandths = min(1 + math.floor(1000 * left / bytes_per_bit), 999)
         return dataclasses.replace(mixed, bits=whole + thousandths / 1000)
-    raise ValueError(f"target size is {size:,} bytes, but at 1 bit the model takes {smallest:,}")
+    raise ValueError(
+        f"target size is {size:,} bytes, but at {lowest} bit{'s' * (lowest > 1)} the model takes {smallest:,}"
+    )
 
 
 def parse_size(text: str) -> int:

@@ -96,6 +96,39 @@ def test_errors_are_those_of_the_grids():
         assert found[group, i] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_layers_of_a_unit_have_one_width():
+    rng = np.random.default_rng(0)
+    groups = {"blocks.0.attn.q": 4, "blocks.0.attn.k": 4, "blocks.0.attn.o": 2, "blocks.1.attn.q": 4}
+    costs = {
+        name: LayerCosts(-np.sort(-rng.random((count, 3)), axis=1), 64 * count)
+        for name, count in groups.items()
+    }
+    config = SlimConfig(bits=2.5, unit="layer", group_size=32).resolved()
+    found, _ = sensitivity.spend_all(costs, config)
+    assert {name: len(bits) for name, bits in found.items()} == groups
+    assert all(len(set(bits)) == 1 for bits in found.values())
+    assert found["blocks.0.attn.q"] == found["blocks.0.attn.k"]
+    left = 2.5 * sum(layer.weights * groups[name] for name, layer in costs.items()) - spent(costs, found)
+    assert left >= 0
+    for unit in [("blocks.0.attn.q", "blocks.0.attn.k"), ("blocks.0.attn.o",), ("blocks.1.attn.q",)]:
+        if found[unit[0]][0] < 4:  # what is left does not pay for one more bit
+            assert sum(costs[name].weights * groups[name] for name in unit) > left
+    assert len({bits[0] for bits in found.values()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"bits": 2.5}, (2, 3, 4)),
+        ({"bits": 5.5}, (5, 6, 8)),
+        ({"bits": 3}, (3,)),
+        ({"bits": 8, "method": "rtn"}, (8,)),
+    ],
+)
+def test_widths_of_layers_are_those_of_engines(fields, expected):
+    assert SlimConfig(unit="layer", **fields).resolved().widths == expected
+
+
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     return Decoder(CONFIG, rngs=nnx.Rngs(0))
@@ -180,6 +213,9 @@ def test_model_budget_quantizes_and_generates(model):
     [
         ({"bits": 2.25, "criterion": "kl"}, "expected a whole number unless criterion is 'model'"),
         ({"bits": 0.5, "criterion": "model"}, "bits is 0.5, expected 1 to 7"),
+        ({"bits": 1.5, "unit": "layer"}, "bits is 1.5, expected 2 to 6"),
+        ({"bits": 3, "unit": "layer", "criterion": "kl"}, "expected 'model' where unit is 'layer'"),
+        ({"unit": "row"}, "unit is 'row', expected one of group, layer"),
     ],
 )
 def test_bits_that_do_not_fit(fields, message):

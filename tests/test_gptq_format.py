@@ -61,12 +61,16 @@ def uniform(weight: Any, rng: np.random.Generator, bits: int, **changes: Any) ->
     return pack(codes, scale, zeros.astype(np.uint32), np.full(groups, bits), group_size=32, **changes)
 
 
-def quantized(name: str, bits: int, *, heads: int = 2, **changes: Any) -> Any:
-    """A random model of a golden's architecture, with the blocks' layers and the embedding packed."""
+def quantized(name: str, bits: int, *, heads: int = 2, layers: int | None = 2, **changes: Any) -> Any:
+    """A random model of a golden's architecture, with the blocks' layers and the embedding packed.
+
+    It has ``layers`` blocks, or as many as the golden.
+    """
     hf = load_golden(name).config
+    config = read_resolved(hf, by_architecture(hf["architectures"][0]).hf)
     config = dataclasses.replace(
-        read_resolved(hf, by_architecture(hf["architectures"][0]).hf),
-        hidden_size=64, intermediate_size=96, num_layers=2, num_heads=heads, num_kv_heads=1, head_dim=32,
+        config, hidden_size=64, intermediate_size=96, num_layers=layers or config.num_layers,
+        num_heads=heads, num_kv_heads=1, head_dim=32,
     )  # fmt: skip
     rng = np.random.default_rng(bits)
 
@@ -77,7 +81,8 @@ def quantized(name: str, bits: int, *, heads: int = 2, **changes: Any) -> Any:
         ]
         return {**dense, **{key: uniform(dense[key], rng, bits, **changes) for key in packed}}
 
-    blocks = [{**random(block_params(config)), **block_buffers(config, i)} for i in range(config.num_layers)]
+    kinds = enumerate(config.blocks())
+    blocks = [{**random(block_params(kind)), **block_buffers(config, i)} for i, kind in kinds]
     outer = random(outer_params(config))
     outer["embed"] = uniform(outer["embed"].T, rng, 5)
     return SimpleNamespace(

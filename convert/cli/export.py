@@ -15,10 +15,10 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            metavar="safetensors|hf|gptq",
+            metavar="safetensors|hf|gptq|mlx",
             help="safetensors: packed, for every command of slim-jax and for the hub. hf: dequantized, for "
             "transformers. gptq: GPTQModel's packed format, for models with one bit width and integer zero "
-            "points. docs/sharing.md lists the programs that read each.",
+            "points. mlx: packed for mlx-lm. docs/sharing.md lists the programs that read each.",
         ),
     ] = "hf",
     dtype: Annotated[
@@ -26,7 +26,8 @@ def export(
         typer.Option(
             metavar="DTYPE",
             help="Type of the weights for hf: float32, bfloat16 or float16. [dim]Default: unchanged.[/] For "
-            "gptq, type of scales and of what is not packed: float16 or bfloat16. [dim]Default: float16.[/]",
+            "gptq and mlx, type of scales and of what is not packed: float16, bfloat16 or, for mlx, float32. "
+            "[dim]Default: float16.[/]",
         ),
     ] = None,
     perplexity: Annotated[
@@ -45,6 +46,8 @@ def export(
     slim-jax export out/q2 out/q2-hf --format hf --dtype bfloat16
 
     slim-jax export out/q4 out/q4-gptq --format gptq
+
+    slim-jax export out/q3 out/q3-mlx --format mlx
     """
     from convert.writers.folder import require_new
     from convert.writers.formats import check_options, write

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -71,6 +71,16 @@ def quantize(
     ] = None,
     bits: Bits = None,
     group_size: GroupSize = None,
+    engine: Annotated[
+        Literal["mlx"] | None,
+        typer.Option(
+            "--for",
+            metavar="mlx",
+            show_default=False,
+            help="Program that will run the result, in a format with one bit width per layer: "
+            "docs/sharing.md. [dim]Default: slim-jax.[/]",
+        ),
+    ] = None,
     target_size: TargetSize = None,
     preset: Preset = None,
     tune: Annotated[
@@ -132,6 +142,7 @@ def quantize(
         target_size,
         bits=bits,
         group_size=group_size,
+        unit=None if engine is None else "layer",
         tune=tune,
         embedding_bits=embedding_bits,
         rules=make_rules(rule, rules),
@@ -153,6 +164,8 @@ def quantize(
     length = window_length(length, model.config)
     if target_size is not None:
         config = for_size(model.config, config, parse_size(target_size))
+    if engine is not None:
+        _announce_mlx(model, config)
     fitting, plan = _that_fit(texts, partial(_forecast, model, config, samples, length, offload))
     tokenizer, make = _calibration(model, fitting, samples, length, seed)
     ctx.obj.on_interrupt = INTERRUPTED.format(out=out)
@@ -269,6 +282,19 @@ def _announce(
     needed = f"about {plan.calibration_bytes / 2**30:.2f} GiB of memory and {in_words(seconds)}"
     stored = f"{plan.packed_bytes / 1e6:.1f} MB to store, {plan.bits_per_weight:.3f} bits per weight"
     say(f"{config.method} at {config.bits} bits: {needed}; about {stored} in the blocks")
+
+
+def _announce_mlx(source: "Source", config: "SlimConfig") -> None:
+    """Prints how large the model will be in MLX's format.
+
+    Raises:
+      ValueError: the format cannot store such a model, or it is not exported.
+    """
+    from convert.writers.mlx import forecast_bytes, window_note
+
+    size = forecast_bytes(source.config, config.resolved())
+    note = window_note(source.config)
+    say(f"for mlx: one width per layer; about {size / 1e6:.1f} MB after export --format mlx{note}")
 
 
 def _calibration(

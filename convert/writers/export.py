@@ -107,6 +107,18 @@ def dense_tensor(held: dict[str, Any], place: Held, dtype: np.dtype | None) -> n
     return np.ascontiguousarray(place.join(parts))
 
 
+def cast_tensor(name: str, held: dict[str, Any], place: Held, dtype: np.dtype) -> np.ndarray:
+    """Returns what :func:`dense_tensor` does.
+
+    Raises:
+      ConvertError: a value is too large for ``dtype``.
+    """
+    dense = dense_tensor(held, place, dtype)
+    if not np.all(np.isfinite(dense.astype(np.float32))):
+        raise ConvertError(f"{name} does not fit {dtype}: export with --dtype bfloat16")
+    return dense
+
+
 def _tensors(source: Source, form: HFFormat, dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
     for name, held, place in held_tensors(source, form):
         yield name, dense_tensor(held, place, dtype)

@@ -10,6 +10,7 @@ FORMATS = {
     "safetensors": "as stored",
     "hf": "dequantized",
     "gptq": "packed, embedding and LM head dequantized",
+    "mlx": "packed, one width per layer",
 }
 """Name -> a description of how the weights are stored, for messages."""
 
@@ -23,7 +24,7 @@ def check_options(format: str, dtype: str | None, perplexity: Sequence[str]) -> 
     if format not in FORMATS:
         raise ValueError(f"--format is {format!r}, expected one of {', '.join(FORMATS)}")
     if format == "safetensors" and dtype is not None:
-        raise ValueError("--dtype is for hf and gptq, safetensors keeps every array as it is")
+        raise ValueError("--dtype is for hf, gptq and mlx, safetensors keeps every array as it is")
     if format != "safetensors" and perplexity:
         raise ValueError("--perplexity is for the model card of --format safetensors")
     return [_perplexity(given) for given in perplexity]
@@ -55,12 +56,16 @@ def write(
     """
     from convert.writers.export import export_hf
     from convert.writers.gptq import export_gptq
+    from convert.writers.mlx import export_mlx, window_note
     from convert.writers.packed import export_packed
 
     if format == "safetensors":
         export_packed(source, out, tokenizer=tokenizer, perplexity=perplexity)
     elif format == "gptq":
         export_gptq(source, out, dtype, tokenizer=tokenizer)
+    elif format == "mlx":
+        export_mlx(source, out, dtype, tokenizer=tokenizer)
+        return FORMATS[format] + window_note(source.config)
     else:
         export_hf(source, out, dtype, tokenizer=tokenizer)
     return FORMATS[format]

@@ -29,7 +29,7 @@ from convert.errors import ConvertError
 from convert.families import by_name
 from convert.families.family import HFFormat
 from convert.readers.source import parse_dtype
-from convert.writers.export import dense_tensor, held_tensors, write_companions
+from convert.writers.export import cast_tensor, held_tensors, write_companions
 from convert.writers.folder import SHARD_BYTES, new_folder, write_json, write_tensors
 from pallas_kernels import MixedTensor
 from slim_jax.store.source import Source
@@ -179,7 +179,7 @@ def _layout_of(name: str, tensor: MixedTensor, dtype: np.dtype) -> Layout:
         raise ConvertError(
             f"{name} is {shape}, expected multiples of {unit} for gptq at {bits} bits{OTHERWISE}"
         )
-    _, zero, scale = _parts(tensor)
+    _, zero, scale = stored_parts(tensor)
     if np.any(zero != np.rint(zero)):
         raise ConvertError(
             f"{name} has zero points that are not whole, which gptq cannot store: "
@@ -203,7 +203,7 @@ def _joined(name: str, one: Layout, other: Layout) -> Layout:
     return Layout(one.bits, one.group_size, lowest, symmetric, [])
 
 
-def _parts(tensor: MixedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def stored_parts(tensor: MixedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes ``uint32[K, N]``, zero points and scales ``float32[G, N]``, groups in their original order."""
     back = np.argsort(np.asarray(tensor.order))
     scale = np.asarray(tensor.scales())[back]
@@ -217,17 +217,14 @@ def _tensors(
         if tensors := _block_layers(name, held):
             yield from _packed(name.removesuffix("weight"), list(tensors.values()), layout, dtype)
             continue
-        dense = dense_tensor(held, place, dtype)
-        if not np.all(np.isfinite(dense.astype(np.float32))):
-            raise ConvertError(f"{name} does not fit {dtype}: export with --dtype bfloat16")
-        yield name, dense
+        yield name, cast_tensor(name, held, place, dtype)
 
 
 def _packed(
     prefix: str, tensors: list[MixedTensor], layout: Layout, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the four tensors of one layer of the format, which holds several of ours along its outputs."""
-    codes, zeros, scales = (np.concatenate(part, axis=1) for part in zip(*map(_parts, tensors)))
+    codes, zeros, scales = (np.concatenate(part, axis=1) for part in zip(*map(stored_parts, tensors)))
     stored = zeros.astype(np.uint32) - np.uint32(layout.first_version)
     yield prefix + "qweight", pack_rows(codes, layout.bits).view(np.int32)
     yield prefix + "qzeros", np.ascontiguousarray(pack_rows(stored.T, layout.bits).T).view(np.int32)

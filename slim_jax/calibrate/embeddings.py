@@ -111,6 +111,7 @@ def quantize_table(
     """
     own = SlimConfig(
         method="rtn" if settings.method == "rtn" or seen is None else "gptq",
+        unit=settings.unit,
         sqc="search",
         bits=settings.embedding_bits,
         group_size=settings.embedding_group_size,

@@ -28,8 +28,8 @@ from pallas_kernels.layout import vary_like
 from slim_jax.calibrate.activations import Activations, Inputs, observe, sample_batches
 from slim_jax.calibrate.events import OnEvent, SweepStep, warn_of_notices
 from slim_jax.calibrate.offload import Batches
-from slim_jax.config import Settings
-from slim_jax.method.budget import LayerCosts, predicted_increase, spend
+from slim_jax.config import LAYER, Settings
+from slim_jax.method.budget import LayerCosts, predicted_increase, spend, spend_on_units
 from slim_jax.method.layer import LayerSolvers
 from slim_jax.method.sba import Allocation
 from slim_jax.model.block import Block, linear_groups, linear_names, sequence_positions
@@ -304,10 +304,17 @@ class Sweep:
         before.through(index, params, cost)
 
 
+def _unit(name: str) -> str:
+    """Returns the name of what engines load as one: layers of a block that share an input, all experts'."""
+    blocks, index, layer = name.split(".", 2)
+    return f"{blocks}.{index}.{_group(layer)}"
+
+
 def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Allocation, dict[str, float]]:
     """Allocates the widths of every group; returns them and the predicted loss increase of each layer.
 
-    Layers share one bit budget, except those whose bits a rule sets: each of these has its own.
+    Layers share one bit budget, except those whose bits a rule sets: each of these has its own. For ``unit``
+    see `SlimConfig`.
     """
     budgets: dict[str, list[str]] = {"": []}
     for name in costs:
@@ -323,7 +330,11 @@ def spend_all(costs: Mapping[str, LayerCosts], config: Settings) -> tuple[Alloca
             assert own is not None
             size = layer.weights * len(layer.rise)
             budget, weights = budget + Fraction(own.mean_width) * size, weights + size
-        spent = spend(layers, widths, float(budget / weights))
+        mean = float(budget / weights)
+        if config.unit == LAYER:
+            spent = spend_on_units(layers, {name: _unit(name) for name in names}, widths, mean)
+        else:
+            spent = spend(layers, widths, mean)
         allocation |= spent
         rises |= predicted_increase(layers, widths, spent)
     return {name: allocation[name] for name in costs}, {name: rises[name] for name in costs}

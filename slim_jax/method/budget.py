@@ -139,6 +139,31 @@ def spend(layers: Mapping[str, LayerCosts], widths: Sequence[int], bits: float) 
     return {name: curve.bits(int(curve.totals[i])) for (name, curve), i in zip(curves.items(), chosen)}
 
 
+def spend_on_units(
+    layers: Mapping[str, LayerCosts], units: Mapping[str, str], widths: Sequence[int], bits: float
+) -> Allocation:
+    """Returns what :func:`spend` does, with one width for all groups of the layers of a unit.
+
+    Args:
+      layers: costs by layer.
+      units: each layer's unit.
+      widths: widths to choose from.
+      bits: the largest mean width.
+
+    Raises:
+      ValueError: see :func:`spend`.
+    """
+    joined: dict[str, LayerCosts] = {}
+    for name, layer in layers.items():
+        rise, weights = layer.rise.sum(axis=0, keepdims=True), layer.weights * len(layer.rise)
+        if units[name] in joined:
+            other = joined[units[name]]
+            rise, weights = rise + other.rise, weights + other.weights
+        joined[units[name]] = LayerCosts(rise, weights)
+    spent = spend(joined, widths, bits)
+    return {name: spent[units[name]] * len(layer.rise) for name, layer in layers.items()}
+
+
 def predicted_increase(
     layers: Mapping[str, LayerCosts], widths: Sequence[int], allocation: Allocation
 ) -> dict[str, float]:

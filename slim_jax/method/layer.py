@@ -58,10 +58,10 @@ class LayerSolver:
     ) -> None:
         self.config, self.bits, self.placement = config, bits, placement
         self.widths = widths or config.widths
-        self.zero_bits = zero_bits(self.widths)
+        self.zero_bits = zero_bits(self.widths)  # as stored; fits may have fewer
         self._options: dict[str, Any] = {
             "group_size": config.group_size,
-            "zero_bits": self.zero_bits,
+            "zero_bits": config.fitted_zero_bits(self.widths),
             "placement": placement,
         }
 
