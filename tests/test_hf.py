@@ -30,7 +30,7 @@ def test_parity(name: str, tmp_path: Path) -> None:
 
 PADDED = (
     *("gemma3", "llama_gqa_tied", "mixtral", "opt_post_norm_projected", "phi3_longrope", "qwen2_window"),
-    *("gpt_oss", "qwen3_next"),
+    *("gpt_oss", "qwen3_next", "glm4", "lfm2", "ministral3"),
 )
 """Together they cover all kinds of attention and positions; the others are slow tests."""
 
@@ -191,6 +191,7 @@ LLAMA_CHANGES = [
         {"architectures": ["GPTNeoXForCausalLM"]},
         ("GPTNeoXForCausalLM", "LlamaForCausalLM", "OPTForCausalLM", "docs/adding-a-family.md"),
     ),
+    ({"architectures": ["DeepseekV3ForCausalLM"]}, ("DeepseekV3ForCausalLM", "it needs latent attention")),
     ({"architectures": None}, ("architecture", "LlamaForCausalLM")),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, ("rope_type", "dynamic", "llama3")),
     ({"rope_parameters": {"rope_type": "linear"}}, ("factor",)),
@@ -240,11 +241,11 @@ OTHER_CHANGES = [
     ("gemma2", {"sliding_window": 0}, ("sliding_window is 0",)),
     ("gemma2", {"attn_logit_softcapping": "high"}, ("attn_logit_softcapping", "'high'")),
     ("smollm3", {"no_rope_layers": [], "no_rope_layer_interval": 0}, ("no_rope_layer_interval is 0",)),
-    (
-        "phi3_window",
-        {"partial_rotary_factor": 0.75, "rope_parameters": None},
-        ("partial_rotary_factor", "0.75"),
-    ),
+    ("exaone4", {"layer_types": ["full_attention"] * 3}, ("sliding_attention", "sliding_window = 7")),
+    ("gemma4", {"enable_moe_block": True}, ("enable_moe_block is True",)),
+    ("lfm2", {"conv_bias": True}, ("conv_bias is True",)),
+    ("lfm2", {"layer_types": ["linear_attention"] * 3}, ("linear_attention", "conv")),
+    ("minimax_m2", {"scoring_func": "softmax"}, ("scoring_func is 'softmax'",)),
 ]
 
 

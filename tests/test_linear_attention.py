@@ -122,7 +122,7 @@ def test_gradients_are_finite_and_those_of_the_recurrence():
         assert relative_error(ours, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5", "qwen3_next"])
 @pytest.mark.parametrize("chunk", [1, 7, 70])
 def test_a_prompt_in_chunks_behind_padding(name, chunk, tmp_path):
     golden = load_golden(name)

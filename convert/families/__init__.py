@@ -1,7 +1,28 @@
 """Model families that can be read and written. A new family is a file here and an entry in ``FAMILIES``."""
 
 from convert.errors import ConvertError
-from convert.families import gemma, gpt_oss, llama, mixtral, opt, phi, qwen, qwen_next, smollm
+from convert.families import (
+    ernie,
+    exaone,
+    gemma,
+    gemma4,
+    glm,
+    gpt_oss,
+    granite,
+    hunyuan,
+    lfm,
+    llama,
+    minimax,
+    mixtral,
+    olmo,
+    opt,
+    phi,
+    qwen,
+    qwen_next,
+    seed_oss,
+    smollm,
+    starcoder,
+)
 from convert.families.family import Family, GGUFFormat, HFFormat, Names
 
 __all__ = ["FAMILIES", "Family", "GGUFFormat", "HFFormat", "Names", "by_architecture", "by_gguf", "by_name"]
@@ -17,8 +38,30 @@ FAMILIES: tuple[Family, ...] = (
     qwen_next.QWEN3_NEXT,
     qwen_next.QWEN3_5,
     gpt_oss.FAMILY,
+    gemma4.FAMILY,
+    olmo.FAMILY,
+    granite.FAMILY,
+    lfm.FAMILY,
+    glm.GLM,
+    glm.GLM_MOE,
+    minimax.FAMILY,
+    seed_oss.FAMILY,
+    ernie.FAMILY,
+    exaone.FAMILY,
+    starcoder.FAMILY,
+    hunyuan.FAMILY,
 )
 
+
+MISSING = {
+    "ApertusForCausalLM": "the activation xIELU",
+    "Cohere2ForCausalLM": "attention and MLP side by side",
+    "DeepseekV3ForCausalLM": "latent attention",
+    "GlmMoeDsaForCausalLM": "latent and sparse attention",
+    "GraniteMoeHybridForCausalLM": "Mamba 2",
+    "NemotronHForCausalLM": "Mamba 2",
+}
+"""Architectures that are not supported -> what the decoder lacks for them."""
 
 GUIDE = "docs/adding-a-family.md says how to add a family"
 
@@ -30,6 +73,10 @@ def by_architecture(architecture: str) -> Family:
       ConvertError: no family does.
     """
     known = {name: family for family in FAMILIES for name in family.hf.architectures}
+    if architecture in MISSING:
+        raise ConvertError(
+            f"architecture {architecture!r} is not supported, it needs {MISSING[architecture]}"
+        )
     if architecture not in known:
         raise ConvertError(
             f"architecture {architecture!r} is not supported, expected one of {', '.join(known)}; {GUIDE}"

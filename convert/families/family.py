@@ -6,13 +6,13 @@ This module knows no family and reads no file.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from convert.errors import ConvertError
-from slim_jax.model.config import DecoderConfig
+from slim_jax.model.config import DecoderConfig, Kind
 
 Restore = Callable[[np.ndarray, DecoderConfig], np.ndarray]
 """Function that turns a stored array, linear weights ``[N, K]``, into the one that our parameter has."""
@@ -266,11 +266,37 @@ def read_windows(hf: Mapping[str, Any], window: int | None) -> tuple[int | None,
 
 def layer_types(config: DecoderConfig) -> list[str]:
     """Inverse of :func:`read_windows`."""
-    windowed = config.sliding_window is not None
+    local = [block.sliding_window is not None for block in config.blocks()]
     return [
-        "sliding_attention" if windowed and i not in config.global_layers else "full_attention"
+        "sliding_attention" if local[i] and i not in config.global_layers else "full_attention"
         for i in range(config.num_layers)
     ]
+
+
+def kinds_of(changes: Sequence[Kind]) -> dict[str, Any]:
+    """Returns ``kinds`` and ``block_kinds`` of our config from what every block changes in it."""
+    kinds = tuple(dict.fromkeys(changes))
+    return {"kinds": kinds, "block_kinds": tuple(map(kinds.index, changes))} if any(kinds) else {}
+
+
+GLOBAL_WITHOUT_POSITIONS: Kind = (("positions", "none"), ("sliding_window", None))
+"""Change that makes a block see all positions, and know none, in a model with a sliding window."""
+
+
+def read_global_without_positions(hf: Mapping[str, Any], window: int | None) -> dict[str, Any]:
+    """Reads the window of a model whose blocks of full attention have no positions; see :func:`read_windows`.
+
+    Raises:
+      ConvertError: there is a window, which no block has.
+    """
+    given, (window, everywhere) = window, read_windows(hf, window)
+    if given is not None and window is None:
+        raise ConvertError(
+            f"layer_types has no sliding_attention, expected some with sliding_window = {given}"
+        )
+    layers = range(field(hf, "num_hidden_layers", int))
+    changes = [GLOBAL_WITHOUT_POSITIONS if i in everywhere else () for i in layers]
+    return {"sliding_window": window, **kinds_of(changes)}
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3, SmolLM2 and Mistral: RMSNorm, RoPE, gated MLP, grouped-query attention."""
+"""Llama 1, 2 and 3, SmolLM2, Mistral and Ministral: RMSNorm, RoPE, gated MLP, grouped-query attention."""
 
 import dataclasses
 import math
@@ -160,13 +160,19 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, "rope_scaling": rope}
 
 
-def read_base(hf: Mapping[str, Any], family: str, activation_key: str = "hidden_act") -> DecoderConfig:
+def read_base(
+    hf: Mapping[str, Any],
+    family: str,
+    activation_key: str | None = "hidden_act",
+    eps_key: str = "rms_norm_eps",
+) -> DecoderConfig:
     """Reads the fields that all descendants of Llama share; the other fields keep their defaults.
 
     Args:
       hf: the resolved config.
       family: the family's name.
-      activation_key: the key that names the activation function.
+      activation_key: the key that names the activation function; None for SiLU.
+      eps_key: the key of what is added to a variance in norms.
 
     Raises:
       ConvertError: a value is missing or of another type.
@@ -182,8 +188,8 @@ def read_base(hf: Mapping[str, Any], family: str, activation_key: str = "hidden_
         num_kv_heads=field(hf, "num_key_value_heads", int, heads),
         head_dim=field(hf, "head_dim", int, hidden // heads),
         max_positions=field(hf, "max_position_embeddings", int),
-        norm_eps=field(hf, "rms_norm_eps", float),
-        activation=activation(hf, activation_key),
+        norm_eps=field(hf, eps_key, float),
+        activation="silu" if activation_key is None else activation(hf, activation_key),
         tied_head=field(hf, "tie_word_embeddings", bool),
         bos_token_id=field(hf, "bos_token_id", int, None),
         eos_token_ids=token_ids(hf.get("eos_token_id")),
@@ -217,9 +223,10 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       ConvertError: the text tower is of another kind.
     """
-    if hf["model_type"] not in ("llama", "mistral"):
-        raise ConvertError(f"model_type is {hf['model_type']!r}, expected llama or mistral")
-    mistral = hf["model_type"] == "mistral"
+    kind = hf["model_type"]
+    if kind not in ("llama", "mistral", "ministral3"):
+        raise ConvertError(f"model_type is {kind!r}, expected llama, mistral or ministral3")
+    mistral = kind != "llama"
     theta, scaling = read_rope(hf)
     biased = not mistral and field(hf, "attention_bias", bool)
     return dataclasses.replace(
@@ -230,18 +237,31 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         o_bias=biased,
         mlp_bias=not mistral and field(hf, "mlp_bias", bool),
         sliding_window=field(hf, "sliding_window", int, None) if mistral else None,
+        **(_read_query_scale(hf["rope_parameters"]) if kind == "ministral3" else {}),
     )
 
 
+def _read_query_scale(rope: Mapping[str, Any]) -> dict[str, Any]:
+    step = count(rope, "original_max_position_embeddings")
+    return {"attn_scale": field(rope, "llama_4_scaling_beta", float), "floor_scale": step}
+
+
 def write_hf(config: DecoderConfig) -> dict[str, Any]:
-    """Inverse of :func:`read_hf`: a Mistral if the config has a window, else a Llama.
+    """Inverse of :func:`read_hf`: a Ministral 3 if queries are scaled, a Mistral if there is a window.
 
     Raises:
       ConvertError: no class of transformers has this combination of biases and window.
     """
-    mistral = config.sliding_window is not None
+    scaled = config.attn_scale > 0
+    mistral = scaled or config.sliding_window is not None
     if config.qkv_bias != config.o_bias or (mistral and (config.qkv_bias or config.mlp_bias)):
         raise ConvertError("this combination of biases and sliding window exists in no class of transformers")
+    if scaled:
+        base = write_base(config, "Ministral3ForCausalLM", "ministral3")
+        own = {"original_max_position_embeddings": config.floor_scale, "rope_theta": config.rope_theta}
+        rope = {"rope_type": "default", **(write_rope(config)["rope_scaling"] or {}), **own}
+        rope["llama_4_scaling_beta"] = config.attn_scale
+        return {**base, "rope_parameters": rope, "sliding_window": config.sliding_window}
     if mistral:
         base = write_base(config, "MistralForCausalLM", "mistral")
         return {**base, **write_rope(config), "sliding_window": config.sliding_window}
@@ -358,13 +378,16 @@ def hf_format(
     )
 
 
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Ministral3ForCausalLM")
+
 FAMILY = Family(
     name="llama",
     hf=hf_format(
-        architectures=("LlamaForCausalLM", "MistralForCausalLM", "Mistral3ForConditionalGeneration"),
+        architectures=(*CLASSES, "Mistral3ForConditionalGeneration"),
         read_config=read_hf,
         write_config=write_hf,
         names=HF_NAMES,
+        unused=("rope_parameters.max_position_embeddings",),
     ),
     gguf=GGUFFormat(
         architectures=("llama",),

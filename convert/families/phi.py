@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-3.5: Llama's architecture with q, k, v and gate, up stored as one matrix each."""
+"""Phi-3, 3.5, 4 and 4-mini: Llama's architecture with q, k, v and gate, up stored as one matrix each."""
 
 import dataclasses
 import math
@@ -48,24 +48,28 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Reads our config from the resolved config.json."""
     require(hf, "attention_bias", False, False)
     base = llama.read_base(hf, "phi")
-    theta, scaling = _read_rope(hf, base)
+    rotated = llama.rotary_dim(hf, base.head_dim)
+    theta, scaling = _read_rope(hf, base, rotated or base.head_dim)
     return dataclasses.replace(
-        base, rope_theta=theta, rope_scaling=scaling, sliding_window=field(hf, "sliding_window", int, None)
+        base,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rotary_dim=rotated,
+        sliding_window=field(hf, "sliding_window", int, None),
     )
 
 
-def _read_rope(hf: Mapping[str, Any], base: DecoderConfig) -> tuple[float, RopeScaling | None]:
-    """Returns RoPE base and scaling.
+def _read_rope(hf: Mapping[str, Any], base: DecoderConfig, rotated: int) -> tuple[float, RopeScaling | None]:
+    """Returns RoPE base and scaling; ``rotated`` features of each head are rotated.
 
     Raises:
-      ConvertError: another scaling, or factors whose number does not fit the head size.
+      ConvertError: another scaling, or factors whose number does not fit the rotated features.
     """
     rope = field(hf, "rope_parameters", dict)
     original = field(hf, "original_max_position_embeddings", int)
     if rope.get("rope_type") != "longrope":
-        return llama.read_rope(hf)
-    require(rope, "partial_rotary_factor", 1.0, 1.0)
-    short, long = (_factors(rope, key, base.head_dim // 2) for key in ("short_factor", "long_factor"))
+        return llama.read_rope(hf, partial=True)
+    short, long = (_factors(rope, key, rotated // 2) for key in ("short_factor", "long_factor"))
     original = field(rope, "original_max_position_embeddings", int, original)
     factor = field(rope, "factor", float, base.max_positions / original)
     attention_factor = field(rope, "attention_factor", float, None)
@@ -122,6 +126,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
         **fields,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,
+        "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
         "sliding_window": config.sliding_window,
         "pad_token_id": None,  # transformers' default exceeds small vocabularies
     }
@@ -129,7 +134,10 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
 
 def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
     """Reads our config from a GGUF's metadata; the factors of "longrope" are tensors."""
-    base = llama.read_gguf({**meta, "rope.scaling.attn_factor": 1.0}, tensors)
+    plain = {key: value for key, value in meta.items() if key != "rope.dimension_count"}
+    base = llama.read_gguf({**plain, "rope.scaling.attn_factor": 1.0}, tensors)
+    rotated = field(meta, "rope.dimension_count", int, base.head_dim)
+    base = dataclasses.replace(base, rotary_dim=None if rotated == base.head_dim else rotated)
     if FACTORS[0] not in tensors.shapes:
         return dataclasses.replace(base, family="phi")
     original = count(meta, "rope.scaling.original_context_length")

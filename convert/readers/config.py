@@ -118,10 +118,12 @@ def _made(hf: Mapping[str, Any]) -> Any:
     text = hf.get("text_config")
     for part in (hf, text if isinstance(text, dict) else {}):
         for key in POSITIVE:
+            if key == "sliding_window_pattern" and isinstance(part.get(key), str):
+                continue  # EXAONE 4 has letters
             value = 1 if part.get(key) is None else count(part, key)
             if key == "num_hidden_layers" and value > MOST_LAYERS:
                 raise ConvertError(f"{key} is {part[key]}, expected {MOST_LAYERS} at most")
-        if part.get("per_layer_config"):
+        if part.get("per_layer_config") and part.get("model_type") != "gemma4_text":
             raise ConvertError("per_layer_config is given, expected one config for all blocks")
     return _make(CONFIG_MAPPING[kind], hf)
 

@@ -102,8 +102,10 @@ class Generator:
         self._prompt_chunk = prompt_chunk
         stages_of: Callable[[DecoderConfig], tuple[Stage, ...]] = stages
         parts, over = [model], mesh_of(model)
-        layers = [getattr(block.mixer, name) for block in model.blocks for name in "qkvo"]
-        linears = [m for layer in layers for _, m in nnx.iter_modules(layer) if isinstance(m, Linear)]
+        layers = [getattr(block.mixer, name, None) for block in model.blocks for name in "qkvo"]
+        linears = [
+            m for layer in layers if layer for _, m in nnx.iter_modules(layer) if isinstance(m, Linear)
+        ]
         dtype = cache_dtype or jnp.result_type(*[m.weight.get_value().dtype for m in linears])
         if mesh is not None:
             mesh = Mesh(mesh.devices.reshape(-1), (AXIS,))

@@ -53,8 +53,10 @@ class Cuts:
         """Chooses to split everything that divides evenly."""
         config, (_, blocks) = model.config, split_params(model)
         kinds = config.blocks()
-        # Linear attention is replicated, and with it the attention of the other blocks.
-        whole = all(kind.mixer == "attention" and kind.num_kv_heads % count == 0 for kind in kinds)
+        # Linear attention is replicated, and with it the attention of the other blocks; so are heads that are
+        # normalized together.
+        apart = all(kind.mixer == "attention" and kind.qk_norm_width == "head" for kind in kinds)
+        whole = apart and all(kind.num_kv_heads % count == 0 for kind in kinds)
         heads = whole and _divide(blocks, "o", count)
         # Experts are summed over devices after mixing, which would add a bias once per device.
         biased = any(kind.num_experts and kind.mlp_bias for kind in kinds)

@@ -22,6 +22,7 @@ from slim_jax.model.linear import Linear
 from slim_jax.model.linear_attention import GatedDelta
 from slim_jax.model.mlp import MLP, MoE
 from slim_jax.model.rotary import Rotation, frequencies
+from slim_jax.model.short_conv import ShortConv
 from slim_jax.model.stage import Stage, Stream, part_of, passed
 
 
@@ -48,6 +49,38 @@ class Norm(nnx.Module):
         return y + self.bias[...].astype(jnp.float32).reshape(along_last)
 
 
+class Scaled(nnx.Module):
+    """Multiplication by a constant, in place of a norm."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        return x if self.factor == 1 else x * self.factor
+
+
+class Factor(nnx.Module):
+    """Multiplication by a number that is a parameter."""
+
+    def __init__(self) -> None:
+        self.factor = nnx.Param(jnp.ones(1))
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        return x * self.factor[...].astype(jnp.float32)[0]
+
+
+def input_norm(config: DecoderConfig) -> Norm | Scaled:
+    """Makes the norm before attention or MLP."""
+    return Norm(config.hidden_size, config) if config.input_norms else Scaled()
+
+
+def output_norm(config: DecoderConfig) -> Norm | Scaled | None:
+    """Makes the norm after attention or MLP, or what scales their output; None for neither."""
+    if config.output_norms:
+        return Norm(config.hidden_size, config)
+    return None if config.residual_scale == 1 else Scaled(config.residual_scale)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with grouped key-value heads and an optional sliding window.
 
@@ -60,10 +93,11 @@ class Attention(nnx.Module):
         queries = 2 * heads if config.output_gate else heads
         self.q = Linear(d, queries, bias=config.qkv_bias, rngs=rngs)
         self.k = Linear(d, kv, bias=config.qkv_bias, rngs=rngs)
-        self.v = Linear(d, kv, bias=config.qkv_bias, rngs=rngs)
+        own_values = not config.values_from_keys
+        self.v = Linear(d, kv, bias=config.qkv_bias, rngs=rngs) if own_values else None
         self.o = Linear(heads, d, bias=config.o_bias, rngs=rngs)
-        self.q_norm = Norm(config.head_dim, config) if config.qk_norm else None
-        self.k_norm = Norm(config.head_dim, config) if config.qk_norm else None
+        sizes = (heads, kv) if config.qk_norm_width == "all" else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (Norm(size, config) if config.qk_norm else None for size in sizes)
         self.sinks = nnx.Param(jnp.zeros(config.num_heads)) if config.attn_sinks else None
         self.local = Buffer(is_local(config, index)) if config.global_layers else None
         self.config = config
@@ -82,15 +116,26 @@ class Attention(nnx.Module):
         config, gate = self.config, None
         positions = sequence_positions(x) if positions is None else positions
         batch, time, _ = x.shape
-        q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
+        q, k = self.q(x), self.k(x)
+        v = k if self.v is None else self.v(x)
+        if config.qk_norm_width == "all":
+            q, k = self._normed(q, k)
+        q, k, v = (y.reshape(batch, time, -1, config.head_dim) for y in (q, k, v))
         if config.output_gate:
             q, gate = q[:, :, ::2], q[:, :, 1::2].reshape(batch, time, -1)
         rotation = self._rotation(positions) if config.positions == "rotary" else None
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        whole = cache is not None and self.q_norm is None and config.rotary_dim is None
+        if config.value_norm:
+            v = v * jax.lax.rsqrt(jnp.mean(v * v, axis=-1, keepdims=True) + config.norm_eps)
+        if config.qk_norm_width == "head" and not config.qk_norm_last:
+            q, k = self._normed(q, k)
+        if config.attn_scale:
+            q = q * growing_scale(positions, config.attn_scale, config.floor_scale)
+        plain = config.rotary_dim is None and not config.rotary_interleaved
+        whole = cache is not None and self.q_norm is None and plain
         if rotation is not None and not whole:  # else the cache rotates
             q, k, rotation = rotation(q, positions), rotation(k, positions), None
+        if config.qk_norm_last:
+            q, k = self._normed(q, k)
         window: int | jax.Array | None = config.sliding_window
         if self.local is not None and window is not None:
             window = jnp.where(self.local[...] > 0, window, jnp.iinfo(jnp.int32).max)
@@ -103,14 +148,29 @@ class Attention(nnx.Module):
             y, cache = cache.attend(q, k, v, positions, rotation=rotation, **how)
         return (y if gate is None else y * jax.nn.sigmoid(gate)), cache
 
+    def _normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns queries and keys after their norms, if there are any."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
     def _rotation(self, positions: jax.Array) -> Rotation:
         config, scaling = self.config, self.config.rope_scaling
         size = config.rotary_dim or config.head_dim
         frequency = frequencies(size, config.rope_theta, scaling, jnp.max(positions) + 1)
+        factor: Any = 1.0 if scaling is None else scaling.attention_factor
         if config.sliding_window is not None and config.local_rope_theta is not None:
             local = frequencies(size, config.local_rope_theta)
             frequency = local if self.local is None else jnp.where(self.local[...] > 0, local, frequency)
-        return Rotation(frequency, 1.0 if scaling is None else scaling.attention_factor)
+            if factor != 1:
+                factor = 1.0 if self.local is None else jnp.where(self.local[...] > 0, 1.0, factor)
+        return Rotation(frequency, factor, config.rotary_interleaved)
+
+
+def growing_scale(positions: Int[Array, "b t"], scale: float, step: int) -> Float[Array, "b t 1 1"]:
+    """Returns the factor of queries by position; see ``attn_scale`` of `DecoderConfig`."""
+    steps = (jnp.maximum(positions, 0) // step).astype(jnp.float32)
+    return (1 + scale * jnp.log1p(steps))[..., None, None]
 
 
 def is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
@@ -118,18 +178,20 @@ def is_local(config: DecoderConfig, index: int) -> Float[Array, ""]:
 
 
 class Block(nnx.Module):
-    """One transformer block, with ``attn`` or ``linear_attn``, and with ``mlp`` or ``moe``."""
+    """One transformer block: ``attn``, ``linear_attn`` or ``short_conv``, then ``mlp`` or ``moe``."""
 
     def __init__(self, config: DecoderConfig, index: int = 0, *, rngs: nnx.Rngs) -> None:
-        self.attn_norm = Norm(config.hidden_size, config)
-        linear = config.mixer == "gated_delta"
-        self.attn = None if linear else Attention(config, index, rngs=rngs)
-        self.linear_attn = GatedDelta(config, rngs=rngs) if linear else None
-        self.attn_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
-        self.mlp_norm = Norm(config.hidden_size, config)
+        self.attn_norm = input_norm(config)
+        mixer = config.mixer
+        self.attn = Attention(config, index, rngs=rngs) if mixer == "attention" else None
+        self.linear_attn = GatedDelta(config, rngs=rngs) if mixer == "gated_delta" else None
+        self.short_conv = ShortConv(config, rngs=rngs) if mixer == "short_conv" else None
+        self.attn_out_norm = output_norm(config)
+        self.mlp_norm = input_norm(config)
         self.mlp = None if config.num_experts else MLP(config, rngs=rngs)
         self.moe = MoE(config, rngs=rngs) if config.num_experts else None
-        self.mlp_out_norm = Norm(config.hidden_size, config) if config.output_norms else None
+        self.mlp_out_norm = output_norm(config)
+        self.out_scale = Factor() if config.block_scale else None
         self.pre_norm = config.pre_norm
         self.config = config
 
@@ -152,9 +214,9 @@ class Block(nnx.Module):
         return stream["h"], stream["cache"]
 
     @property
-    def mixer(self) -> Attention | GatedDelta:
+    def mixer(self) -> Attention | GatedDelta | ShortConv:
         """The part through which tokens see each other."""
-        mixer = self.attn if self.linear_attn is None else self.linear_attn
+        mixer = self.attn or self.linear_attn or self.short_conv
         assert mixer is not None
         return mixer
 
@@ -167,10 +229,11 @@ class Block(nnx.Module):
 
     def after_mlp(self, h: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"]]:
         """Returns the residual stream after the block; ``h`` is the MLP's sum."""
-        return (h if self.pre_norm else self.mlp_norm(h),)
+        h = h if self.pre_norm else self.mlp_norm(h)
+        return (h if self.out_scale is None else self.out_scale(h),)
 
 
-def plus(h: jax.Array, y: jax.Array, norm: Norm | None) -> jax.Array:
+def plus(h: jax.Array, y: jax.Array, norm: Norm | Scaled | None) -> jax.Array:
     """Adds ``y``, after a norm if there is one, to the residual stream."""
     return h + (y if norm is None else norm(y))
 
@@ -179,7 +242,7 @@ def _attn_input(block: Block, h: jax.Array) -> tuple[jax.Array]:
     return (block.attn_norm(h) if block.pre_norm else h,)
 
 
-def _attend(attn: Attention | GatedDelta, x: jax.Array, positions: jax.Array | None, cache: Any):
+def _attend(attn: Attention | GatedDelta | ShortConv, x: jax.Array, positions: jax.Array | None, cache: Any):
     return attn.attend(x, positions, cache)
 
 
@@ -222,6 +285,14 @@ def _mixed_output(block: Block, h: jax.Array, y: jax.Array) -> tuple[jax.Array]:
     return block.after_mlp(plus(h, y, block.mlp_out_norm))
 
 
+MIXERS = {
+    "attention": ("attn", "qkv"),
+    "gated_delta": ("linear_attn", "qkvz"),
+    "short_conv": ("short_conv", ("into", "outof", "value")),
+}
+"""Names of a block's mixer, and of its layers that read the block's input."""
+
+
 @cache
 def stages(config: DecoderConfig) -> tuple[Stage, ...]:
     """Returns the stages of a block, in order of data flow. To add a kind of block, write its stages here.
@@ -230,9 +301,10 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
     mixture, ``routes`` are the experts' weights and ``y`` is the sum of the experts' outputs, to which an
     expert that all tokens pass through comes first.
     """
-    adds = not config.output_norms
+    adds = not config.output_norms and config.residual_scale == 1
     reads, gives = ("x", "positions", "cache"), ("x", "cache")
-    attn, entry = ("attn", "qkv") if config.mixer == "attention" else ("linear_attn", "qkvz")
+    attn, entry = MIXERS[config.mixer]
+    entry = "qk" if config.values_from_keys else entry
     attention = (
         Stage(_attn_input, ("h",), ("x",), layers=tuple(f"{attn}.{name}" for name in entry)),
         Stage(_attend, reads, gives, part=attn, layers=(f"{attn}.o",), adds=adds),

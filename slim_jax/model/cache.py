@@ -155,11 +155,11 @@ class KeyValues:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recurrent:
-    """State of linear attention (`slim_jax.model.linear_attention`), whose size no number of tokens changes.
+    """State of linear attention or of a short convolution, whose size no number of tokens changes.
 
     Attributes:
       state: ``float32[B, linear_value_heads, linear_key_dim, linear_value_dim]``, or ``[L, B, ...]`` for all
-        layers.
+        layers; empty for short convolutions.
       before: ``float32[B, conv_size - 1, features]``, inputs of the convolution from the last tokens, or
         ``[L, B, ...]``.
       layer: ``int32[]``, index of this layer; None if there is only one.
@@ -174,6 +174,8 @@ class Recurrent:
         """Returns the shapes of ``state`` and ``before`` of one sequence."""
         heads, key, value = kind.linear_value_heads, kind.linear_key_dim, kind.linear_value_dim
         features = 2 * kind.linear_key_heads * key + heads * value
+        if kind.mixer == "short_conv":
+            heads, features = 0, kind.hidden_size
         return (heads, key, value), (kind.conv_size - 1, features)
 
     def read(self) -> tuple[jax.Array, jax.Array]:
@@ -259,7 +261,7 @@ class State:
             return Int8Rows(codes, jnp.zeros((*shape, 1), jnp.float32))
 
         def empty(kind: DecoderConfig, *leading: int) -> Any:
-            if kind.mixer == "gated_delta":
+            if kind.mixer != "attention":
                 return recurrent(kind, *leading)
             return rows(kind, *leading), rows(kind, *leading)
 

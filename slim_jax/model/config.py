@@ -16,6 +16,9 @@ OF_BLOCKS = (
     *("positions", "rope_theta", "rope_scaling", "local_rope_theta", "sliding_window"),
     *("num_experts", "experts_per_token", "norm_topk", "shared_expert_size", "shared_expert_gate"),
     *("router_bias", "glu_limit", "attn_sinks", "output_gate", "rotary_dim", "mixer"),
+    *("input_norms", "residual_scale", "qk_norm_width", "qk_norm_last", "rotary_interleaved"),
+    *("attn_scale", "floor_scale", "router", "router_score_bias", "router_groups", "router_top_groups"),
+    *("routed_scale", "values_from_keys"),
 )
 """Fields that may differ between kinds of blocks."""
 
@@ -23,7 +26,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "head_di
 LINEAR_SIZES = (
     *("linear_key_heads", "linear_value_heads", "linear_key_dim", "linear_value_dim", "conv_size"),
 )
-"""Sizes of linear attention, which count only in blocks whose mixer it is."""
+"""Sizes of linear attention and of short convolutions, which count only in blocks whose mixer they are."""
 MOST, MOST_EXPERTS = 1 << 28, 1 << 18
 """Limits that no real model reaches: a damaged config is refused before arrays of such sizes are made."""
 
@@ -38,14 +41,27 @@ class DecoderConfig:
         residual stream.
       local_rope_theta: base of the rotary embedding, unscaled, in blocks with a sliding window, where it
         differs from the base in ``global_layers``.
+      input_norms: if False, attention and MLP read the residual stream as it is, without a norm.
+      residual_scale: factor of the outputs of attention and MLP where they are added to the residual stream.
       qk_norm: if True, each head's queries and keys are normalized before the rotation.
+      qk_norm_width: whether those norms are over each head, or over all heads together.
+      qk_norm_last: if True, queries and keys are normalized after the rotation.
       query_pre_attn_scalar: attention scores are divided by its square root; by default ``head_dim``.
+      values_from_keys: if True, values are the output of the layer of the keys, before their norm.
+      value_norm: if True, each head's values are normalized, without a scale.
+      block_scale: if True, the residual stream after a block is multiplied by a parameter.
+      attn_scale: queries at position ``p`` are multiplied by ``1 + attn_scale * log(1 + p // floor_scale)``.
       attn_softcap: scores ``s`` become ``cap * tanh(s / cap)``; ``logit_softcap`` does the same to logits.
       attn_sinks: if True, the softmax of each head's scores counts one more, which is a parameter, and whose
         value is 0.
       global_layers: indices of blocks that see all positions in a model with a sliding window.
       embed_scale: factor of the token embeddings, rounded to their dtype.
       num_experts: 0 for one dense MLP; else ``intermediate_size`` is that of one expert.
+      router: function that turns the router's outputs into the experts' weights.
+      router_score_bias: if True, a parameter is added to those weights for the choice of experts alone.
+      router_groups: number of groups of experts. A token's experts are from ``router_top_groups`` of them,
+        those whose two largest weights have the largest sums.
+      routed_scale: factor of the weights of a token's experts.
       norm_topk: if True, the weights of the ``experts_per_token`` experts of a token are normalized to sum to
         1.
       shared_expert_size: ``intermediate_size`` of an expert that all tokens pass through; 0 for none.
@@ -56,9 +72,11 @@ class DecoderConfig:
       output_gate: if True, attention's output is multiplied by the sigmoid of a gate, which the layer of the
         queries gives too: for each head its query, then its gate.
       rotary_dim: number of a head's features, the first ones, that rotary positions rotate; by default all.
-      mixer: how a block's tokens see each other: by attention, or by linear attention with the gated delta
-        rule (`slim_jax.model.linear_attention`), whose sizes are the ``linear_*`` fields and ``conv_size``,
-        the tokens that its convolution sees.
+      rotary_interleaved: if True, the pairs that are rotated are features ``2 i`` and ``2 i + 1``.
+      mixer: how a block's tokens see each other: by attention, by linear attention with the gated delta
+        rule (`slim_jax.model.linear_attention`), whose sizes are the ``linear_*`` fields, or by a short
+        convolution (`slim_jax.model.short_conv`). ``conv_size`` is the number of tokens that the
+        convolution of either sees.
       kinds: kinds of blocks, where not all blocks have this config; see :meth:`block`.
       block_kinds: every block's kind, an index into ``kinds``.
 
@@ -66,7 +84,8 @@ class DecoderConfig:
       ValueError: a size is not positive or beyond all models, ``head_dim`` is odd with rotary positions, the
         number of heads is not a multiple of that of key-value heads (or of linear attention's key heads),
         ``rotary_dim`` is odd or larger than ``head_dim``, ``global_layers`` are given without a
-        sliding window, there are fewer experts than a token needs, or kinds of blocks do not match the number
+        sliding window, there are fewer experts than a token needs, experts do not fall into equal groups, or
+        kinds of blocks do not match the number
         of blocks or change a field that belongs to the whole decoder.
     """
 
@@ -83,7 +102,9 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     pre_norm: bool = True
+    input_norms: bool = True
     output_norms: bool = False
+    residual_scale: float = 1.0
     final_norm: bool = True
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope_theta: float = 10000.0
@@ -96,20 +117,34 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_width: Literal["head", "all"] = "head"
+    qk_norm_last: bool = False
+    values_from_keys: bool = False
+    value_norm: bool = False
+    block_scale: bool = False
+    attn_scale: float = 0.0
+    floor_scale: int = 8192
     query_pre_attn_scalar: float | None = None
     attn_softcap: float | None = None
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     num_experts: int = 0
     experts_per_token: int = 0
     norm_topk: bool = True
     shared_expert_size: int = 0
     shared_expert_gate: bool = False
+    router: Literal["softmax", "sigmoid"] = "softmax"
     router_bias: bool = False
+    router_score_bias: bool = False
+    router_groups: int = 1
+    router_top_groups: int = 1
+    routed_scale: float = 1.0
     glu_limit: float | None = None
     attn_sinks: bool = False
     output_gate: bool = False
     rotary_dim: int | None = None
-    mixer: Literal["attention", "gated_delta"] = "attention"
+    rotary_interleaved: bool = False
+    mixer: Literal["attention", "gated_delta", "short_conv"] = "attention"
     linear_key_heads: int = 0
     linear_value_heads: int = 0
     linear_key_dim: int = 0
@@ -144,16 +179,24 @@ class DecoderConfig:
                 f"experts_per_token is {self.experts_per_token}, expected 1 to num_experts = "
                 f"{self.num_experts}"
             )
+        self._check_groups()
         self._check_linear()
         self._check_kinds()
+
+    def _check_groups(self) -> None:
+        if not 1 <= self.router_top_groups <= self.router_groups or self.num_experts % self.router_groups:
+            raise ValueError(
+                f"router_top_groups is {self.router_top_groups} and router_groups {self.router_groups},"
+                f" expected 1 up to router_groups, and a divisor of num_experts = {self.num_experts}"
+            )
 
     def _check_linear(self) -> None:
         if self.mixer == "attention":
             return
-        for name in LINEAR_SIZES:
+        for name in LINEAR_SIZES if self.mixer == "gated_delta" else ("conv_size",):
             if not 0 < getattr(self, name) < MOST:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number below {MOST}")
-        if self.linear_value_heads % self.linear_key_heads:
+        if self.mixer == "gated_delta" and self.linear_value_heads % self.linear_key_heads:
             raise ValueError(
                 f"linear_value_heads is {self.linear_value_heads}, expected a multiple of linear_key_heads = "
                 f"{self.linear_key_heads}"

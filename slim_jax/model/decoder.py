@@ -80,6 +80,8 @@ class Decoder(nnx.Module):
     def head_output(self, x: Float[Array, "... e"]) -> Float[Array, "... vocab"]:
         """Returns logits, from the input of the LM head."""
         logits = unembed(x, self.embed.get_value()) if self.head is None else self.head(x)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

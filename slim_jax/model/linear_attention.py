@@ -35,16 +35,18 @@ _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Convolution(nnx.Module):
-    """Causal convolution of each feature over ``size`` tokens, followed by SiLU."""
+    """Causal convolution of each feature over ``size`` tokens, followed by SiLU if ``activated``."""
 
-    def __init__(self, size: int, features: int) -> None:
+    def __init__(self, size: int, features: int, *, activated: bool = True) -> None:
+        self.activated = activated
         self.weight = nnx.Param(jnp.full((size, 1, features), 1 / size))
 
     def __call__(self, x: Float[Array, "b t c"], before: Float[Array, "b s c"]) -> Float[Array, "b t c"]:
         """Convolves the tokens ``x``; ``before`` are the ``size - 1`` tokens before them."""
         weight, time = self.weight[...].astype(jnp.float32), x.shape[1]
         every = jnp.concatenate([before, x], axis=1)
-        return jax.nn.silu(sum(w[None] * every[:, i : i + time] for i, w in enumerate(weight)))
+        y = sum((w[None] * every[:, i : i + time] for i, w in enumerate(weight)), jnp.zeros_like(x))
+        return jax.nn.silu(y) if self.activated else y
 
 
 class GatedNorm(nnx.Module):

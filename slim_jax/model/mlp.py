@@ -23,6 +23,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+"""Functions that turn a router's outputs into weights."""
+
 LEAST_ROWS = 32
 """Minimum tokens of a chunk: with fewer, unpacking an expert's weights would dominate."""
 
@@ -72,6 +75,9 @@ class MoE(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.router = Linear(config.hidden_size, config.num_experts, bias=config.router_bias, rngs=rngs)
         self.experts = nnx.List([MLP(config, rngs=rngs) for _ in range(config.num_experts)])
+        self.score_bias = nnx.Param(jnp.zeros(config.num_experts)) if config.router_score_bias else None
+        self.groups, self.top_groups = config.router_groups, config.router_top_groups
+        self.scores, self.routed_scale = config.router, config.routed_scale
         self.top_k, self.norm_topk = config.experts_per_token, config.norm_topk
         size, gated = config.shared_expert_size, config.shared_expert_gate
         self.shared = MLP(config, size=size, rngs=rngs) if size else None
@@ -80,12 +86,29 @@ class MoE(nnx.Module):
 
     def route(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
         """Returns the weight of every expert for every token, 0 for experts that the token does not use."""
-        probabilities = jax.nn.softmax(self.router(x))
-        weights, chosen = jax.lax.top_k(probabilities, self.top_k)
+        scores = SCORES[self.scores](self.router(x))
+        ranked = self._ranked(scores)
+        weights, chosen = jax.lax.top_k(ranked, self.top_k)
+        if ranked is not scores:
+            weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.norm_topk:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        one_hot = jax.nn.one_hot(chosen, probabilities.shape[-1])  # [b, t, k, e]
+        if self.routed_scale != 1:
+            weights = weights * self.routed_scale
+        one_hot = jax.nn.one_hot(chosen, scores.shape[-1])  # [b, t, k, e]
         return jnp.sum(weights[..., None] * one_hot, axis=-2)
+
+    def _ranked(self, scores: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
+        """Returns the numbers by which experts are chosen; ``scores`` unchanged if by these."""
+        if self.score_bias is not None:
+            scores = scores + self.score_bias[...].astype(jnp.float32).reshape(1, 1, -1)
+        if self.groups == 1:
+            return scores
+        grouped = scores.reshape(*scores.shape[:2], self.groups, -1)  # [b, t, g, e / g]
+        best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+        _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), self.top_groups)
+        seen = jnp.sum(jax.nn.one_hot(chosen, self.groups), axis=-2) > 0
+        return jnp.where(seen[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
     def shared_output(self, x: Float[Array, "b t d"], hidden: Float[Array, "b t i"]) -> Float[Array, "b t d"]:
         """Returns the output of the shared expert; ``hidden`` is the input of its last layer."""

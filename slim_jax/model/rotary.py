@@ -19,10 +19,10 @@ class RopeScaling:
     tokens, and multiplies queries and keys by ``attention_factor``. "yarn" (arXiv:2309.00071) keeps those
     that turn more than ``beta_fast`` times within ``original_max_positions``, divides those that turn less
     than ``beta_slow`` times and blends between, from one whole pair of features to another if ``truncate``;
-    it multiplies too.
+    it multiplies too. "proportional" rotates the first ``proportion`` of the pairs alone.
     """
 
-    kind: Literal["linear", "llama3", "longrope", "yarn"]
+    kind: Literal["linear", "llama3", "longrope", "yarn", "proportional"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -33,6 +33,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    proportion: float = 1.0
 
 
 def frequencies(
@@ -58,6 +59,9 @@ def frequencies(
     if scaling.kind == "yarn":
         keep = _kept_by_yarn(head_dim, theta, scaling)
         return frequency * (keep + (1 - keep) / scaling.factor)
+    if scaling.kind == "proportional":
+        rotated = jnp.arange(head_dim // 2) < int(scaling.proportion * head_dim // 2)
+        return jnp.where(rotated, frequency / scaling.factor, 0)
     turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
@@ -84,18 +88,25 @@ def _kept_by_yarn(head_dim: int, theta: float, scaling: RopeScaling) -> Float[Ar
 class Rotation:
     """Rotary position embedding by angles of ``frequency`` radians per position, times ``factor``.
 
-    Feature ``i`` pairs with ``i + d / 2``, as in Hugging Face's checkpoints, ``d`` being twice the number of
-    frequencies; features of a head from ``d`` on are not rotated.
+    Feature ``i`` pairs with ``i + d / 2``, as in most of Hugging Face's checkpoints, ``d`` being twice the
+    number of frequencies; with its neighbour, if ``interleaved``. Features of a head from ``d`` on are not
+    rotated.
     """
 
     frequency: Float[Array, " half"]
-    factor: float = 1.0
+    factor: float | Float[Array, ""] = 1.0
+    interleaved: bool = False
 
     def __call__(self, x: Float[Array, "b t h d"], positions: Int[Array, "b t"]) -> Float[Array, "b t h d"]:
         """Rotates queries or keys."""
         cos, sin = self._of(positions[:, :, None, None])
         half = self.frequency.shape[-1]
         x1, x2, rest = jnp.split(x, [half, 2 * half], axis=-1)
+        if self.interleaved:
+            pairs = x[..., : 2 * half].reshape(*x.shape[:-1], half, 2)
+            x1, x2 = pairs[..., 0], pairs[..., 1]
+            turned = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+            return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
     def by_feature(self, positions: Int[Array, " b"]) -> Float[Array, "b 2 d"]:

@@ -5,7 +5,7 @@
 NAMEs select cases; the default is all. Each file holds ``config`` (config.json as bytes), ``tokens [B, T]``,
 ``logits [B, T, vocab]``, ``hidden [layers + 1, B, T, hidden]`` (the input of the first block, then each
 block's output) and ``weight:NAME`` for every tensor of a saved checkpoint. All values are float32. Created
-with torch 2.13.0, transformers 5.23.0 and (those of Qwen3-Next, Qwen 3.5 and gpt-oss) 5.24.0.
+with torch 2.13.0, transformers 5.23.0 and (those from Qwen3-Next on) 5.24.0.
 """
 
 import json
@@ -17,18 +17,44 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -45,8 +71,12 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 HERE = Path(__file__).parent
@@ -122,6 +152,14 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 TIMES = {"qwen3_5": 80}  # more than a chunk of linear attention
+
+NO_ROPE = {key: value for key, value in GQA.items() if key != "rope_theta"}
+NO_EPS = {key: value for key, value in GQA.items() if key != "rms_norm_eps"}
+WINDOWED = {
+    "num_hidden_layers": 3,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 
 # With head_dim 8 and theta 100, wavelengths lie below, between and above the two limits of LLAMA3.
 CASES = {
@@ -254,6 +292,160 @@ CASES = {
             "sliding_window": 5,
         },
     ),
+    "gemma4": (
+        Gemma4ForCausalLM,
+        Gemma4TextConfig,
+        {
+            **{key: value for key, value in NO_ROPE.items() if key != "sliding_window"},
+            **PADDED,
+            **WINDOWED,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "head_dim": 16,
+            "global_head_dim": 24,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 15.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": 0.25,
+                    "rope_theta": 1000.0,
+                },
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {**GQA, **PADDED}),
+    "olmo3": (
+        Olmo3ForCausalLM,
+        Olmo3Config,
+        {
+            **NO_ROPE,
+            **PADDED,
+            **WINDOWED,
+            "rope_parameters": {
+                "full_attention": {k: v for k, v in YARN.items() if k != "truncate"},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig,
+        {
+            **GQA,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite_moe": (
+        GraniteMoeSharedForCausalLM,
+        GraniteMoeSharedConfig,
+        {
+            **GQA,
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 20,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.22,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi4_mini": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            **GQA,
+            **PADDED,
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 16,
+            "rope_scaling": {
+                **LONGROPE,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 1.5, 2.5, 4.0, 5.0, 6.0],
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config,
+        {
+            **NO_EPS,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "intermediate_size": 60,
+            "block_multiple_of": 16,
+        },
+    ),
+    "glm4": (Glm4ForCausalLM, Glm4Config, {**GQA, **PADDED, "head_dim": 16}),
+    "glm4_moe": (
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig,
+        {
+            **GQA,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "minimax_m2": (
+        MiniMaxM2ForCausalLM,
+        MiniMaxM2Config,
+        {
+            **GQA,
+            "head_dim": 16,
+            "rotary_dim": 8,
+            "intermediate_size": 24,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "ministral3": (
+        Ministral3ForCausalLM,
+        Ministral3Config,
+        {
+            **NO_ROPE,
+            **PADDED,
+            "head_dim": 16,
+            "rope_parameters": {
+                **{key: value for key, value in YARN.items() if key != "truncate"},
+                "original_max_position_embeddings": 5,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
+    "seed_oss": (SeedOssForCausalLM, SeedOssConfig, {**GQA, **PADDED, "head_dim": 16}),
+    "ernie4_5": (Ernie4_5ForCausalLM, Ernie4_5Config, {**GQA, "head_dim": 16}),
+    "exaone4": (Exaone4ForCausalLM, Exaone4Config, {**GQA, **WINDOWED, "head_dim": 16}),
+    "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, {**NO_EPS, "sliding_window": 7}),
+    "hunyuan": (
+        HunYuanDenseV1ForCausalLM,
+        HunYuanDenseV1Config,
+        {
+            **NO_ROPE,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 4.0, "factor": 1.0},
+        },
+    ),
 }
 
 
@@ -264,7 +456,9 @@ def randomize(model: torch.nn.Module) -> None:
     """
     generator = torch.Generator().manual_seed(SEED)
     kind = model.config.model_type
-    centered = any(name in kind for name in ("gemma", "qwen3_next", "qwen3_5"))  # 1 is added to norms' scales
+    centered = any(
+        name in kind for name in ("gemma2", "gemma3", "qwen3_next", "qwen3_5")
+    )  # 1 is added to norms' scales
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         mean = 0 if centered and "linear_attn.norm" not in name else 1
@@ -277,6 +471,11 @@ def randomize(model: torch.nn.Module) -> None:
         else:
             parameter.data = noise * 1.5 * parameter.shape[-1] ** -0.5
         parameter.data = parameter.data.bfloat16().float()
+    for name, buffer in model.named_buffers():
+        if name.endswith(("score_correction_bias", "layer_scalar")):
+            mean = 1 if name.endswith("layer_scalar") else 0
+            noise = torch.randn(buffer.shape, generator=generator)
+            buffer.data = (mean + 0.3 * noise).bfloat16().float()
 
 
 def run(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
