@@ -49,8 +49,8 @@ def prepare_joined(
     Args:
       layers: the weights of each layer; layers differ only as in :func:`prepare`.
       feeds: group size of the one product that reads all the results, such as an MLP's last, if it divides
-        every ``N``: a back end may then fuse the two products (`pallas_kernels.backend.Backend.mlp`). 0 for
-        none.
+        every ``N``: a back end may then fuse the two products (``mlp`` of `pallas_kernels.backend.Backend`).
+        0 for none.
       implementation: as for :func:`mixed_matmul`.
       consume: as for :func:`prepare`.
 

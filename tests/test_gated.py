@@ -93,6 +93,7 @@ def on_gpu(monkeypatch):
         yield
 
 
+@pytest.mark.slow
 def test_the_rows_that_it_takes(on_gpu):
     (gate, up, down), dense = weights(128, 256, 32, 64)
     w, last = prepare_joined([[gate, up]], feeds=64), prepare(down)

@@ -100,6 +100,7 @@ def test_it_lowers_for_other_platforms(time, platform):
     assert ("triangular_solve" in text) == (time > 1)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_those_of_the_recurrence():
     given = [jnp.asarray(a, jnp.float32) for a in inputs(CHUNK + 3)]
 
@@ -165,6 +166,7 @@ def model() -> Decoder:
     return Decoder(HYBRID, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_a_hybrid_is_quantized_and_resumed(model, tmp_path):
     source = DecoderSource(model)
     report = pipeline.quantize_to_checkpoint(source, TOKENS, GPTQ, tmp_path / "whole")

@@ -170,6 +170,7 @@ def codes(model: Decoder) -> list[np.ndarray]:
     return [np.asarray(leaf.words) for leaf in leaves if isinstance(leaf, MixedTensor)]
 
 
+@pytest.mark.slow
 def test_layers_are_not_solved_on_what_tuning_looks_at():
     model = confident(dataclasses.replace(CONFIG, num_layers=1))
     own = dataclasses.replace(TUNED, tune_samples=None, tune_batch_size=1, tune_epochs=1)
