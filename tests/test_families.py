@@ -51,7 +51,9 @@ SCALED = dataclasses.replace(
 )
 
 
-@pytest.fixture(scope="module", params=[NORMED, SCALED], ids=["normed", "scaled"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(NORMED, marks=pytest.mark.slow), SCALED], ids=["normed", "scaled"]
+)
 def model(request) -> Decoder:
     return Decoder(request.param, rngs=nnx.Rngs(0))
 

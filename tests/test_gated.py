@@ -37,7 +37,7 @@ def weights(k: int, inner: int, n: int, g: int):
     ("m", "g", "splits", "activation", "normed"),
     [
         (1, 64, (2, 1), "silu", True),
-        (3, 128, (1, 2), "gelu_tanh", False),
+        slow(3, 128, (1, 2), "gelu_tanh", False),
         slow(16, 32, (4, 4), "silu", True),
         slow(1, 128, (4, 1), "silu", False),
     ],

@@ -211,6 +211,7 @@ def test_packed_blocks_write_what_dense_ones_do(model, cache_dtype):
         np.testing.assert_array_equal(*(one.sample_text(samples=2, length=9, seed=0) for one in generators))
 
 
+@pytest.mark.slow
 def test_a_model_over_devices(model):
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     prompts = [TOKENS[0, :9].tolist()]

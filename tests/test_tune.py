@@ -91,6 +91,7 @@ def evaluate(config, learned, fixed, batch):
     return fine_tune.TuningLoss(config)(learned, fixed, batch)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_divergence_of_the_stored_model(models):
     full, packed = models
     fixed, learned, batch = parts(full, packed, TOKENS[:2])
