@@ -41,7 +41,7 @@ LARGE = (
 )
 """Models whose plan takes seconds, and that are others' larger kin."""
 
-LIKE_OTHERS = re.compile(r"O[Ll][Mm]o-|granite|phi-4|MiniMax|Seed|EXAONE|starcoder|Ministral|GLM-4|Qwen3\.5-0")
+LIKE_OTHERS = re.compile(r"O[Ll][Mm]o-|granite|phi-4|MiniMax|Seed|EXAONE|starcoder|Ministral|GLM-4|Qwen3.5-0")
 """Models whose blocks are compiled like others'."""
 
 
