@@ -279,6 +279,25 @@ def kinds_of(changes: Sequence[Kind]) -> dict[str, Any]:
     return {"kinds": kinds, "block_kinds": tuple(map(kinds.index, changes))} if any(kinds) else {}
 
 
+def read_mixers(hf: Mapping[str, Any], mixers: Mapping[str, Kind], layers: int) -> list[Kind]:
+    """Reads what each block changes in our config, by ``layer_types``.
+
+    Args:
+      hf: the resolved config.
+      mixers: transformers' names of kinds of blocks -> what they change.
+      layers: number of blocks.
+
+    Raises:
+      ConvertError: ``layer_types`` names another kind of block, or not one per block.
+    """
+    types = field(hf, "layer_types", list)
+    unknown = [kind for kind in types if kind not in mixers]
+    if unknown or len(types) != layers:
+        found = repr(unknown[0]) if unknown else f"{len(types)} entries"
+        raise ConvertError(f"layer_types has {found}, expected {layers} of {' or '.join(mixers)}")
+    return [mixers[kind] for kind in types]
+
+
 GLOBAL_WITHOUT_POSITIONS: Kind = (("positions", "none"), ("sliding_window", None))
 """Change that makes a block see all positions, and know none, in a model with a sliding window."""
 
@@ -297,6 +316,17 @@ def read_global_without_positions(hf: Mapping[str, Any], window: int | None) -> 
     layers = range(field(hf, "num_hidden_layers", int))
     changes = [GLOBAL_WITHOUT_POSITIONS if i in everywhere else () for i in layers]
     return {"sliding_window": window, **kinds_of(changes)}
+
+
+def rotary_dim(hf: Mapping[str, Any], head_dim: int) -> int | None:
+    """Returns the number of a head's features that RoPE rotates; None for all."""
+    part = field(field(hf, "rope_parameters", dict), "partial_rotary_factor", float, 1.0)
+    return None if part == 1 else int(head_dim * part)
+
+
+def partial_rotary_factor(config: DecoderConfig) -> float:
+    """Inverse of :func:`rotary_dim`."""
+    return (config.rotary_dim or config.head_dim) / config.head_dim
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.families import llama, phi, qwen
-from convert.families.family import Family, count, field, kinds_of
+from convert.families.family import Family, count, field, kinds_of, partial_rotary_factor, rotary_dim
 from slim_jax.model.config import DecoderConfig, Kind
 
 NAMES = dataclasses.replace(
@@ -40,7 +40,7 @@ def _read(hf: Mapping[str, Any], family: str) -> DecoderConfig:
         base,
         rope_theta=theta,
         rope_scaling=scaling,
-        rotary_dim=llama.rotary_dim(hf, base.head_dim),
+        rotary_dim=rotary_dim(hf, base.head_dim),
         qkv_bias=field(hf, "attention_bias", bool),
     )
 
@@ -50,7 +50,7 @@ def _write(config: DecoderConfig, architecture: str, model_type: str) -> dict[st
     return {
         **llama.write_base(config, architecture, model_type),
         **llama.write_rope(config),
-        "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
+        "partial_rotary_factor": partial_rotary_factor(config),
         "attention_bias": config.qkv_bias,
         "pad_token_id": None,  # transformers' default exceeds small vocabularies
     }

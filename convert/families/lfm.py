@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from convert.errors import ConvertError
 from convert.families import llama
-from convert.families.family import Family, Names, count, field, kinds_of, require
+from convert.families.family import Family, Names, count, field, kinds_of, read_mixers, require
 from slim_jax.model.config import DecoderConfig, Kind
 
 MIXERS: dict[str, Kind] = {"conv": (("mixer", "short_conv"),), "full_attention": ()}
@@ -53,11 +52,6 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     require(hf, "use_pos_enc", True, True)
     theta, scaling = llama.read_rope(hf)
     base = llama.read_base(hf, "lfm", activation_key=None, eps_key="norm_eps")
-    types = field(hf, "layer_types", list)
-    unknown = [kind for kind in types if kind not in MIXERS]
-    if unknown or len(types) != base.num_layers:
-        found = repr(unknown[0]) if unknown else f"{len(types)} entries"
-        raise ConvertError(f"layer_types has {found}, expected {base.num_layers} of {' or '.join(MIXERS)}")
     return dataclasses.replace(
         base,
         intermediate_size=_inner(hf, base.intermediate_size),
@@ -65,7 +59,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         rope_scaling=scaling,
         qk_norm=True,
         conv_size=count(hf, "conv_L_cache"),
-        **kinds_of([MIXERS[kind] for kind in types]),
+        **kinds_of(read_mixers(hf, MIXERS, base.num_layers)),
     )
 
 

@@ -85,12 +85,6 @@ YARN = ("beta_fast", "beta_slow", "truncate")
 """Fields of YaRN's scaling that we call as transformers does."""
 
 
-def rotary_dim(hf: Mapping[str, Any], head_dim: int) -> int | None:
-    """Returns the number of a head's features that RoPE rotates; None for all."""
-    part = field(field(hf, "rope_parameters", dict), "partial_rotary_factor", float, 1.0)
-    return None if part == 1 else int(head_dim * part)
-
-
 def read_rope(
     hf: Mapping[str, Any], layers: str | None = None, *, partial: bool = False
 ) -> tuple[float, RopeScaling | None]:
@@ -99,7 +93,7 @@ def read_rope(
     Args:
       hf: the resolved config.
       layers: the kind of layers, where ``rope_parameters`` has one entry for each.
-      partial: if True, RoPE may rotate a part of each head, see :func:`rotary_dim`.
+      partial: if True, RoPE may rotate a part of each head, see :func:`convert.families.family.rotary_dim`.
 
     Raises:
       ConvertError: the kind of scaling is not supported.

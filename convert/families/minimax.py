@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.families import llama, mixtral
-from convert.families.family import Family, count, require
+from convert.families.family import Family, count, partial_rotary_factor, require, rotary_dim
 from slim_jax.model.config import DecoderConfig
 
 NAMES = dataclasses.replace(
@@ -46,7 +46,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         base,
         rope_theta=theta,
         rope_scaling=scaling,
-        rotary_dim=llama.rotary_dim(hf, base.head_dim),
+        rotary_dim=rotary_dim(hf, base.head_dim),
         num_experts=count(hf, "num_local_experts"),
         experts_per_token=count(hf, "num_experts_per_tok"),
         **FIXED,
@@ -58,7 +58,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
     return {
         **llama.write_base(config, "MiniMaxM2ForCausalLM", "minimax_m2"),
         **llama.write_rope(config),
-        "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
+        "partial_rotary_factor": partial_rotary_factor(config),
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.experts_per_token,
     }

@@ -7,7 +7,15 @@ from typing import Any
 
 from convert.errors import ConvertError
 from convert.families import llama
-from convert.families.family import Family, GGUFFormat, count, field, require
+from convert.families.family import (
+    Family,
+    GGUFFormat,
+    count,
+    field,
+    partial_rotary_factor,
+    require,
+    rotary_dim,
+)
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.rotary import RopeScaling
 
@@ -48,7 +56,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Reads our config from the resolved config.json."""
     require(hf, "attention_bias", False, False)
     base = llama.read_base(hf, "phi")
-    rotated = llama.rotary_dim(hf, base.head_dim)
+    rotated = rotary_dim(hf, base.head_dim)
     theta, scaling = _read_rope(hf, base, rotated or base.head_dim)
     return dataclasses.replace(
         base,
@@ -126,7 +134,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
         **fields,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,
-        "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
+        "partial_rotary_factor": partial_rotary_factor(config),
         "sliding_window": config.sliding_window,
         "pad_token_id": None,  # transformers' default exceeds small vocabularies
     }

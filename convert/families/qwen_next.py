@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from convert.errors import ConvertError
 from convert.families import llama, qwen
 from convert.families.family import (
     Family,
@@ -19,7 +18,11 @@ from convert.families.family import (
     Restore,
     count,
     field,
+    kinds_of,
+    partial_rotary_factor,
+    read_mixers,
     require,
+    rotary_dim,
     with_fused_experts,
 )
 from slim_jax.model.config import DecoderConfig, Kind
@@ -51,7 +54,7 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     require(hf, "hidden_act", "silu", "silu")
     theta, scaling = llama.read_rope(hf, partial=True)
     biased = field(hf, "attention_bias", bool)
-    changes = _read_mixers(hf, base.num_layers)
+    changes = read_mixers(hf, MIXERS, base.num_layers)
     sizes: dict[str, Any] = {ours: count(hf, theirs) for ours, theirs in LINEAR.items()}
     mixture: dict[str, Any] = {}
     if experts:
@@ -59,29 +62,18 @@ def read_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         step, plain = field(hf, "decoder_sparse_step", int, 1), field(hf, "mlp_only_layers", list, [])
         dense: Kind = (("num_experts", 0), ("intermediate_size", base.intermediate_size))
         changes = [c + dense * (i in plain or (i + 1) % step != 0) for i, c in enumerate(changes)]
-    kinds = tuple(dict.fromkeys(changes))
     return dataclasses.replace(
         base,
         **FIXED,
         rope_theta=theta,
         rope_scaling=scaling,
-        rotary_dim=llama.rotary_dim(hf, base.head_dim),
+        rotary_dim=rotary_dim(hf, base.head_dim),
         qkv_bias=biased,
         o_bias=biased,
-        kinds=kinds,
-        block_kinds=tuple(map(kinds.index, changes)),
+        **kinds_of(changes),
         **mixture,
         **sizes,
     )
-
-
-def _read_mixers(hf: Mapping[str, Any], layers: int) -> list[Kind]:
-    types = field(hf, "layer_types", list)
-    unknown = [kind for kind in types if kind not in MIXERS]
-    if unknown or len(types) != layers:
-        found = repr(unknown[0]) if unknown else f"{len(types)} entries"
-        raise ConvertError(f"layer_types has {found}, expected {layers} of {' or '.join(MIXERS)}")
-    return [MIXERS[kind] for kind in types]
 
 
 def _read_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +96,7 @@ def write_hf(config: DecoderConfig) -> dict[str, Any]:
     fields = {
         **llama.write_base(config, CLASSES[kind], kind),
         **llama.write_rope(config),
-        "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
+        "partial_rotary_factor": partial_rotary_factor(config),
         "attention_bias": config.qkv_bias,
         "layer_types": ["linear_attention" if is_linear else "full_attention" for is_linear in linear],
         **{theirs: getattr(config, ours) for ours, theirs in LINEAR.items()},
@@ -184,14 +176,12 @@ def read_gguf(meta: Mapping[str, Any], tensors: Any) -> DecoderConfig:
         mixer = MIXERS["linear_attention" if f"blk.{i}.ssm_a" in tensors.shapes else "full_attention"]
         plain_mlp = base.num_experts > 0 and f"blk.{i}.ffn_gate_inp.weight" not in tensors.shapes
         every.append(mixer + (("num_experts", 0), ("intermediate_size", dense)) * plain_mlp)
-    kinds = tuple(dict.fromkeys(every))
     return dataclasses.replace(
         base,
         family="qwen3_next" if "blk.0.ssm_ba.weight" in tensors.shapes else "qwen3_5",
         rotary_dim=None if width == base.head_dim else width,
         **FIXED,
-        kinds=kinds,
-        block_kinds=tuple(map(kinds.index, every)),
+        **kinds_of(every),
         shared_expert_size=field(meta, "expert_shared_feed_forward_length", int, 0),
         shared_expert_gate=base.num_experts > 0,
         linear_key_heads=count(meta, "ssm.group_count"),
