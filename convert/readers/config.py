@@ -107,6 +107,12 @@ def read_resolved(hf: Mapping[str, Any], form: HFFormat) -> DecoderConfig:
     return config
 
 
+def sections(hf: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns config.json, and its part for the text tower if there is one."""
+    text = hf.get("text_config")
+    return [hf, text] if isinstance(text, dict) else [hf]
+
+
 def _made(hf: Mapping[str, Any]) -> Any:
     """Makes transformers' configuration of the file."""
     from transformers import CONFIG_MAPPING, __version__
@@ -115,8 +121,7 @@ def _made(hf: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         code = ", and the repository's own code is not run" if hf.get("auto_map") else ""
         raise ConvertError(f"model_type is {kind!r}, for which transformers {__version__} has no class{code}")
-    text = hf.get("text_config")
-    for part in (hf, text if isinstance(text, dict) else {}):
+    for part in sections(hf):
         for key in POSITIVE:
             if key == "sliding_window_pattern" and isinstance(part.get(key), str):
                 continue  # EXAONE 4 has letters

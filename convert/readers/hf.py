@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from convert.errors import UNFIT, ConvertError, first_line, listed
 from convert.families import by_architecture
 from convert.families.family import Family, field
-from convert.readers.config import read_resolved
+from convert.readers.config import read_resolved, sections
 from convert.readers.quantized import AUXILIARY, DequantizingStore, describe
 from convert.readers.source import (
     FURTHER,
@@ -245,7 +245,7 @@ def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
         config = read_resolved(hf, family.hf)
     except UNFIT as error:
         raise ConvertError(f"{path}: {first_line(error)}") from None
-    if config.tied_head and not _states(hf, "tie_word_embeddings"):
+    if config.tied_head and not any("tie_word_embeddings" in part for part in sections(hf)):
         head, names = family.hf.names.of("head.weight"), _tensor_names(directory)
         if any(_without_prefix(name, family.hf.prefixes) == head for name in names):
             config = dataclasses.replace(config, tied_head=False)
@@ -254,17 +254,10 @@ def read_config(directory: Path) -> tuple[Family, DecoderConfig]:
 
 def _quantization(hf: dict[str, Any]) -> Any:
     """Returns the ``quantization_config`` of config.json or of its text tower; None if there is none."""
-    text = hf.get("text_config")
-    for part in (hf, text if isinstance(text, dict) else {}):
+    for part in sections(hf):
         if told := part.get("quantization_config") or part.get("compression_config"):
             return told
     return None
-
-
-def _states(hf: dict[str, Any], key: str) -> bool:
-    """True if config.json or the part of it for the text tower has a key."""
-    text = hf.get("text_config")
-    return key in hf or (isinstance(text, dict) and key in text)
 
 
 def _tensor_names(directory: Path) -> list[str]:
@@ -278,11 +271,9 @@ def _tensor_names(directory: Path) -> list[str]:
     return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
 
 
-def _left_out_kinds(directory: Path, config: DecoderConfig, blocks: str) -> dict[str, str]:
+def _left_out_kinds(hf: dict[str, Any], config: DecoderConfig, blocks: str) -> dict[str, str]:
     """Returns the kinds of tensors that are not read; extra blocks predict several tokens at once."""
-    hf = read_json(directory / "config.json")
-    text = hf.get("text_config")
-    more = field(text if isinstance(text, dict) else hf, "num_nextn_predict_layers", int, 0)
+    more = field(sections(hf)[-1], "num_nextn_predict_layers", int, 0)
     extra = blocks_after(blocks, config.num_layers, more)
     return {**LEFT_OUT, FURTHER: f"{LEFT_OUT[FURTHER]}|{extra}"}
 
@@ -293,10 +284,10 @@ def notes(directory: Path, family: Family, config: DecoderConfig) -> dict[str, A
     Without an index, the header of the weights' file is read if it is here.
     """
     names = [_without_prefix(name, family.hf.prefixes) for name in _tensor_names(directory)]
-    told = _quantization(read_json(directory / "config.json"))
-    if told:
+    hf = read_json(directory / "config.json")
+    if told := _quantization(hf):
         names = [name for name in names if not AUXILIARY.fullmatch(name)]
-    counts = count_left_out(names, _left_out_kinds(directory, config, family.hf.names.blocks))[1]
+    counts = count_left_out(names, _left_out_kinds(hf, config, family.hf.names.blocks))[1]
     return {**({"left_out": counts} if counts else {}), **({"quantized": describe(told)} if told else {})}
 
 
@@ -312,7 +303,8 @@ def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
     """
     family, config = read_config(directory)
     path = directory / "config.json"
-    told = _quantization(read_json(path))
+    hf = read_json(path)
+    told = _quantization(hf)
     stored = SafetensorsStore(directory, family.hf.prefixes, any_dtype=bool(told))
     digest = hashlib.sha256(path.read_bytes() + stored.fingerprint.encode()).hexdigest()
     origin = file_origin("hf", directory, digest)
@@ -329,5 +321,5 @@ def load_hf(directory: Path, dtype: Any = None) -> ModelSource:
         lambda: load_tokenizer(directory),
         dtype=parse_dtype(dtype),
         ignored=family.hf.ignored,
-        left_out=_left_out_kinds(directory, config, family.hf.names.blocks),
+        left_out=_left_out_kinds(hf, config, family.hf.names.blocks),
     )
