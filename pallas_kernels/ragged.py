@@ -55,7 +55,7 @@ def mixed_ragged_dot(
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, expected [{len(w)}], one per expert")
     known = isinstance(x.shape[0], int)  # else symbolic: the exported program's caller decides
     if rows is None:
-        rows = rows_of_turn(x.shape[0], len(w)) if known else LEAST_ROWS
+        rows = chunk_rows(x.shape[0], len(w)) if known else LEAST_ROWS
     if rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     several = implementation is not None and not isinstance(implementation, str)
@@ -70,7 +70,7 @@ def mixed_ragged_dot(
     return y.astype(preferred_element_type)
 
 
-def rows_of_turn(rows: int, experts: int) -> int:
+def chunk_rows(rows: int, experts: int) -> int:
     """Rows of a chunk, of which there are about two for an expert.
 
     The least power of two above half the mean number of rows per expert, but at least :data:`LEAST_ROWS`.

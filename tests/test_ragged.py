@@ -15,7 +15,7 @@ from test_layout import dequantize
 
 from pallas_kernels import backends, mixed_ragged_dot
 from pallas_kernels.layout import stack
-from pallas_kernels.ragged import rows_of_turn
+from pallas_kernels.ragged import chunk_rows
 from pallas_kernels.xla import product as xla
 
 K, N, G = 128, 64, 32
@@ -132,8 +132,8 @@ def test_kernels(name, monkeypatch):
         assert np.all(np.abs(found[end - size : end] - own @ dense) <= bound)
 
 
-def test_rows_of_turn():
-    assert [rows_of_turn(m, e) for m, e in ((1, 8), (512, 8), (4096, 8), (4096, 128))] == [32, 64, 512, 32]
+def test_rows_of_a_chunk():
+    assert [chunk_rows(m, e) for m, e in ((1, 8), (512, 8), (4096, 8), (4096, 128))] == [32, 64, 512, 32]
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import by_kernel, mixed_matmul
 from pallas_kernels.prepared import Prepared
-from pallas_kernels.ragged import by_turns
+from pallas_kernels.ragged import by_turns, chunk_rows
 from slim_jax.model.block import Block, plus
 from slim_jax.model.cache import KeyValues
 from slim_jax.model.linear import Linear
-from slim_jax.model.mlp import MLP, chunk_rows
+from slim_jax.model.mlp import MLP
 from slim_jax.model.stage import Stage, Stream, part_of, passed
 
 FEW_TOKENS = 8

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.ragged import chunk_rows
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear
 
@@ -22,20 +23,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
 }
 
-
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 """Functions that turn a router's outputs into weights."""
-
-LEAST_ROWS = 32
-"""Minimum tokens of a chunk: with fewer, unpacking an expert's weights would dominate."""
-
-
-def chunk_rows(rows: int, experts: int) -> int:
-    """Returns the tokens that an expert processes at once, of ``rows`` (token, expert) pairs.
-
-    It is the least power of two above half an equal share, but at least :data:`LEAST_ROWS`.
-    """
-    return max(LEAST_ROWS, 1 << (rows // experts // 2).bit_length())
 
 
 class MLP(nnx.Module):
