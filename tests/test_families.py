@@ -9,15 +9,15 @@ import pytest
 from flax import nnx
 from golden_models import relative_error
 from jax.sharding import Mesh
-from test_linear_attention import GPTQ, packed_weight
+from test_linear_attention import GPTQ, randomly_packed
 from test_pipeline import CONFIG, TOKENS, dense
 
 from slim_jax.calibrate import pipeline
 from slim_jax.infer.generate import Generator, generate
-from slim_jax.model.block import Scaled, growing_scale, linear_groups
+from slim_jax.model.block import growing_scale
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.mlp import MoE
-from slim_jax.model.params import make_decoder, split_params
+from slim_jax.model.norm import Scaled
 from slim_jax.model.rotary import Rotation
 from slim_jax.store import checkpoint
 from slim_jax.store.source import DecoderSource
@@ -71,15 +71,7 @@ def test_it_is_quantized(model, tmp_path):
 
 
 def test_packed_blocks_write_what_dense_ones_do(model):
-    config = model.config
-    outer, blocks = split_params(model)
-    names = [{f"{n}.weight" for g in linear_groups(kind) for n in g} for kind in config.blocks()]
-    each = [
-        {n: packed_weight(v.shape) if n in own else v for n, v in block.items()}
-        for block, own in zip(blocks, names)
-    ]
-    found = make_decoder(config, outer, each)
-    found.embed.set_value(found.embed[...] * 20)  # logits lie far apart
+    found = randomly_packed(model)
     prompts = [TOKENS[0, :21].tolist(), TOKENS[1, :9].tolist()]
     written = [
         Generator(one, cache_dtype=jnp.float32, prompt_chunk=8).generate(prompts, max_tokens=20)

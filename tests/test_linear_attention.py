@@ -161,6 +161,19 @@ def packed_weight(shape):
     return pack(codes, scale, zero, widths, group_size=32, widths=(1, 2, 3))
 
 
+def randomly_packed(model):
+    """The model with :func:`packed_weight` in place of its linear layers, and logits that lie far apart."""
+    config, (outer, blocks) = model.config, split_params(model)
+    names = [{f"{n}.weight" for group in linear_groups(kind) for n in group} for kind in config.blocks()]
+    each = [
+        {n: packed_weight(v.shape) if n in own else v for n, v in block.items()}
+        for block, own in zip(blocks, names)
+    ]
+    found = make_decoder(config, outer, each)
+    found.embed.set_value(found.embed[...] * 20)
+    return found
+
+
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     return Decoder(HYBRID, rngs=nnx.Rngs(0))
@@ -192,14 +205,7 @@ def test_a_hybrid_is_quantized_and_resumed(model, tmp_path):
 
 @pytest.mark.parametrize("cache_dtype", [jnp.float32, pytest.param(jnp.int8, marks=pytest.mark.slow)])
 def test_packed_blocks_write_what_dense_ones_do(model, cache_dtype):
-    outer, blocks = split_params(model)
-    names = [[f"{n}.weight" for g in linear_groups(kind) for n in g] for kind in HYBRID.blocks()]
-    each = [
-        {n: packed_weight(v.shape) if n in own else v for n, v in block.items()}
-        for block, own in zip(blocks, names)
-    ]
-    found = make_decoder(HYBRID, outer, each)
-    found.embed.set_value(found.embed[...] * 20)  # logits lie far apart
+    found = randomly_packed(model)
     prompts = [TOKENS[0, :21].tolist(), TOKENS[1, :9].tolist()]
     plain, generators = dense(found), []
     for one in (found, plain):

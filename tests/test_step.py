@@ -11,12 +11,13 @@ from flax import nnx
 from pallas_kernels import chips, pack, scales
 from pallas_kernels.gpu.joined import Joined
 from slim_jax.infer.decode_loop import Tokens, write
-from slim_jax.infer.fuse import Unchanged, ready
+from slim_jax.infer.fuse import ready
 from slim_jax.infer.generate import Generator
 from slim_jax.infer.sampling import Sampling
 from slim_jax.model.block import linear_groups
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
+from slim_jax.model.norm import Scaled
 from slim_jax.model.params import make_decoder, split_params
 
 SLOTS, G = 48, 32
@@ -114,7 +115,8 @@ def test_an_nvidia_gpu_multiplies_what_reads_one_input_in_one_launch():
         assert [len(w.sizes) for w in found] == [3, 1, 2, 1]
         assert [layer.weight.get_value() for layer in (block.attn.k, block.mlp.up)] == [None, None]
         assert [w.norm is not None for w in found] == [True, False, True, False]
-        assert all(isinstance(norm, Unchanged) for norm in (block.attn_norm, block.mlp_norm))
+        norms = (block.attn_norm, block.mlp_norm)
+        assert all(isinstance(norm, Scaled) and norm.factor == 1 for norm in norms)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from jax import lax
 from pallas_kernels import MixedTensor, chips
 from slim_jax.infer.fused import FusedBlock, is_prepared
 from slim_jax.model.block import Block
-from slim_jax.model.cache import KeyValues, Recurrent, State
+from slim_jax.model.cache import KeyValues, Recurrent, State, of_layer
 from slim_jax.model.decoder import Decoder
 
 Through = Callable[..., tuple[Any, ...]]
@@ -143,7 +143,7 @@ def _scanned(through: Through, blocks: Any, h: jax.Array, kv: Any) -> tuple[jax.
         def own(leaf: Any) -> Any:
             if is_prepared(leaf):  # stays whole: products read the layer's part in place
                 return leaf.at(i)
-            return lax.dynamic_index_in_dim(leaf, i, keepdims=False, allow_negative_indices=False)
+            return of_layer(leaf, i)
 
         block = jax.tree.map(own, blocks, is_leaf=is_prepared)
         return i + 1, *through(block, h, seen, i)

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from pallas_kernels import InputNorm, MixedTensor, prepare, prepare_joined
 from pallas_kernels.layout import stack
@@ -20,10 +19,11 @@ from pallas_kernels.prepared import Prepared, delete, one_by_one
 from slim_jax.infer.forward import alike, is_packed, stackable, with_scales_alike
 from slim_jax.infer.fused import Experts, FusedBlock, fused_stages, is_prepared
 from slim_jax.infer.tensor_parallel import mesh_of
-from slim_jax.model.block import Block, Norm, stages
+from slim_jax.model.block import Block, stages
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed
+from slim_jax.model.norm import Norm, Scaled
 from slim_jax.model.stage import Stage, part_of
 
 Groups = Sequence[Sequence[str]]
@@ -31,13 +31,6 @@ Groups = Sequence[Sequence[str]]
 
 StagesOf = Callable[[DecoderConfig], tuple[Stage, ...]]
 """Function of a block's config to the stages of such a block."""
-
-
-class Unchanged(nnx.Module):
-    """The identity, in place of a norm that a prepared product applies."""
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return x
 
 
 def ready(
@@ -126,7 +119,7 @@ NORMS = {"attn.q": "attn_norm", "mlp.gate": "mlp_norm"}
 def _behind_norm(owner: Any, name: str | None, weight: Prepared) -> Prepared:
     """Returns a weight whose product applies the norm of its input, if the back end supports that.
 
-    The owner's norm is then replaced by :class:`Unchanged`. Otherwise the weight is returned as it is.
+    Nothing then takes the place of the owner's norm. Otherwise the weight is returned as it is.
     """
     norm = getattr(owner, name) if name is not None else None
     if not isinstance(norm, Norm) or norm.bias is not None:
@@ -134,7 +127,7 @@ def _behind_norm(owner: Any, name: str | None, weight: Prepared) -> Prepared:
     found = weight.behind(InputNorm(norm.scale[...].astype(jnp.float32) + norm.offset, norm.eps))
     if found is None or name is None:
         return weight
-    setattr(owner, name, Unchanged())
+    setattr(owner, name, Scaled())
     return found
 
 

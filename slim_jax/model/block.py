@@ -21,6 +21,7 @@ from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear
 from slim_jax.model.linear_attention import GatedDelta
 from slim_jax.model.mlp import MLP, MoE
+from slim_jax.model.norm import Factor, Norm, Scaled, input_norm, output_norm, rms_normed
 from slim_jax.model.rotary import Rotation, frequencies
 from slim_jax.model.short_conv import ShortConv
 from slim_jax.model.stage import Stage, Stream, part_of, passed
@@ -28,57 +29,6 @@ from slim_jax.model.stage import Stage, Stream, part_of, passed
 
 class Buffer(nnx.Variable):
     """A value that a block gets like a parameter, although it follows from the config and the index."""
-
-
-class Norm(nnx.Module):
-    """RMSNorm, or LayerNorm with a bias, over the last axis."""
-
-    def __init__(self, size: int, config: DecoderConfig) -> None:
-        self.scale = nnx.Param(jnp.ones(size))
-        self.bias = nnx.Param(jnp.zeros(size)) if config.norm == "layer" else None
-        self.eps, self.offset = config.norm_eps, config.norm_offset
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        along_last = (1,) * (x.ndim - 1) + (-1,)
-        if self.bias is not None:
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        y = y * (self.scale[...].astype(jnp.float32) + self.offset).reshape(along_last)
-        if self.bias is None:
-            return y
-        return y + self.bias[...].astype(jnp.float32).reshape(along_last)
-
-
-class Scaled(nnx.Module):
-    """Multiplication by a constant, in place of a norm."""
-
-    def __init__(self, factor: float = 1.0) -> None:
-        self.factor = factor
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return x if self.factor == 1 else x * self.factor
-
-
-class Factor(nnx.Module):
-    """Multiplication by a number that is a parameter."""
-
-    def __init__(self) -> None:
-        self.factor = nnx.Param(jnp.ones(1))
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return x * self.factor[...].astype(jnp.float32)[0]
-
-
-def input_norm(config: DecoderConfig) -> Norm | Scaled:
-    """Makes the norm before attention or MLP."""
-    return Norm(config.hidden_size, config) if config.input_norms else Scaled()
-
-
-def output_norm(config: DecoderConfig) -> Norm | Scaled | None:
-    """Makes the norm after attention or MLP, or what scales their output; None for neither."""
-    if config.output_norms:
-        return Norm(config.hidden_size, config)
-    return None if config.residual_scale == 1 else Scaled(config.residual_scale)
 
 
 class Attention(nnx.Module):
@@ -125,7 +75,7 @@ class Attention(nnx.Module):
             q, gate = q[:, :, ::2], q[:, :, 1::2].reshape(batch, time, -1)
         rotation = self._rotation(positions) if config.positions == "rotary" else None
         if config.value_norm:
-            v = v * jax.lax.rsqrt(jnp.mean(v * v, axis=-1, keepdims=True) + config.norm_eps)
+            v = rms_normed(v, config.norm_eps)
         if config.qk_norm_width == "head" and not config.qk_norm_last:
             q, k = self._normed(q, k)
         if config.attn_scale:
@@ -268,10 +218,6 @@ def _mix(moe: MoE, x: jax.Array, routes: jax.Array, y: jax.Array | None) -> tupl
     return (mixed if y is None else y + mixed,)
 
 
-def _shared_hidden(mlp: MLP, x: jax.Array) -> tuple[jax.Array]:
-    return (mlp.hidden(x),)
-
-
 def _shared_output(moe: MoE, x: jax.Array, hidden: jax.Array) -> tuple[jax.Array]:
     return (moe.shared_output(x, hidden),)
 
@@ -324,7 +270,7 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
         into_mlp = dataclasses.replace(into_mlp, layers=_entry(part, config))
         down, hidden = (f"{part}.down",), "hidden"
         shared = (
-            Stage(_shared_hidden, ("x",), (hidden,), part=part, layers=down, input=hidden),
+            Stage(_hidden, ("x",), (hidden,), part=part, layers=down, input=hidden),
             Stage(_shared_output, ("x", hidden), ("y",), part="moe"),
         )
     return (

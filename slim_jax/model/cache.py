@@ -48,6 +48,14 @@ Rows = jax.Array | Int8Rows
 """Keys or values."""
 
 
+def of_layer[T](arrays: T, layer: jax.Array | None) -> T:
+    """Returns one layer's part of arrays with a leading axis of layers; all of them if ``layer`` is None."""
+    if layer is None:
+        return arrays
+    one = partial(lax.dynamic_index_in_dim, index=layer, keepdims=False, allow_negative_indices=False)
+    return jax.tree.map(one, arrays)  # type: ignore[no-any-return]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
@@ -143,11 +151,7 @@ class KeyValues:
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """Returns the layer's keys and values, ``[B, num_kv_heads, S, head_dim]``."""
-        one = partial(
-            lax.dynamic_index_in_dim, index=self.layer, keepdims=False, allow_negative_indices=False
-        )
-        own = (self.keys, self.values)
-        own = own if self.layer is None else jax.tree.map(one, own)
+        own = of_layer((self.keys, self.values), self.layer)
         k, v = (rows.decode() if isinstance(rows, Int8Rows) else rows for rows in own)
         return k, v
 
@@ -178,14 +182,14 @@ class Recurrent:
             heads, features = 0, kind.hidden_size
         return (heads, key, value), (kind.conv_size - 1, features)
 
+    @classmethod
+    def empty(cls, kind: DecoderConfig, *leading: int) -> "Recurrent":
+        """Returns the state before any token; ``leading`` are the axes before those of one sequence."""
+        return cls(*(jnp.zeros((*leading, *size)) for size in cls.sizes(kind)))
+
     def read(self) -> tuple[jax.Array, jax.Array]:
         """Returns the layer's arrays."""
-        if self.layer is None:
-            return self.state, self.before
-        one = partial(
-            lax.dynamic_index_in_dim, index=self.layer, keepdims=False, allow_negative_indices=False
-        )
-        return one(self.state), one(self.before)
+        return of_layer((self.state, self.before), self.layer)
 
     def write(self, state: jax.Array, before: jax.Array) -> "Recurrent":
         """Returns the cache with the layer's arrays replaced."""
@@ -250,9 +254,6 @@ class State:
         If ``dtype`` is int8, keys and values are :class:`Int8Rows`.
         """
 
-        def recurrent(kind: DecoderConfig, *leading: int) -> Recurrent:
-            return Recurrent(*(jnp.zeros((*leading, batch, *size)) for size in Recurrent.sizes(kind)))
-
         def rows(kind: DecoderConfig, *leading: int) -> Rows:
             shape = (*leading, batch, kind.num_kv_heads, size)
             codes = jnp.zeros((*shape, kind.head_dim), dtype)
@@ -262,7 +263,7 @@ class State:
 
         def empty(kind: DecoderConfig, *leading: int) -> Any:
             if kind.mixer != "attention":
-                return recurrent(kind, *leading)
+                return Recurrent.empty(kind, *leading, batch)
             return rows(kind, *leading), rows(kind, *leading)
 
         kv: list[Any] = []  # Buffers are separate, because each is donated.

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from slim_jax.model.block import Block, Norm, sequence_positions
+from slim_jax.model.block import Block, sequence_positions
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear, look_up, unembed
+from slim_jax.model.norm import Norm
 
 
 class Decoder(nnx.Module):

@@ -27,6 +27,7 @@ from pallas_kernels.layout import vary_like
 from slim_jax.model.cache import Recurrent
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear
+from slim_jax.model.norm import GatedNorm
 
 CHUNK = 64
 """Tokens that are processed at once."""
@@ -41,24 +42,15 @@ class Convolution(nnx.Module):
         self.activated = activated
         self.weight = nnx.Param(jnp.full((size, 1, features), 1 / size))
 
-    def __call__(self, x: Float[Array, "b t c"], before: Float[Array, "b s c"]) -> Float[Array, "b t c"]:
-        """Convolves the tokens ``x``; ``before`` are the ``size - 1`` tokens before them."""
+    def __call__(
+        self, x: Float[Array, "b t c"], before: Float[Array, "b s c"]
+    ) -> tuple[Float[Array, "b t c"], Float[Array, "b s c"]]:
+        """Convolves the tokens ``x``, and returns the last ``size - 1`` tokens too; ``before`` are those
+        before ``x``."""
         weight, time = self.weight[...].astype(jnp.float32), x.shape[1]
         every = jnp.concatenate([before, x], axis=1)
         y = sum((w[None] * every[:, i : i + time] for i, w in enumerate(weight)), jnp.zeros_like(x))
-        return jax.nn.silu(y) if self.activated else y
-
-
-class GatedNorm(nnx.Module):
-    """RMSNorm over the last axis, times the SiLU of a gate; no offset is added to its scale."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        self.weight, self.eps = nnx.Param(jnp.ones(size)), eps
-
-    def __call__(self, x: Float[Array, "... d"], gate: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = self.weight[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        y = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return y * scale * jax.nn.silu(gate)
+        return jax.nn.silu(y) if self.activated else y, every[:, time:]
 
 
 class GatedDelta(nnx.Module):
@@ -103,22 +95,22 @@ class GatedDelta(nnx.Module):
         if positions is not None:
             real = (positions >= 0)[..., None]
             mixed, beta, g = (jnp.where(real, a, 0) for a in (mixed, beta, g))
-        state, before = self._empty(batch, x) if cache is None else cache.read()
+        state, before = empty_state(config, x) if cache is None else cache.read()
         ends = (q.shape[-1], 2 * q.shape[-1])
         heads = config.linear_value_heads, config.linear_value_dim
-        q, k, v = jnp.split(self.conv(mixed, before), ends, axis=-1)
+        mixed, before = self.conv(mixed, before)
+        q, k, v = jnp.split(mixed, ends, axis=-1)
         q, k = (_unit(a.reshape(batch, time, -1, config.linear_key_dim)) for a in (q, k))
         q = q * config.linear_key_dim**-0.5
         y, state = delta_rule(q, k, v.reshape(batch, time, *heads), g, beta, state)
         y = self.norm(y, z.reshape(batch, time, *heads)).reshape(batch, time, -1)
-        if cache is None:
-            return y, None
-        return y, cache.write(state, jnp.concatenate([before, mixed], axis=1)[:, time:])
+        return y, None if cache is None else cache.write(state, before)
 
-    def _empty(self, batch: int, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sizes = Recurrent.sizes(self.config)
-        state, before = (vary_like(jnp.zeros((batch, *size)), like) for size in sizes)
-        return state, before
+
+def empty_state(config: DecoderConfig, x: Float[Array, "b t d"]) -> tuple[jax.Array, jax.Array]:
+    """Returns the arrays of a `Recurrent` before the tokens ``x``, which vary between devices as these do."""
+    state, before = Recurrent.empty(config, len(x)).read()
+    return vary_like(state, x), vary_like(before, x)
 
 
 def _unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:

@@ -4,11 +4,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.layout import vary_like
 from slim_jax.model.cache import Recurrent
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.linear import Linear
-from slim_jax.model.linear_attention import Convolution
+from slim_jax.model.linear_attention import Convolution, empty_state
 
 
 class ShortConv(nnx.Module):
@@ -37,9 +36,6 @@ class ShortConv(nnx.Module):
         gated, outof = self.into(x) * self.value(x), self.outof(x)
         if positions is not None:
             gated = jnp.where((positions >= 0)[..., None], gated, 0)
-        if cache is None:
-            _, size = Recurrent.sizes(self.config)
-            return outof * self.conv(gated, vary_like(jnp.zeros((x.shape[0], *size)), x)), None
-        state, before = cache.read()
-        last = jnp.concatenate([before, gated], axis=1)[:, x.shape[1] :]
-        return outof * self.conv(gated, before), cache.write(state, last)
+        state, before = empty_state(self.config, x) if cache is None else cache.read()
+        y, before = self.conv(gated, before)
+        return outof * y, None if cache is None else cache.write(state, before)
