@@ -41,6 +41,10 @@ class RawStore(Protocol):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
 
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Reads tensors of plain types."""
+        ...
+
     def raw(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Reads tensors in their stored types."""
         ...
@@ -93,16 +97,14 @@ class DequantizingStore:
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """See :class:`convert.readers.source.TensorStore`."""
-        return {name: self._read(name) for name in names}
-
-    def _read(self, name: str) -> np.ndarray:
-        weight = self._weights.get(name)
-        if weight is None:
-            value = self._store.raw([name])[name]
-            return value.astype(np.float32) if value.dtype == np.float16 else value
-        raw = self._store.raw(weight.parts)
-        value = weight.decode(*(raw[part] for part in weight.parts))
-        return value if self._dtype is None else value.astype(self._dtype, copy=False)
+        names = list(names)
+        found = self._store.read([name for name in names if name not in self._weights])
+        weights = {name: self._weights[name] for name in names if name in self._weights}
+        raw = self._store.raw([part for weight in weights.values() for part in weight.parts])
+        for name, weight in weights.items():
+            value = weight.decode(*map(raw.pop, weight.parts))
+            found[name] = value if self._dtype is None else value.astype(self._dtype, copy=False)
+        return found
 
 
 def describe(told: Any) -> str:
