@@ -26,7 +26,7 @@ from slim_jax.method.sba import Allocation
 from slim_jax.model.block import linear_names
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
-from slim_jax.model.params import Params, block_params, make_decoder, outer_params
+from slim_jax.model.params import Params, block_buffers, make_decoder
 from slim_jax.placement import Placement
 from slim_jax.report import BlockReport, LayerReport, Report, TuningReport
 from slim_jax.rules import check_rules
@@ -118,10 +118,10 @@ class MemorySink:
 
     def finish(self) -> Report:
         """Returns the report of the run."""
-        shapes = [outer_params(self.config), *map(block_params, self.config.blocks())]
-        buffers = len(self.blocks) if self.config.global_layers else 0
-        count = sum(math.prod(shape.shape) for part in shapes for shape in part.values()) - buffers
-        size = sum(value.nbytes for part in (self.outer, *self.blocks) for value in part.values())
+        buffers = block_buffers(self.config, 0)
+        found = [item for part in (self.outer, *self.blocks) for item in part.items()]
+        count = sum(math.prod(value.shape) for name, value in found if name not in buffers)
+        size = sum(value.nbytes for _, value in found)
         return Report(self.reports, list(self._reports), count, size, self._tuning)
 
 
