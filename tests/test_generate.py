@@ -12,6 +12,7 @@ from flax import nnx
 from test_layout import dequantize
 
 from pallas_kernels import pack
+from slim_jax.infer import lengths
 from slim_jax.infer.decode_loop import CHUNK
 from slim_jax.infer.generate import Generator, generate, sample_text
 from slim_jax.model.block import Block, linear_groups
@@ -297,7 +298,7 @@ def test_compiles_once_for_each_batch_and_cache_size(monkeypatch, pack_it):
 @pytest.mark.slow
 @pytest.mark.parametrize("bos", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_sample_text(bos, monkeypatch):
-    monkeypatch.setattr(generation, "LENGTH_STEP", 8)
+    monkeypatch.setattr(lengths, "LENGTH_STEP", 8)
     monkeypatch.setattr(generation, "SAMPLE_ROWS", 4)
     model = tiny(bos_token_id=bos, eos_token_ids=(2,))
     text = sample_text(model, samples=6, length=21, seed=0)
@@ -314,7 +315,7 @@ def test_sample_text(bos, monkeypatch):
 @pytest.mark.parametrize("bos", [None, 1])
 def test_sample_text_follows_the_model(bos, monkeypatch):
     """Where the model is certain, its text is the greedy continuation."""
-    monkeypatch.setattr(generation, "LENGTH_STEP", 8)
+    monkeypatch.setattr(lengths, "LENGTH_STEP", 8)
     model = tiny(bos_token_id=bos)
     model.embed.set_value(model.embed[...] * 40)
     text = sample_text(model, samples=3, length=20, seed=0).tolist()

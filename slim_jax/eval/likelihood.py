@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slim_jax.eval.perplexity import BATCH_TOKENS, Reader, over_parts
-from slim_jax.infer.generate import round_up
+from slim_jax.infer.lengths import round_up
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 

@@ -5,7 +5,7 @@ All of this is computed once, on the device, and none of it is stored. What the 
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,18 +19,14 @@ from pallas_kernels.prepared import Prepared, delete, one_by_one
 from slim_jax.infer.forward import alike, is_packed, stackable, with_scales_alike
 from slim_jax.infer.fused import Experts, FusedBlock, fused_stages, is_prepared
 from slim_jax.infer.tensor_parallel import mesh_of
-from slim_jax.model.block import Block, stages
-from slim_jax.model.config import DecoderConfig
+from slim_jax.model.block import Block, StagesOf, stages
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear, Packed
 from slim_jax.model.norm import Norm, Scaled
-from slim_jax.model.stage import Stage, part_of
+from slim_jax.model.stage import part_of
 
 Groups = Sequence[Sequence[str]]
 """Names of linear layers, grouped by the input that they read."""
-
-StagesOf = Callable[[DecoderConfig], tuple[Stage, ...]]
-"""Function of a block's config to the stages of such a block."""
 
 
 def ready(

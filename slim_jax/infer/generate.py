@@ -6,7 +6,6 @@ handles token ids; chat templates and text are not its concern.
 
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,17 +22,15 @@ from jaxtyping import Int32
 from slim_jax.infer.decode_loop import CHUNK, Structure, Tokens, next_logits, read, write, write_text
 from slim_jax.infer.fuse import ready
 from slim_jax.infer.fused import FusedBlock
+from slim_jax.infer.lengths import cache_sizes, round_up
 from slim_jax.infer.sampling import Choice, Sampling
 from slim_jax.infer.tensor_parallel import AXIS, cut, mesh_of, on_devices, placed, stages_for
-from slim_jax.model.block import stages
+from slim_jax.model.block import StagesOf, stages
 from slim_jax.model.cache import Run, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
 from slim_jax.model.linear import Linear
-from slim_jax.model.stage import Stage
 
-# Lengths are rounded up to few sizes: powers of two up to LENGTH_STEP, then multiples of it, rarer when long.
-LENGTH_STEP = 128
 SAMPLE_ROWS = 64
 
 PROMPT_CHUNK = 512
@@ -48,15 +45,6 @@ CACHE_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
 
 # Approximate limit of a chunk's time: its tokens appear, and an interrupt is seen, when it is done.
 CHUNK_SECONDS = 0.2
-
-
-def round_up(length: int) -> int:
-    """Rounds ``length`` up to a size that is compiled for: by an eighth at most where it is long."""
-    power = 1 << (length - 1).bit_length()
-    if length <= LENGTH_STEP:
-        return max(16, power)
-    step = max(LENGTH_STEP, power // 16)
-    return math.ceil(length / step) * step
 
 
 class Generator:
@@ -100,7 +88,7 @@ class Generator:
             raise ValueError(f"cache_dtype is {jnp.dtype(cache_dtype)}, expected one of {known}")
         self.config: DecoderConfig = model.config
         self._prompt_chunk = prompt_chunk
-        stages_of: Callable[[DecoderConfig], tuple[Stage, ...]] = stages
+        stages_of: StagesOf = stages
         parts, over = [model], mesh_of(model)
         layers = [getattr(block.mixer, name, None) for block in model.blocks for name in "qkvo"]
         linears = [
@@ -262,7 +250,7 @@ class Generator:
     ) -> np.ndarray:
         """Returns ``int32[B, length - len(column)]``: ``first`` and the tokens the model writes after it."""
         batch, before = len(first), len(column)
-        sizes = _sizes(length)
+        sizes = cache_sizes(length)
         state = self._empty(batch, sizes[0])
         written = [first[None]]
         token, done = jnp.asarray(first), before
@@ -292,11 +280,6 @@ def _joined(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
     tokens, positions = (np.concatenate(parts, axis=1) for parts in zip(*seen))
     padding = ((0, 0), (round_up(tokens.shape[1]) - tokens.shape[1], 0))
     return np.pad(tokens, padding), np.pad(positions, padding, constant_values=-1)
-
-
-def _sizes(length: int) -> list[int]:
-    """Sizes of the growing cache of a text of ``length``: attention reads all slots, empty ones too."""
-    return [*range(LENGTH_STEP, length, LENGTH_STEP), length]
 
 
 def _check(config: DecoderConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:

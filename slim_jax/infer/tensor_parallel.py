@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import MixedTensor, matmul, stack_parts
 from pallas_kernels.prepared import delete
-from slim_jax.model.block import stages
+from slim_jax.model.block import StagesOf, stages
 from slim_jax.model.cache import Recurrent, State
 from slim_jax.model.config import DecoderConfig
 from slim_jax.model.decoder import Decoder
@@ -112,7 +112,7 @@ def _summed_stages(config: DecoderConfig) -> tuple[Stage, ...]:
     return tuple(one for stage in stages(config) for one in ((stage, total) if stage.inside else (stage,)))
 
 
-def stages_for(model: Decoder, count: int) -> Callable[[DecoderConfig], tuple[Stage, ...]]:
+def stages_for(model: Decoder, count: int) -> StagesOf:
     """Returns a function of a block's config to the stages that run its part of ``count``."""
     return _summed_stages if Cuts.of(model, count).channels else stages
 

@@ -7,6 +7,7 @@ of one kind (whether attention is local) is data: a :class:`Buffer` among the pa
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -237,6 +238,10 @@ MIXERS = {
     "short_conv": ("short_conv", ("into", "outof", "value")),
 }
 """Names of a block's mixer, and of its layers that read the block's input."""
+
+
+StagesOf = Callable[[DecoderConfig], tuple[Stage, ...]]
+"""Function of a block's config to the stages of such a block."""
 
 
 @cache
